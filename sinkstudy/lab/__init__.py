@@ -1,0 +1,1 @@
+"""The embedded world and the small vision-language models trained in it."""
