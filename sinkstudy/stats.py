@@ -1,0 +1,200 @@
+"""Intervals for the numbers of the study: bootstrap over images, Wilson's interval for a share.
+
+The unit that is drawn again is the *image*. Tokens, heads or questions of one image are not independent, so a
+function that gets several rows an image needs `clusters`, the image of each row, and draws whole images.
+Every function is seeded: the same data give the same interval.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import scipy.stats
+from numpy.typing import ArrayLike
+
+RESAMPLES = 2000
+_CELLS = 4_000_000  # resampled values held in memory at once
+
+
+class Interval(NamedTuple):
+    """An estimate, its interval and the number of independent units (images) behind it.
+
+    Unpacks in the order that `report.Results.metric` takes: ``results.metric(name, *interval, unit="%")``.
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
+
+
+def mean_interval(
+    values: ArrayLike,
+    *,
+    clusters: ArrayLike | None = None,
+    level: float = 0.95,
+    method: str = "BCa",
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """Mean over all rows, with a bootstrap interval over images.
+
+    Args:
+        values: [rows], one number a row; one row an image unless `clusters` says otherwise.
+        clusters: [rows], the image of each row. With it the mean is still the mean of the rows, but whole images
+            are drawn (cluster bootstrap; Davison & Hinkley 1997, section 3.8).
+        level: coverage, 0–1.
+        method: "BCa" (bias-corrected and accelerated; Efron 1987) or "percentile".
+        resamples: number of bootstrap samples.
+        seed: of the bootstrap.
+
+    Returns:
+        The mean in the unit of `values`; `n` is the number of images. Low and high are NaN for one image.
+
+    Raises:
+        ValueError: no rows, rows that are not finite, lengths that differ, or an unknown method.
+    """
+    (sums,), sizes = _per_image([values], clusters)
+    return _bootstrap(_ratio, [sums, sizes], level, method, resamples, seed)
+
+
+def ratio_interval(
+    numerator: ArrayLike,
+    denominator: ArrayLike,
+    *,
+    clusters: ArrayLike | None = None,
+    level: float = 0.95,
+    method: str = "BCa",
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """Ratio of two means, mean(numerator) / mean(denominator), with a paired bootstrap interval over images.
+
+    Both quantities are seen on the same images (say, attention received by sinks and by other tokens), so they are
+    drawn together. This is the ratio of the means, not the mean of ratios, which one small denominator can rule.
+
+    Args:
+        numerator: [rows].
+        denominator: [rows], of the same images in the same order.
+        clusters: [rows], the image of each row, if there are several rows an image.
+        level, method, resamples, seed: as in `mean_interval`.
+
+    Returns:
+        The ratio (no unit); `n` is the number of images.
+
+    Raises:
+        ValueError: as `mean_interval`, or a denominator whose mean is not above zero.
+    """
+    (above, below), _ = _per_image([numerator, denominator], clusters)
+    if below.sum() <= 0:
+        raise ValueError("the mean of the denominator must be above zero")
+    return _bootstrap(_ratio, [above, below], level, method, resamples, seed)
+
+
+def difference_interval(
+    first: ArrayLike,
+    second: ArrayLike,
+    *,
+    clusters: ArrayLike | None = None,
+    level: float = 0.95,
+    method: str = "BCa",
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """Mean of first − second over the same images, with a paired bootstrap interval.
+
+    Args:
+        first, second: [rows], the two conditions on the same rows in the same order.
+        clusters: [rows], the image of each row, if there are several rows (questions) an image.
+        level, method, resamples, seed: as in `mean_interval`.
+
+    Returns:
+        The difference in the unit of the values; `n` is the number of images.
+
+    Raises:
+        ValueError: as `mean_interval`.
+    """
+    first, second = _column(first), _column(second)
+    if len(first) != len(second):
+        raise ValueError(f"paired values need the same length: {len(first)} and {len(second)}")
+    return mean_interval(
+        first - second, clusters=clusters, level=level, method=method, resamples=resamples, seed=seed
+    )
+
+
+def wilson(successes: int, n: int, *, level: float = 0.95) -> Interval:
+    """A share of independent yes/no outcomes with Wilson's score interval (Wilson 1927).
+
+    Args:
+        successes: number of hits, 0–n.
+        n: number of independent trials. Several questions about one image are not independent: give their
+            hits to `mean_interval(..., clusters=image)` instead.
+        level: coverage, 0–1.
+
+    Returns:
+        The share, 0–1.
+
+    Raises:
+        ValueError: n < 1, or successes outside 0–n.
+    """
+    if n < 1 or not 0 <= successes <= n:
+        raise ValueError(f"need 0 <= successes <= n and n >= 1, not {successes} of {n}")
+    low, high = scipy.stats.binomtest(int(successes), int(n)).proportion_ci(level, method="wilson")
+    return Interval(successes / n, float(low), float(high), int(n))
+
+
+def _column(values: ArrayLike) -> np.ndarray:
+    """Values as a float64 array [rows], checked: neither empty nor with gaps."""
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim != 1 or len(values) == 0:
+        raise ValueError(f"need one number a row, not an array of shape {values.shape}")
+    if not np.isfinite(values).all():
+        gaps = int((~np.isfinite(values)).sum())
+        raise ValueError(f"{gaps} of {len(values)} values are not finite: leave them out and say how many")
+    return values
+
+
+def _per_image(columns: list[ArrayLike], clusters: ArrayLike | None) -> tuple[list[np.ndarray], np.ndarray]:
+    """Sum of each column within each image, each [images], and the number of rows of each image, [images]."""
+    columns = [_column(column) for column in columns]
+    rows = {len(column) for column in columns} | ({len(clusters)} if clusters is not None else set())
+    if len(rows) > 1:
+        raise ValueError(f"columns and clusters need the same length, not {sorted(rows)}")
+    if clusters is None:
+        return columns, np.ones(rows.pop())
+    _, image = np.unique(np.asarray(clusters), return_inverse=True)  # [rows]
+    return [np.bincount(image, weights=column) for column in columns], np.bincount(image).astype(float)
+
+
+def _ratio(above: np.ndarray, below: np.ndarray, axis: int = -1) -> np.ndarray:
+    return above.sum(axis) / below.sum(axis)
+
+
+def _bootstrap(
+    statistic: Callable, columns: list[np.ndarray], level: float, method: str, resamples: int, seed: int
+) -> Interval:
+    """`scipy.stats.bootstrap` of a statistic of paired columns, each [images]; without spread, a point."""
+    if method not in ("BCa", "percentile"):
+        raise ValueError(f"method is 'BCa' or 'percentile', not {method!r}")
+    n = len(columns[0])
+    value = float(statistic(*columns))
+    if n == 1:
+        return Interval(value, float("nan"), float("nan"), n)
+    leave_one_out = [column.sum() - column for column in columns]
+    if np.ptp(leave_one_out[0] / leave_one_out[1]) <= 1e-12 * abs(value):  # no image moves the estimate
+        return Interval(value, value, value, n)
+    interval = scipy.stats.bootstrap(
+        columns,
+        statistic,
+        paired=True,
+        vectorized=True,
+        n_resamples=resamples,
+        batch=max(1, _CELLS // n),
+        confidence_level=level,
+        method=method,
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return Interval(value, float(interval.low), float(interval.high), n)

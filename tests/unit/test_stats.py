@@ -1,0 +1,120 @@
+"""Intervals against independent references: statsmodels for the share, closed forms and coverage for the bootstrap."""
+
+import numpy as np
+import pytest
+from statsmodels.stats.proportion import proportion_confint
+
+from sinkstudy.stats import Interval, difference_interval, mean_interval, ratio_interval, wilson
+
+
+@pytest.mark.parametrize(("hits", "n"), [(0, 10), (10, 10), (3, 7), (450, 500), (1, 1)])
+@pytest.mark.parametrize("level", [0.9, 0.95])
+def test_wilson_agrees_with_statsmodels(hits, n, level):
+    interval = wilson(hits, n, level=level)
+    assert interval[1:3] == pytest.approx(proportion_confint(hits, n, 1 - level, method="wilson"), abs=1e-9)
+    assert interval.value == hits / n and interval.n == n
+
+
+@pytest.mark.parametrize(("hits", "n"), [(1, 0), (-1, 5), (6, 5)])
+def test_wilson_refuses_impossible_counts(hits, n):
+    with pytest.raises(ValueError, match="successes"):
+        wilson(hits, n)
+
+
+@pytest.mark.parametrize("method", ["BCa", "percentile"])
+def test_mean_of_many_normal_values_has_the_normal_interval(method):
+    values = np.random.default_rng(1).normal(5.0, 2.0, 800)
+    interval = mean_interval(values, method=method, resamples=8000)
+    half = 1.96 * values.std(ddof=1) / np.sqrt(len(values))
+    assert interval.value == pytest.approx(values.mean())
+    assert interval.low == pytest.approx(values.mean() - half, abs=0.1 * half)
+    assert interval.high == pytest.approx(values.mean() + half, abs=0.1 * half)
+
+
+def test_bca_follows_the_skew_that_percentile_misses():
+    values = np.random.default_rng(2).exponential(1.0, 40)
+    assert mean_interval(values).high > mean_interval(values, method="percentile").high
+
+
+def test_intervals_cover_the_truth_about_as_often_as_they_say():
+    rng = np.random.default_rng(3)
+    hits = 0
+    for trial in range(200):
+        interval = mean_interval(rng.exponential(1.0, 60), resamples=600, seed=trial)
+        hits += interval.low <= 1.0 <= interval.high
+    assert 0.88 <= hits / 200 <= 0.99
+
+
+def test_same_seed_same_interval_and_other_seed_other_interval():
+    values = np.random.default_rng(4).normal(size=50)
+    assert mean_interval(values, seed=7) == mean_interval(values, seed=7)
+    assert mean_interval(values, seed=7) != mean_interval(values, seed=8)
+
+
+def test_rows_that_repeat_an_image_add_nothing():
+    values = np.random.default_rng(5).normal(size=60)
+    repeated = np.repeat(values, 10)
+    image = np.repeat(np.arange(60), 10)
+    assert mean_interval(repeated, clusters=image) == pytest.approx(mean_interval(values), rel=1e-9)
+    naive = mean_interval(repeated)
+    clustered = mean_interval(repeated, clusters=image)
+    assert clustered.n == 60 and naive.n == 600
+    assert (clustered.high - clustered.low) > 2.5 * (naive.high - naive.low)
+
+
+def test_clusters_of_unequal_size_keep_the_mean_of_rows_and_take_any_label():
+    values, image = [1.0, 1.0, 1.0, 5.0, 2.0], ["b", "b", "b", "a", "c"]
+    interval = mean_interval(values, clusters=image)
+    assert interval.value == pytest.approx(2.0) and interval.n == 3
+    assert interval.low <= interval.value <= interval.high
+
+
+def test_ratio_is_of_means_and_its_interval_matches_the_delta_method():
+    rng = np.random.default_rng(6)
+    below = rng.gamma(20.0, 0.05, 1000)
+    above = 7.0 * below + rng.normal(0.0, 1.0, 1000)
+    interval = ratio_interval(above, below, resamples=6000)
+    half = 1.96 * np.std(above - interval.value * below, ddof=1) / np.sqrt(1000) / below.mean()
+    assert interval.value == pytest.approx(above.mean() / below.mean())
+    assert interval.low == pytest.approx(interval.value - half, abs=0.12 * half)
+    assert interval.high == pytest.approx(interval.value + half, abs=0.12 * half)
+
+
+def test_ratio_without_spread_is_a_point_and_refuses_a_denominator_of_zero():
+    below = np.array([1.0, 2.0, 3.0])
+    assert ratio_interval(7 * below, below)[:3] == pytest.approx((7.0, 7.0, 7.0))
+    with pytest.raises(ValueError, match="denominator"):
+        ratio_interval(below, 0 * below)
+
+
+def test_difference_is_paired():
+    rng = np.random.default_rng(7)
+    base = rng.normal(0.0, 10.0, 200)  # images differ much more than the two conditions do
+    interval = difference_interval(base + 0.5 + rng.normal(0.0, 0.1, 200), base)
+    assert interval.value == pytest.approx(0.5, abs=0.05)
+    assert 0.4 < interval.low < interval.high < 0.6
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: mean_interval([]), "one number a row"),
+        (lambda: mean_interval([[1.0]]), "one number a row"),
+        (lambda: mean_interval([1.0, float("nan")]), "1 of 2 values"),
+        (lambda: mean_interval([1.0, 2.0], clusters=[0]), "same length"),
+        (lambda: ratio_interval([1.0, 2.0], [1.0]), "same length"),
+        (lambda: difference_interval([1.0, 2.0], [1.0]), "same length"),
+        (lambda: mean_interval([1.0, 2.0], method="guess"), "BCa"),
+    ],
+)
+def test_bad_input_is_one_clear_error(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_edge_cases_one_image_and_constant_values():
+    single = mean_interval([3.0])
+    assert single.value == 3.0 and np.isnan(single.low) and single.n == 1
+    assert mean_interval([0.1] * 9)[:3] == pytest.approx((0.1, 0.1, 0.1))
+    assert mean_interval([0.0] * 9) == Interval(0.0, 0.0, 0.0, 9)
+    assert str(Interval(1.23456, 1.0, 2.0, 5)) == "1.23 [1, 2]"
