@@ -1,0 +1,36 @@
+# make book: execute what is out of date, render _build/html/index.html     make test: all tests
+# The stamp's name carries the content of the lock file: another lock, another stamp, pip runs again.
+STAMP := .venv/installed-$(shell cat requirements.lock pyproject.toml | cksum | cut -d' ' -f1)
+BIN := .venv/bin
+JOBS ?= 1
+
+.PHONY: book test bench lint clean check-fresh setup
+
+book: $(STAMP)
+	$(BIN)/sinkstudy run --jobs $(JOBS)
+	$(BIN)/sinkstudy book
+
+# Notebooks are executed once here, by nbval; the pages for the browser tests show the stored outputs it compares.
+test: $(STAMP)
+	$(BIN)/sinkstudy book --stored
+	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest --nbval notebooks
+
+bench: $(STAMP)
+	$(BIN)/python bench/run.py
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+
+check-fresh: $(STAMP)
+	$(BIN)/sinkstudy check-fresh
+
+# Keeps .venv, weights, committed results, and executed runs of models other than the lab's.
+clean:
+	rm -rf _build book/runs/lab-llava book/runs/.work .pytest_cache .ruff_cache sinkstudy.egg-info
+	find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+setup: $(STAMP)
+
+$(STAMP):
+	@PYTHON='$(PYTHON)' .ci/setup $@

@@ -1,0 +1,1 @@
+"""Do language models use the attention sinks of their vision transformer? Helpers of the study."""

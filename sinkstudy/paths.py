@@ -1,0 +1,59 @@
+"""Where things are. Every path of the project is derived here, from the place of this file."""
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT / "data"
+MODELS = DATA / "models"
+RESULTS = ROOT / "results"
+NOTEBOOKS = ROOT / "notebooks"
+BOOK = ROOT / "book"
+RUNS = BOOK / "runs"
+
+
+def slug(model_name: str) -> str:
+    """The name of a run: a model's name as one path component.
+
+    `lab-llava` stays itself, `llava-hf/llava-1.5-7b-hf` becomes `llava-hf--llava-1.5-7b-hf`, and a folder
+    becomes its last component.
+    """
+    path = Path(model_name).expanduser()
+    if path.is_absolute() or model_name.startswith((".", "~")):
+        model_name = path.resolve().name
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", model_name.strip("/").replace("/", "--"))
+
+
+def results_dir(run: str, notebook: str) -> Path:
+    """The folder that a notebook writes its tables to, made if missing: `results/<run>/<notebook>`.
+
+    While the engine executes a notebook, SINKSTUDY_RESULTS names another root; the engine moves the folder into
+    place once the notebook has ended. To *read* what an earlier run wrote, use `RESULTS / run / notebook`.
+    """
+    folder = Path(os.environ.get("SINKSTUDY_RESULTS", RESULTS)) / run / notebook
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextmanager
+def atomic(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary sibling of `path` (same suffix); rename it onto `path` on success, remove it on error.
+
+    Write a file at the yielded path, or make a folder there: a folder replaces an earlier folder at `path`.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    holder = Path(tempfile.mkdtemp(prefix=".partial-", dir=path.parent))
+    temporary = holder / path.name
+    try:
+        yield temporary
+        if temporary.is_dir() and path.exists():
+            path.rename(holder / "replaced")
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(holder, ignore_errors=True)
