@@ -1,0 +1,119 @@
+"""Tiny random LLaVAs, made here without any download, and the lab models where their weights are there."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from sinkstudy import models
+from sinkstudy.lab.registers import CLIPVisionWithRegistersConfig
+
+WORDS = "<pad> <s> </s> <unk> <image> user : assistant what is the texture how many red blue yes no".split()
+CHAT = (
+    "{% for m in messages %}user : {% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}<image> {% else %}{{ c['text'] }} {% endif %}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}assistant :{% endif %}"
+)
+
+
+def write_tiny_llava(folder: Path, registers: bool) -> None:
+    """4 x 4 patches, 3 vision layers of 2 heads, 3 decoder layers of 4 heads that share 2 key heads."""
+    words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    words.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        additional_special_tokens=["<image>"],
+    )
+    processor = LlavaProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT,
+    )
+    # large initial weights, so that attention is far from uniform
+    vision = dict(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+        initializer_factor=3.0,
+    )
+    torch.manual_seed(0)
+    config = LlavaConfig(
+        vision_config=CLIPVisionWithRegistersConfig(**vision) if registers else CLIPVisionConfig(**vision),
+        text_config=LlamaConfig(
+            vocab_size=len(WORDS),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=128,
+            initializer_range=0.3,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+        ),
+        image_token_index=4,
+        image_seq_length=16,
+    )
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session", params=["clip", "registers"])
+def tiny(request, tmp_path_factory) -> models.LVLM:
+    folder = tmp_path_factory.mktemp(f"tiny-{request.param}")
+    write_tiny_llava(folder, registers=request.param == "registers")
+    return models.load(str(folder))
+
+
+@pytest.fixture(scope="session")
+def eager(tiny) -> LlavaForConditionalGeneration:
+    """The same weights under eager attention, the reference that returns whole attention maps."""
+    return LlavaForConditionalGeneration.from_pretrained(
+        tiny.name, attn_implementation="eager", dtype="float32"
+    ).eval()
+
+
+@pytest.fixture(scope="session")
+def images() -> list[Image.Image]:
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    return [Image.fromarray(p) for p in pixels]
+
+
+@pytest.fixture(scope="session")
+def questions() -> list[str]:
+    """Three lengths, so that a batch needs padding."""
+    return ["how many", "what is the texture", "what is the texture red blue yes no"]
+
+
+@pytest.fixture(scope="session", params=["lab-llava", "lab-llava-sinks", "lab-llava-registers"])
+def lab(request) -> models.LVLM:
+    if request.param not in models.lab_models():
+        pytest.skip(f"the weights of {request.param} are not there")
+    return models.load(request.param)

@@ -1,0 +1,117 @@
+"""The adapter: parts of a model, inputs, visual positions, and clear errors."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from sinkstudy import models
+
+
+def test_parts(tiny):
+    registers = "registers" in tiny.name
+    assert tiny.n_prefix == (5 if registers else 1)
+    assert tiny.grid == (4, 4)
+    assert tiny.feature_layer == 1  # -2 of three layers
+    assert len(tiny.vision_layers) == len(tiny.decoder_layers) == 3
+    assert isinstance(tiny.connector, nn.Module)
+    assert tiny.revision is None
+    assert tiny.model.dtype == torch.float32 and not tiny.model.training
+    assert not any(p.requires_grad for p in tiny.model.parameters())
+
+
+def test_feature_layer_is_what_the_connector_reads(tiny, images):
+    seen = {}
+    hooks = [
+        tiny.vision_layers[tiny.feature_layer].register_forward_hook(
+            lambda m, a, out: seen.update(layer=out)
+        ),
+        tiny.connector.register_forward_hook(lambda m, args, out: seen.update(connector=args[0])),
+    ]
+    tiny.model(**tiny.inputs(images[:1], ["how many"]))
+    for hook in hooks:
+        hook.remove()
+    assert torch.equal(seen["layer"][:, tiny.n_prefix :], seen["connector"])
+    assert seen["connector"].shape[1] == tiny.grid[0] * tiny.grid[1]
+
+
+def test_inputs_pad_on_the_left(tiny, images, questions):
+    inputs = tiny.inputs(images, questions)
+    tokenizer = tiny.processor.tokenizer
+    assert inputs.pixel_values.shape == (3, 3, 32, 32)
+    assert inputs.input_ids[:, -1].tolist() == [tokenizer.convert_tokens_to_ids(":")] * 3
+    assert inputs.attention_mask[:, -1].all() and not inputs.attention_mask[0, 0]
+    assert (inputs.input_ids == tokenizer.bos_token_id).sum(-1).tolist() == [1, 1, 1]
+    positions = tiny.visual_positions(inputs.input_ids)
+    assert positions.shape == (3, 16)
+    assert (inputs.input_ids.gather(1, positions) == tiny.image_token_id).all()
+    assert (positions.diff(dim=1) == 1).all()
+
+
+def test_prompt_and_image_types(tiny, images):
+    assert tiny.prompt("how many") == "user : <image> how many assistant :"
+    as_array = [np.array(image).transpose(2, 0, 1) for image in images]  # uint8 [3, height, width]
+    as_tensor = [torch.from_numpy(array) for array in as_array]
+    pixels = tiny.inputs(images, ["yes"] * 3).pixel_values
+    assert torch.equal(tiny.inputs(as_array, ["yes"] * 3).pixel_values, pixels)
+    assert torch.equal(tiny.inputs(as_tensor, ["yes"] * 3).pixel_values, pixels)
+
+
+def test_bfloat16(tiny, images):
+    half = models.load(tiny.name, dtype="bfloat16")
+    inputs = half.inputs(images[:1], ["how many"])
+    assert inputs.pixel_values.dtype == torch.bfloat16 and inputs.input_ids.dtype == torch.long
+    assert half.model(**inputs).logits.dtype == torch.bfloat16
+
+
+def test_unequal_numbers(tiny, images):
+    with pytest.raises(ValueError, match="3 images and 1 questions"):
+        tiny.inputs(images, ["how many"])
+    with pytest.raises(ValueError, match="same number of visual tokens"):
+        tiny.visual_positions(torch.tensor([[4, 4], [4, 1]]))
+
+
+@pytest.mark.parametrize("name", ["no-such-model", "./missing/folder", "a/b/c", "/tmp"])
+def test_unknown_model(name):
+    with pytest.raises(ValueError, match="unknown model"):
+        models.load(name)
+
+
+def test_hub_id_passes():
+    assert models.find("llava-hf/llava-1.5-7b-hf") == "llava-hf/llava-1.5-7b-hf"
+
+
+def test_unknown_architecture_dtype_device(tiny, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    with pytest.raises(ValueError, match="'gpt2' is not known"):
+        models.load(str(tmp_path))
+    with pytest.raises(ValueError, match="unknown dtype 'int8'"):
+        models.load(tiny.name, dtype="int8")
+    with pytest.raises(ValueError, match="device 'cuda:97' is not there"):
+        models.load(tiny.name, device="cuda:97")
+    with pytest.raises(ValueError, match="device 'abacus' is not there"):
+        models.load(tiny.name, device="abacus")
+
+
+def test_layouts_that_do_not_fit(tiny):
+    for change, message in [
+        ({"vision_feature_select_strategy": "full"}, "visual tokens are not the patches"),
+        ({"vision_feature_layer": [-2, -1]}, "not a single layer"),
+    ]:
+        config = type(tiny.model.config).from_dict({**tiny.model.config.to_dict(), **change})
+        with pytest.raises(ValueError, match=message):
+            models._check_layout("some-model", config)
+
+
+def test_lab_model(lab):
+    assert lab.n_prefix == (5 if lab.name == "lab-llava-registers" else 1)
+    assert lab.grid == (12, 12)
+    assert (len(lab.vision_layers), len(lab.decoder_layers), lab.feature_layer) == (8, 6, 6)
+    image = torch.zeros(3, 96, 96, dtype=torch.uint8)
+    inputs = lab.inputs([image, image], ["how many ?", "what is the dominant texture of the scene ?"])
+    assert inputs.pixel_values.shape == (2, 3, 96, 96)
+    assert lab.visual_positions(inputs.input_ids).shape == (2, 144)
+    assert (inputs.input_ids == lab.processor.tokenizer.bos_token_id).sum(-1).tolist() == [1, 1]
+    assert torch.isfinite(lab.model(**inputs).logits).all()
