@@ -1,0 +1,309 @@
+"""What a notebook hands on: figures in one style, tables and metrics, numbers for the prose, its provenance.
+
+A notebook makes one `Results`, adds tables and metrics to it and writes it once, at its end.
+"""
+
+import hashlib
+import html
+import json
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from IPython import get_ipython
+from IPython.display import HTML
+
+from sinkstudy.paths import MODELS, RUNS, atomic, results_dir
+
+PALETTE = ("#1a78c2", "#cc7f00", "#0fa37f", "#c26ab2", "#b5402a")
+"""Blue, orange, green, pink, red: apart for colour-blind readers too, visible on white and on near-black pages."""
+
+INK = "#7b7b7b"
+"""Text, axes and reference lines: the grey with equal contrast (4.2:1) to the light page and to the dark one."""
+
+
+def style() -> list[str]:
+    """Set the figure style of the book; call it once at the head of a notebook.
+
+    Backgrounds are transparent and all ink is mid-grey, so that one figure serves the light and the dark page.
+    In a notebook, figures become PNGs of twice the resolution.
+
+    Returns:
+        The palette, hex colours, in the order that plots take them.
+    """
+    sns.set_theme(
+        context="notebook",
+        style="ticks",
+        palette=PALETTE,
+        rc={
+            "figure.figsize": (7.0, 4.0),  # inches
+            "figure.constrained_layout.use": True,
+            "figure.facecolor": "none",
+            "axes.facecolor": "none",
+            "savefig.facecolor": "none",
+            "legend.framealpha": 0.0,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titlesize": "medium",
+            "axes.labelsize": "medium",
+            "legend.fontsize": "small",
+            "legend.title_fontsize": "small",
+            "grid.alpha": 0.35,
+            "image.cmap": "viridis",
+            "svg.hashsalt": "sinkstudy",
+            **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor"), INK),
+            **dict.fromkeys(("xtick.color", "ytick.color", "grid.color"), INK),
+        },
+    )
+    if get_ipython() is not None:
+        from matplotlib_inline.backend_inline import set_matplotlib_formats
+
+        set_matplotlib_formats("retina", metadata={"Software": None})  # no version inside: equal bytes
+    return list(PALETTE)
+
+
+class Results:
+    """The tidy tables and the headline numbers of one notebook, written whole to `results/<run>/<notebook>/`.
+
+    Two runs that computed the same numbers write the same bytes: floats have six significant digits, rows and
+    columns keep their order, and neither times nor paths are stored.
+
+    Args:
+        run: slug of the model's name, as `paths.slug` makes it.
+        notebook: name without suffix, "01-norms".
+    """
+
+    def __init__(self, run: str, notebook: str):
+        self.folder = results_dir(run, notebook)
+        self._tables: dict[str, pd.DataFrame] = {}
+        self._metrics: dict[str, dict[str, Any]] = {}
+
+    def table(self, name: str, rows: pd.DataFrame) -> pd.DataFrame:
+        """Keep a table for `<name>.csv`, one observation a row; the index is not written. Returns it.
+
+        Raises:
+            ValueError: a table of that name is there already.
+        """
+        if name in self._tables:
+            raise ValueError(f"there is a table {name!r} already")
+        self._tables[name] = rows.copy()
+        return rows
+
+    def metric(
+        self,
+        name: str,
+        value: float,
+        low: float | None = None,
+        high: float | None = None,
+        n: int | None = None,
+        unit: str = "",
+    ) -> float:
+        """Keep one headline number: a row of `metrics.json`. Takes an interval as ``metric(name, *interval)``.
+
+        Args:
+            name: unique within the notebook, "attention_ratio.sinks_to_others".
+            value: in `unit`; NaN is stored as null.
+            low, high: its 95 % interval.
+            n: number of independent units (images) behind it.
+            unit: "%", "tokens", …; empty for a pure number.
+
+        Returns:
+            The value as stored, rounded to six significant digits.
+
+        Raises:
+            ValueError: a metric of that name is there already.
+        """
+        if name in self._metrics:
+            raise ValueError(f"there is a metric {name!r} already")
+        row = {"name": name, "value": _six(value), "low": _six(low), "high": _six(high)}
+        self._metrics[name] = row | {"n": None if n is None else int(n), "unit": unit}
+        return float("nan") if row["value"] is None else row["value"]
+
+    def metrics(self) -> pd.DataFrame:
+        """The metrics so far, one a row: name, value, low, high, n, unit."""
+        return pd.DataFrame(
+            list(self._metrics.values()), columns=["name", "value", "low", "high", "n", "unit"]
+        )
+
+    def write(self) -> Path:
+        """Put the folder in place, whole: what an earlier run left there is gone. Returns its path."""
+        with atomic(self.folder) as folder:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, rows in self._tables.items():
+                floats = rows.select_dtypes("float").columns
+                rows = rows.assign(**{column: rows[column] + 0.0 for column in floats})  # −0 becomes 0
+                rows.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g", lineterminator="\n")
+            text = json.dumps(list(self._metrics.values()), indent=1, sort_keys=True, ensure_ascii=False)
+            (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
+        return self.folder
+
+
+def _six(value: float | None) -> float | None:
+    """A float of six significant digits; None for None, NaN and ±inf, which JSON does not have."""
+    if value is None or not np.isfinite(value):
+        return None
+    return float(f"{float(value):.6g}") + 0.0
+
+
+def glue(name: str, value: float | str, fmt: str = ".3g") -> str:
+    """Give a number a name for the prose: ``{glue:text}`name``` on a page shows it. Tag the cell `remove-output`.
+
+    The number is formatted here, so that the notebook stores few digits and reads the same on every processor.
+    Outside a Jupyter kernel, or without myst_nb, nothing is stored.
+
+    Args:
+        name: unique within the notebook.
+        value: a number, or text that was computed.
+        fmt: format specification, ".1f", ".1%", "d" (numbers only).
+
+    Returns:
+        The text that the page will show.
+    """
+    if isinstance(value, str):
+        text = value
+    else:
+        text = format(int(value) if fmt.endswith("d") else float(value), fmt)
+    if get_ipython() is not None:
+        try:
+            import myst_nb
+        except ImportError:
+            return text
+        myst_nb.glue(name, text, display=False)
+    return text
+
+
+def glue_figure(name: str, figure: mpl.figure.Figure) -> None:
+    """Show a figure and give it a name, so that a ``{glue:figure}`` directive can set it with a caption.
+
+    Tag the cell `remove-output`: Jupyter shows the figure below the cell, the book where the directive stands.
+    """
+    import matplotlib.pyplot as plt
+
+    if get_ipython() is not None:
+        try:
+            import myst_nb
+        except ImportError:
+            from IPython.display import display
+
+            display(figure)
+        else:
+            myst_nb.glue(name, figure, display=True)
+    plt.close(figure)
+
+
+def provenance(lvlm: Any, parameters: Mapping[str, Any]) -> HTML:
+    """What made this page: model, weights, precision, device, seed, parameters and versions, as an HTML table.
+
+    It holds no times, so two runs on one machine agree; versions and device differ between machines, hence the
+    tag `NBVAL_IGNORE_OUTPUT` on its cell.
+
+    Args:
+        lvlm: what `models.load` returned.
+        parameters: the notebook's parameters, name → value.
+    """
+    weights = lvlm.model
+    one = next(weights.parameters())
+    rows = {
+        "Model": Path(lvlm.name).name if Path(lvlm.name).is_absolute() else lvlm.name,
+        "Revision": lvlm.revision or getattr(weights.config, "_commit_hash", None) or "in this repository",
+        "Weights, SHA-256": _weights_sha256(lvlm.name) or "not in a local folder: see the revision",
+        "Class": type(weights).__name__,
+        "Parameters": f"{sum(p.numel() for p in weights.parameters()):,}",
+        "Number format": str(one.dtype).removeprefix("torch."),
+        "Attention": str(getattr(weights.config, "_attn_implementation", "unknown")),
+        "Device": _device_name(one.device),
+        **{f"Parameter {name}": str(value) for name, value in parameters.items()},
+        "Versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+    }
+    body = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in rows.items())
+    return HTML(f'<table class="dataframe provenance"><tbody>{body}</tbody></table>')
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that the numbers depend on."""
+    found = {"Python": platform.python_version()}
+    for name in ("torch", "transformers", "numpy", "scipy", "pandas"):
+        found[name] = metadata.version(name)
+    return found
+
+
+def _weights_sha256(name: str) -> str | None:
+    """SHA-256 over the safetensors files of a lab model or a local folder, in order of name; None for a hub id."""
+    for folder in (MODELS / name, Path(name)):
+        if files := sorted(folder.glob("*.safetensors")):
+            digest = hashlib.sha256()
+            for file in files:
+                digest.update(file.read_bytes())
+            return digest.hexdigest()
+    return None
+
+
+def _device_name(device: Any) -> str:
+    """ "cpu", or the accelerator's name as its driver gives it."""
+    if device.type == "cuda":
+        import torch
+
+        return f"cuda ({torch.cuda.get_device_name(device)})"
+    return device.type
+
+
+def write_provenance(runs: Path = RUNS) -> Path:
+    """Write `<runs>/provenance.md`, the body of the provenance page, from the executed notebooks' own metadata.
+
+    Reads `metadata.sinkstudy` of every `<runs>/<run>/*.ipynb`, which the engine stored when it executed them. Called
+    at each build of the book. The file is only touched when its text changes.
+
+    Returns:
+        The path of the file.
+    """
+    runs.mkdir(parents=True, exist_ok=True)
+    parts = []
+    for run in sorted(path for path in runs.iterdir() if path.is_dir()):
+        records = {}
+        for notebook in sorted(run.glob("*.ipynb")):
+            stored = json.loads(notebook.read_text(encoding="utf-8")).get("metadata", {})
+            if record := stored.get("sinkstudy"):
+                records[notebook.stem] = record
+        if records:
+            parts.append(_run_provenance(run.name, records))
+    text = "\n".join(parts) or "No executed notebook was found: nothing has been run yet.\n"
+    target = runs / "provenance.md"
+    if not target.exists() or target.read_text(encoding="utf-8") != text:
+        with atomic(target) as beside:
+            beside.write_text(text, encoding="utf-8")
+    return target
+
+
+def _run_provenance(run: str, records: Mapping[str, Mapping[str, Any]]) -> str:
+    """One run as Markdown: what its notebooks share as a list, then a row a notebook for what they do not."""
+    flat = {name: _flat(record) for name, record in records.items()}
+    keys = list(dict.fromkeys(key for record in flat.values() for key in record))
+    shared = [key for key in keys if len({record.get(key, "") for record in flat.values()}) == 1]
+    shared = [key for key in shared if key not in ("seconds", "started")]
+    own = [key for key in keys if key not in shared]
+    first = next(iter(flat.values()))
+    lines = [f"## {run}", "", "| | shared by all notebooks of this run |", "|---|---|"]
+    lines += [f"| {key} | {first[key]} |" for key in shared if first[key]]
+    lines += ["", "| notebook | " + " | ".join(own) + " |", "|---|" + "---|" * len(own)]
+    lines += [f"| {name} | " + " | ".join(r.get(k, "") for k in own) + " |" for name, r in flat.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested metadata as one level of short Markdown texts: {"versions": {"torch": …}} → {"versions.torch": …}."""
+    flat = {}
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        elif value is None:
+            flat[prefix + key] = ""
+        else:
+            text = f"{value:.1f}" if key == "seconds" else str(value)
+            flat[prefix + key] = "`" + text.replace("|", "\\|").replace("`", "'") + "`"
+    return flat

@@ -1,0 +1,207 @@
+"""What notebooks hand on: bytes that do not change, numbers for the prose, figures for both themes, provenance."""
+
+import itertools
+import json
+import re
+from types import SimpleNamespace
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from sinkstudy import report
+from sinkstudy.stats import Interval
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    monkeypatch.setenv("SINKSTUDY_RESULTS", str(tmp_path))
+    return report.Results("lab-llava", "01-norms")
+
+
+def fill(results):
+    results.table(
+        "norms", pd.DataFrame({"layer": [2, 1], "norm": [1 / 3, -0.0], "sink": [True, False]}, index=[7, 9])
+    )
+    results.metric("ratio", *Interval(2 / 3, 0.5, 0.75, 120), unit="%")
+    results.metric("not measured", float("nan"))
+
+
+def test_tables_have_six_digits_the_given_order_and_no_index(results):
+    fill(results)
+    folder = results.write()
+    assert (folder / "norms.csv").read_bytes() == b"layer,norm,sink\n2,0.333333,True\n1,0,False\n"
+
+
+def test_metrics_are_sorted_rounded_and_null_where_there_is_nothing(results):
+    fill(results)
+    text = (results.write() / "metrics.json").read_text()
+    rows = json.loads(text)
+    assert rows[0] == {"name": "ratio", "value": 0.666667, "low": 0.5, "high": 0.75, "n": 120, "unit": "%"}
+    assert rows[1]["value"] is None and rows[1]["n"] is None
+    assert list(rows[0]) == sorted(rows[0]) and "NaN" not in text
+    assert list(results.metrics().columns) == ["name", "value", "low", "high", "n", "unit"]
+
+
+def test_last_digits_that_processors_disagree_on_do_not_change_the_bytes(results, tmp_path):
+    for value, name in ((0.1234561, "a"), (0.1234561 + 1e-12, "b")):
+        other = report.Results("lab-llava", name)
+        other.metric("x", np.float32(value))
+        other.table("t", pd.DataFrame({"x": np.array([value], dtype=np.float32)}))
+        other.write()
+    for file in ("metrics.json", "t.csv"):
+        first, second = (tmp_path / "lab-llava" / name / file for name in "ab")
+        assert first.read_bytes() == second.read_bytes()
+
+
+def test_writing_again_leaves_nothing_of_the_earlier_run(results):
+    fill(results)
+    (results.folder / "stale.csv").write_text("old")
+    results.write()
+    results.write()
+    assert sorted(path.name for path in results.folder.iterdir()) == ["metrics.json", "norms.csv"]
+    assert [path.name for path in results.folder.parent.iterdir()] == ["01-norms"]
+
+
+def test_a_write_that_fails_leaves_the_earlier_run_whole(results):
+    fill(results)
+    results.write()
+    before = (results.folder / "metrics.json").read_bytes()
+    results._tables["bad"] = SimpleNamespace(select_dtypes=None)
+    with pytest.raises(TypeError):
+        results.write()
+    assert (results.folder / "metrics.json").read_bytes() == before
+
+
+def test_a_name_is_given_once(results):
+    fill(results)
+    with pytest.raises(ValueError, match="metric 'ratio'"):
+        results.metric("ratio", 1.0)
+    with pytest.raises(ValueError, match="table 'norms'"):
+        results.table("norms", pd.DataFrame())
+
+
+def test_glue_formats_and_stores_nothing_outside_a_kernel():
+    assert report.glue("x", np.float64(7.0456), ".2f") == "7.05"
+    assert report.glue("n", np.int64(1234), ",d") == "1,234"
+    assert report.glue("share", 0.125, ".1%") == "12.5%"
+    assert report.glue("word", "lab-llava") == "lab-llava"
+
+
+def test_glue_in_a_kernel_stores_text_of_few_digits(monkeypatch):
+    stored = {}
+    monkeypatch.setattr(report, "get_ipython", lambda: object())
+    monkeypatch.setattr("myst_nb.glue", lambda name, value, display: stored.update({name: value}))
+    report.glue("x", torch.tensor(1 / 3))
+    assert stored == {"x": "0.333"}
+
+
+def test_figures_are_transparent_and_in_mid_grey(tmp_path):
+    with plt.rc_context():
+        assert report.style() == list(report.PALETTE)
+        figure, axes = plt.subplots(figsize=(2, 2))
+        axes.plot([0, 1])
+        assert mpl.colors.to_hex(axes.lines[0].get_color()) == report.PALETTE[0]
+        figure.savefig(tmp_path / "figure.png")
+        plt.close(figure)
+    pixels = plt.imread(tmp_path / "figure.png")  # [height, width, RGBA]
+    assert pixels[0, 0, 3] == 0, "the background must be transparent"
+    assert pixels[..., 3].max() == 1
+
+
+def _linear(colour):
+    """Linear RGB of a hex colour (sRGB transfer function)."""
+    value = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    return np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
+
+
+def _contrast(first, second):
+    """WCAG 2 contrast of two hex colours."""
+    low, high = sorted(_linear(colour) @ [0.2126, 0.7152, 0.0722] for colour in (first, second))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("page", ["#ffffff", "#121212", "#14181e"])
+def test_every_colour_stands_out_from_the_light_and_the_dark_page(page):
+    assert _contrast(report.INK, page) > 4
+    assert min(_contrast(colour, page) for colour in report.PALETTE) > 3
+
+
+# Linear-RGB simulation of colour blindness at full severity: Machado, Oliveira & Fernandes 2009, table 1.
+BLINDNESS = {
+    "none": np.eye(3),
+    "protan": [
+        [0.152286, 1.052583, -0.204868],
+        [0.114503, 0.786281, 0.099216],
+        [-0.003882, -0.048116, 1.051998],
+    ],
+    "deutan": [
+        [0.367322, 0.860646, -0.227968],
+        [0.280085, 0.672501, 0.047413],
+        [-0.011820, 0.042940, 0.968881],
+    ],
+    "tritan": [
+        [1.255528, -0.076749, -0.178779],
+        [-0.078411, 0.930809, 0.147602],
+        [0.004733, 0.691367, 0.303900],
+    ],
+}
+
+
+def _lab(rgb):
+    """CIE L*a*b* (D65) of linear RGB."""
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    x, y, z = np.cbrt(to_xyz @ np.clip(rgb, 1e-3, 1) / [0.9505, 1.0, 1.089])
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("kind", BLINDNESS)
+def test_palette_stays_apart_for_colour_blind_readers(kind):
+    colours = [_lab(np.array(BLINDNESS[kind]) @ _linear(colour)) for colour in report.PALETTE]
+    distances = [np.linalg.norm(a - b) for a, b in itertools.combinations(colours, 2)]
+    assert min(distances) > 12  # about 2 is just visible
+
+
+@pytest.fixture
+def lvlm(tmp_path):
+    model = torch.nn.Linear(3, 2)
+    model.config = SimpleNamespace(_attn_implementation="sdpa")
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    return SimpleNamespace(model=model, name=str(tmp_path), revision=None)
+
+
+def test_provenance_names_what_made_the_page_and_agrees_with_itself(lvlm):
+    table = report.provenance(lvlm, {"seed": 3, "criterion": "<mean + 3 sd>"}).data
+    expected = (
+        "float32",
+        "sdpa",
+        "cpu",
+        "Linear",
+        "seed</th><td>3",
+        torch.__version__,
+        "&lt;mean + 3 sd&gt;",
+    )
+    for part in expected:
+        assert part in table
+    assert re.search(r"[0-9a-f]{64}", table) and lvlm.name not in table
+    assert table == report.provenance(lvlm, {"seed": 3, "criterion": "<mean + 3 sd>"}).data
+
+
+def test_provenance_page_reads_the_metadata_of_executed_notebooks(tmp_path):
+    shared = {"git_commit": "abc", "versions": {"torch": "2.13.0"}, "seed": 0}
+    for name, seconds in (("01-norms", 12.34), ("03-propagation", 56.78)):
+        notebook = {"metadata": {"sinkstudy": shared | {"seconds": seconds}}, "cells": []}
+        (tmp_path / "lab-llava").mkdir(exist_ok=True)
+        (tmp_path / f"lab-llava/{name}.ipynb").write_text(json.dumps(notebook))
+    text = report.write_provenance(tmp_path).read_text()
+    assert "## lab-llava" in text and "| versions.torch | `2.13.0` |" in text
+    assert "| 01-norms | `12.3` |" in text and "| 03-propagation | `56.8` |" in text
+    changed = (tmp_path / "provenance.md").stat().st_mtime_ns
+    assert report.write_provenance(tmp_path).stat().st_mtime_ns == changed  # an equal text is left alone
+
+
+def test_provenance_page_says_so_when_nothing_has_been_run(tmp_path):
+    assert "nothing has been run" in report.write_provenance(tmp_path / "runs").read_text()
