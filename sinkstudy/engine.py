@@ -1,0 +1,579 @@
+"""Which notebooks are out of date, how one is executed, how the book is rendered.
+
+Snakemake (see the `Snakefile`) decides what runs; what makes an executed notebook out of date is its
+*fingerprint*: SHA-256 digests of the notebook's own text, of its parameters, of the `sinkstudy` modules that it
+imports, and of the model and data files that its parameters name. Times of files play no part.
+
+A notebook declares what it reads through its parameters: every string in them that is the name of a lab model or
+a path of the project (`data/models/lab-llava`, `data/paper.csv`) stands for the content of those files.
+"""
+
+import ast
+import csv
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from sinkstudy.paths import BOOK, DATA, MODELS, NOTEBOOKS, RESULTS, ROOT, RUNS, atomic, slug
+
+DEFAULT_MODEL = "lab-llava"
+WORK = RUNS / ".work"  # half-made things, never read by the book
+BUILD = ROOT / "_build"
+DTYPES = ("float32", "bfloat16", "float16")
+VERSIONS = ("torch", "transformers", "captum", "numpy", "pandas", "scipy", "seaborn", "papermill", "jupyter-book")
+
+
+class UserError(Exception):
+    """Something the user can put right, said in one line."""
+
+
+# ---- notebooks and their fingerprints
+
+
+def notebooks(only: Iterable[str] = ()) -> list[str]:
+    """Names of the source notebooks, all or those that begin with one of `only`. Raises UserError if none does."""
+    names = sorted(path.stem for path in NOTEBOOKS.glob("[0-9]*.ipynb"))
+    for prefix in only:
+        if not any(name.startswith(prefix) for name in names):
+            raise UserError(f"no notebook begins with '{prefix}'; there are: {', '.join(names)}")
+    return [name for name in names if not only or name.startswith(tuple(only))]
+
+
+def defaults(notebook: str) -> dict[str, Any]:
+    """The parameters of a notebook with their default values, read from its cell tagged `parameters`."""
+    found = {}
+    for cell in _cells(notebook):
+        if "parameters" in cell["metadata"].get("tags", []):
+            for node in ast.parse(_text(cell)).body:
+                if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
+                    target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
+                    try:
+                        found[target.id] = ast.literal_eval(node.value)
+                    except ValueError:
+                        raise UserError(f"{notebook}: parameter '{target.id}' is no plain value") from None
+    return found
+
+
+def fingerprint(notebook: str, parameters: dict[str, Any]) -> dict[str, str]:
+    """SHA-256 of all that the outputs of `notebook` under `parameters` follow from, by kind."""
+    values = defaults(notebook) | parameters
+    text = [[cell["cell_type"], _text(cell), cell["metadata"].get("tags", [])] for cell in _cells(notebook)]
+    models, data = declared(values)
+    return {
+        "source_sha256": _sha256(json.dumps(text)),
+        "params_sha256": _sha256(json.dumps(values, sort_keys=True)),
+        "package_sha256": files_sha256(modules(notebook)),
+        "model_sha256": files_sha256(models),
+        "data_sha256": files_sha256(data),
+    }
+
+
+def modules(notebook: str) -> list[Path]:
+    """The files of `sinkstudy` that a notebook imports, directly or through one another (static, by syntax tree)."""
+    code = "\n".join(_text(cell) for cell in _cells(notebook) if cell["cell_type"] == "code")
+    waiting = _imports(re.sub(r"(?m)^\s*[%!].*$", "", code), "")
+    found: set[Path] = set()
+    while waiting:
+        name = waiting.pop()
+        base = ROOT.joinpath(*name.split("."))
+        for path in (base.with_suffix(".py"), base / "__init__.py"):
+            if path.is_file() and path not in found:
+                found.add(path)
+                package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+                waiting |= _imports(path.read_text(), package)
+    return sorted(found)
+
+
+def _imports(code: str, package: str) -> set[str]:
+    """Dotted names under `sinkstudy` that `code`, a module of `package`, imports, with the packages around them."""
+    names = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            module = ".".join([*parents, *([node.module] if node.module else [])])
+            names |= {module, *(f"{module}.{alias.name}" for alias in node.names)}  # a name may be a submodule
+    names = {name for name in names if name.split(".")[0] == "sinkstudy"}
+    return {name.rsplit(".", depth)[0] for name in names for depth in range(name.count(".") + 1)}
+
+
+def declared(values: dict[str, Any]) -> tuple[list[Path], list[Path]]:
+    """Files of the lab models, and other files of this machine, that parameter values name."""
+    models, data = [], []
+    for name in (text for value in values.values() for text in _texts(value)):
+        folder = MODELS / name if name in lab_models() else ROOT / name
+        if (folder / "config.json").is_file():
+            models += [path for path in _files(folder) if path.name != "README.md"]  # but the model card
+        elif "/" in name and folder.exists():
+            data += _files(folder)
+    return models, data
+
+
+def _texts(value: Any) -> list[str]:
+    """The texts in a parameter's value: itself, or the items of a list."""
+    return [text for text in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(text, str)]
+
+
+def lab_models() -> list[str]:
+    """Names of the models embedded under `data/models`."""
+    return sorted(path.parent.name for path in MODELS.glob("*/config.json"))
+
+
+def files_sha256(paths: Iterable[Path]) -> str:
+    """SHA-256 over the names and contents of files; the same wherever the project lies."""
+    digest = hashlib.sha256()
+    for path in sorted(set(paths)):
+        digest.update(os.path.relpath(path, ROOT).encode() + b"\0")
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _files(path: Path) -> list[Path]:
+    """`path` itself or the files under it that are not hidden."""
+    if path.is_file():
+        return [path]
+    inner = (p for p in path.rglob("*") if p.is_file())
+    return [p for p in inner if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _cells(notebook: str) -> list[dict]:
+    return json.loads((NOTEBOOKS / f"{notebook}.ipynb").read_text())["cells"]
+
+
+def _text(cell: dict) -> str:
+    return "".join(cell["source"])
+
+
+# ---- executed notebooks
+
+
+def record(run: str, notebook: str) -> dict[str, Any]:
+    """What the engine noted in an executed notebook; empty if there is none."""
+    try:
+        return json.loads((RUNS / run / f"{notebook}.ipynb").read_text())["metadata"].get("sinkstudy", {})
+    except FileNotFoundError:
+        return {}
+
+
+def is_fresh(run: str, notebook: str, parameters: dict[str, Any] | None = None) -> bool:
+    """Does the executed notebook, and what it wrote, follow from today's sources, under `parameters` if given?"""
+    noted = record(run, notebook)
+    if not noted or not (NOTEBOOKS / f"{notebook}.ipynb").is_file():
+        return False
+    now = fingerprint(notebook, noted["params"] if parameters is None else parameters)
+    results = files_sha256(_files(RESULTS / run / notebook))
+    return all(noted.get(key) == value for key, value in (now | {"results_sha256": results}).items())
+
+
+def executed(run: str) -> list[str]:
+    """Names of the executed notebooks of a run."""
+    return sorted(path.stem for path in (RUNS / run).glob("[0-9]*.ipynb"))
+
+
+def runs() -> list[str]:
+    """Names of the runs that have an executed notebook, the default model's first."""
+    found = sorted({path.parent.name for path in RUNS.glob("[!.]*/[0-9]*.ipynb")})
+    return sorted(found, key=lambda run: run != DEFAULT_MODEL)
+
+
+def stale() -> list[str]:
+    """`run/notebook` of every executed notebook that is out of date."""
+    return [f"{run}/{name}" for run in runs() for name in executed(run) if not is_fresh(run, name)]
+
+
+def execute(notebook: str, run: str, parameters: dict[str, Any]) -> None:
+    """Execute a notebook into `book/runs/<run>/` and its tables into `results/<run>/`, each appearing only whole.
+
+    `parameters` are those that differ from the notebook's defaults. Raises UserError if a cell fails; the notebook
+    up to that cell is kept under `book/runs/.work/failed/`.
+    """
+    import nbformat
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+    from traitlets.config import Config
+
+    WORK.mkdir(parents=True, exist_ok=True)
+    with _alone(f"{run}--{notebook}"):
+        if is_fresh(run, notebook, parameters):  # an earlier process, thought dead, has done it meanwhile
+            return
+        with tempfile.TemporaryDirectory(prefix="run-", dir=WORK) as work:
+            values = defaults(notebook) | parameters
+            noted = {"run": run, "params": parameters, "values": values, **fingerprint(notebook, parameters)}
+            noted |= provenance() | {key: values.get(key) for key in ("model", "device", "dtype", "seed")}
+            _kernel_environment(Path(work), values)
+            copy = Path(work) / f"{notebook}.ipynb"
+            started = time.time()
+            try:
+                papermill.execute_notebook(
+                    NOTEBOOKS / f"{notebook}.ipynb",
+                    copy,
+                    parameters,
+                    kernel_name="python3",
+                    cwd=NOTEBOOKS,
+                    config=Config(KernelManager={"transport": "ipc"}),  # sockets of this machine only
+                    progress_bar={"desc": notebook, "bar_format": "{desc}: cell {n_fmt}/{total_fmt} ({elapsed})"},
+                )
+            except PapermillExecutionError as error:
+                failed = WORK / "failed" / f"{run}--{notebook}.ipynb"
+                failed.parent.mkdir(exist_ok=True)
+                copy.replace(failed)
+                raise UserError(
+                    f"{notebook} failed on {run} in cell {error.cell_index + 1}: {error.ename}: {error.evalue}"
+                    f" (see {failed.relative_to(ROOT)})"
+                ) from None
+            made = Path(work) / "results" / slug(values.get("model", run)) / notebook
+            made.mkdir(parents=True, exist_ok=True)
+            _swap(made, RESULTS / run / notebook, Path(work))
+            noted["results_sha256"] = files_sha256(_files(RESULTS / run / notebook))
+            noted["started"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started))
+            noted["seconds"] = round(time.time() - started, 1)
+            page = tidy(nbformat.read(copy, as_version=4))
+            page.metadata["sinkstudy"] = noted
+            with atomic(RUNS / run / f"{notebook}.ipynb") as target:
+                nbformat.write(page, target)
+
+
+def _kernel_environment(work: Path, values: dict[str, Any]) -> None:
+    """Settings that the kernel inherits: tables go to `work`, this checkout is imported, nothing is random."""
+    os.environ["SINKSTUDY_RESULTS"] = str(work / "results")
+    os.environ["PYTHONPATH"] = str(ROOT)
+    os.environ["PYTHONHASHSEED"] = "0"
+    if values.get("model") in lab_models():
+        os.environ["HF_HUB_OFFLINE"] = "1"  # the embedded models need no network
+
+
+def _swap(made: Path, target: Path, work: Path) -> None:
+    """Put the folder `made` in the place of `target`."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists():
+        target.rename(work / "replaced")
+    if any(made.iterdir()):
+        made.rename(target)
+
+
+def tidy(page):
+    """Make an executed notebook fit to be read and compared.
+
+    Drops what went to stderr (progress bars), merges consecutive stdout outputs, strips papermill's notes, and folds
+    the cell of injected parameters.
+    """
+    page.metadata.pop("papermill", None)
+    for cell in page.cells:
+        for key in ("papermill", "execution", "ExecuteTime"):
+            cell.metadata.pop(key, None)
+        tags = cell.metadata.get("tags", [])
+        if "injected-parameters" in tags and "hide-input" not in tags:
+            cell.metadata["tags"] = [*tags, "hide-input"]
+        if cell.cell_type != "code":
+            continue
+        merged = []
+        for output in cell.outputs:
+            if output.output_type == "stream" and output.name == "stderr":
+                continue
+            if output.output_type == "stream" and merged and merged[-1].output_type == "stream":
+                merged[-1].text += output.text
+            else:
+                merged.append(output)
+        cell.outputs = merged
+    return page
+
+
+def provenance() -> dict[str, Any]:
+    """Commit, whether tracked files differ from it, Python and the versions of the packages that matter."""
+
+    def git(*arguments: str) -> str:
+        try:
+            return subprocess.run(
+                ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+            ).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return ""
+
+    versions = {"python": sys.version.split()[0]}
+    for name in VERSIONS:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "sinkstudy", "notebooks", "data")
+    return {"git_commit": git("rev-parse", "HEAD"), "dirty": bool(changed), "versions": versions}
+
+
+@contextmanager
+def _alone(name: str) -> Iterator[None]:
+    """Hold the lock `name`, waiting for a process that has it; the system frees it when its holder dies."""
+    with (WORK / f"{name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{name} is being executed by another process: waiting for it", file=sys.stderr, flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+# ---- runs
+
+
+def run(
+    model: str = DEFAULT_MODEL,
+    *,
+    only: Iterable[str] = (),
+    parameters: dict[str, Any] | None = None,
+    name: str | None = None,
+    jobs: int = 1,
+) -> str:
+    """Bring the notebooks of a run up to date and return the run's name.
+
+    Args:
+        model: a lab model, a local folder with config.json, or a hub id `owner/name`.
+        only: beginnings of notebook names; all notebooks without it.
+        parameters: values for the notebooks' parameters, besides `model`.
+        name: the run's name; by default the slug of the model's.
+        jobs: notebooks executed at the same time.
+
+    Raises UserError, before any kernel starts, for parameters that no notebook has or that do not fit, and after
+    the run if a notebook failed.
+    """
+    wanted = notebooks(only)
+    if not wanted:
+        raise UserError("there are no notebooks")
+    plan = check_parameters(wanted, model, parameters or {})
+    run_name = name or slug(model)
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", run_name):
+        raise UserError(f"'{run_name}' is no name for a run: letters, digits, '.', '_' and '-' only")
+    _clear_work()
+    with tempfile.NamedTemporaryFile("w", suffix=".json", dir=WORK) as config:
+        json.dump({"run": run_name, "notebooks": plan}, config)
+        config.flush()
+        command = [sys.executable, "-m", "snakemake", "--snakefile", ROOT / "Snakefile", "--directory", ROOT]
+        command += ["--cores", jobs, "--configfile", config.name, "--rerun-triggers", "params"]
+        # Nothing half-made is ever in place and every notebook has a lock of its own: a killed run needs no unlocking.
+        command += ["--nolock", "--rerun-incomplete", "--keep-going", "--quiet", "rules", "host"]
+        outdated = [f"book/runs/{run_name}/{nb}.ipynb" for nb in wanted if not is_fresh(run_name, nb, plan[nb])]
+        if outdated:
+            command += ["--forcerun", *outdated]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        ended = subprocess.run([str(part) for part in command], cwd=ROOT, env=environment, check=False)
+    if ended.returncode:
+        raise UserError(f"the run {run_name} did not end well: what failed stands above; the rest is done")
+    return run_name
+
+
+def _clear_work() -> None:
+    """Remove what killed runs left behind; a folder in use belongs to a held lock, so it stays."""
+    WORK.mkdir(parents=True, exist_ok=True)
+    for lock in WORK.glob("*.lock"):
+        with lock.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return
+    for leftover in WORK.glob("run-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def check_parameters(wanted: list[str], model: str, parameters: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """For each notebook the parameters that differ from its defaults. Raises UserError for those that do not fit.
+
+    A value may come from a command line: text for a parameter whose default is no text is read as JSON.
+    """
+    given = {"model": model} | parameters
+    known = {name: defaults(name) for name in wanted}
+    for key in given:
+        if not any(key in values for values in known.values()):
+            names = sorted({name for values in known.values() for name in values})
+            raise UserError(f"unknown parameter '{key}'; the notebooks have: {', '.join(names)}")
+    plan = {}
+    for notebook, values in known.items():
+        fitted = {key: _fit(key, value, values[key]) for key, value in given.items() if key in values}
+        plan[notebook] = {key: value for key, value in fitted.items() if value != values[key]}
+    return plan
+
+
+def _fit(key: str, value: Any, default: Any) -> Any:
+    """`value` in the type of `default`, checked for what `key` means. Raises UserError."""
+    if isinstance(value, str) and not isinstance(default, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            value = {"True": True, "False": False, "None": None}.get(value, value)
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if isinstance(default, tuple) and isinstance(value, list):
+        value = tuple(value)
+    if default is not None and type(value) is not type(default):
+        kind = type(default).__name__
+        raise UserError(f"parameter '{key}' is of type {kind} (default {default!r}), and {value!r} is not")
+    if key == "model":
+        return check_model(value)
+    if key == "device":
+        check_device(value)
+    if key == "dtype" and value not in DTYPES:
+        raise UserError(f"unknown dtype '{value}': one of {', '.join(DTYPES)}")
+    example = next(iter(_texts(default)), "")  # shows what kind of text the parameter holds
+    is_path = key == "data" or key.endswith(("_path", "_file", "_dir"))
+    is_path = is_path or ("/" in example and (ROOT / example).exists())
+    for text in _texts(value):
+        if example in lab_models():
+            check_model(text)
+        elif is_path and not (ROOT / text).exists():
+            raise UserError(f"parameter '{key}': there is no file or folder {text}")
+    return value
+
+
+def check_model(name: str) -> str:
+    """A model's name as notebooks take it (folders made absolute). Raises UserError if it cannot be one."""
+    if name in lab_models():
+        return name
+    folder = Path(name).expanduser()
+    if (folder / "config.json").is_file():
+        return str(folder.resolve())
+    if folder.is_dir():
+        raise UserError(f"the folder {name} holds no model: it has no config.json")
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
+        return name
+    raise UserError(
+        f"unknown model '{name}': not one of {', '.join(lab_models()) or 'the lab models (none is here)'},"
+        " not a folder with config.json, not a hub id of the form owner/name"
+    )
+
+
+def check_device(device: str) -> None:
+    """Raise UserError unless `device` is `cpu`, or `cuda`, `cuda:1`, `mps` and present on this machine."""
+    kind, _, index = device.partition(":")
+    if device == "cpu":
+        return
+    if kind not in ("cuda", "mps") or not re.fullmatch(r"(cuda|mps|cuda:\d+)", device):
+        raise UserError(f"unknown device '{device}': cpu, cuda, cuda:1, ... or mps")
+    import torch  # only now: it takes seconds
+
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device 'mps' is not there: this machine has no Apple GPU that torch can use")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError("device 'cuda' is not there: torch finds no CUDA GPU on this machine")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device '{device}' is not there: this machine has {torch.cuda.device_count()} GPU(s)")
+
+
+def update_notebooks(only: Iterable[str] = ()) -> None:
+    """Store the outputs of the default run in `notebooks/`, where nbval compares them and readers see them."""
+    import nbformat
+
+    for name in notebooks(only):
+        source = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+        page = nbformat.read(RUNS / DEFAULT_MODEL / f"{name}.ipynb", as_version=4)
+        for cell, done in zip(source.cells, page.cells, strict=True):
+            if cell.cell_type == "code":
+                cell.outputs, cell.execution_count = done.outputs, done.execution_count
+        with atomic(NOTEBOOKS / f"{name}.ipynb") as target:
+            nbformat.write(tidy(source), target)
+
+
+# ---- the book
+
+
+def render(*, stored: bool = False) -> bool:
+    """Render `_build/html` if a page, an executed notebook or anything else shown has changed; say whether it did.
+
+    `stored`: where the default run is out of date, show the outputs stored in `notebooks/` instead of asking for a
+    run (for tests of the pages). Raises UserError if a page is missing or Jupyter Book warns.
+    """
+    import yaml
+
+    for name in notebooks() if stored else ():
+        if not is_fresh(DEFAULT_MODEL, name, {}):
+            with atomic(RUNS / DEFAULT_MODEL / f"{name}.ipynb") as target:
+                shutil.copyfile(NOTEBOOKS / f"{name}.ipynb", target)
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
+    for page in _toc_pages(toc):
+        if page.startswith("book/runs/") and not (ROOT / f"{page}.ipynb").is_file():
+            raise UserError(f"{page}.ipynb is missing: 'sinkstudy run' makes it")
+    write_provenance()
+    shown = [path for folder in (BOOK, DATA, RESULTS) for path in _files(folder)]
+    shown += [path for path in (ROOT / "_config.yml", ROOT / "_toc.yml", ROOT / "CITATION.cff") if path.is_file()]
+    content = files_sha256(path for path in shown if WORK not in path.parents)
+    stamp = BUILD / "rendered-from"
+    index = BUILD / "html" / "index.html"
+    if index.is_file() and stamp.is_file() and stamp.read_text() == content:
+        print(f"the book is up to date: {index.relative_to(ROOT)}")
+        return False
+    stamp.unlink(missing_ok=True)
+    BUILD.mkdir(exist_ok=True)
+    (BUILD / "toc.yml").write_text(yaml.safe_dump(_with_runs(toc), sort_keys=False))
+    command = [sys.executable, "-m", "jupyter_book", "build", ".", "--toc", str(BUILD / "toc.yml")]
+    ended = subprocess.run([*command, "--all", "-W", "-n", "--keep-going"], cwd=ROOT, check=False)
+    if ended.returncode or not index.is_file():
+        raise UserError("the book was not rendered without a warning: Jupyter Book's messages stand above")
+    with atomic(stamp) as target:
+        target.write_text(content)
+    print(f"the book is rendered: {index.relative_to(ROOT)}")
+    return True
+
+
+def _toc_pages(toc: Any) -> Iterator[str]:
+    if isinstance(toc, dict):
+        yield from (toc[key] for key in ("root", "file") if key in toc)
+        toc = list(toc.values())
+    if isinstance(toc, list):
+        for item in toc:
+            yield from _toc_pages(item)
+
+
+def _with_runs(toc: dict) -> dict:
+    """The table of contents with one part for each run of another model that `_toc.yml` does not name."""
+    named = set(_toc_pages(toc))
+    parts = [
+        {"caption": f"On {run}", "chapters": [{"file": page} for page in pages]}
+        for run in runs()
+        if (pages := [p for name in executed(run) if (p := f"book/runs/{run}/{name}") not in named])
+    ]
+    if not parts:
+        return toc
+    if "parts" in toc:
+        return toc | {"parts": toc["parts"] + parts}
+    rest = {key: value for key, value in toc.items() if key != "chapters"}
+    return rest | {"parts": [{"chapters": toc.get("chapters", [])}, *parts]}
+
+
+def write_provenance() -> None:
+    """Write `book/runs/{provenance,versions,checksums}.csv` for the provenance page, from the executed notebooks."""
+    columns = ("run", "notebook", "model", "device", "dtype", "seed", "git_commit", "dirty", "started", "seconds")
+    rows, versions = [columns], [("run", "package", "version")]
+    for run_name in runs():
+        for name in executed(run_name):
+            noted = record(run_name, name) | {"notebook": name, "run": run_name}
+            rows.append(tuple(noted.get(column, "") for column in columns))
+        packages = noted.get("versions", {})
+        versions += [(run_name, package, version) for package, version in packages.items()]
+    checksums = [("file", "sha256")]
+    for path in sorted(_files(DATA)) if DATA.is_dir() else ():
+        with path.open("rb") as file:
+            checksums.append((str(path.relative_to(ROOT)), hashlib.file_digest(file, "sha256").hexdigest()))
+    for stem, table in (("provenance", rows), ("versions", versions), ("checksums", checksums)):
+        with atomic(RUNS / f"{stem}.csv") as target, target.open("w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(table)
+
+
+if __name__ == "__main__":  # called by the Snakefile: run, notebook, parameters as JSON
+    try:
+        execute(sys.argv[2], sys.argv[1], json.loads(sys.argv[3]))
+    except UserError as problem:
+        sys.exit(f"sinkstudy: {problem}")

@@ -1,0 +1,111 @@
+"""A small project of its own: the real engine and Snakefile, two toy notebooks, no torch."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+PARAMETERS = """
+model = "lab-llava"
+device = "cpu"
+dtype = "float32"
+limit = 3
+seed = 0
+scale = 1.5
+data = "data/table.csv"
+others = ["lab-llava"]
+"""
+# 01 imports alpha, which imports beta; 02 imports neither. Each execution leaves a line in journal.txt.
+FIRST = """
+import time
+from pathlib import Path
+from sinkstudy.alpha import double
+from sinkstudy.paths import ROOT, results_dir
+out = results_dir("lab-llava", "01-first")
+(out / "a.csv").write_text(f"value\\n{double(limit)}\\n")
+time.sleep(float((ROOT / "pause").read_text()))
+(out / "b.csv").write_text("value\\n1\\n")
+(ROOT / "journal.txt").open("a").write("01-first\\n")
+print(f"doubled: {double(limit)}")
+"""
+SECOND = """
+from sinkstudy.paths import ROOT, results_dir
+text = (ROOT / data).read_text()
+(results_dir("lab-llava", "02-second") / "copy.csv").write_text(text)
+(ROOT / "journal.txt").open("a").write("02-second\\n")
+print(len(text), "characters")
+"""
+
+
+class Project:
+    """A toy project in a temporary folder."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        (root / "sinkstudy").mkdir()
+        for name in ("__init__.py", "paths.py", "engine.py", "cli.py"):
+            shutil.copy(REPOSITORY / "sinkstudy" / name, root / "sinkstudy" / name)
+        shutil.copy(REPOSITORY / "Snakefile", root / "Snakefile")
+        self.write("sinkstudy/alpha.py", "from .beta import TWO\n\n\ndef double(x):\n    return TWO * x\n")
+        self.write("sinkstudy/beta.py", "TWO = 2\n")
+        self.write("sinkstudy/unused.py", "")
+        self.write("data/table.csv", "x\n1\n")
+        self.write("data/models/lab-llava/config.json", "{}")
+        self.write("data/models/lab-llava/README.md", "A card.")
+        self.write("pause", "0")
+        self.notebook("01-first", FIRST)
+        self.notebook("02-second", SECOND)
+
+    def write(self, path: str, text: str) -> None:
+        (self.root / path).parent.mkdir(parents=True, exist_ok=True)
+        (self.root / path).write_text(text)
+
+    def notebook(self, name: str, code: str, parameters: str = PARAMETERS, prose: str = "# A toy") -> None:
+        cells = [new_markdown_cell(prose), new_code_cell(parameters.strip()), new_code_cell(code.strip())]
+        cells[1].metadata["tags"] = ["parameters"]
+        for index, cell in enumerate(cells):
+            cell["id"] = f"cell-{index}"
+        (self.root / "notebooks").mkdir(exist_ok=True)
+        nbformat.write(new_notebook(cells=cells), self.root / "notebooks" / f"{name}.ipynb")
+
+    def start(self, *arguments: str) -> subprocess.Popen:
+        environment = os.environ | {"PYTHONPATH": str(self.root)}
+        environment.pop("SINKSTUDY_RESULTS", None)
+        return subprocess.Popen(
+            [sys.executable, "-m", "sinkstudy.cli", *arguments],
+            cwd=self.root,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def call(self, *arguments: str, code: int = 0) -> str:
+        """Run the command to its end and return what it printed."""
+        process = self.start(*arguments)
+        printed, _ = process.communicate(timeout=120)
+        assert process.returncode == code, printed
+        return printed
+
+    def executed(self, *arguments: str) -> list[str]:
+        """The notebooks that `sinkstudy run` executes, in alphabetical order."""
+        (self.root / "journal.txt").unlink(missing_ok=True)
+        self.call("run", *arguments)
+        journal = self.root / "journal.txt"
+        return sorted(journal.read_text().split()) if journal.exists() else []
+
+    def page(self, name: str, run: str = "lab-llava") -> nbformat.NotebookNode:
+        return nbformat.read(self.root / "book" / "runs" / run / f"{name}.ipynb", as_version=4)
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    return Project(tmp_path)
