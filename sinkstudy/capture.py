@@ -1,0 +1,360 @@
+"""What a forward pass shows: hidden states and attention, reduced where they arise.
+
+Whole attention maps of a 7B model take gigabytes per image, so nothing here keeps them. Three context
+managers watch the layers of one side ("vision" or "decoder") of an `LVLM`, hand every tensor at once to a
+reduction, and keep only what that returns:
+
+- `hidden_states`: the residual stream after each layer, by forward hooks;
+- `attention_rows`: attention of chosen queries to all keys;
+- `attention_received`: mean attention that each key gets from the queries that can see it.
+
+Each yields a dict {layer: [one result per call of that layer]}. A forward pass calls each layer once;
+`generate` calls the decoder's layers once for the prompt and once for each further token. What the model
+computes does not change: its attention stays PyTorch's SDPA, and the weights are computed beside it, in
+float32, for the wanted rows only. On exit, also by an exception, hooks and attention are as before.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
+
+from sinkstudy.models import LVLM
+
+Side = Literal["vision", "decoder"]
+
+
+def token_norms(hidden: torch.Tensor, layer: int | None = None) -> torch.Tensor:
+    """L2 norm of every token in float32: [.., tokens, width] -> [.., tokens]."""
+    return hidden.float().norm(dim=-1)
+
+
+def top_dimensions(hidden: torch.Tensor, k: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k entries of largest magnitude of every token, largest first.
+
+    [.., tokens, width] -> values float32 (with sign) and dimensions long, both [.., tokens, k].
+    """
+    dimensions = hidden.float().abs().topk(k, dim=-1).indices
+    return hidden.float().gather(-1, dimensions), dimensions
+
+
+@contextmanager
+def hidden_states(
+    lvlm: LVLM,
+    side: Side,
+    reduce: Callable[[torch.Tensor, int], Any] = token_norms,
+    layers: Sequence[int] | None = None,
+) -> Iterator[dict[int, list]]:
+    """Collect `reduce(hidden, layer)` of the residual stream after each layer.
+
+    `hidden` is [batch, tokens, width]; on the vision side its first `lvlm.n_prefix` tokens are CLS and
+    registers. The last decoder layer's is taken before the final norm. `layers` counts from 0, also from the
+    end if negative; all by default.
+    """
+    results: dict[int, list] = {}
+
+    def keeper(layer: int) -> Callable:
+        def keep(module: nn.Module, args: tuple, output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            results[layer].append(reduce(hidden, layer))
+
+        return keep
+
+    handles = []
+    try:
+        for layer, module in _select(lvlm, side, layers).items():
+            results[layer] = []
+            handles.append(module.register_forward_hook(keeper(layer)))
+        yield results
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def attention_rows(
+    lvlm: LVLM,
+    side: Side,
+    reduce: Callable[[torch.Tensor, int], Any] = lambda weights, layer: weights,
+    rows: int | Sequence[int] | Literal["all"] = -1,
+    layers: Sequence[int] | None = None,
+) -> Iterator[dict[int, list]]:
+    """Collect `reduce(weights, layer)` of the attention of chosen query rows.
+
+    `weights` is float32 [batch, heads, rows, keys] and sums to 1 over keys (0 for a row of padding). Rows
+    count within the queries of the current call, from the end if negative: while decoding with a cache each
+    call has one query, and -1, the default, is the token being decoded, or the last token of the prompt.
+    "all" has [heads, tokens, tokens] per image until it is reduced: for small towers; to average over
+    queries, see `attention_received`.
+
+    Raises:
+        IndexError: in the forward pass, if a call has fewer queries than a row asks for.
+    """
+    results: dict[int, list] = {layer: [] for layer in _select(lvlm, side, layers)}
+
+    def see(layer: int, attention: "_Attention") -> None:
+        index = torch.arange(attention.n_queries, device=attention.query.device)
+        if rows != "all":
+            index = index[torch.as_tensor([rows] if isinstance(rows, int) else rows, device=index.device)]
+        results[layer].append(reduce(attention.weights(index), layer))
+
+    with _watching(lvlm, side, layers, see):
+        yield results
+
+
+@contextmanager
+def attention_received(
+    lvlm: LVLM,
+    side: Side,
+    layers: Sequence[int] | None = None,
+    queries: slice = slice(None),
+    block: int = 256,
+) -> Iterator[dict[int, list]]:
+    """Collect the mean attention that each key receives: float32 [batch, heads, keys] per call.
+
+    Key k's value is the mean of A[i, k] over the queries i that can see it: all queries in a vision tower,
+    i >= k in a causal decoder (alpha_k of Gu et al., "When Attention Sink Emerges in Language Models",
+    2410.10781). Padding neither asks nor answers; a key that no query sees has NaN. `queries` restricts the
+    queries of a call, e.g. `slice(lvlm.n_prefix, None)` for patches only. Weights exist for `block` rows at a
+    time. Meant for one pass over a whole sequence: while decoding, a call averages over its own query only.
+    """
+    results: dict[int, list] = {layer: [] for layer in _select(lvlm, side, layers)}
+
+    def see(layer: int, attention: "_Attention") -> None:
+        index = torch.arange(attention.n_queries, device=attention.query.device)
+        total = count = 0
+        for rows in index[queries].split(block):
+            asking = attention.visible(rows) & attention.real(rows)  # [batch or 1, 1, rows, keys]
+            total = total + (attention.weights(rows) * asking).sum(2)  # [batch, heads, keys]
+            count = count + asking.sum(2)
+        results[layer].append(total / count)
+
+    with _watching(lvlm, side, layers, see):
+        yield results
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What `trace` saw, on the CPU in float32. Patch j of the tower is visual token j of the decoder."""
+
+    vision_norms: torch.Tensor  # [images, vision layers, patches]
+    vision_received: torch.Tensor  # [images, vision layers, heads, patches], from all tokens, as received
+    projected_norms: torch.Tensor  # [images, patches], after the connector
+    decoder_norms: torch.Tensor  # [images, decoder layers, patches]
+    last_attention: torch.Tensor  # [images, decoder layers, heads, patches], from the last prompt token
+    output_attention: torch.Tensor | None  # the same, mean over the queries that produced the answer
+    answers: list[str] | None  # None, as output_attention, if nothing was generated
+
+
+@torch.no_grad()
+def trace(
+    lvlm: LVLM,
+    images: Sequence[Any],
+    questions: Sequence[str],
+    max_new_tokens: int = 0,
+    batch_size: int = 16,
+) -> Trace:
+    """Follow each image with its question through tower, connector and decoder, in one vision pass each.
+
+    With `max_new_tokens` > 0 the model answers greedily, and `output_attention` is the mean over the queries
+    that produced the answer's tokens, the end token included: the last prompt token, whose output is the
+    first token of the answer, and then each token of the answer but the last.
+
+    Raises:
+        ValueError: if there are no images, or if the numbers of images and questions differ.
+    """
+    if len(images) == 0 or len(images) != len(questions):
+        raise ValueError(f"one question per image: got {len(images)} images and {len(questions)} questions")
+    parts = [
+        _trace_batch(lvlm, images[i : i + batch_size], questions[i : i + batch_size], max_new_tokens)
+        for i in range(0, len(images), batch_size)
+    ]
+    return Trace(
+        **{field.name: _joined([getattr(part, field.name) for part in parts]) for field in fields(Trace)}
+    )
+
+
+def _joined(parts: list) -> torch.Tensor | list | None:
+    if isinstance(parts[0], torch.Tensor):
+        return torch.cat(parts)
+    return None if parts[0] is None else sum(parts, [])
+
+
+def _trace_batch(lvlm: LVLM, images: Sequence[Any], questions: Sequence[str], max_new_tokens: int) -> Trace:
+    inputs = lvlm.inputs(images, questions)
+    visual = lvlm.visual_positions(inputs.input_ids)  # [batch, patches]
+
+    def to_visual(weights: torch.Tensor, layer: int) -> torch.Tensor:
+        columns = visual[:, None].expand(-1, weights.shape[1], -1)
+        return weights[:, :, 0].gather(-1, columns)  # [batch, heads, patches]
+
+    projected: list[torch.Tensor] = []
+    hook = lvlm.connector.register_forward_hook(
+        lambda module, args, output: projected.append(token_norms(output))
+    )
+    try:
+        with (
+            hidden_states(lvlm, "vision") as vision_norms,
+            hidden_states(lvlm, "decoder") as decoder_norms,
+            attention_received(lvlm, "vision") as received,
+            attention_rows(lvlm, "decoder", to_visual) as rows,
+        ):
+            if max_new_tokens:
+                sequences = lvlm.model.generate(
+                    **inputs,
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    pad_token_id=lvlm.processor.tokenizer.pad_token_id,
+                )
+            else:
+                lvlm.model(**inputs, logits_to_keep=1)
+    finally:
+        hook.remove()
+
+    def stack(results: dict[int, list]) -> torch.Tensor:
+        return torch.stack([calls[0] for calls in results.values()], dim=1).cpu()  # [batch, layers, ..]
+
+    output_attention = answers = None
+    if max_new_tokens:
+        tokens = sequences[:, inputs.input_ids.shape[1] :]  # [batch, steps]
+        steps = torch.stack(
+            [torch.stack(calls) for calls in rows.values()], dim=2
+        )  # [steps, batch, layers, ..]
+        ends = torch.as_tensor(lvlm.model.generation_config.eos_token_id, device=tokens.device)
+        ended = torch.isin(tokens, ends).cumsum(1)
+        alive = (ended - torch.isin(tokens, ends).long() == 0).float().T  # up to and with the first end token
+        alive = alive / alive.sum(0)  # [steps, batch]
+        output_attention = (steps * alive[:, :, None, None, None]).sum(0).cpu()
+        answers = [text.strip() for text in lvlm.processor.batch_decode(tokens, skip_special_tokens=True)]
+    return Trace(
+        vision_norms=stack(vision_norms)[..., lvlm.n_prefix :],
+        vision_received=stack(received)[..., lvlm.n_prefix :],
+        projected_norms=projected[0].cpu(),
+        decoder_norms=stack(decoder_norms).gather(
+            -1, visual.cpu()[:, None].expand(-1, len(decoder_norms), -1)
+        ),
+        last_attention=stack(rows),
+        output_attention=output_attention,
+        answers=answers,
+    )
+
+
+def _select(lvlm: LVLM, side: Side, layers: Sequence[int] | None) -> dict[int, nn.Module]:
+    """Layer modules by index from 0, in order."""
+    if side not in ("vision", "decoder"):
+        raise ValueError(f"side is 'vision' or 'decoder', not {side!r}")
+    modules = lvlm.vision_layers if side == "vision" else lvlm.decoder_layers
+    wanted = range(len(modules)) if layers is None else sorted(range(len(modules))[layer] for layer in layers)
+    return {layer: modules[layer] for layer in wanted}
+
+
+@dataclass(frozen=True)
+class _Attention:
+    """One call of one attention module, from which any rows can be had."""
+
+    query: torch.Tensor  # [batch, heads, queries, head width], rotated
+    key: torch.Tensor  # [batch, key heads, keys, head width]
+    mask: torch.Tensor | None  # [batch or 1, 1 or heads, queries, keys]: bool (True is seen) or float, added
+    causal: bool  # SDPA's own causal mask is on; then `mask` is None
+    scaling: float
+
+    @property
+    def n_queries(self) -> int:
+        return self.query.shape[2]
+
+    @property
+    def n_keys(self) -> int:
+        return self.key.shape[2]
+
+    def visible(self, rows: torch.Tensor) -> torch.Tensor:
+        """Which keys each of these queries may attend to: bool [batch or 1, 1 or heads, rows, keys]."""
+        if self.mask is None:
+            last = rows if self.causal else torch.full_like(rows, self.n_keys)
+            return (torch.arange(self.n_keys, device=rows.device) <= last[:, None])[None, None]
+        mask = self.mask[:, :, rows, : self.n_keys]
+        return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+    def real(self, rows: torch.Tensor) -> torch.Tensor:
+        """Which of these queries are no padding but see themselves: bool [batch or 1, 1 or heads, rows, 1]."""
+        if self.mask is None:
+            return torch.ones(1, 1, len(rows), 1, dtype=torch.bool, device=rows.device)
+        itself = self.n_keys - self.n_queries + rows  # the queries are the newest keys
+        visible = self.visible(rows)
+        return visible.gather(-1, itself.view(1, 1, -1, 1).expand(*visible.shape[:2], -1, 1))
+
+    def weights(self, rows: torch.Tensor) -> torch.Tensor:
+        """softmax(q k^T * scaling + mask) of these queries, float32 [batch, heads, rows, keys]."""
+        key_heads = self.key.shape[1]
+        q = (
+            self.query[:, :, rows].float().unflatten(1, (key_heads, -1))
+        )  # [batch, key heads, group, rows, width]
+        k = self.key.float().unsqueeze(2)  # query head h reads key head h // group
+        scores = (q @ k.transpose(-1, -2)).flatten(1, 2) * self.scaling
+        if self.mask is not None and self.mask.dtype != torch.bool:
+            scores = scores + self.mask[:, :, rows, : self.n_keys].float()
+        scores = scores.masked_fill(~self.visible(rows), float("-inf"))
+        return scores.softmax(-1).nan_to_num(0.0)  # a row that sees nothing is padding
+
+
+def _watched_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """SDPA attention that first shows its inputs to whoever watches this module."""
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    attention = _Attention(
+        query=query,
+        key=key,
+        mask=attention_mask,
+        causal=causal and attention_mask is None and query.shape[2] > 1,  # as sdpa_attention_forward has it
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+    )
+    for see in getattr(module, "_watchers", ()):
+        see(attention)
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, scaling=scaling, is_causal=is_causal, **kwargs
+    )
+
+
+# transformers finds attention and mask functions by name; without the second line the mask would be None
+AttentionInterface.register("sinkstudy_watched", _watched_attention)
+AttentionMaskInterface.register("sinkstudy_watched", sdpa_mask)
+
+
+@contextmanager
+def _watching(
+    lvlm: LVLM, side: Side, layers: Sequence[int] | None, see: Callable[[int, _Attention], None]
+) -> Iterator[None]:
+    """Call `see(layer, attention)` at every attention of these layers. Contexts may be nested."""
+    part, path = (
+        (lvlm.vision, lvlm.spec.vision_attention)
+        if side == "vision"
+        else (lvlm.decoder, lvlm.spec.decoder_attention)
+    )
+    modules = {layer: block.get_submodule(path) for layer, block in _select(lvlm, side, layers).items()}
+    watchers = {layer: partial(see, layer) for layer in modules}
+    before = part.config._attn_implementation
+    try:
+        for layer, module in modules.items():
+            module._watchers = [*getattr(module, "_watchers", []), watchers[layer]]
+        part.set_attn_implementation("sinkstudy_watched")
+        yield
+    finally:
+        part.set_attn_implementation(before)
+        for layer, module in modules.items():
+            module._watchers = [w for w in module._watchers if w is not watchers[layer]]
+            if not module._watchers:
+                del module._watchers
