@@ -19,7 +19,7 @@ import seaborn as sns
 from IPython import get_ipython
 from IPython.display import HTML
 
-from sinkstudy.paths import MODELS, RUNS, atomic, results_dir
+from sinkstudy.paths import MODELS, atomic, results_dir
 
 PALETTE = ("#1a78c2", "#cc7f00", "#0fa37f", "#c26ab2", "#b5402a")
 """Blue, orange, green, pink, red: apart for colour-blind readers too, visible on white and on near-black pages."""
@@ -251,59 +251,3 @@ def _device_name(device: Any) -> str:
 
         return f"cuda ({torch.cuda.get_device_name(device)})"
     return device.type
-
-
-def write_provenance(runs: Path = RUNS) -> Path:
-    """Write `<runs>/provenance.md`, the body of the provenance page, from the executed notebooks' own metadata.
-
-    Reads `metadata.sinkstudy` of every `<runs>/<run>/*.ipynb`, which the engine stored when it executed them. Called
-    at each build of the book. The file is only touched when its text changes.
-
-    Returns:
-        The path of the file.
-    """
-    runs.mkdir(parents=True, exist_ok=True)
-    parts = []
-    for run in sorted(path for path in runs.iterdir() if path.is_dir()):
-        records = {}
-        for notebook in sorted(run.glob("*.ipynb")):
-            stored = json.loads(notebook.read_text(encoding="utf-8")).get("metadata", {})
-            if record := stored.get("sinkstudy"):
-                records[notebook.stem] = record
-        if records:
-            parts.append(_run_provenance(run.name, records))
-    text = "\n".join(parts) or "No executed notebook was found: nothing has been run yet.\n"
-    target = runs / "provenance.md"
-    if not target.exists() or target.read_text(encoding="utf-8") != text:
-        with atomic(target) as beside:
-            beside.write_text(text, encoding="utf-8")
-    return target
-
-
-def _run_provenance(run: str, records: Mapping[str, Mapping[str, Any]]) -> str:
-    """One run as Markdown: what its notebooks share as a list, then a row a notebook for what they do not."""
-    flat = {name: _flat(record) for name, record in records.items()}
-    keys = list(dict.fromkeys(key for record in flat.values() for key in record))
-    shared = [key for key in keys if len({record.get(key, "") for record in flat.values()}) == 1]
-    shared = [key for key in shared if key not in ("seconds", "started")]
-    own = [key for key in keys if key not in shared]
-    first = next(iter(flat.values()))
-    lines = [f"## {run}", "", "| | shared by all notebooks of this run |", "|---|---|"]
-    lines += [f"| {key} | {first[key]} |" for key in shared if first[key]]
-    lines += ["", "| notebook | " + " | ".join(own) + " |", "|---|" + "---|" * len(own)]
-    lines += [f"| {name} | " + " | ".join(r.get(k, "") for k in own) + " |" for name, r in flat.items()]
-    return "\n".join(lines) + "\n"
-
-
-def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested metadata as one level of short Markdown texts: {"versions": {"torch": …}} → {"versions.torch": …}."""
-    flat = {}
-    for key, value in record.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        elif value is None:
-            flat[prefix + key] = ""
-        else:
-            text = f"{value:.1f}" if key == "seconds" else str(value)
-            flat[prefix + key] = "`" + text.replace("|", "\\|").replace("`", "'") + "`"
-    return flat

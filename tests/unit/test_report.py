@@ -188,20 +188,3 @@ def test_provenance_names_what_made_the_page_and_agrees_with_itself(lvlm):
         assert part in table
     assert re.search(r"[0-9a-f]{64}", table) and lvlm.name not in table
     assert table == report.provenance(lvlm, {"seed": 3, "criterion": "<mean + 3 sd>"}).data
-
-
-def test_provenance_page_reads_the_metadata_of_executed_notebooks(tmp_path):
-    shared = {"git_commit": "abc", "versions": {"torch": "2.13.0"}, "seed": 0}
-    for name, seconds in (("01-norms", 12.34), ("03-propagation", 56.78)):
-        notebook = {"metadata": {"sinkstudy": shared | {"seconds": seconds}}, "cells": []}
-        (tmp_path / "lab-llava").mkdir(exist_ok=True)
-        (tmp_path / f"lab-llava/{name}.ipynb").write_text(json.dumps(notebook))
-    text = report.write_provenance(tmp_path).read_text()
-    assert "## lab-llava" in text and "| versions.torch | `2.13.0` |" in text
-    assert "| 01-norms | `12.3` |" in text and "| 03-propagation | `56.8` |" in text
-    changed = (tmp_path / "provenance.md").stat().st_mtime_ns
-    assert report.write_provenance(tmp_path).stat().st_mtime_ns == changed  # an equal text is left alone
-
-
-def test_provenance_page_says_so_when_nothing_has_been_run(tmp_path):
-    assert "nothing has been run" in report.write_provenance(tmp_path / "runs").read_text()
