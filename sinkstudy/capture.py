@@ -282,7 +282,7 @@ class _Attention:
         return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
     def real(self, rows: torch.Tensor) -> torch.Tensor:
-        """Which of these queries are no padding but see themselves: bool [batch or 1, 1 or heads, rows, 1]."""
+        """Which queries see themselves, so are no padding: bool [batch or 1, 1 or heads, rows, 1]."""
         if self.mask is None:
             return torch.ones(1, 1, len(rows), 1, dtype=torch.bool, device=rows.device)
         itself = self.n_keys - self.n_queries + rows  # the queries are the newest keys
