@@ -12,6 +12,9 @@ Each yields a dict {layer: [one result per call of that layer]}. A forward pass 
 `generate` calls the decoder's layers once for the prompt and once for each further token. What the model
 computes does not change: its attention stays PyTorch's SDPA, and the weights are computed beside it, in
 float32, for the wanted rows only. On exit, also by an exception, hooks and attention are as before.
+
+Layers count from 0. The hidden states of layer l are what it puts out; its attention reads what it takes in,
+the hidden states of layer l - 1.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -145,7 +148,7 @@ class Trace:
     """What `trace` saw, on the CPU in float32. Patch j of the tower is visual token j of the decoder."""
 
     vision_norms: torch.Tensor  # [images, vision layers, patches]
-    vision_received: torch.Tensor  # [images, vision layers, heads, patches], from all tokens, as received
+    vision_received: torch.Tensor  # [images, vision layers, heads, patches], mean attention from all tokens
     projected_norms: torch.Tensor  # [images, patches], after the connector
     decoder_norms: torch.Tensor  # [images, decoder layers, patches]
     last_attention: torch.Tensor  # [images, decoder layers, heads, patches], from the last prompt token
@@ -192,7 +195,7 @@ def _trace_batch(lvlm: LVLM, images: Sequence[Any], questions: Sequence[str], ma
     visual = lvlm.visual_positions(inputs.input_ids)  # [batch, patches]
 
     def to_visual(weights: torch.Tensor, layer: int) -> torch.Tensor:
-        columns = visual[:, None].expand(-1, weights.shape[1], -1)
+        columns = visual[:, None].expand(-1, weights.shape[1], -1).to(weights.device)
         return weights[:, :, 0].gather(-1, columns)  # [batch, heads, patches]
 
     projected: list[torch.Tensor] = []
@@ -219,19 +222,15 @@ def _trace_batch(lvlm: LVLM, images: Sequence[Any], questions: Sequence[str], ma
         hook.remove()
 
     def stack(results: dict[int, list]) -> torch.Tensor:
-        return torch.stack([calls[0] for calls in results.values()], dim=1).cpu()  # [batch, layers, ..]
+        return torch.stack([calls[0].cpu() for calls in results.values()], dim=1)  # [batch, layers, ..]
 
     output_attention = answers = None
     if max_new_tokens:
         tokens = sequences[:, inputs.input_ids.shape[1] :]  # [batch, steps]
-        steps = torch.stack(
-            [torch.stack(calls) for calls in rows.values()], dim=2
-        )  # [steps, batch, layers, ..]
-        ends = torch.as_tensor(lvlm.model.generation_config.eos_token_id, device=tokens.device)
-        ended = torch.isin(tokens, ends).cumsum(1)
-        alive = (ended - torch.isin(tokens, ends).long() == 0).float().T  # up to and with the first end token
-        alive = alive / alive.sum(0)  # [steps, batch]
-        output_attention = (steps * alive[:, :, None, None, None]).sum(0).cpu()
+        steps = torch.stack([torch.stack(calls).cpu() for calls in rows.values()], dim=2)
+        weight = _until_end(tokens.cpu(), lvlm.model.generation_config.eos_token_id).T  # [steps, batch]
+        weight = (weight / weight.sum(0))[:, :, None, None, None]
+        output_attention = (steps * weight).sum(0)  # [steps, batch, layers, heads, patches] -> [batch, ..]
         answers = [text.strip() for text in lvlm.processor.batch_decode(tokens, skip_special_tokens=True)]
     return Trace(
         vision_norms=stack(vision_norms)[..., lvlm.n_prefix :],
@@ -244,6 +243,13 @@ def _trace_batch(lvlm: LVLM, images: Sequence[Any], questions: Sequence[str], ma
         output_attention=output_attention,
         answers=answers,
     )
+
+
+def _until_end(tokens: torch.Tensor, end_ids: int | list[int] | None) -> torch.Tensor:
+    """1 for the tokens of an answer up to and with its first end token, then 0: [batch, steps], float."""
+    is_end = torch.isin(tokens, torch.tensor([] if end_ids is None else end_ids, dtype=tokens.dtype))
+    ends_before = is_end.cumsum(1) - is_end.long()
+    return (ends_before == 0).float()
 
 
 def _select(lvlm: LVLM, side: Side, layers: Sequence[int] | None) -> dict[int, nn.Module]:

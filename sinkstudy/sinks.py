@@ -7,7 +7,7 @@ across widths, relative ones find a tail in everything. So the study runs severa
 agree (`jaccard`, `agreement`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 
 import pandas as pd
@@ -62,6 +62,15 @@ def norm_drop(norms: torch.Tensor, min_ratio: float = 1.5, top: float = 0.25) ->
     largest, last = ratios.max(dim=-1, keepdim=True)
     rank = order.argsort(dim=-1)
     return (rank <= last) & (largest >= min_ratio)
+
+
+NORM_CRITERIA: dict[str, Callable[..., torch.Tensor]] = {  # by name; each takes (norms, threshold)
+    "absolute": absolute,
+    "mean_sd": mean_sd,
+    "percentile": percentile,
+    "above_median": above_median,
+    "norm_drop": norm_drop,
+}
 
 
 def max_median_ratio(norms: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
+    SiglipVisionConfig,
 )
 
 from sinkstudy import models
@@ -31,7 +32,7 @@ CHAT = (
 )
 
 
-def write_tiny_llava(folder: Path, registers: bool) -> None:
+def write_tiny_llava(folder: Path, tower: str) -> None:
     """4 x 4 patches, 3 vision layers of 2 heads, 3 decoder layers of 4 heads that share 2 key heads."""
     words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = WhitespaceSplit()
@@ -48,8 +49,8 @@ def write_tiny_llava(folder: Path, registers: bool) -> None:
         CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
         tokenizer,
         patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
+        vision_feature_select_strategy="full" if tower == "siglip" else "default",
+        num_additional_image_tokens=0 if tower == "siglip" else 1,
         chat_template=CHAT,
     )
     # large initial weights, so that attention is far from uniform
@@ -60,11 +61,16 @@ def write_tiny_llava(folder: Path, registers: bool) -> None:
         num_attention_heads=2,
         image_size=32,
         patch_size=8,
-        initializer_factor=3.0,
     )
+    towers = {
+        "clip": lambda: CLIPVisionConfig(**vision, initializer_factor=3.0),
+        "registers": lambda: CLIPVisionWithRegistersConfig(**vision, initializer_factor=3.0),
+        "siglip": lambda: SiglipVisionConfig(**vision),
+    }
     torch.manual_seed(0)
     config = LlavaConfig(
-        vision_config=CLIPVisionWithRegistersConfig(**vision) if registers else CLIPVisionConfig(**vision),
+        vision_config=towers[tower](),
+        vision_feature_select_strategy="full" if tower == "siglip" else "default",
         text_config=LlamaConfig(
             vocab_size=len(WORDS),
             hidden_size=32,
@@ -88,7 +94,14 @@ def write_tiny_llava(folder: Path, registers: bool) -> None:
 @pytest.fixture(scope="session", params=["clip", "registers"])
 def tiny(request, tmp_path_factory) -> models.LVLM:
     folder = tmp_path_factory.mktemp(f"tiny-{request.param}")
-    write_tiny_llava(folder, registers=request.param == "registers")
+    write_tiny_llava(folder, request.param)
+    return models.load(str(folder))
+
+
+@pytest.fixture(scope="session")
+def tiny_siglip(tmp_path_factory) -> models.LVLM:
+    folder = tmp_path_factory.mktemp("tiny-siglip")
+    write_tiny_llava(folder, "siglip")
     return models.load(str(folder))
 
 

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from sinkstudy import models
+from sinkstudy.capture import trace
 
 
 def test_parts(tiny):
@@ -103,6 +105,24 @@ def test_layouts_that_do_not_fit(tiny):
         config = type(tiny.model.config).from_dict({**tiny.model.config.to_dict(), **change})
         with pytest.raises(ValueError, match=message):
             models._check_layout("some-model", config)
+
+
+def test_tower_without_cls(tiny_siglip, images):
+    """Every vision token is a patch and a visual token."""
+    assert (tiny_siglip.n_prefix, tiny_siglip.grid, tiny_siglip.feature_layer) == (0, (4, 4), 1)
+    seen = trace(tiny_siglip, images, ["how many"] * 3)
+    assert seen.vision_norms.shape == (3, 3, 16)
+    torch.testing.assert_close(seen.vision_received.sum(-1), torch.ones(3, 3, 2))
+
+
+def test_llava_15_layout():
+    """The default config of LLaVA is LLaVA-1.5-7B; the model is made without weights."""
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(LlavaConfig())
+    lvlm = models.LVLM(model, None, "llava-1.5", None, models.SPECS["llava"])
+    assert (lvlm.n_prefix, lvlm.grid, lvlm.feature_layer, lvlm.image_token_id) == (1, (24, 24), 22, 32000)
+    assert (len(lvlm.vision_layers), len(lvlm.decoder_layers)) == (24, 32)
+    models._check_layout("llava-1.5", model.config)
 
 
 def test_lab_model(lab):

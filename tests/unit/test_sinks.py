@@ -76,6 +76,19 @@ def test_norm_drop_by_hand():
     assert where(sinks.norm_drop(low_tail)) == []
 
 
+def test_norm_criteria_by_name():
+    norms = torch.stack([image(4.0, 3.5), image()])
+    for name, threshold in {
+        "absolute": 2,
+        "mean_sd": 3,
+        "percentile": 99,
+        "above_median": 3,
+        "norm_drop": 2,
+    }.items():
+        assert where(sinks.NORM_CRITERIA[name](norms, threshold)[0]) == [0, 10], name
+    assert {function.__name__ for function in sinks.NORM_CRITERIA.values()} == set(sinks.NORM_CRITERIA)
+
+
 def test_max_median_ratio():
     norms = torch.tensor([[1.0, 2.0, 3.0, 12.0], [2.0, 2.0, 2.0, 2.0]])
     assert sinks.max_median_ratio(norms).tolist() == pytest.approx([12 / 2.5, 1.0])
