@@ -55,6 +55,7 @@ def style() -> list[str]:
             "legend.fontsize": "small",
             "legend.title_fontsize": "small",
             "grid.alpha": 0.35,
+            "patch.linewidth": 0,
             "image.cmap": "viridis",
             "svg.hashsalt": "sinkstudy",
             **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor"), INK),
