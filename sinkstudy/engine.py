@@ -117,7 +117,7 @@ def declared(values: dict[str, Any]) -> tuple[list[Path], list[Path]]:
         folder = MODELS / name if name in lab_models() else ROOT / name
         if (folder / "config.json").is_file():
             models += [path for path in _files(folder) if path.name != "README.md"]  # but the model card
-        elif "/" in name and folder.exists():
+        elif "/" in name.strip("/") and folder.exists():
             data += _files(folder)
     return models, data
 
@@ -214,7 +214,10 @@ def execute(notebook: str, run: str, parameters: dict[str, Any]) -> None:
     with _alone(f"{run}--{notebook}"):
         if is_fresh(run, notebook, parameters):  # an earlier process, thought dead, has done it meanwhile
             return
-        with tempfile.TemporaryDirectory(prefix="run-", dir=WORK) as work:
+        with (
+            tempfile.TemporaryDirectory(prefix="run-", dir=WORK) as work,
+            tempfile.TemporaryDirectory(prefix="sinkstudy-") as sockets,
+        ):
             values = defaults(notebook) | parameters
             noted = {"run": run, "params": parameters, "values": values, **fingerprint(notebook, parameters)}
             noted |= provenance() | {key: values.get(key) for key in ("model", "device", "dtype", "seed")}
@@ -227,8 +230,9 @@ def execute(notebook: str, run: str, parameters: dict[str, Any]) -> None:
                     copy,
                     parameters,
                     kernel_name="python3",
+                    language="python",
                     cwd=NOTEBOOKS,
-                    config=Config(KernelManager={"transport": "ipc"}),  # sockets of this machine only
+                    config=Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"}),  # no open ports
                     progress_bar={"desc": notebook, "bar_format": "{desc}: cell {n_fmt}/{total_fmt} ({elapsed})"},
                 )
             except PapermillExecutionError as error:
@@ -356,7 +360,7 @@ def run(
     if not wanted:
         raise UserError("there are no notebooks")
     plan = check_parameters(wanted, model, parameters or {})
-    run_name = name or slug(model)
+    run_name = name or slug(check_model(model))
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", run_name):
         raise UserError(f"'{run_name}' is no name for a run: letters, digits, '.', '_' and '-' only")
     _clear_work()

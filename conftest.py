@@ -1,0 +1,38 @@
+"""Settings of `pytest --nbval notebooks`: what is compared with the stored outputs, and what is not.
+
+It stands at the root because collection hooks reach only what lies below them, and notebooks/ is not under tests/.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent
+
+# HTML repeats the text beside it with generated ids; stderr holds progress bars and warnings with paths.
+# Pictures are not compared either (nbval leaves PNG and JPEG out); the numbers behind them are printed or in results/.
+NOT_COMPARED = ("text/html", "stderr", "image/svg+xml", "application/javascript")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose nbval's kernel, time limit and sanitizer, and keep the kernels' tables out of `results/`."""
+    if not getattr(config.option, "nbval", False):
+        return
+    config.option.nbval_current_env = True  # the kernel is this very Python
+    config.option.nbval_cell_timeout = 300.0
+    config.option.nbval_sanitize_with = str(ROOT / "nbval.cfg")
+    os.environ["PYTHONPATH"] = str(ROOT)
+    os.environ["PYTHONHASHSEED"] = "0"
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    if "SINKSTUDY_RESULTS" not in os.environ:
+        scratch = tempfile.TemporaryDirectory(prefix="sinkstudy-results-")
+        os.environ["SINKSTUDY_RESULTS"] = scratch.name
+        config.add_cleanup(scratch.cleanup)
+
+
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    """Leave out of nbval's comparison what cannot repeat itself."""
+    if hasattr(collector, "skip_compare"):
+        collector.skip_compare += NOT_COMPARED

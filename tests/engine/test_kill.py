@@ -1,0 +1,60 @@
+"""Killed at any moment: no half-made file in place, and the next run ends what was begun."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from tests.engine.conftest import Project
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def half_way(root: Path) -> bool:
+    return any((root / "book/runs/.work").glob("run-*/results/lab-llava/01-first/a.csv"))
+
+
+def test_killed_group_resumes(project: Project):
+    project.write("pause", "60")
+    process = project.start("run", "--only", "01")
+    wait_for(lambda: half_way(project.root))
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not (project.root / "results/lab-llava/01-first").exists()
+    assert not (project.root / "book/runs/lab-llava/01-first.ipynb").exists()
+    project.write("pause", "0")
+    assert project.executed() == ["01-first", "02-second"]
+    assert sorted(p.name for p in (project.root / "results/lab-llava/01-first").iterdir()) == ["a.csv", "b.csv"]
+    assert not list((project.root / "book/runs/.work").glob("run-*"))
+
+
+def test_killed_rerun_keeps_the_earlier_whole(project: Project):
+    project.call("run", "--only", "01")
+    before = (project.root / "book/runs/lab-llava/01-first.ipynb").read_bytes()
+    project.write("pause", "3")
+    project.write("sinkstudy/beta.py", "TWO = 5\n")
+    process = project.start("run", "--only", "01")
+    wait_for(lambda: half_way(project.root))
+    process.kill()  # the command alone: Snakemake and the kernel live on as orphans
+    process.wait()
+    assert (project.root / "book/runs/lab-llava/01-first.ipynb").read_bytes() == before
+    assert (project.root / "results/lab-llava/01-first/a.csv").read_text() == "value\n6\n"
+    project.write("pause", "0")
+    project.call("run", "--only", "01")  # waits for the orphan if it is still at work
+    process.stdout.close()
+    assert (project.root / "results/lab-llava/01-first/a.csv").read_text() == "value\n15\n"
+    assert project.executed("--only", "01") == []
+
+
+def test_failing_cell_is_named_and_the_rest_is_done(project: Project):
+    project.notebook("01-first", "1 / 0")
+    printed = project.call("run", code=1)
+    assert "01-first failed on lab-llava in cell 3: ZeroDivisionError" in printed
+    assert (project.root / "book/runs/.work/failed/lab-llava--01-first.ipynb").is_file()
+    assert not (project.root / "book/runs/lab-llava/01-first.ipynb").exists()
+    assert (project.root / "book/runs/lab-llava/02-second.ipynb").is_file()

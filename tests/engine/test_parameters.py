@@ -1,0 +1,64 @@
+"""Parameters that do not fit: one clear line, exit code 1, before any kernel starts."""
+
+import pytest
+
+from tests.engine.conftest import Project
+
+BAD = {
+    "unknown name": (["-p", "colour=red"], "unknown parameter 'colour'; the notebooks have: data, device"),
+    "no value": (["-p", "seed"], "-p takes NAME=VALUE, not 'seed'"),
+    "wrong type": (["-p", "limit=many"], "parameter 'limit' is of type int (default 3), and 'many' is not"),
+    "float for int": (["-p", "limit=2.5"], "parameter 'limit' is of type int (default 3), and 2.5 is not"),
+    "bool for int": (["-p", "limit=true"], "parameter 'limit' is of type int"),
+    "unknown model": (["lab-lava"], "unknown model 'lab-lava': not one of lab-llava, not a folder"),
+    "folder without a model": (["notebooks"], "the folder notebooks holds no model: it has no config.json"),
+    "unknown model in a list": (["-p", 'others=["lab-lava"]'], "unknown model 'lab-lava'"),
+    "missing path": (["-p", "data=data/none.csv"], "parameter 'data': there is no file or folder data/none.csv"),
+    "unknown device": (["--device", "tpu"], "unknown device 'tpu': cpu, cuda, cuda:1, ... or mps"),
+    "unknown dtype": (["--dtype", "int3"], "unknown dtype 'int3': one of float32, bfloat16, float16"),
+    "unknown notebook": (["--only", "07"], "no notebook begins with '07'; there are: 01-first, 02-second"),
+    "bad run name": (["--name", "a/b"], "'a/b' is no name for a run"),
+    "update of another run": (["--update-notebooks", "--seed", "1"], "--update-notebooks is for the default run"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_parameter_is_one_line(project: Project, case: str):
+    arguments, message = BAD[case]
+    printed = project.call("run", *arguments, code=1)
+    assert printed.startswith(f"sinkstudy: {message}")
+    assert len(printed.splitlines()) == 1
+    assert not (project.root / "book/runs/lab-llava").exists()
+
+
+def test_absent_cuda(project: Project, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    printed = project.call("run", "--device", "cuda", code=1)
+    assert printed == "sinkstudy: device 'cuda' is not there: torch finds no CUDA GPU on this machine\n"
+
+
+def test_absent_cuda_index(monkeypatch: pytest.MonkeyPatch):
+    import torch
+
+    from sinkstudy import engine
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    engine.check_device("cuda")
+    engine.check_device("cuda:0")
+    with pytest.raises(engine.UserError, match="'cuda:1' is not there: this machine has 1 GPU"):
+        engine.check_device("cuda:1")
+
+
+def test_fitting_values_reach_the_notebook(project: Project):
+    project.write("elsewhere/my-model/config.json", "{}")
+    project.notebook("02-second", "print(model.rsplit('/', 1)[-1], scale, others, seed, dtype)")
+    options = ["-p", "scale=2", "-p", 'others=["lab-llava", "owner/name"]', "--seed", "5", "--dtype", "bfloat16"]
+    project.call("run", "elsewhere/my-model", "--only", "02", *options)
+    page = project.page("02-second", run="my-model")
+    assert page.cells[-1].outputs[0].text == "my-model 2.0 ['lab-llava', 'owner/name'] 5 bfloat16\n"
+    assert "run my-model: 02-second\n" in project.call("models")
+
+
+def test_unknown_command_fails(project: Project):
+    assert "No such command" in project.call("fly", code=2)
