@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from sinkstudy import models, sinks
 from sinkstudy.capture import (
     _Attention,
+    _until_end,
     attention_received,
     attention_rows,
     hidden_states,
@@ -294,6 +296,44 @@ def test_trace_stops_at_the_end_token(tiny, images, monkeypatch):
     seen = trace(tiny, images, ["how many"] * 3, max_new_tokens=4)
     torch.testing.assert_close(seen.output_attention[0], seen.last_attention[0])
     assert (seen.output_attention[1] - seen.last_attention[1]).abs().max() > 1e-4
+
+
+def test_until_end():
+    tokens = torch.tensor([[5, 2, 0, 0], [5, 6, 7, 8], [2, 9, 2, 0], [7, 3, 2, 2]])
+    expected = [[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]]
+    assert _until_end(tokens, [2, 3]).tolist() == expected
+    assert _until_end(tokens, None).tolist() == [[1] * 4] * 4
+    assert _until_end(tokens, 9).tolist() == [[1] * 4, [1] * 4, [1, 1, 0, 0], [1] * 4]
+
+
+def test_hidden_dimensions_of_a_group(tiny, images, questions):
+    """How the study finds sink dimensions: a group's mean |RMSNorm(x)| at each decoder layer, by hook."""
+    seen = trace(tiny, images, questions)
+    group = sinks.NORM_CRITERIA["percentile"](
+        seen.vision_norms[:, tiny.feature_layer], 80
+    )  # [images, patches]
+    inputs = tiny.inputs(images, questions)
+    visual = tiny.visual_positions(inputs.input_ids)
+
+    def profile(hidden, layer):
+        patches = hidden.gather(1, visual[..., None].expand(-1, -1, hidden.shape[-1]))
+        return sinks.dimension_profile(patches, group)
+
+    with hidden_states(tiny, "decoder", profile) as profiles:
+        run(tiny, inputs)
+    assert all(calls[0].shape == (32,) and torch.isfinite(calls[0]).all() for calls in profiles.values())
+
+
+def test_bfloat16(tiny, images, questions):
+    half = models.load(tiny.name, dtype="bfloat16")
+    seen = trace(half, images, questions, max_new_tokens=2)
+    assert all(
+        getattr(seen, name).dtype == torch.float32
+        for name in ("vision_norms", "vision_received", "decoder_norms", "last_attention", "output_attention")
+    )
+    torch.testing.assert_close(  # 8 bits of mantissa
+        seen.vision_norms, trace(tiny, images, questions).vision_norms, atol=0.1, rtol=0.05
+    )
 
 
 def test_trace_needs_one_question_per_image(tiny, images):
