@@ -179,9 +179,7 @@ def trace(
         _trace_batch(lvlm, images[i : i + batch_size], questions[i : i + batch_size], max_new_tokens)
         for i in range(0, len(images), batch_size)
     ]
-    return Trace(
-        **{field.name: _joined([getattr(part, field.name) for part in parts]) for field in fields(Trace)}
-    )
+    return Trace(**{field.name: _joined([getattr(part, field.name) for part in parts]) for field in fields(Trace)})
 
 
 def _joined(parts: list) -> torch.Tensor | list | None:
@@ -199,9 +197,7 @@ def _trace_batch(lvlm: LVLM, images: Sequence[Any], questions: Sequence[str], ma
         return weights[:, :, 0].gather(-1, columns)  # [batch, heads, patches]
 
     projected: list[torch.Tensor] = []
-    hook = lvlm.connector.register_forward_hook(
-        lambda module, args, output: projected.append(token_norms(output))
-    )
+    hook = lvlm.connector.register_forward_hook(lambda module, args, output: projected.append(token_norms(output)))
     try:
         with (
             hidden_states(lvlm, "vision") as vision_norms,
@@ -236,9 +232,7 @@ def _trace_batch(lvlm: LVLM, images: Sequence[Any], questions: Sequence[str], ma
         vision_norms=stack(vision_norms)[..., lvlm.n_prefix :],
         vision_received=stack(received)[..., lvlm.n_prefix :],
         projected_norms=projected[0].cpu(),
-        decoder_norms=stack(decoder_norms).gather(
-            -1, visual.cpu()[:, None].expand(-1, len(decoder_norms), -1)
-        ),
+        decoder_norms=stack(decoder_norms).gather(-1, visual.cpu()[:, None].expand(-1, len(decoder_norms), -1)),
         last_attention=stack(rows),
         output_attention=output_attention,
         answers=answers,
@@ -298,9 +292,7 @@ class _Attention:
     def weights(self, rows: torch.Tensor) -> torch.Tensor:
         """softmax(q k^T * scaling + mask) of these queries, float32 [batch, heads, rows, keys]."""
         key_heads = self.key.shape[1]
-        q = (
-            self.query[:, :, rows].float().unflatten(1, (key_heads, -1))
-        )  # [batch, key heads, group, rows, width]
+        q = self.query[:, :, rows].float().unflatten(1, (key_heads, -1))  # [batch, key heads, group, rows, width]
         k = self.key.float().unsqueeze(2)  # query head h reads key head h // group
         scores = (q @ k.transpose(-1, -2)).flatten(1, 2) * self.scaling
         if self.mask is not None and self.mask.dtype != torch.bool:
@@ -346,9 +338,7 @@ def _watching(
 ) -> Iterator[None]:
     """Call `see(layer, attention)` at every attention of these layers. Contexts may be nested."""
     part, path = (
-        (lvlm.vision, lvlm.spec.vision_attention)
-        if side == "vision"
-        else (lvlm.decoder, lvlm.spec.decoder_attention)
+        (lvlm.vision, lvlm.spec.vision_attention) if side == "vision" else (lvlm.decoder, lvlm.spec.decoder_attention)
     )
     modules = {layer: block.get_submodule(path) for layer, block in _select(lvlm, side, layers).items()}
     watchers = {layer: partial(see, layer) for layer in modules}

@@ -108,9 +108,7 @@ class LVLM:
     @property
     def feature_layer(self) -> int:
         """Index of the vision layer whose output enters the connector (LLaVA's -2 is the last but one)."""
-        layer = (
-            self.model.config.vision_feature_layer
-        )  # indexes hidden_states, which begin with the embeddings
+        layer = self.model.config.vision_feature_layer  # indexes hidden_states, which begin with the embeddings
         n_layers = self.model.config.vision_config.num_hidden_layers
         return n_layers + layer if layer < 0 else layer - 1
 
@@ -140,9 +138,7 @@ class LVLM:
             ValueError: if the numbers of images and questions differ.
         """
         if len(images) != len(questions):
-            raise ValueError(
-                f"one question per image: got {len(images)} images and {len(questions)} questions"
-            )
+            raise ValueError(f"one question per image: got {len(images)} images and {len(questions)} questions")
         prompts = [self.prompt(question) for question in questions]
         bos = self.processor.tokenizer.bos_token
         batch = self.processor(
@@ -191,9 +187,7 @@ def load(
     source = find(name)
     config = AutoConfig.from_pretrained(source, revision=revision)
     if config.model_type not in SPECS:
-        raise ValueError(
-            f"{name}: architecture {config.model_type!r} is not known; known: {', '.join(SPECS)}"
-        )
+        raise ValueError(f"{name}: architecture {config.model_type!r} is not known; known: {', '.join(SPECS)}")
     _check_layout(name, config)
     spec = SPECS[config.model_type]
     model = getattr(transformers, spec.model_class).from_pretrained(
@@ -235,9 +229,7 @@ def find(name: str) -> str:
     looks_like_hub_id = name.count("/") == 1 and all(name.split("/")) and not name.startswith((".", "~"))
     if folder.exists() or not looks_like_hub_id:
         known = ", ".join(lab_models()) or "none are there"
-        raise ValueError(
-            f"unknown model {name!r}: not a lab model ({known}), a model folder, or a hub id owner/name"
-        )
+        raise ValueError(f"unknown model {name!r}: not a lab model ({known}), a model folder, or a hub id owner/name")
     return name
 
 

@@ -175,9 +175,7 @@ def llm_sinks(hidden: torch.Tensor, dimensions: Sequence[int], tau: float = 20.0
     return phi(hidden, dimensions) >= tau
 
 
-def massive_activations(
-    hidden: torch.Tensor, ratio: float = 1000.0, magnitude: float = 100.0
-) -> torch.Tensor:
+def massive_activations(hidden: torch.Tensor, ratio: float = 1000.0, magnitude: float = 100.0) -> torch.Tensor:
     """|a| > magnitude and |a| >= ratio x the median |a| of the same image: -> bool [.., tokens, width].
 
     Sun et al., "Massive Activations in Large Language Models" (2402.17762). The median is over all tokens and

@@ -108,9 +108,7 @@ def tiny_siglip(tmp_path_factory) -> models.LVLM:
 @pytest.fixture(scope="session")
 def eager(tiny) -> LlavaForConditionalGeneration:
     """The same weights under eager attention, the reference that returns whole attention maps."""
-    return LlavaForConditionalGeneration.from_pretrained(
-        tiny.name, attn_implementation="eager", dtype="float32"
-    ).eval()
+    return LlavaForConditionalGeneration.from_pretrained(tiny.name, attn_implementation="eager", dtype="float32").eval()
 
 
 @pytest.fixture(scope="session")

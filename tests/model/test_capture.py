@@ -26,9 +26,7 @@ def inputs(tiny, images, questions):
 def reference(eager, inputs):
     """Everything the eager model returns: `vision` and `decoder`, each with hidden_states and attentions."""
     with torch.no_grad():
-        vision = eager.model.vision_tower(
-            inputs.pixel_values, output_hidden_states=True, output_attentions=True
-        )
+        vision = eager.model.vision_tower(inputs.pixel_values, output_hidden_states=True, output_attentions=True)
         decoder = eager(**inputs, output_hidden_states=True, output_attentions=True)
     return {"vision": vision, "decoder": decoder}
 
@@ -134,9 +132,7 @@ def test_padding_does_not_matter(tiny, images, questions):
     for i in range(3):
         alone = trace(tiny, images[i : i + 1], questions[i : i + 1])
         for name in ("vision_norms", "vision_received", "projected_norms", "decoder_norms", "last_attention"):
-            torch.testing.assert_close(
-                getattr(together, name)[i], getattr(alone, name)[0], atol=1e-4, rtol=1e-4
-            )
+            torch.testing.assert_close(getattr(together, name)[i], getattr(alone, name)[0], atol=1e-4, rtol=1e-4)
 
 
 def test_generate(tiny, eager, inputs):
@@ -309,9 +305,7 @@ def test_until_end():
 def test_hidden_dimensions_of_a_group(tiny, images, questions):
     """How the study finds sink dimensions: a group's mean |RMSNorm(x)| at each decoder layer, by hook."""
     seen = trace(tiny, images, questions)
-    group = sinks.NORM_CRITERIA["percentile"](
-        seen.vision_norms[:, tiny.feature_layer], 80
-    )  # [images, patches]
+    group = sinks.NORM_CRITERIA["percentile"](seen.vision_norms[:, tiny.feature_layer], 80)  # [images, patches]
     inputs = tiny.inputs(images, questions)
     visual = tiny.visual_positions(inputs.input_ids)
 
@@ -351,9 +345,7 @@ def test_top_dimensions():
 
 def test_lab_model_against_eager(lab):
     """The real thing, once: both sides of a lab model, a padded batch of two."""
-    pixels = torch.randint(
-        0, 256, (2, 3, 96, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
+    pixels = torch.randint(0, 256, (2, 3, 96, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     inputs = lab.inputs(list(pixels), ["how many ?", "what is the dominant texture of the scene ?"])
     with attention_received(lab, "vision") as received, attention_rows(lab, "decoder") as rows:
         logits = run(lab, inputs).logits[:, -1]

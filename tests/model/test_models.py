@@ -27,9 +27,7 @@ def test_parts(tiny):
 def test_feature_layer_is_what_the_connector_reads(tiny, images):
     seen = {}
     hooks = [
-        tiny.vision_layers[tiny.feature_layer].register_forward_hook(
-            lambda m, a, out: seen.update(layer=out)
-        ),
+        tiny.vision_layers[tiny.feature_layer].register_forward_hook(lambda m, a, out: seen.update(layer=out)),
         tiny.connector.register_forward_hook(lambda m, args, out: seen.update(connector=args[0])),
     ]
     tiny.model(**tiny.inputs(images[:1], ["how many"]))

@@ -114,9 +114,7 @@ def test_attended():
 
 
 def test_causal_uniform():
-    assert sinks.causal_uniform(3).tolist() == pytest.approx(
-        [(1 + 1 / 2 + 1 / 3) / 3, (1 / 2 + 1 / 3) / 2, 1 / 3]
-    )
+    assert sinks.causal_uniform(3).tolist() == pytest.approx([(1 + 1 / 2 + 1 / 3) / 3, (1 / 2 + 1 / 3) / 2, 1 / 3])
     n = 50
     uniform = torch.ones(n, n).tril() / torch.arange(1, n + 1)[:, None]
     expected = uniform.sum(0) / torch.arange(n, 0, -1)
