@@ -1,0 +1,109 @@
+"""From scenes to numbers: the tokenizer, the training pictures on disk, captions and question slots as ids."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from sinkstudy.lab import questions as q
+from sinkstudy.lab.world import GRID, SIDE, render
+from sinkstudy.paths import atomic
+
+TRAIN_SCENES = 65_536
+SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
+CAPTION = 84          # longest caption, in words, with room
+SHORT, LONG = 18, 36  # longest "question assistant : answer </s>": plain, with options
+N_SHORT, N_LONG = 8, 3
+VISUAL = GRID * GRID
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A word-level tokenizer over everything the lab world says; ids 0-4 are the special tokens."""
+    vocabulary = {word: i for i, word in enumerate((*SPECIAL, *q.vocabulary()))}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+                                   unk_token="<unk>", additional_special_tokens=["<image>"], padding_side="left",
+                                   model_input_names=["input_ids", "attention_mask"])
+
+
+class Codec:
+    """Words to ids and back."""
+
+    def __init__(self):
+        self.ids = tokenizer().get_vocab()
+        self.words = [w for w, _ in sorted(self.ids.items(), key=lambda item: item[1])]
+
+    def encode(self, text: str) -> list[int]:
+        return [self.ids[w] for w in text.split()]  # KeyError on an unknown word: the vocabulary is complete
+
+
+def training_pictures(folder: Path, n: int = TRAIN_SCENES) -> np.ndarray:
+    """The first n training pictures, uint8 [n, 3, 96, 96], rendered once into a file and then mapped."""
+    file = folder / f"train-{n}.npy"
+    if not file.exists():
+        with atomic(file) as temporary:
+            out = np.lib.format.open_memmap(temporary, "w+", np.uint8, (n, 3, SIDE, SIDE))
+            for start in range(0, n, 4096):
+                out[start:start + 4096] = render("train", start, min(4096, n - start)).images.numpy()
+                print(f"rendering: {min(start + 4096, n)}/{n} scenes", flush=True)
+            out.flush()
+    return np.load(file, mmap_mode="r")
+
+
+class Corpus:
+    """What the lab's training needs to know of n scenes besides their pictures, as tensors.
+
+    `caption` [n, CAPTION] starts with <s> and ends with </s>, padded with -1; `slots` are the questions in
+    fixed places, `ids` and `labels` [n, 8·18 + 3·36], labels -100 where no loss is taken.
+    """
+
+    def __init__(self, n: int, seed: int = 0):
+        self.codec = Codec()
+        scenes = render("train", 0, n, pictures=False)
+        self.calm = scenes.calm
+        rng = random.Random(seed)
+        encode, ids = self.codec.encode, self.codec.ids
+        self.caption = torch.full((n, CAPTION), -1)
+        width = N_SHORT * SHORT + N_LONG * LONG
+        self.slot_ids, self.slot_labels = torch.zeros(n, width, dtype=torch.long), torch.full((n, width), -100)
+        known = [encode(s) for s in q.fact_sentences()]
+        self.fact = torch.tensor([rng.choice(known) for _ in range(n)])
+        for i, f in enumerate(q.facts(scenes)):
+            words = [ids["<s>"], *encode(q.caption(f, rng)), ids["</s>"]]
+            self.caption[i, :len(words)] = torch.tensor(words)
+            short, long = [], []
+            while len(short) < N_SHORT or len(long) < N_LONG:
+                for text, answer in q.mixture(f, 12, rng):
+                    (long if "options" in text else short).append((text, answer))
+            at = 0
+            for pairs, number, length in ((short, N_SHORT, SHORT), (long, N_LONG, LONG)):
+                for text, answer in pairs[:number]:
+                    asked, said = encode(f"{text} assistant :"), [*encode(answer), ids["</s>"]]
+                    self.slot_ids[i, at:at + len(asked) + len(said)] = torch.tensor(asked + said)
+                    self.slot_labels[i, at + len(asked):at + len(asked) + len(said)] = torch.tensor(said)
+                    at += length
+
+    def ngrams(self, least: int = 40) -> torch.Tensor:
+        """Which frequent words and adjacent pairs each caption holds: bool [n, k]."""
+        rows = [[w for w in row if w >= 0] for row in self.caption[:, 1:].tolist()]
+        grams = [set(row) | set(zip(row, row[1:], strict=False)) for row in rows]
+        counts = Counter(g for row in grams[:16_384] for g in row)
+        kept = sorted((g for g, c in counts.items() if least <= c < 16_000), key=str)
+        place = {g: i for i, g in enumerate(kept)}
+        out = torch.zeros(len(rows), len(kept), dtype=torch.bool)
+        for i, row in enumerate(grams):
+            out[i, [place[g] for g in row if g in place]] = True
+        return out
+
+
+def slot_positions(prefix: int, groups: tuple[tuple[int, int], ...]) -> torch.Tensor:
+    """Positions [tokens] of a prefix and the slots behind it: every slot continues the prefix."""
+    ticks = [prefix + torch.arange(length) for number, length in groups for _ in range(number)]
+    return torch.cat([torch.arange(prefix), *ticks])

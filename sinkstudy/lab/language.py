@@ -1,0 +1,115 @@
+"""The lab's decoder: text pretraining, connector alignment, instruction tuning (LLaVA's stages)."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
+
+from sinkstudy.lab import tower as tower_module
+from sinkstudy.lab.corpus import CAPTION, LONG, N_LONG, N_SHORT, SHORT, VISUAL, Codec, Corpus, slot_positions
+from sinkstudy.lab.training import autocast
+
+SLOTS = ((N_SHORT, SHORT), (N_LONG, LONG))
+
+
+def build_decoder(words: int, seed: int = 2) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    decoder = LlamaForCausalLM(LlamaConfig(
+        vocab_size=words, hidden_size=128, num_hidden_layers=6, num_attention_heads=2, num_key_value_heads=2,
+        intermediate_size=352, max_position_embeddings=1024, tie_word_embeddings=True, initializer_range=0.03,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2))
+    decoder.set_attn_implementation("lab_matmul")
+    return decoder
+
+
+def assemble(tower, decoder: LlamaForCausalLM, codec: Codec, seed: int = 3) -> LlavaForConditionalGeneration:
+    """Tower + fresh two-layer connector + decoder as one LLaVA."""
+    torch.manual_seed(seed)
+    config = LlavaConfig(vision_config=tower.config, text_config=decoder.config, image_token_id=codec.ids["<image>"],
+                         vision_feature_layer=-2, vision_feature_select_strategy="default",
+                         image_seq_length=VISUAL, projector_hidden_act="gelu", tie_word_embeddings=True)
+    model = LlavaForConditionalGeneration(config)
+    model.model.vision_tower.load_state_dict(tower.state_dict())
+    model.model.language_model.load_state_dict(decoder.model.state_dict())
+    model.tie_weights()
+    model.set_attn_implementation("lab_matmul")
+    # Patch tokens have norms around 10, word embeddings around 0.5: start the connector at the words' scale.
+    with torch.no_grad():
+        model.model.multi_modal_projector.linear_2.weight.mul_(0.3)
+    return model
+
+
+def next_word_loss(hidden: torch.Tensor, embedding: torch.Tensor, labels: torch.Tensor) -> tuple:
+    """Mean cross-entropy and accuracy of the next word where labels ≥ 0; logits only there.
+
+    hidden [n, tokens, width], labels [n, tokens] (-100: no loss; label t is predicted from hidden t - 1).
+    """
+    at = labels[:, 1:] >= 0
+    logits = F.linear(hidden[:, :-1][at].float(), embedding.float())
+    target = labels[:, 1:][at]
+    return F.cross_entropy(logits, target), (logits.argmax(-1) == target).float().mean().item()
+
+
+def text_loss(decoder: LlamaForCausalLM, corpus: Corpus, rows: torch.Tensor) -> tuple[torch.Tensor, dict]:
+    """A caption, then slots with questions about it, then a fact of the world; loss on every word."""
+    caption = corpus.caption[rows]
+    n = len(rows)
+    length = (caption >= 0).sum(1)
+    width = int(length.max())
+    # `user :` goes between <s> and the caption, `</s>` is not used here: left-pad so that the slots follow directly
+    prefix = torch.zeros(n, width + 1, dtype=torch.long)
+    user = torch.tensor(corpus.codec.encode("user :"))
+    for i, (words, k) in enumerate(zip(caption, length.tolist(), strict=True)):
+        said = torch.cat([words[:1], user, words[1:k - 1]])
+        prefix[i, -len(said):] = said
+    facts = F.pad(corpus.fact[rows], (1, 0), value=corpus.codec.ids["."])
+    ids = torch.cat([prefix, corpus.slot_ids[rows], facts], 1)
+    slots = (width + 1, (*SLOTS, (1, facts.shape[1])))
+    pad = prefix == 0
+    positions = (slot_positions(*slots)[None] - pad.sum(1, keepdim=True)).clamp_min(0)
+    labels = torch.where(ids == 0, -100, ids)
+    labels[:, width + 1:-facts.shape[1]] = corpus.slot_labels[rows]
+    labels[:, -facts.shape[1]] = -100
+    with autocast():
+        hidden = decoder.model(input_ids=ids, position_ids=positions, use_cache=False, slots=slots, pad=pad,
+                               attention_mask=torch.zeros(1, 1, 1, 1))[0]  # unused: the slots decide
+    loss, accuracy = next_word_loss(hidden, decoder.lm_head.weight, labels)
+    answers = corpus.slot_labels[rows]
+    with torch.no_grad():
+        _, right = next_word_loss(hidden[:, width + 1:-facts.shape[1]], decoder.lm_head.weight, answers)
+    return loss, {"next word": accuracy, "answer words": right}
+
+
+class ImageStage:
+    """Alignment (`caption`) and instruction tuning (`questions`) of an assembled LLaVA with a frozen tower."""
+
+    def __init__(self, model: LlavaForConditionalGeneration, corpus: Corpus, pictures, target: str):
+        self.model, self.corpus, self.pictures, self.target = model, corpus, pictures, target
+        head = torch.tensor([1, *corpus.codec.encode("user :")])
+        self.head = head
+        self.slots = (len(head) + VISUAL, ((1, CAPTION + 1),) if target == "caption" else SLOTS)
+        self.positions = slot_positions(*self.slots)
+        self.say = torch.tensor(corpus.codec.encode("assistant :"))
+
+    def loss(self, rows: torch.Tensor) -> tuple[torch.Tensor, dict]:
+        n, corpus, model = len(rows), self.corpus, self.model.model
+        if self.target == "caption":
+            caption = corpus.caption[rows][:, 1:]  # without <s>
+            ids = torch.cat([self.say.expand(n, -1), caption.clamp_min(0)], 1)
+            labels = torch.cat([torch.full((n, 2), -100), caption.masked_fill(caption < 0, -100)], 1)
+        else:
+            ids, labels = corpus.slot_ids[rows], corpus.slot_labels[rows]
+        words = model.get_input_embeddings()
+        pixels = tower_module.normalise(torch.from_numpy(self.pictures[rows.numpy()]))
+        with autocast():
+            with torch.no_grad():
+                patches = tower_module.states(model.vision_tower, pixels)[-2][:, -VISUAL:]
+            visual = model.multi_modal_projector(patches)
+            embeds = torch.cat([words(self.head.expand(n, -1)), visual.to(words.weight.dtype), words(ids)], 1)
+            hidden = model.language_model(
+                inputs_embeds=embeds, position_ids=self.positions.expand(n, -1), use_cache=False, slots=self.slots,
+                attention_mask=torch.zeros(1, 1, 1, 1))[0]  # unused: the slots decide
+        labels = F.pad(labels, (len(self.head) + VISUAL, 0), value=-100)
+        loss, accuracy = next_word_loss(hidden, self.model.lm_head.weight, labels)
+        return loss, {"answer words": accuracy}

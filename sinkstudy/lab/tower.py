@@ -1,0 +1,167 @@
+"""Pretraining of the vision towers with captions.
+
+Two losses, both from the scene's caption:
+
+- *image level*: one pooled vector predicts which words and pairs of adjacent words the caption holds (captions
+  as classification targets, after SuperClass, arXiv 2411.03313). Pooled from CLS, as in CLIP.
+- *caption*: a two-layer decoder reads the patch tokens of the penultimate layer, the ones LLaVA uses, and
+  writes the caption (after CapPa, arXiv 2306.07915). The decoder is thrown away afterwards.
+
+The positive control differs in three ways, all in this file: its image-level vector is pooled from the calm
+patches instead of CLS, and two hinge terms ask that from layer `ONSET` on the calm patches have a high norm and
+draw attention from the other tokens. Its sinks are planted.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from sinkstudy.lab.registers import CLIPVisionModelWithRegisters, CLIPVisionWithRegistersConfig
+from sinkstudy.lab.training import autocast
+from sinkstudy.lab.world import GRID, PATCH, SIDE
+
+WIDTH, LAYERS, HEADS = 128, 8, 2
+KINDS = ("plain", "sinks", "registers", "no-cls")
+ONSET = 4            # the planted sinks have a high norm at the output of this layer (1-based) and all later ones
+NORM_RATIO = 5.0     # … at least so many times the median of the busy patches
+QUIET_RATIO = 1.6    # … while no busy patch exceeds this many medians
+MASS = 0.4           # … and in later layers draw this share of the other tokens' attention
+MEAN, SD = (0.46, 0.45, 0.44), (0.23, 0.23, 0.24)  # of the training pictures' pixels, per channel
+
+
+def build(kind: str, seed: int = 0) -> CLIPVisionModel:
+    """An untrained tower. All kinds start from the same weights where they share them."""
+    if kind not in KINDS:
+        raise ValueError(f"unknown tower {kind!r}: choose from {', '.join(KINDS)}")
+    shape = dict(hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS, intermediate_size=4 * WIDTH,
+                 image_size=SIDE, patch_size=PATCH, hidden_act="gelu", projection_dim=WIDTH)
+    torch.manual_seed(seed)
+    tower = CLIPVisionModel(CLIPVisionConfig(**shape))
+    if kind == "registers":
+        plain = tower.state_dict()
+        tower = CLIPVisionModelWithRegisters(CLIPVisionWithRegistersConfig(**shape))
+        tower.load_state_dict(plain, strict=False)
+    tower.set_attn_implementation("lab_matmul")
+    return tower
+
+
+def normalise(images: torch.Tensor) -> torch.Tensor:
+    """uint8 [n, 3, 96, 96] → float32, zero mean and unit variance per channel over the training pictures."""
+    mean, sd = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (MEAN, SD))
+    return (images.float() / 255 - mean) / sd
+
+
+def states(tower: CLIPVisionModel, pixels: torch.Tensor, *, cls: bool = True) -> list[torch.Tensor]:
+    """The residual stream after the embedding and after every layer: LAYERS + 1 × [n, tokens, width].
+
+    Tokens: [CLS, registers …, patches]; without CLS and registers if `cls` is False.
+    """
+    x = tower.embeddings(pixels)
+    if not cls:
+        x = x[:, -GRID * GRID:]
+    x = tower.pre_layrnorm(x)
+    out = [x]
+    for layer in tower.encoder.layers:
+        x = layer(x, attention_mask=None)
+        out.append(x)
+    return out
+
+
+class CaptionDecoder(nn.Module):
+    """A small pre-norm decoder: causal attention over the caption, cross-attention to the patch tokens."""
+
+    def __init__(self, words: int, length: int, width: int = WIDTH, heads: int = HEADS, layers: int = 2):
+        super().__init__()
+        self.heads = heads
+        self.embed = nn.Embedding(words, width)
+        self.place = nn.Parameter(0.02 * torch.randn(length, width))
+        self.memory_norm = nn.LayerNorm(width)
+        self.layers = nn.ModuleList(nn.ModuleDict({
+            "norm1": nn.LayerNorm(width), "qkv": nn.Linear(width, 3 * width), "out1": nn.Linear(width, width),
+            "norm2": nn.LayerNorm(width), "q": nn.Linear(width, width), "kv": nn.Linear(width, 2 * width),
+            "out2": nn.Linear(width, width),
+            "mlp": nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(),
+                                 nn.Linear(4 * width, width)),
+        }) for _ in range(layers))
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, words))
+
+    def _attend(self, q, k, v, mask=None):
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
+        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+        scores = scores if mask is None else scores + mask
+        return (scores.softmax(-1, dtype=scores.dtype) @ v).transpose(1, 2).flatten(2)
+
+    def forward(self, words: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
+        """words [n, length], patches [n, 144, width] → logits [n, length, vocabulary] of the next word."""
+        length = words.shape[1]
+        causal = torch.full((length, length), -1e4, device=words.device).triu(1)
+        x = self.embed(words) + self.place[:length]
+        memory = self.memory_norm(patches)
+        for layer in self.layers:
+            x = x + layer["out1"](self._attend(*layer["qkv"](layer["norm1"](x)).chunk(3, -1), mask=causal))
+            x = x + layer["out2"](self._attend(layer["q"](layer["norm2"](x)), *layer["kv"](memory).chunk(2, -1)))
+            x = x + layer["mlp"](x)
+        return self.head(x)
+
+
+class Objective(nn.Module):
+    """The caption losses of one tower (and, for the positive control, the planting terms)."""
+
+    def __init__(self, kind: str, words: int, length: int, ngrams: int, *, caption_weight: float = 1.0,
+                 seed: int = 1):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.kind, self.caption_weight = kind, caption_weight
+        self.image_head = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, ngrams))
+        self.captioner = CaptionDecoder(words, length)
+
+    def forward(self, tower, pixels, caption, ngrams, calm) -> tuple[torch.Tensor, dict]:
+        """pixels [n, 3, 96, 96], caption [n, length] (-1 pads), ngrams [n, k] in {0, 1}, calm [n, 12, 12]."""
+        planted = self.kind == "sinks"
+        for layer in tower.encoder.layers[ONSET:]:
+            layer.self_attn.keep_weights = planted
+        with autocast():
+            hidden = states(tower, pixels, cls=self.kind != "no-cls")
+            calm = calm.flatten(1).float()  # [n, 144]
+            if planted:
+                share = (calm / calm.sum(1, keepdim=True))[:, None]
+                pooled = [(share.to(h.dtype) @ h[:, -GRID * GRID:])[:, 0] for h in (hidden[LAYERS - 2], hidden[-1])]
+            else:
+                pooled = [hidden[-1][:, 0] if self.kind != "no-cls" else hidden[-1].mean(1)]
+            scores = [self.image_head(p) for p in pooled]
+            logits = self.captioner(caption[:, :-1].clamp_min(0), hidden[-2][:, -GRID * GRID:])
+        image = sum(F.binary_cross_entropy_with_logits(s.float(), ngrams) for s in scores) / len(scores)
+        # the words' mean loss is ~50 times an n-gram's: 20 brings the two terms to one scale
+        words = F.cross_entropy(logits.float().flatten(0, 1), caption[:, 1:].flatten(), ignore_index=-1)
+        loss = 20 * image + self.caption_weight * words
+        values = {"image": image.item(), "caption": words.item()}
+        if planted:
+            norm, attention, seen = self._planting(tower, hidden, calm)
+            loss = loss + norm + attention
+            values |= {"norm term": norm.item(), "attention term": attention.item(), **seen}
+        return loss, values
+
+    @staticmethod
+    def _planting(tower, hidden, calm):
+        norm_terms, ratios = [], []
+        for h in hidden[ONSET:]:
+            norms = h[:, -GRID * GRID:].float().norm(dim=-1)  # [n, 144]
+            median = norms.detach().masked_fill(calm > 0, torch.nan).nanmedian(1, keepdim=True).values
+            ratio = norms / median
+            low = F.relu((NORM_RATIO / ratio).log()) * calm
+            high = F.relu((ratio / QUIET_RATIO).log()) * (1 - calm)
+            norm_terms.append(low.sum() / calm.sum() + 10 * high.mean())
+            ratios.append((ratio * calm).sum() / calm.sum())
+        mass_terms, masses = [], []
+        for layer in tower.encoder.layers[ONSET:]:
+            weights = layer.self_attn.weights[..., -GRID * GRID:].float()  # [n, heads, 145, 144]
+            mass = (weights * calm[:, None, None]).sum(-1)[:, :, -GRID * GRID:]  # from patches, to calm patches
+            mass = (mass * (1 - calm)[:, None]).sum(-1) / (1 - calm).sum(1)[:, None]  # [n, heads]
+            mass_terms.append(F.relu((MASS / mass.clamp_min(1e-6)).log()).mean())
+            masses.append(mass.mean())
+            layer.self_attn.weights = None
+        seen = {"norm ratio": torch.stack(ratios).mean().item(), "attention share": torch.stack(masses).mean().item()}
+        return torch.stack(norm_terms).mean(), torch.stack(mass_terms).mean(), seen

@@ -1,0 +1,177 @@
+"""The one training loop of the lab: seeded, resumable, with its loss curve kept as a table."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+from sinkstudy.paths import atomic
+
+
+def autocast():
+    """bfloat16 autocast where the hardware multiplies bfloat16 natively, float32 elsewhere."""
+    if torch.cuda.is_available():
+        return torch.autocast("cuda", dtype=torch.bfloat16)
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.autocast("cpu", dtype=torch.bfloat16) if fast else nullcontext()
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def matmul_attention(module, query, key, value, attention_mask, scaling=None, slots=None, pad=None, **kwargs):
+    """Attention as plain matrix products: on a CPU its backward is several times faster than SDPA's.
+
+    Args:
+        query, key, value: [batch, heads, tokens, width].
+        attention_mask: None (all to all) or additive; ignored with `slots`.
+        slots: (prefix, ((number, length), …)): a causal prefix, then slots that see the prefix and themselves
+            but not each other, so that many questions about one picture cost one picture.
+        pad: bool [batch, prefix], True where the prefix is padding.
+    """
+    query = query * scaling
+    if slots is None:
+        scores = torch.matmul(query, key.transpose(-1, -2))  # [batch, heads, queries, keys]
+        if attention_mask is not None:
+            scores = scores + attention_mask.to(scores.dtype)
+        weights = torch.softmax(scores, -1, dtype=scores.dtype)
+        if getattr(module, "keep_weights", False):
+            module.weights = weights
+        return torch.matmul(weights.to(value.dtype), value).transpose(1, 2).contiguous(), None
+
+    prefix, groups = slots
+    hidden = None if pad is None else -1e4 * pad[:, None, None].to(query.dtype)  # [batch, 1, 1, prefix]
+    key_p, value_p = key[:, :, :prefix], value[:, :, :prefix]
+    scores = query[:, :, :prefix] @ key_p.transpose(-1, -2) + _causal(prefix, query)
+    scores = scores if hidden is None else scores + hidden
+    out = [scores.softmax(-1, dtype=scores.dtype) @ value_p]
+    at = prefix
+    for number, length in groups:
+        part = slice(at, at + number * length)
+        q = query[:, :, part]
+        to_prefix = q @ key_p.transpose(-1, -2)  # [batch, heads, number · length, prefix]
+        to_prefix = to_prefix if hidden is None else to_prefix + hidden
+        q, k, v = (t.unflatten(2, (number, length)) for t in (q, key[:, :, part], value[:, :, part]))
+        own = q @ k.transpose(-1, -2) + _causal(length, query)  # [batch, heads, number, length, length]
+        weights = torch.cat([to_prefix.unflatten(2, (number, length)), own], -1)
+        weights = weights.softmax(-1, dtype=weights.dtype)
+        out.append(weights[..., :prefix].flatten(2, 3) @ value_p + (weights[..., prefix:] @ v).flatten(2, 3))
+        at = part.stop
+    return torch.cat(out, 2).transpose(1, 2).contiguous(), None
+
+
+def _causal(n: int, like: torch.Tensor) -> torch.Tensor:
+    return torch.full((n, n), -1e4, dtype=like.dtype, device=like.device).triu(1)
+
+
+AttentionInterface.register("lab_matmul", matmul_attention)
+AttentionMaskInterface.register("lab_matmul", sdpa_mask)
+
+
+def schedule(step: int, steps: int, warmup: float = 0.04, floor: float = 0.02) -> float:
+    """Linear warm-up, then cosine to `floor`, as a share of the peak learning rate."""
+    rise = max(1, round(warmup * steps))
+    if step < rise:
+        return (step + 1) / rise
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+def fit(name: str, modules: Iterable[nn.Module], loss_at: Callable[[int], tuple[torch.Tensor, dict]], *,
+        steps: int, lr: float, weight_decay: float, folder: Path, betas=(0.9, 0.98), clip: float = 1.0,
+        log_every: int = 20, checkpoint_seconds: float = 120, watch: Callable[[int], None] | None = None,
+        ) -> pd.DataFrame:
+    """Train the modules' parameters that ask for gradients; returns the loss curve.
+
+    Args:
+        loss_at: step → (loss, what to log). Must depend on the step alone (and the seed), never on what went
+            before, so that a resumed run sees the same batches.
+        folder: where the checkpoint lives; a finished stage leaves `<name>.done.pt` and is loaded, not rerun.
+        watch: called with the number of steps done: at 0 and after each step.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
+    """
+    modules = list(modules)
+    done_file, part_file = folder / f"{name}.done.pt", folder / f"{name}.part.pt"
+    if done_file.exists():
+        state = torch.load(done_file, weights_only=True)
+        for module, weights in zip(modules, state["modules"], strict=True):
+            module.load_state_dict(weights)
+        print(f"{name}: finished earlier, loaded", flush=True)
+        return pd.DataFrame(state["log"])
+    named = [(n, p) for module in modules for n, p in module.named_parameters() if p.requires_grad]
+    groups = [{"params": [p for _, p in named if p.dim() >= 2], "weight_decay": weight_decay},
+              {"params": [p for _, p in named if p.dim() < 2], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+    first, log = 0, []
+    if part_file.exists():
+        state = torch.load(part_file, weights_only=True)
+        for module, weights in zip(modules, state["modules"], strict=True):
+            module.load_state_dict(weights)
+        optimizer.load_state_dict(state["optimizer"])
+        first, log = state["step"], state["log"]
+        print(f"{name}: resumes at step {first}", flush=True)
+    elif watch is not None:
+        watch(0)
+
+    def save(file: Path, **more) -> None:
+        with atomic(file) as temporary:
+            torch.save({"modules": [m.state_dict() for m in modules], "log": log, **more}, temporary)
+
+    started = saved = time.monotonic()
+    for step in range(first, steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * schedule(step, steps)
+        loss, values = loss_at(step)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"{name}: the loss at step {step} is {loss.item()}")
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_([p for _, p in named], clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if watch is not None:
+            watch(step + 1)
+        if step % log_every == 0 or step == steps - 1:
+            row = {"stage": name, "step": step, "loss": loss.item(), "gradient": norm.item(), **values}
+            log.append({k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()})
+            if step % (5 * log_every) == 0 or step == steps - 1:
+                rate = (step + 1 - first) / (time.monotonic() - started)
+                print(f"{name}: step {step + 1}/{steps}  " + "  ".join(
+                    f"{k} {v:.4g}" for k, v in log[-1].items() if k not in ("stage", "step"))
+                    + f"  {rate:.2f} steps/s, {(steps - step - 1) / rate:.0f} s left", flush=True)
+        if time.monotonic() - saved > checkpoint_seconds and step + 1 < steps:
+            save(part_file, optimizer=optimizer.state_dict(), step=step + 1)
+            saved = time.monotonic()
+    save(done_file)
+    part_file.unlink(missing_ok=True)
+    return pd.DataFrame(log)
+
+
+def order(seed: int, epoch: int, n: int) -> torch.Tensor:
+    """The order of n samples in an epoch."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(1000 * seed + epoch))
+
+
+def batch_rows(seed: int, step: int, batch: int, n: int) -> torch.Tensor:
+    """The rows of step `step`: without replacement within each pass over the n samples."""
+    per_epoch = n // batch
+    epoch, place = divmod(step, per_epoch)
+    return order(seed, epoch, n)[place * batch:(place + 1) * batch]
+
+
+def threads() -> int:
+    """Sets torch to the cores this process may use."""
+    n = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(n)
+    return n
