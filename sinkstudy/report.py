@@ -24,8 +24,8 @@ from sinkstudy.paths import MODELS, atomic, results_dir
 PALETTE = ("#1a78c2", "#cc7f00", "#0fa37f", "#c26ab2", "#b5402a")
 """Blue, orange, green, pink, red: apart for colour-blind readers too, visible on white and on near-black pages."""
 
-INK = "#7b7b7b"
-"""Text, axes and reference lines: the grey with equal contrast (4.2:1) to the light page and to the dark one."""
+INK = "#707070"
+"""Text, axes and reference lines: a grey that reads on white and, brightened by the book's style sheet, on black."""
 
 
 def style() -> list[str]:
@@ -128,9 +128,7 @@ class Results:
 
     def metrics(self) -> pd.DataFrame:
         """The metrics so far, one a row: name, value, low, high, n, unit."""
-        return pd.DataFrame(
-            list(self._metrics.values()), columns=["name", "value", "low", "high", "n", "unit"]
-        )
+        return pd.DataFrame(list(self._metrics.values()), columns=["name", "value", "low", "high", "n", "unit"])
 
     def write(self) -> Path:
         """Put the folder in place, whole: what an earlier run left there is gone. Returns its path."""
