@@ -220,7 +220,7 @@ def execute(notebook: str, run: str, parameters: dict[str, Any]) -> None:
         ):
             values = defaults(notebook) | parameters
             noted = {"run": run, "params": parameters, "values": values, **fingerprint(notebook, parameters)}
-            noted |= provenance() | {key: values.get(key) for key in ("model", "device", "dtype", "seed")}
+            noted |= surroundings() | {key: values.get(key) for key in ("model", "device", "dtype", "seed")}
             _kernel_environment(Path(work), values)
             copy = Path(work) / f"{notebook}.ipynb"
             started = time.time()
@@ -250,6 +250,8 @@ def execute(notebook: str, run: str, parameters: dict[str, Any]) -> None:
             noted["started"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started))
             noted["seconds"] = round(time.time() - started, 1)
             page = tidy(nbformat.read(copy, as_version=4))
+            if run != DEFAULT_MODEL:
+                _own_labels(page, run)
             page.metadata["sinkstudy"] = noted
             with atomic(RUNS / run / f"{notebook}.ipynb") as target:
                 nbformat.write(page, target)
@@ -300,7 +302,23 @@ def tidy(page):
     return page
 
 
-def provenance() -> dict[str, Any]:
+def _own_labels(page, run: str) -> None:
+    """Give the labels of a page, and its references to labels of notebooks, names of this run.
+
+    The book shows one copy of a notebook for each run, and Sphinx wants every label once.
+    """
+    text = "\n".join(_text(cell) for name in notebooks() for cell in _cells(name) if cell["cell_type"] == "markdown")
+    labels = set(re.findall(r"(?m)^(?:\((?=[\w.:-]+\)=)|:name: *)([\w.:-]+)", text))
+    if not labels:
+        return
+    before = r"^\((?=[\w.:-]+\)=)|^:name: *|\]\(#?|\{(?:numref|ref|eq)\}`(?:[^`<]*<)?"
+    either = "|".join(map(re.escape, sorted(labels, key=len, reverse=True)))
+    for cell in page.cells:
+        if cell.cell_type == "markdown":
+            cell.source = re.sub(rf"(?m)({before})({either})(?=[)`>\s]|$)", rf"\1\2--{run}", cell.source)
+
+
+def surroundings() -> dict[str, Any]:
     """Commit, whether tracked files differ from it, Python and the versions of the packages that matter."""
 
     def git(*arguments: str) -> str:
@@ -522,7 +540,7 @@ def render(*, stored: bool = False) -> bool:
     stamp.unlink(missing_ok=True)
     BUILD.mkdir(exist_ok=True)
     (BUILD / "toc.yml").write_text(yaml.safe_dump(_with_runs(toc), sort_keys=False))
-    command = [sys.executable, "-m", "jupyter_book", "build", ".", "--toc", str(BUILD / "toc.yml")]
+    command = [str(Path(sys.executable).with_name("jupyter-book")), "build", ".", "--toc", str(BUILD / "toc.yml")]
     ended = subprocess.run([*command, "--all", "-W", "-n", "--keep-going"], cwd=ROOT, check=False)
     if ended.returncode or not index.is_file():
         raise UserError("the book was not rendered without a warning: Jupyter Book's messages stand above")

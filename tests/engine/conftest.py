@@ -73,7 +73,11 @@ class Project:
         for index, cell in enumerate(cells):
             cell["id"] = f"cell-{index}"
         (self.root / "notebooks").mkdir(exist_ok=True)
-        nbformat.write(new_notebook(cells=cells), self.root / "notebooks" / f"{name}.ipynb")
+        metadata = {
+            "kernelspec": {"name": "python3", "display_name": "Python 3"},
+            "language_info": {"name": "python", "pygments_lexer": "ipython3"},
+        }
+        nbformat.write(new_notebook(cells=cells, metadata=metadata), self.root / "notebooks" / f"{name}.ipynb")
 
     def start(self, *arguments: str) -> subprocess.Popen:
         environment = os.environ | {"PYTHONPATH": str(self.root)}

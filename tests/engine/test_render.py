@@ -1,0 +1,72 @@
+"""The book is rendered when something it shows has changed, and never executes a notebook."""
+
+import re
+
+from tests.engine.conftest import Project
+
+CONFIG = """
+title: Toy
+only_build_toc_files: true
+exclude_patterns: [_build, notebooks/**, .snakemake/**]
+execute: {execute_notebooks: "off"}
+sphinx: {config: {numfig: true}}
+"""
+TOC = """
+format: jb-book
+root: book/intro
+chapters:
+  - file: book/runs/lab-llava/01-first
+  - file: book/runs/lab-llava/02-second
+"""
+PROSE = """# A toy
+
+(part)=
+## Part
+
+```{figure} ../../dot.png
+:name: fig-dot
+A dot.
+```
+See {ref}`part` and {numref}`fig-dot`.
+"""
+DOT = bytes.fromhex(
+    "89504e470d0a1a0a0000000d4948445200000001000000010806000000"
+    "1f15c4890000000d4944415478da636460f85f0f0002870180eb47ba920000000049454e44ae426082"
+)
+
+
+def test_render(project: Project):
+    project.write("_config.yml", CONFIG)
+    project.write("_toc.yml", TOC)
+    project.write("book/intro.md", "# Intro\n")
+    (project.root / "book/dot.png").write_bytes(DOT)
+    project.notebook("01-first", "print(limit)", prose=PROSE)
+    project.notebook("02-second", "print(seed)")
+
+    printed = project.call("book", code=1)
+    assert printed == "sinkstudy: book/runs/lab-llava/01-first.ipynb is missing: 'sinkstudy run' makes it\n"
+
+    assert "the book is rendered" in project.call("book", "--stored")  # pages without outputs: none is stored yet
+    project.call("run")
+    assert "the book is rendered" in project.call("book")
+    html = project.root / "_build/html"
+    assert ">3\n" in (html / "book/runs/lab-llava/01-first.html").read_text()
+    assert (project.root / "book/runs/provenance.csv").read_text().count("\n") == 3
+
+    times = {path: path.stat().st_mtime_ns for path in html.rglob("*.html")}
+    assert project.call("book") == "the book is up to date: _build/html/index.html\n"
+    assert "up to date" in project.call("book", "--stored")
+    assert times == {path: path.stat().st_mtime_ns for path in html.rglob("*.html")}
+
+    project.call("run", "owner/other", "--only", "01", "--limit", "7")
+    project.write("book/intro.md", "# Another title\n")
+    printed = project.call("book")
+    assert "the book is rendered" in printed  # no label twice: -W would have failed
+    intro = (html / "book/intro.html").read_text()
+    assert "Another title" in intro and "On owner--other" in intro
+    other = (html / "book/runs/owner--other/01-first.html").read_text()
+    assert ">7\n" in other and re.search(r'href="#part-owner-other"', other)
+
+    project.write("book/intro.md", "# Intro\n\n{ref}`nowhere`\n")
+    assert "was not rendered without a warning" in project.call("book", code=1)
+    assert "was not rendered without a warning" in project.call("book", code=1)  # not taken for a whole book
