@@ -27,7 +27,7 @@ def run_command(
         str, typer.Argument(help="Lab model, folder with config.json, or hub id owner/name.")
     ] = engine.DEFAULT_MODEL,
     only: Annotated[list[str] | None, typer.Option(help="Beginning of a notebook's name, e.g. 01.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps or auto (all GPUs).")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     limit: Annotated[int | None, typer.Option(help="Number of images.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of all that is random.")] = None,
@@ -86,15 +86,23 @@ def check_fresh() -> None:
 
 @lab.command("train")
 def train(
-    names: Annotated[list[str] | None, typer.Argument(help="Lab models, or 'all'.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(help="Lab models, 'emergence', or 'all'.")] = None,
 ) -> None:
-    """Train lab models from nothing; a killed training goes on from its last checkpoint."""
+    """Train lab models, and the short towers of chapter 02 ('emergence'), from nothing.
+
+    A killed training goes on from its last checkpoint.
+    """
     if any(os.environ.get(key) != value for key, value in MALLOC.items()):
         command = [sys.executable, "-m", "sinkstudy.cli", *sys.argv[1:]]
         os.execve(sys.executable, command, os.environ | MALLOC)
     from sinkstudy.lab import train as training
 
-    training.main(names or ["all"])
+    known = [*training.MODELS, "emergence"]
+    wanted = known if not names or names == ["all"] else names
+    for name in wanted:
+        if name not in known:
+            raise engine.UserError(f"'{name}' cannot be trained: choose from {', '.join(known)} or all")
+    training.main(wanted)
 
 
 def main() -> None:

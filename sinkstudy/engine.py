@@ -26,7 +26,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from sinkstudy.paths import BOOK, DATA, MODELS, NOTEBOOKS, RESULTS, ROOT, RUNS, atomic, slug
+from sinkstudy.paths import BOOK, DATA, MODELS, NOTEBOOKS, RESULTS, ROOT, RUNS, atomic, lab_models, slug
 
 DEFAULT_MODEL = "lab-llava"
 WORK = RUNS / ".work"  # half-made things, never read by the book
@@ -127,11 +127,6 @@ def _texts(value: Any) -> list[str]:
     return [text for text in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(text, str)]
 
 
-def lab_models() -> list[str]:
-    """Names of the models embedded under `data/models`."""
-    return sorted(path.parent.name for path in MODELS.glob("*/config.json"))
-
-
 def files_sha256(paths: Iterable[Path]) -> str:
     """SHA-256 over the names and contents of files; the same wherever the project lies."""
     digest = hashlib.sha256()
@@ -143,11 +138,11 @@ def files_sha256(paths: Iterable[Path]) -> str:
 
 
 def _files(path: Path) -> list[Path]:
-    """`path` itself or the files under it that are not hidden."""
+    """`path` itself or the files under it, without hidden ones and caches."""
     if path.is_file():
         return [path]
     inner = (p for p in path.rglob("*") if p.is_file())
-    return [p for p in inner if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+    return [p for p in inner if not any(x.startswith(".") or x == "cache" for x in p.relative_to(path).parts)]
 
 
 def _sha256(text: str) -> str:
@@ -479,12 +474,12 @@ def check_model(name: str) -> str:
 
 
 def check_device(device: str) -> None:
-    """Raise UserError unless `device` is `cpu`, or `cuda`, `cuda:1`, `mps` and present on this machine."""
-    kind, _, index = device.partition(":")
-    if device == "cpu":
+    """Raise UserError unless `device` is cpu, auto, or a cuda, cuda:1 or mps that this machine has."""
+    if device in ("cpu", "auto"):
         return
-    if kind not in ("cuda", "mps") or not re.fullmatch(r"(cuda|mps|cuda:\d+)", device):
-        raise UserError(f"unknown device '{device}': cpu, cuda, cuda:1, ... or mps")
+    if not re.fullmatch(r"mps|cuda(:\d+)?", device):
+        raise UserError(f"unknown device '{device}': cpu, cuda, cuda:1, ..., mps or auto")
+    kind, _, index = device.partition(":")
     import torch  # only now: it takes seconds
 
     if kind == "mps" and not torch.backends.mps.is_available():

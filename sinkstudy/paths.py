@@ -29,6 +29,11 @@ def slug(model_name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", model_name.strip("/").replace("/", "--"))
 
 
+def lab_models() -> list[str]:
+    """Names of the lab models whose weights are there, in alphabetical order."""
+    return sorted(path.parent.name for path in MODELS.glob("*/config.json"))
+
+
 def results_dir(run: str, notebook: str) -> Path:
     """The folder that a notebook writes its tables to, made if missing: `results/<run>/<notebook>`.
 

@@ -14,7 +14,7 @@ BAD = {
     "folder without a model": (["notebooks"], "the folder notebooks holds no model: it has no config.json"),
     "unknown model in a list": (["-p", 'others=["lab-lava"]'], "unknown model 'lab-lava'"),
     "missing path": (["-p", "data=data/none.csv"], "parameter 'data': there is no file or folder data/none.csv"),
-    "unknown device": (["--device", "tpu"], "unknown device 'tpu': cpu, cuda, cuda:1, ... or mps"),
+    "unknown device": (["--device", "tpu"], "unknown device 'tpu': cpu, cuda, cuda:1, ..., mps or auto"),
     "unknown dtype": (["--dtype", "int3"], "unknown dtype 'int3': one of float32, bfloat16, float16"),
     "unknown notebook": (["--only", "07"], "no notebook begins with '07'; there are: 01-first, 02-second"),
     "bad run name": (["--name", "a/b"], "'a/b' is no name for a run"),
