@@ -24,6 +24,7 @@ FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
     " --disable-component-update --disable-sync"
 ).split()
+PATIENCE = 120_000  # milliseconds: a busy machine is slow, not broken
 VIEWS = {  # name: (theme, width in CSS pixels)
     "light": ("light", 1280),
     "dark": ("dark", 1280),
@@ -74,7 +75,7 @@ def browser():
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        chromium = playwright.chromium.launch(executable_path=path, args=FLAGS, timeout=PATIENCE)
         yield chromium
         chromium.close()
 
@@ -85,6 +86,7 @@ def view(request, browser):
     theme, width = VIEWS[request.param]
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=theme)
     context.name, context.theme = request.param, theme
+    context.set_default_timeout(PATIENCE)
     yield context
     context.close()
 
@@ -160,6 +162,7 @@ def test_page_loads_whole_and_is_readable(name, view, site):
 
 def test_chapters_have_figures(browser, site):
     context = browser.new_context()
+    context.set_default_timeout(PATIENCE)
     for name in (page for page in PAGES if "/runs/" in page):
         page, _ = open_page(context, site, f"{name}.html")
         assert page.locator(".bd-article img").count() > 0, name
@@ -168,6 +171,7 @@ def test_chapters_have_figures(browser, site):
 
 def test_front_door_leads_to_the_introduction(browser, site):
     context = browser.new_context()
+    context.set_default_timeout(PATIENCE)
     page, _ = open_page(context, site, "index.html")
     page.wait_for_url(f"{site}/{PAGES[0]}.html")
     context.close()
@@ -175,6 +179,7 @@ def test_front_door_leads_to_the_introduction(browser, site):
 
 def test_search_finds_a_word_without_a_network(browser, site):
     context = browser.new_context()
+    context.set_default_timeout(PATIENCE)
     page, problems = open_page(context, site, "search.html?q=register")
     page.locator("#search-results li a").first.wait_for()
     assert not problems
