@@ -72,8 +72,8 @@ def style() -> list[str]:
 class Results:
     """The tidy tables and the headline numbers of one notebook, written whole to `results/<run>/<notebook>/`.
 
-    Two runs that computed the same numbers write the same bytes: floats have six significant digits, rows and
-    columns keep their order, and neither times nor paths are stored.
+    Two runs that computed the same numbers write the same bytes: floats have six significant digits and at most
+    twelve decimals, rows and columns keep their order, and neither times nor paths are stored.
 
     Args:
         run: slug of the model's name, as `paths.slug` makes it.
@@ -104,7 +104,7 @@ class Results:
         high: float | None = None,
         n: int | None = None,
         unit: str = "",
-    ) -> float:
+    ) -> None:
         """Keep one headline number: a row of `metrics.json`. Takes an interval as ``metric(name, *interval)``.
 
         Args:
@@ -114,9 +114,6 @@ class Results:
             n: number of independent units (images) behind it.
             unit: "%", "tokens", …; empty for a pure number.
 
-        Returns:
-            The value as stored, rounded to six significant digits.
-
         Raises:
             ValueError: a metric of that name is there already.
         """
@@ -124,34 +121,32 @@ class Results:
             raise ValueError(f"there is a metric {name!r} already")
         row = {"name": name, "value": _six(value), "low": _six(low), "high": _six(high)}
         self._metrics[name] = row | {"n": None if n is None else int(n), "unit": unit}
-        return float("nan") if row["value"] is None else row["value"]
 
     def metrics(self) -> pd.DataFrame:
         """The metrics so far, one a row: name, value, low, high, n, unit."""
         return pd.DataFrame(list(self._metrics.values()), columns=["name", "value", "low", "high", "n", "unit"])
 
-    def write(self) -> Path:
-        """Put the folder in place, whole: what an earlier run left there is gone. Returns its path."""
+    def write(self) -> None:
+        """Put the folder in place, whole: what an earlier run left there is gone."""
         with atomic(self.folder) as folder:
             folder.mkdir(parents=True, exist_ok=True)
             for name, rows in self._tables.items():
                 floats = rows.select_dtypes("float").columns
-                rows = rows.assign(**{column: rows[column] + 0.0 for column in floats})  # −0 becomes 0
+                rows = rows.assign(**{column: rows[column].round(12) + 0.0 for column in floats})  # −0 becomes 0
                 rows.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g", lineterminator="\n")
             text = json.dumps(list(self._metrics.values()), indent=1, sort_keys=True, ensure_ascii=False)
             (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
-        return self.folder
 
 
 def _six(value: float | None) -> float | None:
     """A float of six significant digits; None for None, NaN and ±inf, which JSON does not have."""
     if value is None or not np.isfinite(value):
         return None
-    return float(f"{float(value):.6g}") + 0.0
+    return float(f"{round(float(value), 12):.6g}") + 0.0
 
 
-def glue(name: str, value: float | str, fmt: str = ".3g") -> str:
-    """Give a number a name for the prose: ``{glue:text}`name``` on a page shows it. Tag the cell `remove-output`.
+def glue(name: str, value: float | str, fmt: str = ".3g") -> None:
+    """Give a number a name for the prose: ``{glue:text}`name``` on a page shows it.
 
     The number is formatted here, so that the notebook stores few digits and reads the same on every processor.
     Outside a Jupyter kernel, or without myst_nb, nothing is stored.
@@ -160,21 +155,15 @@ def glue(name: str, value: float | str, fmt: str = ".3g") -> str:
         name: unique within the notebook.
         value: a number, or text that was computed.
         fmt: format specification, ".1f", ".1%", "d" (numbers only).
-
-    Returns:
-        The text that the page will show.
     """
-    if isinstance(value, str):
-        text = value
-    else:
-        text = format(int(value) if fmt.endswith("d") else float(value), fmt)
+    if not isinstance(value, str):
+        value = format(int(value) if fmt.endswith("d") else float(value), fmt)
     if get_ipython() is not None:
         try:
             import myst_nb
         except ImportError:
-            return text
-        myst_nb.glue(name, text, display=False)
-    return text
+            return
+        myst_nb.glue(name, value, display=False)
 
 
 def glue_figure(name: str, figure: mpl.figure.Figure) -> None:
