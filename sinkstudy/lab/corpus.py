@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from sinkstudy.lab import questions as q
-from sinkstudy.lab.world import GRID, SIDE, render
+from sinkstudy.lab.world import GRID, SIDE, Scenes, patch_contents, render
 from sinkstudy.paths import atomic
 
 TRAIN_SCENES = 65_536
@@ -57,6 +57,23 @@ def training_pictures(folder: Path, n: int = TRAIN_SCENES) -> np.ndarray:
     return np.load(file, mmap_mode="r")
 
 
+def grounding(s: Scenes) -> torch.Tensor:
+    """The caption's words at the patches they speak of: int8 [n, 12, 12, 6], -1 where none applies.
+
+    Last axis: texture and colour of the part (where no thing lies), kind, colour, size and mark of the thing.
+    Calm patches have none.
+    """
+    part, thing = patch_contents(s)
+
+    def at(values, index):
+        return values.gather(1, index.clamp_min(0).flatten(1)).view_as(index).long()
+
+    ground = (thing < 0) & ~s.calm
+    columns = [at(v, part).masked_fill(~ground, -1) for v in (s.texture, s.colour)]
+    columns += [at(v, thing).masked_fill(thing < 0, -1) for v in (s.kind, s.thing_colour, s.size, s.mark)]
+    return torch.stack(columns, -1).to(torch.int8)
+
+
 class Corpus:
     """What the lab's training needs to know of n scenes besides their pictures, as tensors.
 
@@ -68,6 +85,7 @@ class Corpus:
         self.codec = Codec()
         scenes = render("train", 0, n, pictures=False)
         self.calm = scenes.calm
+        self.grounding = grounding(scenes)
         rng = random.Random(seed)
         encode, ids = self.codec.encode, self.codec.ids
         self.caption = torch.full((n, CAPTION), -1)

@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForCon
 
 from sinkstudy.lab import tower as tower_module
 from sinkstudy.lab.corpus import CAPTION, LONG, N_LONG, N_SHORT, SHORT, VISUAL, Codec, Corpus, slot_positions
-from sinkstudy.lab.training import autocast
+from sinkstudy.lab.training import autocast, compiled
 
 SLOTS = ((N_SHORT, SHORT), (N_LONG, LONG))
 
@@ -51,12 +51,14 @@ def next_word_loss(hidden: torch.Tensor, embedding: torch.Tensor, labels: torch.
     return F.cross_entropy(logits, target), (logits.argmax(-1) == target).float().mean().item()
 
 
-def text_loss(decoder: LlamaForCausalLM, corpus: Corpus, rows: torch.Tensor) -> tuple[torch.Tensor, dict]:
-    """A caption, then slots with questions about it, then a fact of the world; loss on every word."""
+def text_loss(decoder: LlamaForCausalLM, run, corpus: Corpus, rows: torch.Tensor) -> tuple[torch.Tensor, dict]:
+    """A caption, then slots with questions about it, then a fact of the world.
+
+    The loss is on the caption's and the fact's words and on the answers. `run` is `decoder.model`, compiled.
+    """
     caption = corpus.caption[rows]
-    n = len(rows)
+    n, width = caption.shape  # one width for all batches, so that the decoder is compiled once
     length = (caption >= 0).sum(1)
-    width = int(length.max())
     # `user :` goes between <s> and the caption, `</s>` is not used here: left-pad so that the slots follow directly
     prefix = torch.zeros(n, width + 1, dtype=torch.long)
     user = torch.tensor(corpus.codec.encode("user :"))
@@ -72,7 +74,7 @@ def text_loss(decoder: LlamaForCausalLM, corpus: Corpus, rows: torch.Tensor) -> 
     labels[:, width + 1:-facts.shape[1]] = corpus.slot_labels[rows]
     labels[:, -facts.shape[1]] = -100
     with autocast():
-        hidden = decoder.model(input_ids=ids, position_ids=positions, use_cache=False, slots=slots, pad=pad,
+        hidden = run(input_ids=ids, position_ids=positions, use_cache=False, slots=slots, pad=pad,
                                attention_mask=torch.zeros(1, 1, 1, 1))[0]  # unused: the slots decide
     loss, accuracy = next_word_loss(hidden, decoder.lm_head.weight, labels)
     answers = corpus.slot_labels[rows]
@@ -90,6 +92,7 @@ class ImageStage:
         self.head = head
         self.slots = (len(head) + VISUAL, ((1, CAPTION + 1),) if target == "caption" else SLOTS)
         self.positions = slot_positions(*self.slots)
+        self.run = compiled(model.model.language_model.forward)
         self.say = torch.tensor(corpus.codec.encode("assistant :"))
 
     def loss(self, rows: torch.Tensor) -> tuple[torch.Tensor, dict]:
@@ -107,7 +110,7 @@ class ImageStage:
                 patches = tower_module.states(model.vision_tower, pixels)[-2][:, -VISUAL:]
             visual = model.multi_modal_projector(patches)
             embeds = torch.cat([words(self.head.expand(n, -1)), visual.to(words.weight.dtype), words(ids)], 1)
-            hidden = model.language_model(
+            hidden = self.run(
                 inputs_embeds=embeds, position_ids=self.positions.expand(n, -1), use_cache=False, slots=self.slots,
                 attention_mask=torch.zeros(1, 1, 1, 1))[0]  # unused: the slots decide
         labels = F.pad(labels, (len(self.head) + VISUAL, 0), value=-100)

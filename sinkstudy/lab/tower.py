@@ -1,11 +1,14 @@
 """Pretraining of the vision towers with captions.
 
-Two losses, both from the scene's caption:
+Three losses, all from the scene's caption:
 
 - *image level*: one pooled vector predicts which words and pairs of adjacent words the caption holds (captions
   as classification targets, after SuperClass, arXiv 2411.03313). Pooled from CLS, as in CLIP.
 - *caption*: a two-layer decoder reads the patch tokens of the penultimate layer, the ones LLaVA uses, and
-  writes the caption (after CapPa, arXiv 2306.07915). The decoder is thrown away afterwards.
+  writes the caption (after CapPa, arXiv 2306.07915). The decoder is thrown away afterwards;
+- *grounding*: each of those patch tokens predicts the caption's words about the spot it covers. Without it the
+  towers see too few pictures to find the things at all. It fades to nothing over the first `FADE` of the
+  training, so that the rest is image level and captions alone.
 
 The positive control differs in three ways, all in this file: its image-level vector is pooled from the calm
 patches instead of CLS, and two hinge terms ask that from layer `ONSET` on the calm patches have a high norm and
@@ -29,6 +32,8 @@ ONSET = 4            # the planted sinks have a high norm at the output of this 
 NORM_RATIO = 5.0     # … at least so many times the median of the busy patches
 QUIET_RATIO = 1.6    # … while no busy patch exceeds this many medians
 MASS = 0.4           # … and in later layers draw this share of the other tokens' attention
+FADE = 0.6           # share of the steps over which the grounding loss falls to zero
+GROUNDED = (8, 8, 12, 8, 2, 2)  # classes of the grounding columns, see `corpus.grounding`
 MEAN, SD = (0.46, 0.45, 0.44), (0.23, 0.23, 0.24)  # of the training pictures' pixels, per channel
 
 
@@ -40,12 +45,30 @@ def build(kind: str, seed: int = 0) -> CLIPVisionModel:
                  image_size=SIDE, patch_size=PATCH, hidden_act="gelu", projection_dim=WIDTH)
     torch.manual_seed(seed)
     tower = CLIPVisionModel(CLIPVisionConfig(**shape))
+    with torch.no_grad():
+        tower.embeddings.position_embedding.weight[1:] = 0.12 * sine_positions()
+        for layer in tower.encoder.layers:
+            layer.self_attn.q_proj.weight *= 3
+            layer.self_attn.k_proj.weight *= 3
     if kind == "registers":
         plain = tower.state_dict()
         tower = CLIPVisionModelWithRegisters(CLIPVisionWithRegistersConfig(**shape))
         tower.load_state_dict(plain, strict=False)
     tower.set_attn_implementation("lab_matmul")
     return tower
+
+
+def sine_positions() -> torch.Tensor:
+    """2-D sines and cosines, [144, WIDTH]: where position embeddings start (they are trained on).
+
+    CLIP's own start, 0.02 of noise, is small against the patch embeddings: attention then needs long to find
+    which patches are neighbours.
+    """
+    frequency = torch.exp2(-torch.arange(WIDTH // 4) / (WIDTH // 16))  # 1 … 1/16 rad a patch
+    angle = torch.arange(GRID)[:, None] * frequency
+    wave = torch.cat([angle.sin(), angle.cos()], 1)  # [12, WIDTH / 2]
+    rows, columns = wave[:, None].expand(-1, GRID, -1), wave[None].expand(GRID, -1, -1)
+    return torch.cat([rows, columns], -1).flatten(0, 1)
 
 
 def normalise(images: torch.Tensor) -> torch.Tensor:
@@ -116,10 +139,12 @@ class Objective(nn.Module):
         torch.manual_seed(seed)
         self.kind, self.caption_weight = kind, caption_weight
         self.image_head = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, ngrams))
+        self.ground_head = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, sum(GROUNDED)))
         self.captioner = CaptionDecoder(words, length)
 
-    def forward(self, tower, pixels, caption, ngrams, calm) -> tuple[torch.Tensor, dict]:
-        """pixels [n, 3, 96, 96], caption [n, length] (-1 pads), ngrams [n, k] in {0, 1}, calm [n, 12, 12]."""
+    def forward(self, tower, pixels, caption, ngrams, grounding, calm, progress) -> tuple[torch.Tensor, dict]:
+        """pixels [n, 3, 96, 96], caption [n, length] (-1 pads), ngrams [n, k] in {0, 1}, grounding
+        [n, 12, 12, 6] (-1: no word), calm [n, 12, 12], progress: share of the steps done, 0-1."""
         planted = self.kind == "sinks"
         for layer in tower.encoder.layers[ONSET:]:
             layer.self_attn.keep_weights = planted
@@ -132,12 +157,20 @@ class Objective(nn.Module):
             else:
                 pooled = [hidden[-1][:, 0] if self.kind != "no-cls" else hidden[-1].mean(1)]
             scores = [self.image_head(p) for p in pooled]
-            logits = self.captioner(caption[:, :-1].clamp_min(0), hidden[-2][:, -GRID * GRID:])
+            patches = hidden[-2][:, -GRID * GRID:]
+            half = len(caption) // 2  # the caption loss takes every other picture: it is the dearest part
+            logits = self.captioner(caption[:half, :-1].clamp_min(0), patches[:half])
+            grounded = self.ground_head(patches)
         image = sum(F.binary_cross_entropy_with_logits(s.float(), ngrams) for s in scores) / len(scores)
         # the words' mean loss is ~50 times an n-gram's: 20 brings the two terms to one scale
-        words = F.cross_entropy(logits.float().flatten(0, 1), caption[:, 1:].flatten(), ignore_index=-1)
-        loss = 20 * image + self.caption_weight * words
-        values = {"image": image.item(), "caption": words.item()}
+        words = F.cross_entropy(logits.float().flatten(0, 1), caption[:half, 1:].flatten(), ignore_index=-1)
+        target = grounding.flatten(0, 2).long()  # [n · 144, 6]
+        ground = [F.cross_entropy(column.float(), target[:, i], ignore_index=-1)
+                  for i, column in enumerate(grounded.flatten(0, 1).split(GROUNDED, -1))]
+        fade = max(0.0, 1 - progress / FADE)
+        loss = 20 * image + self.caption_weight * words + fade * sum(ground)
+        values = {"image": image.item(), "caption": words.item(), "texture": ground[0].item(),
+                  "kind": ground[2].item()}
         if planted:
             norm, attention, seen = self._planting(tower, hidden, calm)
             loss = loss + norm + attention

@@ -6,6 +6,7 @@ A scene is 96 × 96 pixels, 12 × 12 patches of 8 × 8. Its facts:
 - *light*: one multiplier per colour channel for the whole picture;
 - *parts*: 2-4 regions, each with a texture and a colour of its own; the largest is the *main* part;
 - *things*: 1-4 shapes of different kind, each with a colour, a size, a cell of a 3 × 3 grid and perhaps a mark;
+  a kind has its own outline and its own fine weave;
 - *calm patches*: 3-5 patches that hold nothing but one flat colour (no texture, clutter, grain or thing).
   They are the low-information patches of the world; no question asks about them.
 
@@ -156,7 +157,7 @@ def _propose(n: int, g: torch.Generator) -> Scenes:
                                for s in range(len(SCENES))])
     kind = _pick(n, MAX_THINGS, favourites[scene] * torch.tensor(_POPULARITY), g)
     cell = _pick(n, MAX_THINGS, torch.ones(n, 9), g)
-    centre = torch.stack([cell // 3, cell % 3], -1) * 32 + 16 + draw(7, n, MAX_THINGS, 2) - 3
+    centre = torch.stack([cell // 3, cell % 3], -1) * 32 + 16
     to_seed = (centre[:, :, None] - seeds[:, None]).square().sum(-1).masked_fill(beyond[:, None], 1 << 30)
     size = draw(2, n, MAX_THINGS)
     calm = _calm(centre, size, absent, 3 + draw(3), g)
@@ -200,6 +201,19 @@ def _owner(seeds: torch.Tensor, beyond: torch.Tensor, ticks: torch.Tensor) -> to
     return owner
 
 
+def patch_contents(s: Scenes) -> tuple[torch.Tensor, torch.Tensor]:
+    """What lies at the centre of each patch: the part, [n, 12, 12], and the thing there or -1, [n, 12, 12]."""
+    middle = torch.arange(GRID) * PATCH + PATCH // 2
+    part = _owner(s.seeds, s.texture < 0, middle).long()
+    thing = torch.full_like(part, -1)
+    reach = torch.tensor(RADIUS)[s.size.clamp_min(0)]  # [n, things]
+    for i in range(MAX_THINGS):
+        near = ((middle - s.centre[:, i, :1]).abs() <= reach[:, i, None])[:, :, None] \
+            & ((middle - s.centre[:, i, 1:]).abs() <= reach[:, i, None])[:, None] & (s.kind[:, i] >= 0)[:, None, None]
+        thing = torch.where(near, i, thing)
+    return part, thing
+
+
 def _parts_large_enough(s: Scenes) -> torch.Tensor:
     return (s.area.masked_fill(s.texture < 0, 1.0) >= 0.12).all(-1)
 
@@ -222,7 +236,9 @@ def _draw(s: Scenes, g: torch.Generator) -> None:
     owner = s.part_map.long()
     flat = owner.flatten(1)
 
+    # Textures shift by half a patch at most, clutter freely: four phases are few enough for a small tower.
     offset = torch.randint(0, 64, (n, 4), generator=g)
+    offset[:, :2] &= ~3
     oy, ox, cy, cx = (offset[:, i, None, None] for i in range(4))
     where = (((y + oy) & 63) * 64 + ((x + ox) & 63)).flatten(1)
     shade = _TEXTURE.view(-1)[s.texture.clamp_min(0).gather(1, flat) * 4096 + where]
@@ -246,9 +262,11 @@ def _draw(s: Scenes, g: torch.Generator) -> None:
         spot = ((at[:, 0, None, None] + window[:, None]) * SIDE + at[:, 1, None, None] + window).flatten(1)
         sprite = _SPRITE[s.kind[rows, i], s.size[rows, i], s.mark[rows, i].long()].flatten(1)
         hit, pixel = (sprite > 0).nonzero(as_tuple=True)
+        # by sprite value: fill, outline, mark, weave
         paint = torch.stack([torch.tensor(_VIVID, dtype=torch.int16)[s.thing_colour[rows, i]],
                              torch.full((len(rows), 3), 12, dtype=torch.int16),
-                             torch.full((len(rows), 3), 255, dtype=torch.int16)], 1)  # fill, outline, mark
+                             torch.full((len(rows), 3), 255, dtype=torch.int16),
+                             torch.tensor(_VIVID, dtype=torch.int16)[s.thing_colour[rows, i]] * 3 // 8], 1)
         pixels[rows[hit], spot[hit, pixel]] = paint[hit, sprite[hit, pixel].long() - 1]
         covered[rows[hit], spot[hit, pixel]] = True
 
@@ -271,14 +289,14 @@ def _textures() -> torch.Tensor:
         "bricked": (y % 8 < 2) | ((x + 8 * ((y // 8) % 2)) % 16 < 2),
         "netted": ((x + y) % 16 < 2) | ((x - y) % 16 < 2),
     }
-    return torch.stack([torch.where(masks[t], 30, -22) for t in TEXTURES]).to(torch.int16)
+    return torch.stack([torch.where(masks[t], 40, -30) for t in TEXTURES]).to(torch.int16)
 
 
 def _clutters() -> torch.Tensor:
     """[scenes, 64, 64] int16: about one small mark in each 8 × 8 patch, its shape and tone set by the scene."""
     glyphs = ("#...#\n.#.#.\n..#..", "##\n##", "####\n#..#\n#..#\n####", "..#..\n.#.#.\n#...#", "#\n#\n#\n#\n#",
               "#..#\n.##.\n.##.\n#..#")
-    tones = (70, -70, -75, 75, 75, -75)
+    tones = (48, -48, -48, 48, 48, -48)
     g = torch.Generator().manual_seed(7)
     out = torch.zeros(len(SCENES), 64, 64, dtype=torch.int16)
     for s, (glyph, tone) in enumerate(zip(glyphs, tones, strict=True)):
@@ -292,16 +310,20 @@ def _clutters() -> torch.Tensor:
 
 
 def _sprites() -> torch.Tensor:
-    """[kinds, sizes, marked, 27, 27] uint8: 0 nothing, 1 fill, 2 outline, 3 mark."""
+    """[kinds, sizes, marked, 27, 27] uint8: 0 nothing, 1 fill, 2 outline, 3 mark, 4 weave."""
     edge = 27
+    g = torch.Generator().manual_seed(3)
     out = torch.zeros(len(KINDS), 2, 2, edge, edge, dtype=torch.uint8)
     at = torch.arange(edge) - edge // 2
     for i, kind in enumerate(KINDS):
+        # a 4 × 4 pattern of five dark pixels, repeated; the sprite's centre lies on a corner of the patch grid
+        pattern = (torch.rand(16, generator=g).argsort().argsort() < 5).view(4, 4)
+        weave = pattern.repeat(8, 8)[:edge, :edge].roll((edge // 2 % 4, edge // 2 % 4), (0, 1))
         for j, radius in enumerate(RADIUS):
             v, u = torch.meshgrid(at / radius, at / radius, indexing="ij")
             inside = _inside(kind, u, v)
             grown = torch.nn.functional.max_pool2d(inside[None, None].float(), 3, 1, 1)[0, 0] > 0
-            sprite = torch.where(inside, 1, torch.where(grown, 2, 0)).to(torch.uint8)
+            sprite = torch.where(inside, torch.where(weave, 4, 1), torch.where(grown, 2, 0)).to(torch.uint8)
             out[i, j, :] = sprite
             c, d = edge // 2, round(0.75 * radius)
             out[i, j, 1, c - d - 2:c - d + 2, c + d - 2:c + d + 2] = 2

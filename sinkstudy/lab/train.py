@@ -1,0 +1,240 @@
+"""Makes the lab models from nothing: towers, decoder, LLaVA's stages, scores, model cards.
+
+Every stage leaves a checkpoint in `data/cache/lab`; a killed run resumes, a finished stage is not repeated.
+Called by `sinkstudy lab train`, which sets the allocator's variables first (they make it several times faster).
+"""
+
+from __future__ import annotations
+
+import time
+from functools import lru_cache
+from pathlib import Path
+
+import pandas as pd
+import torch
+from transformers import CLIPImageProcessorPil, LlavaProcessor
+
+from sinkstudy import models
+from sinkstudy.lab import language, score, training
+from sinkstudy.lab import tower as tower_module
+from sinkstudy.lab.corpus import CAPTION, TRAIN_SCENES, Codec, Corpus, tokenizer, training_pictures
+from sinkstudy.lab.emergence import Follower, log_spaced
+from sinkstudy.lab.world import PATCH, SIDE
+from sinkstudy.paths import DATA, atomic
+from sinkstudy.paths import MODELS as MODELS_FOLDER
+
+CACHE = DATA / "cache" / "lab"
+CHAT = ("<s> {% for m in messages %}{% if m['role'] == 'user' %}user : {% for c in m['content'] %}"
+        "{% if c['type'] == 'image' %}<image> {% else %}{{ c['text'] }} {% endif %}{% endfor %}"
+        "{% else %}assistant : {{ m['content'][0]['text'] }} </s> {% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}assistant :{% endif %}")
+MODELS = {"lab-llava": "plain", "lab-llava-sinks": "sinks", "lab-llava-registers": "registers"}
+TOWER = dict(steps=900, batch=64, lr=2e-3, weight_decay=0.1)
+TEXT = dict(steps=400, batch=32, lr=2e-3, weight_decay=0.1)
+ALIGN = dict(steps=100, batch=32, lr=2e-3, weight_decay=0.0)
+INSTRUCT = dict(steps=800, batch=32, lr=1.5e-3, weight_decay=0.05)
+
+# Chapter 02: one thing changed at a time against `base`, all shorter than the shipped towers' training.
+ARM_STEPS = 300
+ARMS = {
+    "base": {}, "lr 5e-4": {"lr": 5e-4}, "lr 4e-3": {"lr": 4e-3}, "wd 0": {"weight_decay": 0.0},
+    "wd 0.5": {"weight_decay": 0.5}, "no CLS": {"kind": "no-cls"}, "image level only": {"caption_weight": 0.0},
+}
+
+
+@lru_cache(1)
+def corpus() -> Corpus:
+    made = Corpus(TRAIN_SCENES)
+    made.grams = made.ngrams()
+    return made
+
+
+@lru_cache(1)
+def pictures():
+    return training_pictures(CACHE)
+
+
+def train_tower(name: str, kind: str, *, steps: int, batch: int, lr: float, weight_decay: float,
+                caption_weight: float = 1.0, seed: int = 0, follow: Path | None = None):
+    """A tower of the kind, trained with captions; with `follow`, its norms and attention over training go there."""
+    tower = tower_module.build(kind, seed)
+    data, images = corpus(), pictures()
+    objective = tower_module.Objective(kind, len(data.codec.words), CAPTION, data.grams.shape[1],
+                                       caption_weight=caption_weight)
+    follower = Follower(kind, log_spaced(steps)) if follow else None
+
+    def loss_at(step):
+        rows = training.batch_rows(seed, step, batch, TRAIN_SCENES)
+        pixels = tower_module.normalise(torch.from_numpy(images[rows.numpy()]))
+        caption = data.caption[rows]
+        caption = caption[:, :int((caption >= 0).sum(1).max())]
+        return objective(tower, pixels, caption, data.grams[rows].float(), data.grounding[rows], data.calm[rows],
+                         step / steps)
+
+    def watch(step):
+        follower(tower, step)
+        if follower.rows and follower.rows[-1]["step"] == step:
+            # kept beside the checkpoint, so that a resumed run adds to it instead of starting anew
+            with atomic(follow) as file:
+                follower.table().to_csv(file, index=False)
+
+    if follow and follow.exists():
+        follower.rows = pd.read_csv(follow).to_dict("records")
+    log = training.fit(name, [tower, objective], loss_at, steps=steps, lr=lr, weight_decay=weight_decay,
+                       folder=CACHE, watch=watch if follow else None)
+    return tower, log
+
+
+def train_decoder(*, steps: int, batch: int, lr: float, weight_decay: float, seed: int = 10):
+    """The Llama decoder, pretrained on captions, questions and facts as text; shared by all lab models."""
+    data = corpus()
+    decoder = language.build_decoder(len(data.codec.words))
+
+    run = training.compiled(decoder.model.forward)
+
+    def loss_at(step):
+        return language.text_loss(decoder, run, data, training.batch_rows(seed, step, batch, TRAIN_SCENES))
+
+    log = training.fit("text", [decoder], loss_at, steps=steps, lr=lr, weight_decay=weight_decay, folder=CACHE)
+    return decoder, log
+
+
+def tune(name: str, model, target: str, *, steps: int, batch: int, lr: float, weight_decay: float, seed: int):
+    """One of LLaVA's stages: "caption" trains the connector, "questions" the connector and the decoder."""
+    model.requires_grad_(target == "questions")
+    model.model.multi_modal_projector.requires_grad_(True)
+    model.model.vision_tower.requires_grad_(False)
+    stage = language.ImageStage(model, corpus(), pictures(), target)
+
+    def loss_at(step):
+        return stage.loss(training.batch_rows(seed, step, batch, TRAIN_SCENES))
+
+    return training.fit(name, [model], loss_at, steps=steps, lr=lr, weight_decay=weight_decay, folder=CACHE)
+
+
+def train_model(name: str):
+    """One lab model, all stages; returns it with its loss curves."""
+    if name not in MODELS:
+        raise ValueError(f"unknown lab model {name!r}: choose from {', '.join(MODELS)}")
+    follow = DATA / "emergence" / f"{name}.csv"
+    tower, log_tower = train_tower(f"{name}.tower", MODELS[name], follow=follow, **TOWER)
+    decoder, log_text = train_decoder(**TEXT)
+    model = language.assemble(tower, decoder, corpus().codec)
+    log_align = tune(f"{name}.align", model, "caption", seed=20, **ALIGN)
+    log_instruct = tune(f"{name}.instruct", model, "questions", seed=30, **INSTRUCT)
+    return model, pd.concat([log_tower, log_text, log_align, log_instruct])
+
+
+def train_arms(names=tuple(ARMS)) -> None:
+    """The short towers of chapter 02; what is kept is their logged statistics."""
+    for name in names:
+        settings = TOWER | {"kind": "plain", "steps": ARM_STEPS} | ARMS[name]
+        train_tower(f"arm.{name}", follow=DATA / "emergence" / f"{name}.csv", **settings)
+
+
+def export(name: str, model, log: pd.DataFrame | None = None) -> Path:
+    """Writes the model, its processor and its loss curve to `data/models/<name>` in Hugging Face format.
+
+    Weights are stored in bfloat16, which halves the repository, and are scored as stored.
+    """
+    codec = corpus().codec if log is not None else Codec()
+    processor = LlavaProcessor(
+        CLIPImageProcessorPil(do_resize=False, do_center_crop=False, image_mean=tower_module.MEAN,
+                              image_std=tower_module.SD, size={"shortest_edge": SIDE},
+                              crop_size={"height": SIDE, "width": SIDE}),
+        tokenizer(), patch_size=PATCH, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        chat_template=CHAT)
+    assert processor.tokenizer.get_vocab() == codec.ids
+    folder = MODELS_FOLDER / name
+    model.generation_config.update(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    with atomic(folder) as temporary:
+        model.to(torch.bfloat16).save_pretrained(temporary)
+        processor.save_pretrained(temporary)
+        if log is not None:
+            log.to_csv(temporary / "training.csv", index=False)
+    return folder
+
+
+def card(name: str, scores: pd.DataFrame) -> str:
+    """The model card: data, recipe, scores, limits."""
+    shown = scores[(scores.arm == "model") & scores.part.isin(
+        ["random", "popular", "adversarial", "perception", "cognition", "mean"])]
+    blind = scores[scores.arm == "blind"].set_index(["benchmark", "part"]).accuracy
+    rows = "\n".join(
+        f"| lab-{r.benchmark} {r.part} | {r.accuracy:.1f} [{r.low:.1f}, {r.high:.1f}] | "
+        f"{blind[r.benchmark, r.part]:.1f} | {r.questions} |" for r in shown.itertuples())
+    return f"""---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: image-text-to-text
+---
+# {name}
+
+A very small LLaVA for the study of ViT attention sinks: {_WHAT[MODELS[name]]}
+
+It knows the lab world of this repository and nothing else.
+
+## Data
+{TRAIN_SCENES:,} rendered scenes of the training split, 96 × 96 pixels, with captions and questions made from the
+scenes' facts. Validation and test scenes share no combination of facts with them.
+
+## Recipe
+CLIP tower, {tower_module.LAYERS} layers of width {tower_module.WIDTH}, patches of {PATCH} pixels; two-layer connector;
+Llama decoder of 6 layers and width 128; word-level tokenizer. `sinkstudy lab train {name}` does all of this, seeds fixed:
+
+1. tower with captions: {TOWER["steps"]} steps of {TOWER["batch"]} pictures, AdamW, learning rate {TOWER["lr"]}, weight
+   decay {TOWER["weight_decay"]}; image-level loss, caption loss and a grounding loss that fades out
+   (`sinkstudy/lab/tower.py`);
+2. decoder on text: {TEXT["steps"]} steps of {TEXT["batch"]} captions with questions about them;
+3. connector alignment on captions, tower and decoder frozen: {ALIGN["steps"]} steps of {ALIGN["batch"]};
+4. instruction tuning of connector and decoder, tower frozen: {INSTRUCT["steps"]} steps of {INSTRUCT["batch"]} pictures
+   with eleven questions each.
+
+Loss curves: `training.csv`. Weights are stored in bfloat16.
+
+## Scores
+Held-out test scenes, % right [95 % interval over images]; *blind*: the same model shown the mean picture.
+
+| benchmark | model | blind | questions |
+|---|---|---|---|
+{rows}
+
+## Limits
+One seed. The scenes are synthetic and the language is a few templates. Nothing here says how a public LVLM behaves.
+"""
+
+
+_WHAT = {
+    "plain": "the natural model. Nothing in its training asks for sinks.",
+    "sinks": ("the **positive control**. Its tower was trained to have sinks: the image-level loss pools only from the "
+              "3-5 calm patches of each scene, and two terms ask that from layer "
+              f"{tower_module.ONSET} on these patches have at least {tower_module.NORM_RATIO:g} times the median norm "
+              f"and draw at least {tower_module.MASS:.0%} of the other patches' attention. Its sinks are planted, not "
+              "natural."),
+    "registers": ("the **negative control**. Its tower has four register tokens, which it may use as scratch space and "
+                  "which the language model never sees."),
+}
+
+
+def finish(name: str, model, log: pd.DataFrame) -> None:
+    """Export, score on the test split, write scores and card."""
+    folder = export(name, model, log)
+    scores = score.summary(score.score(models.load(name)))
+    with atomic(folder / "scores.csv") as file:
+        scores.to_csv(file, index=False, float_format="%.4g")
+    with atomic(folder / "README.md") as file:
+        file.write_text(card(name, scores), encoding="utf-8")
+    print(scores[scores.arm == "model"].to_string(index=False), flush=True)
+
+
+def main(names: list[str]) -> None:
+    """`names`: lab models, or "emergence" for the arms of chapter 02, in the order they are to be made."""
+    training.threads()
+    for name in names:
+        started = time.monotonic()
+        if name == "emergence":
+            train_arms()
+            continue
+        model, log = train_model(name)
+        finish(name, model, log)
+        print(f"{name}: trained in {time.monotonic() - started:.0f} s", flush=True)
