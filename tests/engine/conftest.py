@@ -95,7 +95,7 @@ class Project:
     def call(self, *arguments: str, code: int = 0) -> str:
         """Run the command to its end and return what it printed."""
         process = self.start(*arguments)
-        printed, _ = process.communicate(timeout=120)
+        printed, _ = process.communicate(timeout=600)
         assert process.returncode == code, printed
         return printed
 

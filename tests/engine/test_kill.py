@@ -8,7 +8,7 @@ from pathlib import Path
 from tests.engine.conftest import Project
 
 
-def wait_for(condition, seconds: float = 60) -> None:
+def wait_for(condition, seconds: float = 300) -> None:
     end = time.time() + seconds
     while not condition():
         assert time.time() < end, "waited in vain"
@@ -20,7 +20,7 @@ def half_way(root: Path) -> bool:
 
 
 def test_killed_group_resumes(project: Project):
-    project.write("pause", "60")
+    project.write("pause", "600")
     process = project.start("run", "--only", "01")
     wait_for(lambda: half_way(project.root))
     os.killpg(process.pid, signal.SIGKILL)
