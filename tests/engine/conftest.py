@@ -1,9 +1,12 @@
 """A small project of its own: the real engine and Snakefile, two toy notebooks, no torch."""
 
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
@@ -49,6 +52,7 @@ class Project:
 
     def __init__(self, root: Path):
         self.root = root
+        self.processes: list[subprocess.Popen] = []
         (root / "sinkstudy").mkdir()
         for name in ("__init__.py", "paths.py", "engine.py", "cli.py"):
             shutil.copy(REPOSITORY / "sinkstudy" / name, root / "sinkstudy" / name)
@@ -82,7 +86,7 @@ class Project:
     def start(self, *arguments: str) -> subprocess.Popen:
         environment = os.environ | {"PYTHONPATH": str(self.root)}
         environment.pop("SINKSTUDY_RESULTS", None)
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-m", "sinkstudy.cli", *arguments],
             cwd=self.root,
             env=environment,
@@ -91,6 +95,8 @@ class Project:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+        self.processes.append(process)
+        return process
 
     def call(self, *arguments: str, code: int = 0) -> str:
         """Run the command to its end and return what it printed."""
@@ -111,5 +117,9 @@ class Project:
 
 
 @pytest.fixture
-def project(tmp_path: Path) -> Project:
-    return Project(tmp_path)
+def project(tmp_path: Path) -> Iterator[Project]:
+    made = Project(tmp_path)
+    yield made
+    for process in made.processes:  # each began a session: its children too
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
