@@ -19,6 +19,7 @@ import seaborn as sns
 from IPython import get_ipython
 from IPython.display import HTML
 
+from sinkstudy import stats
 from sinkstudy.paths import MODELS, atomic, results_dir
 
 PALETTE = ("#1a78c2", "#cc7f00", "#0fa37f", "#c26ab2", "#b5402a")
@@ -183,6 +184,42 @@ def glue_figure(name: str, figure: mpl.figure.Figure) -> None:
         else:
             myst_nb.glue(name, figure, display=True)
     plt.close(figure)
+
+
+def binned(x: np.ndarray, y: np.ndarray, edges: np.ndarray, *, min_images: int = 5) -> pd.DataFrame:
+    """Mean of y in bins of x, with 95 % bootstrap intervals over images.
+
+    Args:
+        x, y: [images, tokens]; a row of x is one image.
+        edges: bin borders, ascending; a bin holds low <= x < high, what lies outside is left out.
+        min_images: a bin seen in fewer images is left out.
+
+    Returns:
+        A row a bin: `low_edge`, `high_edge`, `x` (mean in the bin), `y`, `low`, `high`, `images`, `tokens`.
+    """
+    x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    image = np.broadcast_to(np.arange(len(x))[:, None], x.shape)
+    rows = []
+    for low, high in zip(edges[:-1], edges[1:], strict=True):
+        inside = (x >= low) & (x < high)
+        if len(np.unique(image[inside])) < min_images:
+            continue
+        mean = stats.mean_interval(y[inside], clusters=image[inside])
+        rows.append((low, high, x[inside].mean(), mean.value, mean.low, mean.high, mean.n, int(inside.sum())))
+    return pd.DataFrame(rows, columns=["low_edge", "high_edge", "x", "y", "low", "high", "images", "tokens"])
+
+
+def phrase(interval: stats.Interval, reference: float, above: str, below: str, unclear: str, missing: str) -> str:
+    """The words that an interval allows, so that prose follows from the numbers.
+
+    `above` or `below` if the whole interval lies on that side of `reference`, `unclear` if it does not or has no
+    width to judge by, `missing` if there is no estimate.
+    """
+    if not np.isfinite(interval.value):
+        return missing
+    if interval.low > reference:
+        return above
+    return below if interval.high < reference else unclear
 
 
 def provenance(lvlm: Any, parameters: Mapping[str, Any]) -> HTML:

@@ -200,3 +200,27 @@ def test_provenance_names_what_made_the_page_and_agrees_with_itself(lvlm):
         assert part in table
     assert re.search(r"[0-9a-f]{64}", table) and lvlm.name not in table
     assert table == report.provenance(lvlm, {"seed": 3, "criterion": "<mean + 3 sd>"}).data
+
+
+def test_binned_means_draw_whole_images():
+    x = np.tile([0.5, 1.5, 9.0], (6, 1))  # the last column lies outside the bins
+    y = np.arange(18.0).reshape(6, 3)
+    table = report.binned(x, y, np.array([0.0, 1.0, 2.0, 3.0]))
+    assert table.low_edge.tolist() == [0.0, 1.0] and table.x.tolist() == [0.5, 1.5]  # the bin 2-3 is empty
+    assert table.y.tolist() == [7.5, 8.5] and table.images.tolist() == [6, 6] and table.tokens.tolist() == [6, 6]
+    assert (table.low < table.y).all() and (table.y < table.high).all()
+    assert report.binned(x[:4], y[:4], np.array([0.0, 1.0])).empty  # seen in fewer than five images
+
+
+@pytest.mark.parametrize(
+    ("interval", "words"),
+    [
+        ((2.0, 1.5, 2.5), "more"),
+        ((0.5, 0.2, 0.9), "less"),
+        ((1.1, 0.9, 1.3), "unclear"),
+        ((2.0, np.nan, np.nan), "unclear"),
+        ((np.nan, np.nan, np.nan), "missing"),
+    ],
+)
+def test_phrase_says_what_the_interval_allows(interval, words):
+    assert report.phrase(Interval(*interval, 9), 1.0, "more", "less", "unclear", "missing") == words
