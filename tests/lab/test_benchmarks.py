@@ -1,0 +1,173 @@
+"""The lab's POPE, MME and MMStar: balance and schema of their originals, right answers, the scorers."""
+
+from collections import Counter
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from oracle import oracle
+
+from sinkstudy.lab import benchmarks, world
+from sinkstudy.lab import questions as q
+from sinkstudy.lab.world import KINDS, render
+
+
+@pytest.fixture(scope="module")
+def tables() -> dict[str, pd.DataFrame]:
+    return {"POPE": benchmarks.pope(), "MME": benchmarks.mme(), "MMStar": benchmarks.mmstar()}
+
+
+@pytest.fixture(scope="module")
+def facts(tables) -> dict[int, q.Facts]:
+    """The facts of every test scene that is asked about."""
+    last = max(table.scene.max() for table in tables.values())
+    return dict(enumerate(q.facts(render("test", 0, int(last) + 1, pictures=False))))
+
+
+def asked_kind(question: str) -> str:
+    return question.removeprefix("is there a ").removesuffix(" ?")
+
+
+@pytest.mark.parametrize("name", ["POPE", "MME", "MMStar"])
+def test_built_again_a_table_is_the_same(tables, name):
+    small = {"POPE": lambda: benchmarks.pope(4), "MME": lambda: benchmarks.mme(2),
+             "MMStar": lambda: benchmarks.mmstar(2)}[name]
+    pd.testing.assert_frame_equal(small(), small())
+
+
+def test_schemas(tables):
+    wanted = {"POPE": {"id", "question_id", "question", "answer", "image_source", "category"},
+              "MME": {"question_id", "question", "answer", "category", "group"},
+              "MMStar": {"index", "question", "answer", "category", "l2_category"}}
+    for name, table in tables.items():
+        assert wanted[name] | {"scene", "family", "type"} <= set(table.columns)
+        assert table.question_id.tolist() == list(range(len(table)))
+        assert table.notna().all(axis=None)
+        assert (table.type == table.family.map(q.TYPES)).all()
+
+
+@pytest.mark.parametrize("name", ["POPE", "MME"])
+def test_yes_no_answers_are_right(tables, facts, name):
+    for row in tables[name].itertuples():
+        assert row.answer == oracle(row.question, facts[row.scene]), row
+
+
+def test_only_the_test_split_is_asked_about(tables):
+    """The tables name scenes by their number in the test split, and draw them from it."""
+    assert tables["POPE"].image_source.str.startswith("test-").all()
+    for table in tables.values():
+        few = table.drop_duplicates("scene").head(3)
+        images, place = benchmarks.pictures(few)
+        for scene, at in zip(few.scene, place, strict=True):
+            assert torch.equal(images[at], render("test", int(scene), 1).images[0])
+            assert world.signature(render("test", int(scene), 1, pictures=False)) % 100 >= world.SPLITS["test"][0]
+
+
+def test_pictures_of_scattered_scenes():
+    table = pd.DataFrame({"scene": [700, 3, 300, 3, 0]})
+    images, place = benchmarks.pictures(table)
+    assert len(images) == 4
+    for scene, at in zip(table.scene, place, strict=True):
+        assert torch.equal(images[at], render("test", scene, 1).images[0])
+
+
+# ---------------------------------------------------------------------------------------------- POPE
+def test_pope_asks_six_questions_an_image(tables):
+    table = tables["POPE"]
+    assert set(table.category) == {"random", "popular", "adversarial"}
+    assert table.scene.nunique() == 100 and len(table) == 1800
+    for _, asked in table.groupby(["scene", "category"]):
+        assert Counter(asked.answer) == {"yes": 3, "no": 3}
+        assert asked.question.nunique() == 6
+    # the positives are the same in the three categories, as in the original
+    positive = table[table.answer == "yes"].groupby(["scene", "category"]).question.agg(frozenset).unstack()
+    assert (positive.nunique(axis=1) == 1).all()
+
+
+@pytest.fixture(scope="module")
+def counts() -> tuple[np.ndarray, np.ndarray]:
+    """How often kinds appear, [kinds], and appear together, [kinds, kinds], in the first 4096 training scenes."""
+    kind = render("train", 0, 4096, pictures=False).kind
+    shown = torch.stack([(kind == k).any(1) for k in range(len(KINDS))], 1).double()
+    return shown.sum(0).numpy(), (shown.T @ shown).numpy()
+
+
+def test_pope_negatives(tables, facts, counts):
+    often, together = counts
+    negatives = tables["POPE"][tables["POPE"].answer == "no"]
+    drawn = Counter()
+    for (scene, category), asked in negatives.groupby(["scene", "category"]):
+        present = [KINDS.index(t.kind) for t in facts[scene].things]
+        absent = [k for k in range(len(KINDS)) if k not in present]
+        chosen = [KINDS.index(asked_kind(question)) for question in asked.question]
+        assert set(chosen) <= set(absent) and len(set(chosen)) == 3
+        weight = {"popular": often, "adversarial": together[:, present].sum(1)}.get(category)
+        if weight is None:
+            drawn.update(chosen)
+        else:  # the three largest, in whatever order ties allow
+            assert sorted(weight[chosen]) == sorted(weight[absent])[-3:], (scene, category)
+    assert len(drawn) == len(KINDS)
+
+
+def test_the_negatives_are_of_three_different_sorts(tables):
+    negatives = tables["POPE"][tables["POPE"].answer == "no"]
+    sets = negatives.groupby(["scene", "category"]).question.agg(frozenset).unstack()
+    assert (sets.popular != sets.adversarial).mean() > 0.3
+    assert (sets.random != sets.popular).mean() > 0.8
+
+
+# ----------------------------------------------------------------------------------------------- MME
+def test_mme_asks_in_pairs(tables):
+    table = tables["MME"]
+    assert set(table.group) == {"perception", "cognition"}
+    assert set(table[table.group == "cognition"].category) == set(benchmarks.COGNITION)
+    assert set(table[table.group == "perception"].category) == set(benchmarks.PERCEPTION)
+    assert (table.groupby("category").scene.nunique() == 30).all()
+    for _, pair in table.groupby(["category", "scene"]):
+        assert sorted(pair.answer) == ["no", "yes"] and pair.question.nunique() == 2
+
+
+# -------------------------------------------------------------------------------------------- MMStar
+def test_mmstar_gives_four_options(tables, facts):
+    table = tables["MMStar"]
+    assert table.category.nunique() == 6 and (table.category.value_counts() == 40).all()
+    assert table.scene.is_unique  # one question an image
+    for row in table.itertuples():
+        stem, listed = row.question.removesuffix(" . answer with the letter .").split(" options : ")
+        options = dict(option.split(" ", 1) for option in listed.split(" , "))
+        assert list(options) == list("ABCD") and len(set(options.values())) == 4
+        truth = oracle(stem, facts[row.scene])
+        assert [letter for letter, option in options.items() if option == truth] == [row.answer]
+        assert row.l2_category == row.family and row.family in benchmarks.CAPABILITIES[row.category]
+    letters = Counter(table.answer)
+    assert all(0.15 < letters[letter] / len(table) < 0.35 for letter in "ABCD"), letters
+
+
+# ------------------------------------------------------------------------------------------- scorers
+@pytest.mark.parametrize("text, answer", [
+    ("yes", "yes"), ("no", "no"), (" Yes, there is a ball.", "yes"), ("No.", "no"), ("NO", "no"), ("yes ball", "yes"),
+    ("", None), ("   ", None), ("maybe yes", None), ("nothing", None), ("A", None), ("yesterday no", None),
+])
+def test_yes_no(text, answer):
+    assert benchmarks.yes_no(text) == answer
+
+
+@pytest.mark.parametrize("text, answer", [
+    ("A", "A"), ("(C)", "C"), ("D.", "D"), ("A: the red one", "A"), ("B ball", "B"), (" C ", "C"),
+    ("", None), ("E", None), ("ball", None), ("a ball", None), ("b", None), ("AB", None), ("the answer is A", None), ("yes", None),
+])
+def test_letter(text, answer):
+    assert benchmarks.letter(text) == answer
+
+
+def test_correct():
+    table = pd.DataFrame({"answer": ["yes", "no", "yes", "A", "B", "C", "no"]}, index=[3, 4, 5, 6, 7, 8, 9])
+    right = benchmarks.correct(table, ["yes", "yes", "", "A", "A", "(C) red", "no ."])
+    assert right.tolist() == [True, False, False, True, False, True, True]
+    assert right.index.tolist() == table.index.tolist() and right.dtype == bool
+
+
+def test_correct_needs_an_answer_for_every_row():
+    with pytest.raises(ValueError):
+        benchmarks.correct(pd.DataFrame({"answer": ["yes", "no"]}), ["yes"])

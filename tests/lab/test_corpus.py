@@ -1,0 +1,132 @@
+"""Words, ids and slots: nothing is lost between a question's text and what the decoder trains on."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from oracle import oracle
+
+from sinkstudy.lab import corpus as c
+from sinkstudy.lab import questions as q
+from sinkstudy.lab.world import COLOURS, GRID, KINDS, RADIUS, SIZES, TEXTURES, render
+
+
+@pytest.fixture(scope="module")
+def codec() -> c.Codec:
+    return c.Codec()
+
+
+@pytest.fixture(scope="module")
+def made() -> c.Corpus:
+    return c.Corpus(256)
+
+
+def test_the_vocabulary_covers_every_word_and_the_slots_every_length(codec):
+    rng = random.Random(0)
+    for f in q.facts(render("test", 0, 2000, pictures=False)):
+        assert len(codec.encode(q.caption(f, rng))) + 2 <= c.CAPTION
+        for text, answer in q.mixture(f, 6, rng):
+            words = codec.encode(f"{text} assistant : {answer}")
+            assert len(words) + 1 <= (c.LONG if "options" in text else c.SHORT), text
+    for sentence in q.fact_sentences():
+        codec.encode(sentence)
+
+
+def test_codec_is_the_tokenizer(codec):
+    tokenizer = c.tokenizer()
+    rng = random.Random(1)
+    special = [tokenizer.convert_tokens_to_ids(t) for t in ("<pad>", "<s>", "</s>", "<unk>", "<image>")]
+    assert special == [tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id,
+                       tokenizer.unk_token_id, 4] == list(range(5))
+    assert [codec.ids[w] for w in codec.words] == list(range(len(codec.words)))
+    for f in q.facts(render("val", 0, 50, pictures=False)):
+        for text in (q.caption(f, rng), *(f"{t} assistant : {a}" for t, a in q.mixture(f, 6, rng))):
+            ids = tokenizer(text, add_special_tokens=False).input_ids
+            assert ids == codec.encode(text)
+            assert tokenizer.decode(ids) == text
+    with pytest.raises(KeyError):
+        codec.encode("what is the elephant ?")
+
+
+def test_captions_read_back(made):
+    for row, f in zip(made.caption.tolist(), q.facts(render("train", 0, 256, pictures=False)), strict=True):
+        words = [made.codec.words[i] for i in row if i >= 0]
+        assert row[len(words):] == [-1] * (c.CAPTION - len(words))
+        assert (words[0], words[-1]) == ("<s>", "</s>")
+        text = " ".join(words[1:-1])
+        assert f.scene in text and f.light in text
+        assert all(f"{t.size} {t.colour} {t.kind} " in text for t in f.things)
+
+
+def test_slots_hold_true_questions_and_answers(made):
+    """Each slot: question, "assistant :", answer, end; labels on answer and end alone."""
+    facts = q.facts(render("train", 0, 256, pictures=False))
+    lengths = [c.SHORT] * c.N_SHORT + [c.LONG] * c.N_LONG
+    for ids, labels, f in zip(made.slot_ids, made.slot_labels, facts, strict=True):
+        for slot, label in zip(ids.split(lengths), labels.split(lengths), strict=True):
+            words = [made.codec.words[i] for i in slot.tolist() if i]
+            assert words[-1] == "</s>"
+            question, answer = " ".join(words[:-1]).split(" assistant : ")
+            taught = label >= 0
+            assert torch.equal(label[taught], slot[taught])
+            assert " ".join(made.codec.words[i] for i in label[taught].tolist()) == f"{answer} </s>"
+            stem, _, listed = question.removesuffix(" . answer with the letter .").partition(" options : ")
+            options = dict(o.split(" ", 1) for o in listed.split(" , ")) if listed else {answer: answer}
+            assert options[answer] == oracle(stem, f)
+
+
+def test_a_corpus_is_seeded(made):
+    again, other = c.Corpus(256), c.Corpus(256, seed=1)
+    for name in ("caption", "slot_ids", "slot_labels", "calm", "grounding", "fact"):
+        assert torch.equal(getattr(again, name), getattr(made, name)), name
+    assert not torch.equal(other.caption, made.caption) and not torch.equal(other.slot_ids, made.slot_ids)
+
+
+def test_grounding_says_what_lies_in_a_patch(made):
+    scenes = render("train", 0, 64)
+    ground = made.grounding[:64].long()
+    assert (ground[scenes.calm] == -1).all()
+    for i in range(64):
+        for row in range(GRID):
+            for column in range(GRID):
+                y, x = 8 * row + 4, 8 * column + 4
+                near = [t for t in range(4) if scenes.kind[i, t] >= 0 and all(
+                    abs(a - b) <= RADIUS[scenes.size[i, t]] for a, b in zip((y, x), scenes.centre[i, t].tolist()))]
+                values = ground[i, row, column].tolist()
+                part = int(scenes.part_map[i, y, x])
+                if near:
+                    t = near[0]
+                    wanted = [-1, -1, scenes.kind[i, t], scenes.thing_colour[i, t], scenes.size[i, t],
+                              scenes.mark[i, t]]
+                elif scenes.calm[i, row, column]:
+                    wanted = [-1] * 6
+                else:
+                    wanted = [scenes.texture[i, part], scenes.colour[i, part], -1, -1, -1, -1]
+                assert values == [int(v) for v in wanted]
+    assert ground.flatten(0, 2).max(0).values.tolist() == [
+        len(TEXTURES) - 1, len(COLOURS) - 1, len(KINDS) - 1, len(COLOURS) - 1, len(SIZES) - 1, 1]
+
+
+def test_ngrams(made):
+    grams = made.ngrams(least=20)
+    assert grams.shape[0] == 256 and grams.dtype == torch.bool
+    counts = grams.sum(0)
+    assert (counts >= 20).all()
+    rows = [[w for w in row if w >= 0] for row in made.caption[:, 1:].tolist()]
+    wanted = {g for row in rows for g in (*row, *zip(row, row[1:]))}
+    frequent = [g for g in wanted if sum(g in {*row, *zip(row, row[1:])} for row in rows) >= 20]
+    assert len(frequent) == grams.shape[1]
+
+
+def test_training_pictures_are_the_rendered_ones(tmp_path):
+    wanted = render("train", 0, 8).images.numpy()
+    assert np.array_equal(c.training_pictures(tmp_path, 8), wanted)
+    (file,) = tmp_path.iterdir()  # and nothing half-written beside it
+    stamp = file.stat().st_mtime_ns
+    assert np.array_equal(c.training_pictures(tmp_path, 8), wanted)
+    assert file.stat().st_mtime_ns == stamp
+
+
+def test_slot_positions_continue_the_prefix():
+    assert c.slot_positions(3, ((2, 2), (1, 3))).tolist() == [0, 1, 2, 3, 4, 3, 4, 3, 4, 5]
