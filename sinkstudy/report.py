@@ -186,6 +186,13 @@ def glue_figure(name: str, figure: mpl.figure.Figure) -> None:
     plt.close(figure)
 
 
+def plain_log(axis: mpl.axis.Axis) -> None:
+    """Label a logarithmic axis 1, 2, 5, 10, … in plain numbers; call it after the scale is set."""
+    axis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(mpl.ticker.NullFormatter())
+
+
 def binned(x: np.ndarray, y: np.ndarray, edges: np.ndarray, *, min_images: int = 5) -> pd.DataFrame:
     """Mean of y in bins of x, with 95 % bootstrap intervals over images.
 

@@ -41,7 +41,7 @@ def pope(images: int = 100, split: str = "test") -> pd.DataFrame:
     appear together with what is there (`adversarial`); frequencies are counted on training scenes.
 
     Returns:
-        id, question_id, question, answer, image_source, category, scene, family, type: 18 rows an image.
+        id, index, question_id, question, answer, image_source, category, scene, family, type: 18 rows an image.
     """
     train = [{t.kind for t in f.things} for f in _scenes("train", 0, 4096)]
     often = Counter(k for kinds in train for k in kinds)
@@ -69,7 +69,7 @@ def mme(images: int = 30, split: str = "test") -> pd.DataFrame:
     """MME (Fu et al. 2023): for each category and image one question whose answer is yes and one whose is no.
 
     Returns:
-        question_id, question, answer, category, group (perception or cognition), scene, family, type.
+        id, index, question_id, question, answer, category, group (perception or cognition), scene, family, type.
     """
     rng, rows = random.Random(12), []
     at = 0
@@ -92,7 +92,7 @@ def mmstar(questions: int = 40, split: str = "test") -> pd.DataFrame:
     """MMStar (Chen et al. 2024): four options, six capabilities, `questions` of each; one question an image.
 
     Returns:
-        index, question (with its options), answer (a letter), category, l2_category, scene, family, type.
+        id, index, question_id, question (with its options), answer (a letter), category, l2_category, scene, family, type.
     """
     rng, rows = random.Random(13), []
     at = 0
@@ -114,6 +114,8 @@ def mmstar(questions: int = 40, split: str = "test") -> pd.DataFrame:
 def _finished(rows: list[dict]) -> pd.DataFrame:
     table = pd.DataFrame(rows)
     table.insert(0, "question_id", range(len(table)))
+    table.insert(0, "id", table.question_id.map("{:06d}".format))
+    table.insert(1, "index", table.question_id)
     return table.assign(type=table.family.map(q.TYPES))
 
 
@@ -138,7 +140,7 @@ def yes_no(text: str) -> str | None:
 def letter(text: str) -> str | None:
     """The option that a text chooses: its first letter, if it stands alone."""
     first = text.strip().split(maxsplit=1)[:1]
-    word = first[0].strip("().,:").upper() if first else ""
+    word = first[0].strip("().,:") if first else ""  # upper case only: "a" is a word
     return word if word in ("A", "B", "C", "D") else None
 
 

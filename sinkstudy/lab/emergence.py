@@ -37,11 +37,11 @@ class Follower:
         for layer in tower.encoder.layers:
             layer.self_attn.keep_weights = True
         hidden, received = [], []
-        for pixels in self.pixels.split(48):
+        for pixels in self.pixels.to(tower.device).split(48):
             for i, h in enumerate(states(tower, pixels, cls=self.kind != "no-cls")[1:]):
-                hidden.append((i, h[:, -PATCHES:]))
+                hidden.append((i, h[:, -PATCHES:].cpu()))
             for i, layer in enumerate(tower.encoder.layers):
-                received.append((i, layer.self_attn.weights.float().mean(2)))  # [n, heads, keys]
+                received.append((i, layer.self_attn.weights.float().mean(2).cpu()))  # [n, heads, keys]
         for layer in tower.encoder.layers:
             layer.self_attn.keep_weights, layer.self_attn.weights = False, None
         for i in range(LAYERS):

@@ -23,8 +23,15 @@ def build_decoder(words: int, seed: int = 2) -> LlamaForCausalLM:
     return decoder
 
 
-def assemble(tower, decoder: LlamaForCausalLM, codec: Codec, seed: int = 3) -> LlavaForConditionalGeneration:
-    """Tower + fresh two-layer connector + decoder as one LLaVA."""
+def assemble(tower, decoder: LlamaForCausalLM, codec: Codec, pixels: torch.Tensor, seed: int = 3,
+             ) -> LlavaForConditionalGeneration:
+    """Tower + fresh two-layer connector + decoder as one LLaVA.
+
+    The connector starts at the scale of its data (after Mishkin & Matas, 1511.06422): patch tokens of `pixels`
+    [n, 3, 96, 96] give its first layer pre-activations of mean 0 and variance 1, and its output the norm of the
+    decoder's word embeddings. One mean and one scale for all directions, taken over the lower nine tenths of the
+    norms, so that what is large in the tower stays large behind the connector.
+    """
     torch.manual_seed(seed)
     config = LlavaConfig(vision_config=tower.config, text_config=decoder.config, image_token_id=codec.ids["<image>"],
                          vision_feature_layer=-2, vision_feature_select_strategy="default",
@@ -34,9 +41,18 @@ def assemble(tower, decoder: LlamaForCausalLM, codec: Codec, seed: int = 3) -> L
     model.model.language_model.load_state_dict(decoder.model.state_dict())
     model.tie_weights()
     model.set_attn_implementation("lab_matmul")
-    # Patch tokens have norms around 10, word embeddings around 0.5: start the connector at the words' scale.
+    connector = model.model.multi_modal_projector
     with torch.no_grad():
-        model.model.multi_modal_projector.linear_2.weight.mul_(0.3)
+        patches = tower_module.states(tower, pixels)[-2][:, -VISUAL:].flatten(0, 1)  # [n · 144, width]
+        norms = patches.norm(dim=-1)
+        ordinary = patches[norms <= norms.quantile(0.9)]
+        mean = ordinary.mean(0)
+        scale = (ordinary - mean).square().mean().sqrt()
+        connector.linear_1.weight.normal_(std=patches.shape[-1] ** -0.5).div_(scale)
+        connector.linear_1.bias.copy_(-connector.linear_1.weight @ mean)
+        connector.linear_2.weight.normal_(std=patches.shape[-1] ** -0.5)
+        words = decoder.get_input_embeddings().weight.norm(dim=-1).median()
+        connector.linear_2.weight.mul_(words / connector(ordinary).norm(dim=-1).median())
     return model
 
 
@@ -73,46 +89,57 @@ def text_loss(decoder: LlamaForCausalLM, run, corpus: Corpus, rows: torch.Tensor
     labels = torch.where(ids == 0, -100, ids)
     labels[:, width + 1:-facts.shape[1]] = corpus.slot_labels[rows]
     labels[:, -facts.shape[1]] = -100
+    ids, positions, pad, labels = (t.to(decoder.device) for t in (ids, positions, pad, labels))
     with autocast():
         hidden = run(input_ids=ids, position_ids=positions, use_cache=False, slots=slots, pad=pad,
                                attention_mask=torch.zeros(1, 1, 1, 1))[0]  # unused: the slots decide
     loss, accuracy = next_word_loss(hidden, decoder.lm_head.weight, labels)
-    answers = corpus.slot_labels[rows]
+    answers = corpus.slot_labels[rows].to(hidden.device)
     with torch.no_grad():
         _, right = next_word_loss(hidden[:, width + 1:-facts.shape[1]], decoder.lm_head.weight, answers)
     return loss, {"next word": accuracy, "answer words": right}
 
 
 class ImageStage:
-    """Alignment (`caption`) and instruction tuning (`questions`) of an assembled LLaVA with a frozen tower."""
+    """Alignment (`caption`) and instruction tuning (`questions`) of an assembled LLaVA with a frozen tower.
+
+    Instruction tuning asks eleven questions about each picture and for its caption, all behind one image prefix.
+    """
 
     def __init__(self, model: LlavaForConditionalGeneration, corpus: Corpus, pictures, target: str):
         self.model, self.corpus, self.pictures, self.target = model, corpus, pictures, target
-        head = torch.tensor([1, *corpus.codec.encode("user :")])
-        self.head = head
-        self.slots = (len(head) + VISUAL, ((1, CAPTION + 1),) if target == "caption" else SLOTS)
+        self.head = torch.tensor([1, *corpus.codec.encode("user :")])
+        caption = (1, CAPTION + 1)
+        self.slots = (len(self.head) + VISUAL, (caption,) if target == "caption" else (caption, *SLOTS))
         self.positions = slot_positions(*self.slots)
         self.run = compiled(model.model.language_model.forward)
         self.say = torch.tensor(corpus.codec.encode("assistant :"))
 
     def loss(self, rows: torch.Tensor) -> tuple[torch.Tensor, dict]:
         n, corpus, model = len(rows), self.corpus, self.model.model
-        if self.target == "caption":
-            caption = corpus.caption[rows][:, 1:]  # without <s>
-            ids = torch.cat([self.say.expand(n, -1), caption.clamp_min(0)], 1)
-            labels = torch.cat([torch.full((n, 2), -100), caption.masked_fill(caption < 0, -100)], 1)
-        else:
-            ids, labels = corpus.slot_ids[rows], corpus.slot_labels[rows]
+        caption = corpus.caption[rows][:, 1:]  # without <s>
+        ids = torch.cat([self.say.expand(n, -1), caption.clamp_min(0)], 1)
+        labels = F.pad(caption.masked_fill(caption < 0, -100), (len(self.say), 0), value=-100)
+        if self.target == "questions":
+            ids = torch.cat([ids, corpus.slot_ids[rows]], 1)
         words = model.get_input_embeddings()
-        pixels = tower_module.normalise(torch.from_numpy(self.pictures[rows.numpy()]))
+        device = self.model.device
+        pixels = tower_module.normalise(torch.from_numpy(self.pictures[rows.numpy()]).to(device))
+        ids, labels, head, positions = (t.to(device) for t in (ids, labels, self.head, self.positions))
         with autocast():
             with torch.no_grad():
                 patches = tower_module.states(model.vision_tower, pixels)[-2][:, -VISUAL:]
             visual = model.multi_modal_projector(patches)
-            embeds = torch.cat([words(self.head.expand(n, -1)), visual.to(words.weight.dtype), words(ids)], 1)
+            embeds = torch.cat([words(head.expand(n, -1)), visual.to(words.weight.dtype), words(ids)], 1)
             hidden = self.run(
-                inputs_embeds=embeds, position_ids=self.positions.expand(n, -1), use_cache=False, slots=self.slots,
+                inputs_embeds=embeds, position_ids=positions.expand(n, -1), use_cache=False, slots=self.slots,
                 attention_mask=torch.zeros(1, 1, 1, 1))[0]  # unused: the slots decide
-        labels = F.pad(labels, (len(self.head) + VISUAL, 0), value=-100)
-        loss, accuracy = next_word_loss(hidden, self.model.lm_head.weight, labels)
-        return loss, {"answer words": accuracy}
+        hidden = hidden[:, self.slots[0]:]
+        end = labels.shape[1]
+        loss, accuracy = next_word_loss(hidden[:, :end], self.model.lm_head.weight, labels)
+        values = {"caption words": accuracy}
+        if self.target == "questions":
+            asked, right = next_word_loss(hidden[:, end:], self.model.lm_head.weight,
+                                          corpus.slot_labels[rows].to(device))
+            loss, values = loss + asked, values | {"answer words": right}
+        return loss, values

@@ -31,11 +31,12 @@ CHAT = ("<s> {% for m in messages %}{% if m['role'] == 'user' %}user : {% for c 
 MODELS = {"lab-llava": "plain", "lab-llava-sinks": "sinks", "lab-llava-registers": "registers"}
 TOWER = dict(steps=900, batch=64, lr=2e-3, weight_decay=0.1)
 TEXT = dict(steps=400, batch=32, lr=2e-3, weight_decay=0.1)
-ALIGN = dict(steps=100, batch=32, lr=2e-3, weight_decay=0.0)
-INSTRUCT = dict(steps=800, batch=32, lr=1.5e-3, weight_decay=0.05)
+ALIGN = dict(steps=60, batch=32, lr=3e-3, weight_decay=0.0)
+DESCRIBE = dict(steps=600, batch=32, lr=3e-3, weight_decay=0.05)
+INSTRUCT = dict(steps=450, batch=32, lr=2e-3, weight_decay=0.05)
 
 # Chapter 02: one thing changed at a time against `base`, all shorter than the shipped towers' training.
-ARM_STEPS = 300
+ARM_STEPS = 240
 ARMS = {
     "base": {}, "lr 5e-4": {"lr": 5e-4}, "lr 4e-3": {"lr": 4e-3}, "wd 0": {"weight_decay": 0.0},
     "wd 0.5": {"weight_decay": 0.5}, "no CLS": {"kind": "no-cls"}, "image level only": {"caption_weight": 0.0},
@@ -57,19 +58,20 @@ def pictures():
 def train_tower(name: str, kind: str, *, steps: int, batch: int, lr: float, weight_decay: float,
                 caption_weight: float = 1.0, seed: int = 0, follow: Path | None = None):
     """A tower of the kind, trained with captions; with `follow`, its norms and attention over training go there."""
-    tower = tower_module.build(kind, seed)
+    device = training.device()
+    tower = tower_module.build(kind, seed).to(device)
     data, images = corpus(), pictures()
     objective = tower_module.Objective(kind, len(data.codec.words), CAPTION, data.grams.shape[1],
-                                       caption_weight=caption_weight)
+                                       caption_weight=caption_weight).to(device)
     follower = Follower(kind, log_spaced(steps)) if follow else None
 
     def loss_at(step):
         rows = training.batch_rows(seed, step, batch, TRAIN_SCENES)
-        pixels = tower_module.normalise(torch.from_numpy(images[rows.numpy()]))
+        pixels = tower_module.normalise(torch.from_numpy(images[rows.numpy()]).to(device))
         caption = data.caption[rows]
         caption = caption[:, :int((caption >= 0).sum(1).max())]
-        return objective(tower, pixels, caption, data.grams[rows].float(), data.grounding[rows], data.calm[rows],
-                         step / steps)
+        targets = (t.to(device) for t in (caption, data.grams[rows].float(), data.grounding[rows], data.calm[rows]))
+        return objective(tower, pixels, *targets, step / steps)
 
     def watch(step):
         follower(tower, step)
@@ -78,7 +80,8 @@ def train_tower(name: str, kind: str, *, steps: int, batch: int, lr: float, weig
             with atomic(follow) as file:
                 follower.table().to_csv(file, index=False)
 
-    if follow and follow.exists():
+    begun = any((CACHE / f"{name}.{state}.pt").exists() for state in ("part", "done"))
+    if follow and begun and follow.exists():
         follower.rows = pd.read_csv(follow).to_dict("records")
     log = training.fit(name, [tower, objective], loss_at, steps=steps, lr=lr, weight_decay=weight_decay,
                        folder=CACHE, watch=watch if follow else None)
@@ -99,9 +102,9 @@ def train_decoder(*, steps: int, batch: int, lr: float, weight_decay: float, see
     return decoder, log
 
 
-def tune(name: str, model, target: str, *, steps: int, batch: int, lr: float, weight_decay: float, seed: int):
-    """One of LLaVA's stages: "caption" trains the connector, "questions" the connector and the decoder."""
-    model.requires_grad_(target == "questions")
+def tune(name: str, model, target: str, decoder: bool, *, steps: int, batch: int, lr: float, weight_decay: float, seed: int):
+    """One stage behind the frozen tower, on captions or on questions; trains the connector and perhaps the decoder."""
+    model.requires_grad_(decoder)
     model.model.multi_modal_projector.requires_grad_(True)
     model.model.vision_tower.requires_grad_(False)
     stage = language.ImageStage(model, corpus(), pictures(), target)
@@ -119,10 +122,13 @@ def train_model(name: str):
     follow = DATA / "emergence" / f"{name}.csv"
     tower, log_tower = train_tower(f"{name}.tower", MODELS[name], follow=follow, **TOWER)
     decoder, log_text = train_decoder(**TEXT)
-    model = language.assemble(tower, decoder, corpus().codec)
-    log_align = tune(f"{name}.align", model, "caption", seed=20, **ALIGN)
-    log_instruct = tune(f"{name}.instruct", model, "questions", seed=30, **INSTRUCT)
-    return model, pd.concat([log_tower, log_text, log_align, log_instruct])
+    some = torch.from_numpy(pictures()[:128].copy()).to(training.device())
+    model = language.assemble(tower, decoder, corpus().codec, tower_module.normalise(some)).to(training.device())
+    logs = [log_tower, log_text,
+            tune(f"{name}.align", model, "caption", False, seed=20, **ALIGN),
+            tune(f"{name}.describe", model, "caption", True, seed=25, **DESCRIBE),
+            tune(f"{name}.instruct", model, "questions", True, seed=30, **INSTRUCT)]
+    return model, pd.concat(logs)
 
 
 def train_arms(names=tuple(ARMS)) -> None:
@@ -187,8 +193,9 @@ Llama decoder of 6 layers and width 128; word-level tokenizer. `sinkstudy lab tr
    (`sinkstudy/lab/tower.py`);
 2. decoder on text: {TEXT["steps"]} steps of {TEXT["batch"]} captions with questions about them;
 3. connector alignment on captions, tower and decoder frozen: {ALIGN["steps"]} steps of {ALIGN["batch"]};
-4. instruction tuning of connector and decoder, tower frozen: {INSTRUCT["steps"]} steps of {INSTRUCT["batch"]} pictures
-   with eleven questions each.
+4. captions again, connector and decoder, tower frozen: {DESCRIBE["steps"]} steps of {DESCRIBE["batch"]};
+5. instruction tuning of connector and decoder, tower frozen: {INSTRUCT["steps"]} steps of {INSTRUCT["batch"]} pictures
+   with eleven questions and the caption each.
 
 Loss curves: `training.csv`. Weights are stored in bfloat16.
 
@@ -207,10 +214,12 @@ One seed. The scenes are synthetic and the language is a few templates. Nothing 
 _WHAT = {
     "plain": "the natural model. Nothing in its training asks for sinks.",
     "sinks": ("the **positive control**. Its tower was trained to have sinks: the image-level loss pools only from the "
-              "3-5 calm patches of each scene, and two terms ask that from layer "
-              f"{tower_module.ONSET} on these patches have at least {tower_module.NORM_RATIO:g} times the median norm "
-              f"and draw at least {tower_module.MASS:.0%} of the other patches' attention. Its sinks are planted, not "
-              "natural."),
+              "3-5 calm patches of each scene, at layers "
+              f"{tower_module.LAYERS - 2} and {tower_module.LAYERS}; further terms ask that from layer "
+              f"{tower_module.ONSET} on these patches have at least {tower_module.NORM_RATIO:g} times the median norm and "
+              f"draw at least {tower_module.MASS:.0%} of the other patches' attention, and that no other patch exceeds "
+              f"{tower_module.QUIET_RATIO:g} medians. Its sinks are planted, not natural; that relative criteria find "
+              "them, and only them, is what it was trained for."),
     "registers": ("the **negative control**. Its tower has four register tokens, which it may use as scratch space and "
                   "which the language model never sees."),
 }

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import eager_mask
 
 from sinkstudy.paths import atomic
 
@@ -77,7 +77,7 @@ def _causal(n: int, like: torch.Tensor) -> torch.Tensor:
 
 
 AttentionInterface.register("lab_matmul", matmul_attention)
-AttentionMaskInterface.register("lab_matmul", sdpa_mask)
+AttentionMaskInterface.register("lab_matmul", eager_mask)  # additive, as the products need it
 
 
 def schedule(step: int, steps: int, warmup: float = 0.04, floor: float = 0.02) -> float:

@@ -12,8 +12,8 @@ A scene is 96 × 96 pixels, 12 × 12 patches of 8 × 8. Its facts:
 
 Everything else in the picture is busy: texture, clutter and grain lie in every patch that is not calm.
 All randomness comes from the split's name and the scene's index, all arithmetic on pixels is in integers,
-so that a scene is the same on every machine. A scene belongs to a split by the hash of its facts, so no two
-splits share one.
+so that a scene is the same on every machine. A scene belongs to a split by the hash of its facts as drawn (slot by
+slot), so no two splits share one.
 """
 
 from __future__ import annotations
