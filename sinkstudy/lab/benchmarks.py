@@ -60,8 +60,8 @@ def pope(images: int = 100, split: str = "test") -> pd.DataFrame:
         for category, missing in negatives.items():
             for yes, no in zip(asked, missing, strict=True):
                 for kind, answer in ((yes, "yes"), (no, "no")):
-                    rows.append({"question": f"is there a {kind} ?", "answer": answer, "category": category, "scene": i,
-                                 "family": "existence", "image_source": f"{split}-{i:06d}"})
+                    rows.append({"question": f"is there a {kind} ?", "answer": answer, "category": category,
+                                 "scene": i, "family": "existence", "image_source": f"{split}-{i:06d}"})
     return _finished(rows)
 
 
@@ -83,8 +83,8 @@ def mme(images: int = 30, split: str = "test") -> pd.DataFrame:
                     if None in pair or kept == images:
                         continue
                     kept += 1
-                    rows += [{"question": p.text, "answer": p.answer, "category": category, "group": group, "scene": i,
-                              "family": family} for p in pair]
+                    rows += [{"question": p.text, "answer": p.answer, "category": category, "group": group,
+                              "scene": i, "family": family} for p in pair]
     return _finished(rows)
 
 

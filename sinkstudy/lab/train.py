@@ -70,7 +70,8 @@ def train_tower(name: str, kind: str, *, steps: int, batch: int, lr: float, weig
         pixels = tower_module.normalise(torch.from_numpy(images[rows.numpy()]).to(device))
         caption = data.caption[rows]
         caption = caption[:, :int((caption >= 0).sum(1).max())]
-        targets = (t.to(device) for t in (caption, data.grams[rows].float(), data.grounding[rows], data.calm[rows]))
+        targets = [caption, data.grams[rows].float(), data.grounding[rows], data.calm[rows]]
+        targets = [t.to(device) for t in targets]
         return objective(tower, pixels, *targets, step / steps)
 
     def watch(step):
@@ -98,12 +99,13 @@ def train_decoder(*, steps: int, batch: int, lr: float, weight_decay: float, see
     def loss_at(step):
         return language.text_loss(decoder, run, data, training.batch_rows(seed, step, batch, TRAIN_SCENES))
 
-    log = training.fit("text", [decoder], loss_at, steps=steps, lr=lr, weight_decay=weight_decay, folder=CACHE)
-    return decoder, log
+    return decoder, training.fit("text", [decoder], loss_at, steps=steps, lr=lr, weight_decay=weight_decay,
+                                 folder=CACHE)
 
 
-def tune(name: str, model, target: str, decoder: bool, *, steps: int, batch: int, lr: float, weight_decay: float, seed: int):
-    """One stage behind the frozen tower, on captions or on questions; trains the connector and perhaps the decoder."""
+def tune(name: str, model, target: str, decoder: bool, *, steps: int, batch: int, lr: float, weight_decay: float,
+         seed: int):
+    """One stage behind the frozen tower, on "caption" or "questions": the connector and, if asked, the decoder."""
     model.requires_grad_(decoder)
     model.model.multi_modal_projector.requires_grad_(True)
     model.model.vision_tower.requires_grad_(False)
@@ -186,7 +188,8 @@ scenes' facts. Validation and test scenes share no combination of facts with the
 
 ## Recipe
 CLIP tower, {tower_module.LAYERS} layers of width {tower_module.WIDTH}, patches of {PATCH} pixels; two-layer connector;
-Llama decoder of 6 layers and width 128; word-level tokenizer. `sinkstudy lab train {name}` does all of this, seeds fixed:
+Llama decoder of 6 layers and width 128; word-level tokenizer. `sinkstudy lab train {name}` does all of this, seeds
+fixed:
 
 1. tower with captions: {TOWER["steps"]} steps of {TOWER["batch"]} pictures, AdamW, learning rate {TOWER["lr"]}, weight
    decay {TOWER["weight_decay"]}; image-level loss, caption loss and a grounding loss that fades out
@@ -216,9 +219,9 @@ _WHAT = {
     "sinks": ("the **positive control**. Its tower was trained to have sinks: the image-level loss pools only from the "
               "3-5 calm patches of each scene, at layers "
               f"{tower_module.LAYERS - 2} and {tower_module.LAYERS}; further terms ask that from layer "
-              f"{tower_module.ONSET} on these patches have at least {tower_module.NORM_RATIO:g} times the median norm and "
-              f"draw at least {tower_module.MASS:.0%} of the other patches' attention, and that no other patch exceeds "
-              f"{tower_module.QUIET_RATIO:g} medians. Its sinks are planted, not natural; that relative criteria find "
+              f"{tower_module.ONSET} on these patches have at least {tower_module.NORM_RATIO:g} times the median norm "
+              f"and draw at least {tower_module.MASS:.0%} of the other patches' attention, and that no other patch "
+              f"exceeds {tower_module.QUIET_RATIO:g} medians. Its sinks are planted, not natural; that relative criteria find "
               "them, and only them, is what it was trained for."),
     "registers": ("the **negative control**. Its tower has four register tokens, which it may use as scratch space and "
                   "which the language model never sees."),
