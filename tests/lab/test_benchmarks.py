@@ -155,7 +155,8 @@ def test_yes_no(text, answer):
 
 @pytest.mark.parametrize("text, answer", [
     ("A", "A"), ("(C)", "C"), ("D.", "D"), ("A: the red one", "A"), ("B ball", "B"), (" C ", "C"),
-    ("", None), ("E", None), ("ball", None), ("a ball", None), ("b", None), ("AB", None), ("the answer is A", None), ("yes", None),
+    ("", None), ("E", None), ("ball", None), ("a ball", None), ("b", None), ("AB", None),
+    ("the answer is A", None), ("yes", None),
 ])
 def test_letter(text, answer):
     assert benchmarks.letter(text) == answer

@@ -1,0 +1,148 @@
+"""What the decoder is trained on is what it is asked later: slots in training, prompts of the processor after."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from sinkstudy import models
+from sinkstudy.lab import corpus as c
+from sinkstudy.lab import language, train
+from sinkstudy.lab import tower as t
+from sinkstudy.lab.world import render
+
+N = 2
+
+
+@pytest.fixture(scope="module")
+def made() -> c.Corpus:
+    return c.Corpus(N)
+
+
+@pytest.fixture(scope="module")
+def pictures() -> torch.Tensor:
+    return render("train", 0, N).images
+
+
+@pytest.fixture(scope="module", params=["plain", "registers"])
+def assembled(request, made, pictures, tmp_path_factory):
+    """A random lab model: as assembled for training (weights rounded to bfloat16), and exported and loaded again."""
+    tower, decoder = t.build(request.param), language.build_decoder(len(made.codec.words))
+    with torch.no_grad():
+        for p in decoder.parameters():
+            p.mul_(2)  # attention that is not uniform
+    model = language.assemble(tower, decoder, made.codec, t.normalise(pictures))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "MODELS_FOLDER", tmp_path_factory.mktemp("models"))
+        loaded = models.load(str(train.export("lab-random", model)))
+    again = language.assemble(tower, decoder, made.codec, t.normalise(pictures))
+    again.load_state_dict(loaded.model.state_dict())  # export has cast the first one's rotary frequencies too
+    return model.float(), again, loaded
+
+
+def test_an_exported_model_is_the_assembled_one(assembled):
+    model, _, loaded = assembled
+    ours, theirs = model.state_dict(), loaded.model.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+    words = loaded.model.get_input_embeddings().weight
+    assert loaded.model.lm_head.weight.data_ptr() == words.data_ptr()  # tied
+
+
+def test_the_processor_gives_the_pixels_of_training(assembled, pictures):
+    loaded = assembled[-1]
+    inputs = loaded.inputs(list(pictures), ["how many parts are there ?"] * N)
+    torch.testing.assert_close(inputs.pixel_values, t.normalise(pictures), atol=1e-5, rtol=1e-5)
+
+
+def test_the_prompt_is_the_one_of_training(assembled, made):
+    loaded = assembled[-1]
+    inputs = loaded.inputs([torch.zeros(3, 96, 96, dtype=torch.uint8)], ["is there a ball ?"])
+    said = [made.codec.words[i] for i in inputs.input_ids[0].tolist()]
+    assert said == ["<s>", "user", ":", *["<image>"] * 144, *"is there a ball ? assistant :".split()]
+
+
+@pytest.mark.parametrize("target", ["caption", "questions"])
+def test_the_loss_is_that_of_plain_forward_passes(assembled, made, pictures, target, monkeypatch):
+    """The stage's loss: teacher-forced answers in separate passes of the Hugging Face model give the same number."""
+    monkeypatch.setattr(language, "compiled", lambda function: function)
+    monkeypatch.setattr(language, "autocast", nullcontext)
+    _, model, loaded = assembled
+    stage = language.ImageStage(model, made, pictures.numpy(), target)
+    with torch.no_grad():
+        loss, values = stage.loss(torch.arange(N))
+
+    said = [("caption", i, None, made.caption[i][made.caption[i] >= 0][1:]) for i in range(N)]
+    if target == "questions":
+        lengths = [c.SHORT] * c.N_SHORT + [c.LONG] * c.N_LONG
+        for i in range(N):
+            for ids, labels in zip(made.slot_ids[i].split(lengths), made.slot_labels[i].split(lengths), strict=True):
+                answer = labels[labels >= 0]
+                asked = ids[: int((labels >= 0).nonzero()[0])].tolist()
+                question = " ".join(made.codec.words[w] for w in asked).removesuffix(" assistant :")
+                said.append(("questions", i, question, answer))
+    entropies, right = {"caption": [], "questions": []}, {"caption": [], "questions": []}
+    for kind, i, question, answer in said:
+        inputs = loaded.inputs([pictures[i]], [question or ""])
+        ids = torch.cat([inputs.input_ids[0], answer])[None]
+        with torch.no_grad():
+            logits = loaded.model(input_ids=ids, pixel_values=inputs.pixel_values).logits[0, -len(answer) - 1:-1]
+        entropies[kind] += F.cross_entropy(logits, answer, reduction="none").tolist()
+        right[kind] += (logits.argmax(-1) == answer).tolist()
+    wanted = sum(sum(e) / len(e) for e in entropies.values() if e)
+    assert loss.item() == pytest.approx(wanted, rel=1e-4)
+    for name, kind in (("caption words", "caption"), ("answer words", "questions")):
+        if right[kind]:
+            assert values[name] == pytest.approx(sum(right[kind]) / len(right[kind]), abs=1e-6)
+
+
+def test_an_ordinary_pass_of_the_training_decoder_is_causal(made):
+    """Left on its training attention, a decoder still gives what SDPA gives, padding included."""
+    decoder = language.build_decoder(len(made.codec.words)).eval()
+    ids = torch.randint(5, 60, (2, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    with torch.no_grad():
+        ours = decoder(input_ids=ids, attention_mask=mask).logits
+        decoder.set_attn_implementation("sdpa")
+        theirs = decoder(input_ids=ids, attention_mask=mask).logits
+    torch.testing.assert_close(ours[mask > 0], theirs[mask > 0], atol=1e-4, rtol=1e-4)
+
+
+def test_text_loss_is_that_of_plain_forward_passes(made, monkeypatch):
+    """Caption, questions behind it and the fact: left-padded slots in training, separate causal passes here."""
+    monkeypatch.setattr(language, "autocast", nullcontext)
+    decoder = language.build_decoder(len(made.codec.words)).eval()
+    with torch.no_grad():
+        for p in decoder.parameters():
+            p.mul_(2)
+        loss, values = language.text_loss(decoder, decoder.model, made, torch.arange(N))
+    user = made.codec.encode("user :")
+    entropies, right, plain = [], [], language.build_decoder(len(made.codec.words)).eval()
+    plain.load_state_dict(decoder.state_dict())
+    plain.set_attn_implementation("sdpa")
+
+    def passed(prefix, more, labels):
+        ids = torch.tensor([*prefix, *more])[None]
+        logits = plain(input_ids=ids).logits[0, :-1]
+        labels = torch.tensor(labels)[1:]
+        at = labels >= 0
+        entropies.extend(F.cross_entropy(logits[at], labels[at], reduction="none").tolist())
+        return (logits[at].argmax(-1) == labels[at]).tolist()
+
+    lengths = [c.SHORT] * c.N_SHORT + [c.LONG] * c.N_LONG
+    with torch.no_grad():
+        for i in range(N):
+            caption = made.caption[i][made.caption[i] >= 0].tolist()
+            prefix = [caption[0], *user, *caption[1:-1]]
+            hidden = [-100] * len(prefix)
+            passed(prefix, [], prefix)
+            fact = made.fact[i].tolist()
+            passed(prefix, [made.codec.ids["."], *fact], [*hidden, -100, *fact])
+            for ids, labels in zip(made.slot_ids[i].split(lengths), made.slot_labels[i].split(lengths), strict=True):
+                words = ids[ids > 0].tolist()
+                right += passed(prefix, words, [*hidden, *labels[: len(words)].tolist()])
+    # left padding lets <s> be predicted too, from the padding before it: a constant that no pass can show
+    n = len(entropies)
+    assert values["answer words"] == pytest.approx(sum(right) / len(right), abs=1e-6)
+    assert loss.item() == pytest.approx(sum(entropies) / n, rel=0.02)
