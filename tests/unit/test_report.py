@@ -224,3 +224,15 @@ def test_binned_means_draw_whole_images():
 )
 def test_phrase_says_what_the_interval_allows(interval, words):
     assert report.phrase(Interval(*interval, 9), 1.0, "more", "less", "unclear", "missing") == words
+
+
+def test_plain_log_labels_read_as_numbers():
+    fig, ax = plt.subplots()
+    ax.plot([0.3, 30], [1, 1])
+    ax.set_xscale("log")
+    report.plain_log(ax.xaxis)
+    fig.canvas.draw()
+    labels = [label.get_text() for label in ax.get_xticklabels()]
+    assert {"0.5", "1", "2", "5", "10"} <= set(labels)
+    assert not any(label.get_text() for label in ax.get_xticklabels(minor=True))
+    plt.close(fig)
