@@ -57,15 +57,15 @@ def test_only_the_test_split_is_asked_about(tables):
     """The tables name scenes by their number in the test split, and draw them from it."""
     assert tables["POPE"].image_source.str.startswith("test-").all()
     for table in tables.values():
-        few = table.drop_duplicates("scene").head(3)
-        images, place = benchmarks.pictures(few)
-        for scene, at in zip(few.scene, place, strict=True):
-            assert torch.equal(images[at], render("test", int(scene), 1).images[0])
-            assert world.signature(render("test", int(scene), 1, pictures=False)) % 100 >= world.SPLITS["test"][0]
+        first = int(table.scene.iloc[0])
+        images, _ = benchmarks.pictures(table[table.scene == first])
+        drawn = render("test", first, 1)
+        assert torch.equal(images, drawn.images)
+        assert world.signature(drawn) % 100 >= world.SPLITS["test"][0]
 
 
 def test_pictures_of_scattered_scenes():
-    table = pd.DataFrame({"scene": [700, 3, 300, 3, 0]})
+    table = pd.DataFrame({"scene": [300, 3, 258, 3, 0]})
     images, place = benchmarks.pictures(table)
     assert len(images) == 4
     for scene, at in zip(table.scene, place, strict=True):

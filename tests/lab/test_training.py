@@ -214,6 +214,18 @@ def test_a_finished_stage_is_loaded_not_rerun(tmp_path):
     assert table.equals(kept)
 
 
+def test_a_checkpoint_made_with_other_settings_is_not_used(tmp_path, capsys):
+    with pytest.raises(Killed):
+        run(tmp_path, killed_at(10), steps=30)
+    whole, table = run(tmp_path / "whole")
+    for _ in range(2):  # a part and then a whole run of 30 steps
+        again, resumed = run(tmp_path)
+        assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(again), strict=True))
+        assert table.equals(resumed)
+        assert "not used" in capsys.readouterr().out
+        run(tmp_path, steps=30)
+
+
 def test_watch_sees_every_step_once(tmp_path):
     seen = []
     with pytest.raises(Killed):
