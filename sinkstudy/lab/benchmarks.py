@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from functools import lru_cache
 
 import numpy as np
 import pandas as pd
 import torch
 
 from sinkstudy.lab import questions as q
-from sinkstudy.lab.world import KINDS, render
+from sinkstudy.lab.world import CHUNK, KINDS, render
 
 PERCEPTION = {"existence": "existence", "count": "things", "position": "place", "color": "colour", "scene": "scene",
               "light": "light", "texture": "texture", "size": "size", "mark": "mark"}
@@ -31,7 +32,12 @@ CAPABILITIES = {  # MMStar's six; families whose open question has at least four
 
 
 def _scenes(split: str, start: int, n: int) -> list[q.Facts]:
-    return q.facts(render(split, start, n, pictures=False))
+    return [_chunk(split, i // CHUNK)[i % CHUNK] for i in range(start, start + n)]
+
+
+@lru_cache(64)
+def _chunk(split: str, chunk: int) -> list[q.Facts]:
+    return q.facts(render(split, chunk * CHUNK, CHUNK, pictures=False))
 
 
 def pope(images: int = 100, split: str = "test") -> pd.DataFrame:
@@ -92,7 +98,8 @@ def mmstar(questions: int = 40, split: str = "test") -> pd.DataFrame:
     """MMStar (Chen et al. 2024): four options, six capabilities, `questions` of each; one question an image.
 
     Returns:
-        id, index, question_id, question (with its options), answer (a letter), category, l2_category, scene, family, type.
+        id, index, question_id, question (with its options), answer (a letter), category, l2_category, scene,
+        family, type.
     """
     rng, rows = random.Random(13), []
     at = 0
@@ -124,8 +131,8 @@ def pictures(table: pd.DataFrame, split: str = "test") -> tuple[torch.Tensor, np
     unique, place = np.unique(table.scene, return_inverse=True)
     chunks = {}
     for scene in unique:
-        chunks.setdefault(int(scene) // 256, []).append(int(scene) % 256)
-    drawn = [render(split, chunk * 256, 256).images[rows] for chunk, rows in chunks.items()]
+        chunks.setdefault(int(scene) // CHUNK, []).append(int(scene) % CHUNK)
+    drawn = [render(split, chunk * CHUNK, CHUNK).images[rows] for chunk, rows in chunks.items()]
     return torch.cat(drawn), place
 
 

@@ -72,7 +72,7 @@ def sine_positions() -> torch.Tensor:
 
 
 def normalise(images: torch.Tensor) -> torch.Tensor:
-    """uint8 [n, 3, 96, 96] → float32, zero mean and unit variance per channel over the training pictures."""
+    """uint8 [n, 3, 96, 96] → float32, mean about 0 and variance about 1 per channel over the training pictures."""
     mean, sd = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (MEAN, SD))
     return (images.float() / 255 - mean) / sd
 

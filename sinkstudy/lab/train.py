@@ -30,10 +30,10 @@ CHAT = ("<s> {% for m in messages %}{% if m['role'] == 'user' %}user : {% for c 
         "{% if add_generation_prompt %}assistant :{% endif %}")
 MODELS = {"lab-llava": "plain", "lab-llava-sinks": "sinks", "lab-llava-registers": "registers"}
 TOWER = dict(steps=900, batch=64, lr=2e-3, weight_decay=0.1)
-TEXT = dict(steps=400, batch=32, lr=2e-3, weight_decay=0.1)
+TEXT = dict(steps=250, batch=32, lr=3e-3, weight_decay=0.1)
 ALIGN = dict(steps=60, batch=32, lr=3e-3, weight_decay=0.0)
-DESCRIBE = dict(steps=600, batch=32, lr=3e-3, weight_decay=0.05)
-INSTRUCT = dict(steps=450, batch=32, lr=2e-3, weight_decay=0.05)
+DESCRIBE = dict(steps=350, batch=32, lr=3e-3, weight_decay=0.05)
+INSTRUCT = dict(steps=380, batch=32, lr=2.5e-3, weight_decay=0.05)
 
 # Chapter 02: one thing changed at a time against `base`, all shorter than the shipped towers' training.
 ARM_STEPS = 240
@@ -188,8 +188,8 @@ scenes' facts. Validation and test scenes share no combination of facts with the
 
 ## Recipe
 CLIP tower, {tower_module.LAYERS} layers of width {tower_module.WIDTH}, patches of {PATCH} pixels; two-layer connector;
-Llama decoder of 6 layers and width 128; word-level tokenizer. `sinkstudy lab train {name}` does all of this, seeds
-fixed:
+Llama decoder of {language.LAYERS} layers and width 128; word-level tokenizer. `sinkstudy lab train {name}` does all
+of this, seeds fixed:
 
 1. tower with captions: {TOWER["steps"]} steps of {TOWER["batch"]} pictures, AdamW, learning rate {TOWER["lr"]}, weight
    decay {TOWER["weight_decay"]}; image-level loss, caption loss and a grounding loss that fades out
@@ -221,8 +221,9 @@ _WHAT = {
               f"{tower_module.LAYERS - 2} and {tower_module.LAYERS}; further terms ask that from layer "
               f"{tower_module.ONSET} on these patches have at least {tower_module.NORM_RATIO:g} times the median norm "
               f"and draw at least {tower_module.MASS:.0%} of the other patches' attention, and that no other patch "
-              f"exceeds {tower_module.QUIET_RATIO:g} medians. Its sinks are planted, not natural; that relative criteria find "
-              "them, and only them, is what it was trained for."),
+              f"exceeds {tower_module.QUIET_RATIO:g} medians. Its sinks are planted, not natural; that relative "
+              "criteria find them, and only them, is what it was trained for. They draw far more attention than asked: "
+              "about nine tenths of it in layers 5 to 8."),
     "registers": ("the **negative control**. Its tower has four register tokens, which it may use as scratch space and "
                   "which the language model never sees."),
 }

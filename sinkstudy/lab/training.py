@@ -105,8 +105,17 @@ def fit(name: str, modules: Iterable[nn.Module], loss_at: Callable[[int], tuple[
     """
     modules = list(modules)
     done_file, part_file = folder / f"{name}.done.pt", folder / f"{name}.part.pt"
-    if done_file.exists():
-        state = torch.load(done_file, weights_only=True)
+    settings = {"steps": steps, "lr": lr, "weight_decay": weight_decay}
+
+    def read(file: Path) -> dict | None:
+        """A checkpoint of this stage with these settings; one with others is not used."""
+        state = torch.load(file, weights_only=True) if file.exists() else None
+        if state is not None and state.get("settings", settings) != settings:
+            print(f"{name}: {file.name} was made with {state['settings']}: not used", flush=True)
+            return None
+        return state
+
+    if (state := read(done_file)) is not None:
         for module, weights in zip(modules, state["modules"], strict=True):
             module.load_state_dict(weights)
         print(f"{name}: finished earlier, loaded", flush=True)
@@ -116,8 +125,7 @@ def fit(name: str, modules: Iterable[nn.Module], loss_at: Callable[[int], tuple[
               {"params": [p for _, p in named if p.dim() < 2], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
     first, log = 0, []
-    if part_file.exists():
-        state = torch.load(part_file, weights_only=True)
+    if (state := read(part_file)) is not None:
         for module, weights in zip(modules, state["modules"], strict=True):
             module.load_state_dict(weights)
         optimizer.load_state_dict(state["optimizer"])
@@ -128,7 +136,8 @@ def fit(name: str, modules: Iterable[nn.Module], loss_at: Callable[[int], tuple[
 
     def save(file: Path, **more) -> None:
         with atomic(file) as temporary:
-            torch.save({"modules": [m.state_dict() for m in modules], "log": log, **more}, temporary)
+            torch.save({"modules": [m.state_dict() for m in modules], "log": log, "settings": settings, **more},
+                       temporary)
 
     started = saved = time.monotonic()
     for step in range(first, steps):
