@@ -163,8 +163,13 @@ def export(name: str, model, log: pd.DataFrame | None = None) -> Path:
     return folder
 
 
-def card(name: str, scores: pd.DataFrame) -> str:
+def card(name: str, scores: pd.DataFrame, log: pd.DataFrame) -> str:
     """The model card: data, recipe, scores, limits."""
+    what = _WHAT[MODELS[name]]
+    if MODELS[name] == "sinks":
+        reached = log[["norm ratio", "attention share"]].dropna().iloc[-1]
+        what += (f" Reached at the end of the tower's training: {reached['norm ratio']:.1f} times the median norm and "
+                 f"{reached['attention share']:.0%} of the attention, on average over the layers asked.")
     shown = scores[(scores.arm == "model") & scores.part.isin(
         ["random", "popular", "adversarial", "perception", "cognition", "mean"])]
     blind = scores[scores.arm == "blind"].set_index(["benchmark", "part"]).accuracy
@@ -178,7 +183,7 @@ pipeline_tag: image-text-to-text
 ---
 # {name}
 
-A very small LLaVA for the study of ViT attention sinks: {_WHAT[MODELS[name]]}
+A very small LLaVA for the study of ViT attention sinks: {what}
 
 It knows the lab world of this repository and nothing else.
 
@@ -222,8 +227,7 @@ _WHAT = {
               f"{tower_module.ONSET} on these patches have at least {tower_module.NORM_RATIO:g} times the median norm "
               f"and draw at least {tower_module.MASS:.0%} of the other patches' attention, and that no other patch "
               f"exceeds {tower_module.QUIET_RATIO:g} medians. Its sinks are planted, not natural; that relative "
-              "criteria find them, and only them, is what it was trained for. They draw far more attention than asked: "
-              "about nine tenths of it in layers 5 to 8."),
+              "criteria find them, and only them, is what it was trained for."),
     "registers": ("the **negative control**. Its tower has four register tokens, which it may use as scratch space and "
                   "which the language model never sees."),
 }
@@ -236,7 +240,7 @@ def finish(name: str, model, log: pd.DataFrame) -> None:
     with atomic(folder / "scores.csv") as file:
         scores.to_csv(file, index=False, float_format="%.4g")
     with atomic(folder / "README.md") as file:
-        file.write_text(card(name, scores), encoding="utf-8")
+        file.write_text(card(name, scores, log), encoding="utf-8")
     print(scores[scores.arm == "model"].to_string(index=False), flush=True)
 
 
