@@ -1,4 +1,7 @@
-"""The lab's decoder: text pretraining, connector alignment, instruction tuning (LLaVA's stages)."""
+"""The lab's decoder and connector behind a frozen tower: captions, then instruction tuning.
+
+Text pretraining stands here too; the shipped models did without it (see `train.TEXT`).
+"""
 
 from __future__ import annotations
 
@@ -110,7 +113,7 @@ def text_loss(decoder: LlamaForCausalLM, run, corpus: Corpus, rows: torch.Tensor
 
 
 class ImageStage:
-    """Alignment (`caption`) and instruction tuning (`questions`) of an assembled LLaVA with a frozen tower.
+    """Captions (`caption`) and instruction tuning (`questions`) of an assembled LLaVA with a frozen tower.
 
     Instruction tuning asks eleven questions about each picture and for its caption, all behind one image prefix.
     """
