@@ -51,21 +51,28 @@ def name(request) -> str:
 
 
 # -------------------------------------------------------------------------------------------- scores
+# Bars that the weights in the repository do not reach yet, and where they are not 15 points above a blind answer.
+# A model that gets better must be taken off these lists: the tests hold both ways.
+MISSED: set[tuple[str, str]] = set()
+NEAR_BLIND: set[tuple[str, str]] = set()
+
+
 @pytest.mark.parametrize("part", BARS, ids=" ".join)
 def test_the_bars(name, part):
     row = scores(name).loc[(*part, "model")]
-    assert row.accuracy >= BARS[part], (
+    assert (row.accuracy >= BARS[part]) == ((name, part[0]) not in MISSED), (
         f"{name}: lab-{' '.join(part)} is {row.accuracy:.1f} % [{row.low:.1f}, {row.high:.1f}], "
-        f"{BARS[part] - row.accuracy:.1f} points below the bar of {BARS[part]:.0f} %")
+        f"the bar is {BARS[part]:.0f} %")
 
 
 @pytest.mark.parametrize("part", BARS, ids=" ".join)
 def test_far_above_models_that_see_nothing(name, part):
     seeing = scores(name).loc[(*part, "model")]
-    for arm in ("blind", "prior"):
-        other = scores(name).loc[(*part, arm)]
-        assert other.high < seeing.low and other.accuracy < seeing.accuracy - 15, (
-            f"{name}: lab-{' '.join(part)} {seeing.accuracy:.1f} %, {arm} {other.accuracy:.1f} %")
+    others = [scores(name).loc[(*part, arm)] for arm in ("blind", "prior")]
+    above = all(other.high < seeing.low and other.accuracy < seeing.accuracy - 15 for other in others)
+    assert above == ((name, part[0]) not in NEAR_BLIND), (
+        f"{name}: lab-{' '.join(part)} {seeing.accuracy:.1f} %, blind and prior "
+        + ", ".join(f"{other.accuracy:.1f} %" for other in others))
 
 
 def test_scores_are_whole(name):
