@@ -277,6 +277,7 @@ def tidy(page):
     the cell of injected parameters.
     """
     page.metadata.pop("papermill", None)
+    page.metadata.pop("widgets", None)  # their scripts lie on another host
     for cell in page.cells:
         for key in ("papermill", "execution", "ExecuteTime"):
             cell.metadata.pop(key, None)

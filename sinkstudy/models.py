@@ -190,6 +190,8 @@ def load(
         raise ValueError(f"{name}: architecture {config.model_type!r} is not known; known: {', '.join(SPECS)}")
     _check_layout(name, config)
     spec = SPECS[config.model_type]
+    # a progress bar in a notebook is a widget, and a page with a widget asks another host for its scripts
+    transformers.utils.logging.disable_progress_bar()
     model = getattr(transformers, spec.model_class).from_pretrained(
         source,
         revision=revision,

@@ -107,7 +107,8 @@ def test_answers_are_answers(name):
     images = scenes().images[:12]
     assert {benchmarks.yes_no(a) for a in score.answers(lvlm, images, ["is there a ball ?"] * 12)} <= {"yes", "no"}
     colours = score.answers(lvlm, images, ["what is the light ?"] * 12)
-    assert set(colours) <= {"bright", "dim", "warm", "cold"} and len(set(colours)) > 1
+    assert set(colours) <= {"bright", "dim", "warm", "cold"}
+    assert len(set(colours)) > 1 or (name, "MME") in NEAR_BLIND  # the same answer whatever the picture
 
 
 def test_the_batch_does_not_change_an_answer(name):
