@@ -126,7 +126,7 @@ def test_llava_15_layout():
 def test_lab_model(lab):
     assert lab.n_prefix == (5 if lab.name == "lab-llava-registers" else 1)
     assert lab.grid == (12, 12)
-    assert (len(lab.vision_layers), len(lab.decoder_layers), lab.feature_layer) == (8, 6, 6)
+    assert (len(lab.vision_layers), len(lab.decoder_layers), lab.feature_layer) == (8, 4, 6)
     image = torch.zeros(3, 96, 96, dtype=torch.uint8)
     inputs = lab.inputs([image, image], ["how many ?", "what is the dominant texture of the scene ?"])
     assert inputs.pixel_values.shape == (2, 3, 96, 96)
