@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from sinkstudy.lab import registers  # noqa: F401  (makes the register tower known to AutoModel)
-from sinkstudy.paths import MODELS
+from sinkstudy.paths import MODELS, lab_models
 
 
 @dataclass(frozen=True)
@@ -210,11 +210,6 @@ def load(
         revision=getattr(config, "_commit_hash", None),
         spec=spec,
     )
-
-
-def lab_models() -> list[str]:
-    """Names of the lab models whose weights are there, in alphabetical order."""
-    return sorted(path.parent.name for path in MODELS.glob("*/config.json"))
 
 
 def find(name: str) -> str:

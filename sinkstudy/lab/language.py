@@ -14,8 +14,6 @@ from sinkstudy.lab.corpus import CAPTION, LONG, N_LONG, N_SHORT, SHORT, VISUAL, 
 from sinkstudy.lab.training import autocast, compiled
 
 SLOTS = ((N_SHORT, SHORT), (N_LONG, LONG))
-
-
 LAYERS = 4
 
 
@@ -104,7 +102,7 @@ def text_loss(decoder: LlamaForCausalLM, run, corpus: Corpus, rows: torch.Tensor
     ids, positions, pad, labels = (t.to(decoder.device) for t in (ids, positions, pad, labels))
     with autocast():
         hidden = run(input_ids=ids, position_ids=positions, use_cache=False, slots=slots, pad=pad,
-                               attention_mask=torch.zeros(1, 1, 1, 1))[0]  # unused: the slots decide
+                     attention_mask=torch.zeros(1, 1, 1, 1))[0]  # unused: the slots decide
     loss, accuracy = next_word_loss(hidden, decoder.lm_head.weight, labels)
     answers = corpus.slot_labels[rows].to(hidden.device)
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter, defaultdict
 from collections.abc import Callable
 
@@ -37,8 +38,6 @@ def answers(lvlm: LVLM, images: torch.Tensor, questions: list[str], *, batch_siz
 
 def question_prior(table: pd.DataFrame, scenes: int = 4096) -> list[str]:
     """The best answer that knows no picture: for each question the one most frequent in training."""
-    import random
-
     rng = random.Random(5)
     seen: dict[str, Counter] = defaultdict(Counter)
     by_family: dict[str, Counter] = defaultdict(Counter)

@@ -1,4 +1,4 @@
-"""Makes the lab models from nothing: towers, decoder, LLaVA's stages, scores, model cards.
+"""Makes the lab models from nothing: towers, captions, instruction tuning, scores, model cards.
 
 Every stage leaves a checkpoint in `data/cache/lab`; a killed run resumes, a finished stage is not repeated.
 Called by `sinkstudy lab train`, which sets the allocator's variables first (they make it several times faster).
@@ -93,8 +93,7 @@ def train_tower(name: str, kind: str, *, steps: int, batch: int, lr: float, weig
 def train_decoder(*, steps: int, batch: int, lr: float, weight_decay: float, seed: int = 10):
     """The Llama decoder, pretrained on captions, questions and facts as text; shared by all lab models."""
     data = corpus()
-    decoder = language.build_decoder(len(data.codec.words))
-
+    decoder = language.build_decoder(len(data.codec.words)).to(training.device())
     run = training.compiled(decoder.model.forward)
 
     def loss_at(step):
