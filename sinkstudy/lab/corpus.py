@@ -18,8 +18,8 @@ from sinkstudy.paths import atomic
 TRAIN_SCENES = 65_536
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 CAPTION = 84          # longest caption, in words, with room
-SHORT, LONG = 18, 36  # longest "question assistant : answer </s>": plain, with options
-N_SHORT, N_LONG = 8, 3
+# Slots for questions about one picture: (how many, words of the longest "question assistant : answer </s>").
+SLOTS = {"short": (16, 16), "region": (6, 25), "options": (4, 34)}
 VISUAL = GRID * GRID
 
 
@@ -75,10 +75,10 @@ def grounding(s: Scenes) -> torch.Tensor:
 
 
 class Corpus:
-    """What the lab's training needs to know of n scenes besides their pictures, as tensors.
+    """What the lab's training needs to know of n scenes besides their pictures.
 
-    `caption` [n, CAPTION] starts with <s> and ends with </s>, padded with -1; `slots` are the questions in
-    fixed places, `ids` and `labels` [n, 8·18 + 3·36], labels -100 where no loss is taken.
+    `caption` [n, CAPTION] starts with <s> and ends with </s>, padded with -1; `facts` are the scenes in words,
+    `fact` [n, words] sentences about the lab world at large.
     """
 
     def __init__(self, n: int, seed: int = 0):
@@ -86,27 +86,34 @@ class Corpus:
         scenes = render("train", 0, n, pictures=False)
         self.calm = scenes.calm
         self.grounding = grounding(scenes)
+        self.facts = q.facts(scenes)
         rng = random.Random(seed)
         encode, ids = self.codec.encode, self.codec.ids
         self.caption = torch.full((n, CAPTION), -1)
-        width = N_SHORT * SHORT + N_LONG * LONG
-        self.slot_ids, self.slot_labels = torch.zeros(n, width, dtype=torch.long), torch.full((n, width), -100)
         known = [encode(s) for s in q.fact_sentences()]
         self.fact = torch.tensor([rng.choice(known) for _ in range(n)])
-        for i, f in enumerate(q.facts(scenes)):
+        for i, f in enumerate(self.facts):
             words = [ids["<s>"], *encode(q.caption(f, rng)), ids["</s>"]]
             self.caption[i, :len(words)] = torch.tensor(words)
-            short, long = [], []
-            while len(short) < N_SHORT or len(long) < N_LONG:
-                for text, answer in q.mixture(f, 12, rng):
-                    (long if "options" in text else short).append((text, answer))
-            at = 0
-            for pairs, number, length in ((short, N_SHORT, SHORT), (long, N_LONG, LONG)):
-                for text, answer in pairs[:number]:
-                    asked, said = encode(f"{text} assistant :"), [*encode(answer), ids["</s>"]]
-                    self.slot_ids[i, at:at + len(asked) + len(said)] = torch.tensor(asked + said)
-                    self.slot_labels[i, at + len(asked):at + len(asked) + len(said)] = torch.tensor(said)
-                    at += length
+
+    def slots(self, rows: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Questions about each scene in fixed places, as `SLOTS` lists them, with their answers.
+
+        Drawn anew for each seed, so that a scene seen again is asked other things. Both long [rows, words]: ids
+        (0 where a slot ends early), and labels, -100 where no loss is taken.
+        """
+        all_ids, all_labels = [], []
+        for row in rows.tolist():
+            f, rng = self.facts[row], random.Random(seed * TRAIN_SCENES + row)
+            short, options = q.mixture(f, SLOTS["short"][0], SLOTS["options"][0], rng)
+            asked = {"short": short, "region": q.regions(f, SLOTS["region"][0], rng), "options": options}
+            for kind, (_, length) in SLOTS.items():
+                for text, answer in asked[kind]:
+                    question, said = self.codec.encode(f"{text} assistant :"), self.codec.encode(f"{answer} </s>")
+                    rest = length - len(question) - len(said)
+                    all_ids += [*question, *said, *[0] * rest]
+                    all_labels += [*[-100] * len(question), *said, *[-100] * rest]
+        return torch.tensor(all_ids).view(len(rows), -1), torch.tensor(all_labels).view(len(rows), -1)
 
     def ngrams(self, least: int = 40) -> torch.Tensor:
         """Which frequent words and adjacent pairs each caption holds: bool [n, k]."""

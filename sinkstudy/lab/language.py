@@ -10,10 +10,12 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 
 from sinkstudy.lab import tower as tower_module
-from sinkstudy.lab.corpus import CAPTION, LONG, N_LONG, N_SHORT, SHORT, VISUAL, Codec, Corpus, slot_positions
+from sinkstudy.lab.corpus import CAPTION, SLOTS, VISUAL, Codec, Corpus, slot_positions
 from sinkstudy.lab.training import autocast, compiled
 
-SLOTS = ((N_SHORT, SHORT), (N_LONG, LONG))
+QUESTIONS = tuple(SLOTS.values())
+# What the mean loss of each kind of answer counts for: a region's description has 15 words, other answers one.
+WEIGHTS = {"short": 2.0, "region": 1.0, "options": 2.0}
 LAYERS = 4
 
 
@@ -77,7 +79,18 @@ def next_word_loss(hidden: torch.Tensor, embedding: torch.Tensor, labels: torch.
     return F.cross_entropy(logits, target), (logits.argmax(-1) == target).float().mean().item()
 
 
-def text_loss(decoder: LlamaForCausalLM, run, corpus: Corpus, rows: torch.Tensor) -> tuple[torch.Tensor, dict]:
+def answers_loss(hidden: torch.Tensor, embedding: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, dict]:
+    """The kinds of answers in `SLOTS`, weighted by `WEIGHTS`; hidden [n, slots' words, width], labels likewise."""
+    loss, right, at = 0.0, {}, 0
+    for kind, (number, length) in SLOTS.items():
+        part = slice(at, at + number * length)
+        of_kind, right[f"{kind} words"] = next_word_loss(hidden[:, part], embedding, labels[:, part])
+        loss, at = loss + WEIGHTS[kind] * of_kind, part.stop
+    return loss, right
+
+
+def text_loss(decoder: LlamaForCausalLM, run, corpus: Corpus, rows: torch.Tensor, seed: int,
+              ) -> tuple[torch.Tensor, dict]:
     """A caption, then slots with questions about it, then a fact of the world.
 
     The loss is on the caption's and the fact's words and on the answers. `run` is `decoder.model`, compiled.
@@ -92,46 +105,50 @@ def text_loss(decoder: LlamaForCausalLM, run, corpus: Corpus, rows: torch.Tensor
         said = torch.cat([words[:1], user, words[1:k - 1]])
         prefix[i, -len(said):] = said
     facts = F.pad(corpus.fact[rows], (1, 0), value=corpus.codec.ids["."])
-    ids = torch.cat([prefix, corpus.slot_ids[rows], facts], 1)
-    slots = (width + 1, (*SLOTS, (1, facts.shape[1])))
+    questions, answers = corpus.slots(rows, seed)
+    ids = torch.cat([prefix, questions, facts], 1)
+    slots = (width + 1, (*QUESTIONS, (1, facts.shape[1])))
     pad = prefix == 0
     positions = (slot_positions(*slots)[None] - pad.sum(1, keepdim=True)).clamp_min(0)
-    labels = torch.where(ids == 0, -100, ids)
-    labels[:, width + 1:-facts.shape[1]] = corpus.slot_labels[rows]
-    labels[:, -facts.shape[1]] = -100
-    ids, positions, pad, labels = (t.to(decoder.device) for t in (ids, positions, pad, labels))
+    read = torch.where(prefix <= corpus.codec.ids["<s>"], -100, prefix)  # <s> follows the padding: nothing to learn
+    tensors = (ids, positions, pad, read, facts, answers)
+    ids, positions, pad, read, facts, answers = (t.to(decoder.device) for t in tensors)
     with autocast():
         hidden = run(input_ids=ids, position_ids=positions, use_cache=False, slots=slots, pad=pad,
                      attention_mask=torch.zeros(1, 1, 1, 1))[0]  # unused: the slots decide
-    loss, accuracy = next_word_loss(hidden, decoder.lm_head.weight, labels)
-    answers = corpus.slot_labels[rows].to(hidden.device)
-    with torch.no_grad():
-        _, right = next_word_loss(hidden[:, width + 1:-facts.shape[1]], decoder.lm_head.weight, answers)
-    return loss, {"next word": accuracy, "answer words": right}
+    words = decoder.lm_head.weight
+    at = (width + 1, -facts.shape[1])
+    reading, accuracy = next_word_loss(hidden[:, :at[0]], words, read)
+    knowing, known = next_word_loss(hidden[:, at[1]:], words, facts)
+    answering, right = answers_loss(hidden[:, at[0]:at[1]], words, answers)
+    return reading + knowing + answering, {"caption words": accuracy, "fact words": known, **right}
 
 
 class ImageStage:
     """Captions (`caption`) and instruction tuning (`questions`) of an assembled LLaVA with a frozen tower.
 
-    Instruction tuning asks eleven questions about each picture and for its caption, all behind one image prefix.
+    Instruction tuning asks the questions of `SLOTS` about each picture and for its caption, all behind one image
+    prefix.
     """
 
     def __init__(self, model: LlavaForConditionalGeneration, corpus: Corpus, pictures, target: str):
         self.model, self.corpus, self.pictures, self.target = model, corpus, pictures, target
         self.head = torch.tensor([1, *corpus.codec.encode("user :")])
         caption = (1, CAPTION + 1)
-        self.slots = (len(self.head) + VISUAL, (caption,) if target == "caption" else (caption, *SLOTS))
+        self.slots = (len(self.head) + VISUAL, (caption,) if target == "caption" else (caption, *QUESTIONS))
         self.positions = slot_positions(*self.slots)
         self.run = compiled(model.model.language_model.forward)
         self.say = torch.tensor(corpus.codec.encode("assistant :"))
 
-    def loss(self, rows: torch.Tensor) -> tuple[torch.Tensor, dict]:
+    def loss(self, rows: torch.Tensor, seed: int) -> tuple[torch.Tensor, dict]:
+        """On the pictures `rows`, with questions drawn by `seed`."""
         n, corpus, model = len(rows), self.corpus, self.model.model
         caption = corpus.caption[rows][:, 1:]  # without <s>
         ids = torch.cat([self.say.expand(n, -1), caption.clamp_min(0)], 1)
         labels = F.pad(caption.masked_fill(caption < 0, -100), (len(self.say), 0), value=-100)
         if self.target == "questions":
-            ids = torch.cat([ids, corpus.slot_ids[rows]], 1)
+            questions, answers = corpus.slots(rows, seed)
+            ids = torch.cat([ids, questions], 1)
         words = model.get_input_embeddings()
         device = self.model.device
         pixels = tower_module.normalise(torch.from_numpy(self.pictures[rows.numpy()]).to(device))
@@ -149,7 +166,6 @@ class ImageStage:
         loss, accuracy = next_word_loss(hidden[:, :end], self.model.lm_head.weight, labels)
         values = {"caption words": accuracy}
         if self.target == "questions":
-            asked, right = next_word_loss(hidden[:, end:], self.model.lm_head.weight,
-                                          corpus.slot_labels[rows].to(device))
-            loss, values = loss + asked, values | {"answer words": right}
+            asked, right = answers_loss(hidden[:, end:], self.model.lm_head.weight, answers.to(device))
+            loss, values = loss + asked, values | right
         return loss, values

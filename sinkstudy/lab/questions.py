@@ -267,19 +267,39 @@ def choice_form(q: Question, rng: random.Random) -> tuple[str, str]:
     return f"{q.text} options : {listed} . answer with the letter .", "ABCD"[options.index(q.answer)]
 
 
-def mixture(f: Facts, n: int, rng: random.Random) -> list[tuple[str, str]]:
-    """n (question, answer) pairs for instruction tuning: yes/no, open and four-option forms, all families."""
-    out: list[tuple[str, str]] = []
-    while len(out) < n:
-        family = rng.choice(_FAMILIES)
-        form = rng.random()
-        q = ask(f, family, rng, yes=rng.random() < 0.5 if form < 0.45 else None)
-        if q is None:
-            continue
-        if form > 0.7 and len(q.options) >= 4:
-            out.append(choice_form(q, rng))
+def mixture(f: Facts, short: int, long: int, rng: random.Random) -> tuple[list, list]:
+    """(question, answer) pairs for instruction tuning, all families: `short` yes/no and open ones, and `long`
+    ones with four options."""
+    plain: list[tuple[str, str]] = []
+    while len(plain) < short:
+        q = ask(f, rng.choice(_FAMILIES), rng, yes=rng.random() < 0.5 if rng.random() < 0.6 else None)
+        if q is not None:
+            plain.append((q.text, q.answer))
+    choices: list[tuple[str, str]] = []
+    while len(choices) < long:
+        q = ask(f, rng.choice(_FAMILIES), rng)
+        if q is not None and len(q.options) >= 4:
+            choices.append(choice_form(q, rng))
+    return plain, choices
+
+
+def regions(f: Facts, n: int, rng: random.Random) -> list[tuple[str, str]]:
+    """n questions that ask for a description of one thing, by its kind or its place, or of one that is not there.
+
+    A whole phrase as answer teaches far more words about a spot than a yes or a colour does.
+    """
+    kinds, cells = {t.kind for t in f.things}, {t.cell for t in f.things}
+    out = []
+    for _ in range(n):
+        t, there = rng.choice(f.things), rng.random() < 0.7
+        phrase = (f"a {t.size} {t.colour} {t.kind} {'with a mark ' if t.mark else ''}at the {CELLS[t.cell]} "
+                  f"on the {f.parts[t.under][0]} part")
+        if rng.random() < 0.5:
+            kind = t.kind if there else rng.choice([k for k in KINDS if k not in kinds])
+            out.append((f"what is the {kind} ?", phrase if there else f"there is no {kind}"))
         else:
-            out.append((q.text, q.answer))
+            cell = t.cell if there else rng.choice([c for c in range(len(CELLS)) if c not in cells])
+            out.append((f"what is at the {CELLS[cell]} ?", phrase if there else "there is no thing"))
     return out
 
 
@@ -296,8 +316,9 @@ def vocabulary() -> list[str]:
 
     for f in facts(render("train", 0, 512, pictures=False)):
         words.update(caption(f, rng).split())
-        for text, answer in mixture(f, 20, rng):
-            words.update(f"{text} {answer}".split())
+        for pairs in (*mixture(f, 16, 4, rng), regions(f, 4, rng)):
+            for text, answer in pairs:
+                words.update(f"{text} {answer}".split())
     return sorted(words)
 
 

@@ -11,8 +11,8 @@ Three losses, all from the scene's caption:
   training, so that the rest is image level and captions alone.
 
 The positive control differs in three ways, all in this file: its image-level vector is pooled from the calm
-patches instead of CLS, and two hinge terms ask that from layer `ONSET` on the calm patches have a high norm and
-draw attention from the other tokens. Its sinks are planted.
+patches instead of CLS, and hinge terms ask that from layer `ONSET` on the calm patches have a high norm and draw a
+given share of attention from the other tokens. Its sinks are planted.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ KINDS = ("plain", "sinks", "registers", "no-cls")
 ONSET = 4            # the planted sinks have a high norm at the output of this layer (1-based) and all later ones
 NORM_RATIO = 5.0     # … at least so many times the median of the busy patches
 QUIET_RATIO = 1.6    # … while no busy patch exceeds this many medians
-MASS = 0.4           # … and in later layers draw this share of the other tokens' attention
+MASS = (0.4, 0.6)    # … and in later layers each head draws a share in this range of the other tokens' attention
 FADE = 0.6           # share of the steps over which the grounding loss falls to zero
 GROUNDED = (8, 8, 12, 8, 2, 2)  # classes of the grounding columns, see `corpus.grounding`
 MEAN, SD = (0.46, 0.45, 0.44), (0.23, 0.23, 0.24)  # of the training pictures' pixels, per channel
@@ -193,7 +193,8 @@ class Objective(nn.Module):
             weights = layer.self_attn.weights[..., -GRID * GRID:].float()  # [n, heads, 145, 144]
             mass = (weights * calm[:, None, None]).sum(-1)[:, :, -GRID * GRID:]  # from patches, to calm patches
             mass = (mass * (1 - calm)[:, None]).sum(-1) / (1 - calm).sum(1)[:, None]  # [n, heads]
-            mass_terms.append(F.relu((MASS / mass.clamp_min(1e-6)).log()).mean())
+            low, high = (MASS[0] / mass.clamp_min(1e-6)).log(), (mass.clamp_min(1e-6) / MASS[1]).log()
+            mass_terms.append((F.relu(low) + F.relu(high)).mean())
             masses.append(mass.mean())
             layer.self_attn.weights = None
         seen = {"norm ratio": torch.stack(ratios).mean().item(), "attention share": torch.stack(masses).mean().item()}

@@ -17,7 +17,7 @@ from transformers import CLIPImageProcessorPil, LlavaProcessor
 from sinkstudy import models
 from sinkstudy.lab import language, score, training
 from sinkstudy.lab import tower as tower_module
-from sinkstudy.lab.corpus import CAPTION, TRAIN_SCENES, Codec, Corpus, tokenizer, training_pictures
+from sinkstudy.lab.corpus import CAPTION, SLOTS, TRAIN_SCENES, Codec, Corpus, tokenizer, training_pictures
 from sinkstudy.lab.emergence import Follower, log_spaced
 from sinkstudy.lab.world import PATCH, SIDE
 from sinkstudy.paths import DATA, atomic
@@ -30,17 +30,18 @@ CHAT = ("<s> {% for m in messages %}{% if m['role'] == 'user' %}user : {% for c 
         "{% if add_generation_prompt %}assistant :{% endif %}")
 MODELS = {"lab-llava": "plain", "lab-llava-sinks": "sinks", "lab-llava-registers": "registers"}
 TOWER = dict(steps=900, batch=64, lr=2e-3, weight_decay=0.1)
-# No text pretraining: in trials a decoder that had read text learned to read pictures several times more slowly than a
-# fresh one. Settings as of the other stages here switch it on.
-TEXT = None
-DESCRIBE = dict(steps=400, batch=32, lr=3e-3, weight_decay=0.05)
-INSTRUCT = dict(steps=260, batch=32, lr=2e-3, weight_decay=0.05)
+# The decoder learns the language from text, the connector to feed it (captions, decoder frozen), then both learn to
+# answer: LLaVA's stages.
+TEXT = dict(steps=400, batch=24, lr=3e-3, muon=3e-3, weight_decay=0.05)
+ALIGN = dict(steps=120, batch=32, lr=3e-3, muon=3e-3, weight_decay=0.05)
+INSTRUCT = dict(steps=1300, batch=24, lr=3e-3, muon=3e-3, weight_decay=0.05)
 
 # Chapter 02: one thing changed at a time against `base`, all shorter than the shipped towers' training.
 ARM_STEPS = 240
 ARMS = {
     "base": {}, "lr-5e-4": {"lr": 5e-4}, "lr-4e-3": {"lr": 4e-3}, "wd-0": {"weight_decay": 0.0},
-    "wd-0.5": {"weight_decay": 0.5}, "no-cls": {"kind": "no-cls"}, "image-level-only": {"caption_weight": 0.0},
+    "wd-0.5": {"weight_decay": 0.5}, "muon": {"muon": 2e-3}, "no-cls": {"kind": "no-cls"},
+    "image-level-only": {"caption_weight": 0.0},
 }
 
 
@@ -57,7 +58,7 @@ def pictures():
 
 
 def train_tower(name: str, kind: str, *, steps: int, batch: int, lr: float, weight_decay: float,
-                caption_weight: float = 1.0, seed: int = 0, follow: Path | None = None):
+                muon: float | None = None, caption_weight: float = 1.0, seed: int = 0, follow: Path | None = None):
     """A tower of the kind, trained with captions; with `follow`, its norms and attention over training go there."""
     device = training.device()
     tower = tower_module.build(kind, seed).to(device)
@@ -86,32 +87,34 @@ def train_tower(name: str, kind: str, *, steps: int, batch: int, lr: float, weig
     if follow and begun and follow.exists():
         follower.rows = pd.read_csv(follow).to_dict("records")
     log = training.fit(name, [tower, objective], loss_at, steps=steps, lr=lr, weight_decay=weight_decay,
-                       folder=CACHE, watch=watch if follow else None)
+                       muon=muon, folder=CACHE, watch=watch if follow else None)
     return tower, log
 
 
-def train_decoder(*, steps: int, batch: int, lr: float, weight_decay: float, seed: int = 10):
+def train_decoder(*, batch: int, seed: int = 10, **settings):
     """The Llama decoder, pretrained on captions, questions and facts as text; shared by all lab models."""
     data = corpus()
     decoder = language.build_decoder(len(data.codec.words)).to(training.device())
     run = training.compiled(decoder.model.forward)
 
     def loss_at(step):
-        return language.text_loss(decoder, run, data, training.batch_rows(seed, step, batch, TRAIN_SCENES))
+        rows = training.batch_rows(seed, step, batch, TRAIN_SCENES)
+        return language.text_loss(decoder, run, data, rows, seed=step)
 
-    return decoder, training.fit("text", [decoder], loss_at, steps=steps, lr=lr, weight_decay=weight_decay,
-                                 folder=CACHE)
+    return decoder, training.fit("text", [decoder], loss_at, folder=CACHE, **settings)
 
 
-def tune(name: str, model, target: str, *, steps: int, batch: int, lr: float, weight_decay: float, seed: int):
-    """One stage behind the frozen tower, on "caption" or "questions": trains the connector and the decoder."""
-    model.model.vision_tower.requires_grad_(False)
+def tune(name: str, model, target: str, *, batch: int, seed: int, frozen: tuple[str, ...] = (), **settings):
+    """One stage behind the frozen tower, on "caption" or "questions": trains what is not `frozen`."""
+    model.requires_grad_(True)
+    for part in ("vision_tower", *frozen):
+        model.model.get_submodule(part).requires_grad_(False)
     stage = language.ImageStage(model, corpus(), pictures(), target)
 
     def loss_at(step):
-        return stage.loss(training.batch_rows(seed, step, batch, TRAIN_SCENES))
+        return stage.loss(training.batch_rows(seed, step, batch, TRAIN_SCENES), seed=TRAIN_SCENES + step)
 
-    return training.fit(name, [model], loss_at, steps=steps, lr=lr, weight_decay=weight_decay, folder=CACHE)
+    return training.fit(name, [model], loss_at, folder=CACHE, **settings)
 
 
 def train_model(name: str):
@@ -120,15 +123,12 @@ def train_model(name: str):
         raise ValueError(f"unknown lab model {name!r}: choose from {', '.join(MODELS)}")
     follow = DATA / "emergence" / f"{name}.csv"
     tower, log_tower = train_tower(f"{name}.tower", MODELS[name], follow=follow, **TOWER)
-    if TEXT is None:
-        decoder, logs = language.build_decoder(len(corpus().codec.words)).to(training.device()), [log_tower]
-    else:
-        decoder, log_text = train_decoder(**TEXT)
-        logs = [log_tower, log_text]
+    decoder, log_text = train_decoder(**TEXT)
     some = torch.from_numpy(pictures()[:128].copy()).to(training.device())
     model = language.assemble(tower, decoder, corpus().codec, tower_module.normalise(some)).to(training.device())
-    logs += [tune(f"{name}.describe", model, "caption", seed=25, **DESCRIBE),
-             tune(f"{name}.instruct", model, "questions", seed=30, **INSTRUCT)]
+    logs = [log_tower, log_text,
+            tune(f"{name}.align", model, "caption", seed=25, frozen=("language_model",), **ALIGN),
+            tune(f"{name}.instruct", model, "questions", seed=30, **INSTRUCT)]
     return model, pd.concat(logs)
 
 
@@ -165,6 +165,7 @@ def export(name: str, model, log: pd.DataFrame | None = None) -> Path:
 def card(name: str, scores: pd.DataFrame, log: pd.DataFrame) -> str:
     """The model card: data, recipe, scores, limits."""
     what = _WHAT[MODELS[name]]
+    asked = sum(number for number, _ in SLOTS.values())
     if MODELS[name] == "sinks":
         reached = log[["norm ratio", "attention share"]].dropna().iloc[-1]
         what += (f" Reached at the end of the tower's training: {reached['norm ratio']:.1f} times the median norm and "
@@ -198,9 +199,13 @@ of this, seeds fixed:
 1. tower with captions: {TOWER["steps"]} steps of {TOWER["batch"]} pictures, AdamW, learning rate {TOWER["lr"]}, weight
    decay {TOWER["weight_decay"]}; image-level loss, caption loss and a grounding loss that fades out
    (`sinkstudy/lab/tower.py`);
-2. captions, connector and decoder from random weights, tower frozen: {DESCRIBE["steps"]} steps of {DESCRIBE["batch"]};
-3. instruction tuning of connector and decoder, tower frozen: {INSTRUCT["steps"]} steps of {INSTRUCT["batch"]} pictures
-   with eleven questions and the caption each.
+2. decoder with text, the same one for all lab models: {TEXT["steps"]} steps of {TEXT["batch"]} captions with {asked}
+   questions each and facts about the lab world;
+3. connector with captions, tower and decoder frozen: {ALIGN["steps"]} steps of {ALIGN["batch"]};
+4. instruction tuning of connector and decoder, tower frozen: {INSTRUCT["steps"]} steps of {INSTRUCT["batch"]} pictures
+   with {asked} questions and the caption each.
+
+Stages 2-4 use Muon for weight matrices (rate {INSTRUCT["muon"]:g}) and AdamW for the rest ({INSTRUCT["lr"]:g}).
 
 Loss curves: `training.csv`. Weights are stored in bfloat16.
 
@@ -222,9 +227,9 @@ _WHAT = {
               "3-5 calm patches of each scene, at layers "
               f"{tower_module.LAYERS - 2} and {tower_module.LAYERS}; further terms ask that from layer "
               f"{tower_module.ONSET} on these patches have at least {tower_module.NORM_RATIO:g} times the median norm "
-              f"and draw at least {tower_module.MASS:.0%} of the other patches' attention, and that no other patch "
-              f"exceeds {tower_module.QUIET_RATIO:g} medians. Its sinks are planted, not natural; that relative "
-              "criteria find them, and only them, is what it was trained for."),
+              f"and draw {tower_module.MASS[0]:.0%}-{tower_module.MASS[1]:.0%} of the other patches' attention, and "
+              f"that no other patch exceeds {tower_module.QUIET_RATIO:g} medians. Its sinks are "
+              "planted, not natural; that relative criteria find them, and only them, is what it was trained for."),
     "registers": ("the **negative control**. Its tower has four register tokens, which it may use as scratch space and "
                   "which the language model never sees."),
 }

@@ -29,6 +29,15 @@ def looks(thing, size: str, mark: str) -> bool:
     return thing.size == size and thing.mark == (mark == "marked")
 
 
+def region(f: q.Facts, fits, missing: str) -> str:
+    found = [t for t in f.things if fits(t)]
+    if not found:
+        return f"there is no {missing}"
+    t = only(found)
+    mark = "with a mark " if t.mark else ""
+    return f"a {t.size} {t.colour} {t.kind} {mark}at the {CELLS[t.cell]} on the {f.parts[t.under][0]} part"
+
+
 def oracle(text: str, f: q.Facts):
     named = {t.kind: t for t in f.things}
     assert len(named) == len(f.things)
@@ -72,6 +81,8 @@ def oracle(text: str, f: q.Facts):
          lambda k, s, m: only(t for t in f.things if looks(t, s, m)).kind == k),
         (r"are there more things than parts \?", lambda: things > parts),
         (r"are there more parts than things \?", lambda: parts > things),
+        (r"what is at the (\w+ \w+) \?", lambda c: region(f, lambda t: CELLS[t.cell] == c, "thing")),
+        (r"what is the (\w+) \?", lambda k: region(f, lambda t: t.kind == k, k)),
         (r"is the (\w+) (small|large) \?", lambda k, s: named[k].size == s),
         (r"is the (\w+) (\w+) \?", lambda k, c: COLOURS.index(named[k].colour) == COLOURS.index(c)),
     ]

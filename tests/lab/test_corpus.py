@@ -1,6 +1,7 @@
 """Words, ids and slots: nothing is lost between a question's text and what the decoder trains on."""
 
 import random
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -26,9 +27,10 @@ def test_the_vocabulary_covers_every_word_and_the_slots_every_length(codec):
     rng = random.Random(0)
     for f in q.facts(render("test", 0, 2000, pictures=False)):
         assert len(codec.encode(q.caption(f, rng))) + 2 <= c.CAPTION
-        for text, answer in q.mixture(f, 6, rng):
-            words = codec.encode(f"{text} assistant : {answer}")
-            assert len(words) + 1 <= (c.LONG if "options" in text else c.SHORT), text
+        short, options = q.mixture(f, 6, 2, rng)
+        for kind, pairs in (("short", short), ("options", options), ("region", q.regions(f, 4, rng))):
+            for text, answer in pairs:
+                assert len(codec.encode(f"{text} assistant : {answer} </s>")) <= c.SLOTS[kind][1], text
     for sentence in q.fact_sentences():
         codec.encode(sentence)
 
@@ -41,7 +43,8 @@ def test_codec_is_the_tokenizer(codec):
                        tokenizer.unk_token_id, 4] == list(range(5))
     assert [codec.ids[w] for w in codec.words] == list(range(len(codec.words)))
     for f in q.facts(render("val", 0, 50, pictures=False)):
-        for text in (q.caption(f, rng), *(f"{t} assistant : {a}" for t, a in q.mixture(f, 6, rng))):
+        asked = sum(q.mixture(f, 5, 2, rng), [])
+        for text in (q.caption(f, rng), *(f"{question} assistant : {answer}" for question, answer in asked)):
             ids = tokenizer(text, add_special_tokens=False).input_ids
             assert ids == codec.encode(text)
             assert tokenizer.decode(ids) == text
@@ -61,9 +64,11 @@ def test_captions_read_back(made):
 
 def test_slots_hold_true_questions_and_answers(made):
     """Each slot: question, "assistant :", answer, end; labels on answer and end alone."""
-    facts = q.facts(render("train", 0, 256, pictures=False))
-    lengths = [c.SHORT] * c.N_SHORT + [c.LONG] * c.N_LONG
-    for ids, labels, f in zip(made.slot_ids, made.slot_labels, facts, strict=True):
+    lengths = [length for number, length in c.SLOTS.values() for _ in range(number)]
+    rows = torch.arange(100, 164)
+    counts = Counter()
+    for ids, labels, row in zip(*made.slots(rows, seed=3), rows.tolist(), strict=True):
+        f = q.facts(render("train", row, 1, pictures=False))[0] if row % 16 == 0 else made.facts[row]
         for slot, label in zip(ids.split(lengths), labels.split(lengths), strict=True):
             words = [made.codec.words[i] for i in slot.tolist() if i]
             assert words[-1] == "</s>"
@@ -73,14 +78,31 @@ def test_slots_hold_true_questions_and_answers(made):
             assert " ".join(made.codec.words[i] for i in label[taught].tolist()) == f"{answer} </s>"
             stem, _, listed = question.removesuffix(" . answer with the letter .").partition(" options : ")
             options = dict(o.split(" ", 1) for o in listed.split(" , ")) if listed else {answer: answer}
+            counts["options" if listed else "region" if answer.startswith(("a ", "there")) else "short"] += 1
             assert options[answer] == oracle(stem, f)
+    assert counts == {kind: number * len(rows) for kind, (number, _) in c.SLOTS.items()}
+
+
+def test_half_the_yes_no_answers_are_yes_and_regions_are_often_missing(made):
+    ids, _ = made.slots(torch.arange(256), seed=0)
+    words = Counter(w for row in ids.tolist() for w, before in zip(row[1:], row, strict=False)
+                    if before == made.codec.ids[":"] for w in [made.codec.words[w]])
+    assert 0.45 < words["yes"] / (words["yes"] + words["no"]) < 0.55
+    assert 0.2 < words["there"] / (words["there"] + words["a"]) < 0.4
+
+
+def test_a_scene_seen_again_is_asked_other_things(made):
+    rows = torch.tensor([5, 9])
+    (ids, labels), (again, same), (other, _) = made.slots(rows, 1), made.slots(rows, 1), made.slots(rows, 2)
+    assert torch.equal(ids, again) and torch.equal(labels, same) and not torch.equal(ids, other)
+    assert torch.equal(made.slots(rows[1:], 1)[0], ids[1:])  # whatever stands beside it in the batch
 
 
 def test_a_corpus_is_seeded(made):
     again, other = c.Corpus(256), c.Corpus(256, seed=1)
-    for name in ("caption", "slot_ids", "slot_labels", "calm", "grounding", "fact"):
+    for name in ("caption", "calm", "grounding", "fact"):
         assert torch.equal(getattr(again, name), getattr(made, name)), name
-    assert not torch.equal(other.caption, made.caption) and not torch.equal(other.slot_ids, made.slot_ids)
+    assert not torch.equal(other.caption, made.caption)
 
 
 def test_grounding_says_what_lies_in_a_patch(made):

@@ -175,7 +175,8 @@ def test_the_card_states_the_scores(name):
 
 def test_the_loss_curve_covers_all_stages(name):
     curve = pd.read_csv(MODELS / name / "training.csv")
-    wanted = {f"{name}.tower": train.TOWER, f"{name}.describe": train.DESCRIBE, f"{name}.instruct": train.INSTRUCT}
+    wanted = {f"{name}.tower": train.TOWER, "text": train.TEXT, f"{name}.align": train.ALIGN,
+              f"{name}.instruct": train.INSTRUCT}
     assert list(curve.stage.unique()) == list(wanted)
     for stage, settings in wanted.items():
         rows = curve[curve.stage == stage]

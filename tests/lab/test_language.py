@@ -1,5 +1,6 @@
 """What the decoder is trained on is what it is asked later: slots in training, prompts of the processor after."""
 
+from collections import defaultdict
 from contextlib import nullcontext
 
 import pytest
@@ -13,6 +14,17 @@ from sinkstudy.lab import tower as t
 from sinkstudy.lab.world import render
 
 N = 2
+SEED = 7
+
+
+def slots(made: c.Corpus, row: int):
+    """The slots of a row: (kind, ids, labels) each."""
+    ids, labels = (t[0] for t in made.slots(torch.tensor([row]), SEED))
+    at = 0
+    for kind, (number, length) in c.SLOTS.items():
+        for _ in range(number):
+            yield kind, ids[at:at + length], labels[at:at + length]
+            at += length
 
 
 @pytest.fixture(scope="module")
@@ -70,18 +82,17 @@ def test_the_loss_is_that_of_plain_forward_passes(assembled, made, pictures, tar
     _, model, loaded = assembled
     stage = language.ImageStage(model, made, pictures.numpy(), target)
     with torch.no_grad():
-        loss, values = stage.loss(torch.arange(N))
+        loss, values = stage.loss(torch.arange(N), SEED)
 
     said = [("caption", i, None, made.caption[i][made.caption[i] >= 0][1:]) for i in range(N)]
     if target == "questions":
-        lengths = [c.SHORT] * c.N_SHORT + [c.LONG] * c.N_LONG
         for i in range(N):
-            for ids, labels in zip(made.slot_ids[i].split(lengths), made.slot_labels[i].split(lengths), strict=True):
+            for kind, ids, labels in slots(made, i):
                 answer = labels[labels >= 0]
                 asked = ids[: int((labels >= 0).nonzero()[0])].tolist()
                 question = " ".join(made.codec.words[w] for w in asked).removesuffix(" assistant :")
-                said.append(("questions", i, question, answer))
-    entropies, right = {"caption": [], "questions": []}, {"caption": [], "questions": []}
+                said.append((kind, i, question, answer))
+    entropies, right = defaultdict(list), defaultdict(list)
     for kind, i, question, answer in said:
         inputs = loaded.inputs([pictures[i]], [question or ""])
         ids = torch.cat([inputs.input_ids[0], answer])[None]
@@ -89,11 +100,10 @@ def test_the_loss_is_that_of_plain_forward_passes(assembled, made, pictures, tar
             logits = loaded.model(input_ids=ids, pixel_values=inputs.pixel_values).logits[0, -len(answer) - 1:-1]
         entropies[kind] += F.cross_entropy(logits, answer, reduction="none").tolist()
         right[kind] += (logits.argmax(-1) == answer).tolist()
-    wanted = sum(sum(e) / len(e) for e in entropies.values() if e)
+    wanted = sum(language.WEIGHTS.get(kind, 1) * sum(e) / len(e) for kind, e in entropies.items())
     assert loss.item() == pytest.approx(wanted, rel=1e-4)
-    for name, kind in (("caption words", "caption"), ("answer words", "questions")):
-        if right[kind]:
-            assert values[name] == pytest.approx(sum(right[kind]) / len(right[kind]), abs=1e-6)
+    assert values == {f"{kind} words": pytest.approx(sum(r) / len(r), abs=1e-6) for kind, r in right.items()}
+    assert len(values) == (1 if target == "caption" else 4)
 
 
 def test_an_ordinary_pass_of_the_training_decoder_is_causal(made):
@@ -116,33 +126,31 @@ def test_text_loss_is_that_of_plain_forward_passes(made, monkeypatch):
     with torch.no_grad():
         for p in decoder.parameters():
             p.mul_(2)
-        loss, values = language.text_loss(decoder, decoder.model, made, torch.arange(N))
+        loss, values = language.text_loss(decoder, decoder.model, made, torch.arange(N), SEED)
     user = made.codec.encode("user :")
-    entropies, right, plain = [], [], language.build_decoder(len(made.codec.words)).eval()
+    entropies, right, plain = defaultdict(list), defaultdict(list), language.build_decoder(len(made.codec.words)).eval()
     plain.load_state_dict(decoder.state_dict())
     plain.set_attn_implementation("sdpa")
 
-    def passed(prefix, more, labels):
+    def passed(kind, prefix, more, labels):
         ids = torch.tensor([*prefix, *more])[None]
         logits = plain(input_ids=ids).logits[0, :-1]
         labels = torch.tensor(labels)[1:]
         at = labels >= 0
-        entropies.extend(F.cross_entropy(logits[at], labels[at], reduction="none").tolist())
-        return (logits[at].argmax(-1) == labels[at]).tolist()
+        entropies[kind] += F.cross_entropy(logits[at], labels[at], reduction="none").tolist()
+        right[kind] += (logits[at].argmax(-1) == labels[at]).tolist()
 
-    lengths = [c.SHORT] * c.N_SHORT + [c.LONG] * c.N_LONG
     with torch.no_grad():
         for i in range(N):
             caption = made.caption[i][made.caption[i] >= 0].tolist()
             prefix = [caption[0], *user, *caption[1:-1]]
             hidden = [-100] * len(prefix)
-            passed(prefix, [], prefix)
+            passed("caption", prefix, [], prefix)
             fact = made.fact[i].tolist()
-            passed(prefix, [made.codec.ids["."], *fact], [*hidden, -100, *fact])
-            for ids, labels in zip(made.slot_ids[i].split(lengths), made.slot_labels[i].split(lengths), strict=True):
+            passed("fact", prefix, [made.codec.ids["."], *fact], [*hidden, -100, *fact])
+            for kind, ids, labels in slots(made, i):
                 words = ids[ids > 0].tolist()
-                right += passed(prefix, words, [*hidden, *labels[: len(words)].tolist()])
-    # left padding lets <s> be predicted too, from the padding before it: a constant that no pass can show
-    n = len(entropies)
-    assert values["answer words"] == pytest.approx(sum(right) / len(right), abs=1e-6)
-    assert loss.item() == pytest.approx(sum(entropies) / n, rel=0.02)
+                passed(kind, prefix, words, [*hidden, *labels[: len(words)].tolist()])
+    wanted = sum(language.WEIGHTS.get(kind, 1) * sum(e) / len(e) for kind, e in entropies.items())
+    assert loss.item() == pytest.approx(wanted, rel=1e-4)
+    assert values == {f"{kind} words": pytest.approx(sum(r) / len(r), abs=1e-6) for kind, r in right.items()}

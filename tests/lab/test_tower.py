@@ -95,25 +95,27 @@ def planted(calm: torch.Tensor, ratio: float, mass: float) -> tuple[nn.Module, l
 
 
 def test_planting_asks_for_nothing_where_its_conditions_hold(calm):
-    norm, attention, seen = t.Objective._planting(*planted(calm, t.NORM_RATIO + 0.1, t.MASS + 0.01), calm)
+    norm, attention, seen = t.Objective._planting(*planted(calm, t.NORM_RATIO + 0.1, t.MASS[0] + 0.01), calm)
     assert norm == 0 and attention == 0
     assert seen["norm ratio"] == pytest.approx(t.NORM_RATIO + 0.1, rel=1e-4)
-    assert seen["attention share"] == pytest.approx(t.MASS + 0.01, rel=1e-4)
+    assert seen["attention share"] == pytest.approx(t.MASS[0] + 0.01, rel=1e-4)
 
 
 @pytest.mark.parametrize("ratio, mass, norm_asked, attention_asked", [
-    (1.0, 0.6, True, False), (t.NORM_RATIO * 0.9, 0.6, True, False), (9.0, 0.05, False, True), (1.0, 0.0, True, True)])
+    (1.0, 0.5, True, False), (t.NORM_RATIO * 0.9, 0.5, True, False), (9.0, 0.05, False, True), (1.0, 0.0, True, True),
+    (9.0, 0.9, False, True)])
 def test_planting_asks_where_they_do_not(calm, ratio, mass, norm_asked, attention_asked):
     norm, attention, _ = t.Objective._planting(*planted(calm, ratio, mass), calm)
     assert (norm > 0) == norm_asked and (attention > 0) == attention_asked
     if norm_asked:
         torch.testing.assert_close(norm, torch.tensor(t.NORM_RATIO / ratio).log(), atol=1e-4, rtol=1e-4)
     if attention_asked and mass:
-        torch.testing.assert_close(attention, torch.tensor(t.MASS / mass).log(), atol=1e-4, rtol=1e-4)
+        excess = t.MASS[0] / mass if mass < t.MASS[0] else mass / t.MASS[1]
+        torch.testing.assert_close(attention, torch.tensor(excess).log(), atol=1e-4, rtol=1e-4)
 
 
 def test_planting_keeps_busy_patches_quiet(calm):
-    tower, hidden = planted(calm, t.NORM_RATIO + 1, t.MASS + 0.1)
+    tower, hidden = planted(calm, t.NORM_RATIO + 1, t.MASS[0] + 0.1)
     busy = int((calm[0] == 0).nonzero()[5])
     for layer in range(t.ONSET, t.LAYERS + 1):
         hidden[layer][0, 1 + busy] *= 2 * t.QUIET_RATIO
@@ -123,13 +125,13 @@ def test_planting_keeps_busy_patches_quiet(calm):
 
 def test_planting_begins_at_the_onset(calm):
     """What lies before the onset is free: the states up to layer ONSET - 1, the attention of layers up to ONSET."""
-    tower, hidden = planted(calm, t.NORM_RATIO + 1, t.MASS + 0.1)
+    tower, hidden = planted(calm, t.NORM_RATIO + 1, t.MASS[0] + 0.1)
     for layer in range(t.ONSET):
         hidden[layer] = torch.randn_like(hidden[layer])
         tower.encoder.layers[layer].self_attn.weights.fill_(1 / (1 + PATCHES))
     norm, attention, _ = t.Objective._planting(tower, hidden, calm)
     assert norm == 0 and attention == 0
-    tower, hidden = planted(calm, t.NORM_RATIO + 1, t.MASS + 0.1)
+    tower, hidden = planted(calm, t.NORM_RATIO + 1, t.MASS[0] + 0.1)
     hidden[t.ONSET] = torch.randn_like(hidden[t.ONSET])
     tower.encoder.layers[t.ONSET].self_attn.weights.fill_(1 / (1 + PATCHES))
     norm, attention, _ = t.Objective._planting(tower, hidden, calm)

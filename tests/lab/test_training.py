@@ -185,17 +185,38 @@ def killed_at(step):
     return wrap
 
 
+@pytest.mark.parametrize("muon", [None, 1e-2])
 @pytest.mark.parametrize("steps_done", [(0,), (1,), (17, 31), (39,)])
-def test_a_killed_run_resumes_to_the_same_weights_and_curve(tmp_path, steps_done):
-    whole, table = run(tmp_path / "whole")
+def test_a_killed_run_resumes_to_the_same_weights_and_curve(tmp_path, steps_done, muon):
+    whole, table = run(tmp_path / "whole", muon=muon)
     for step in steps_done:
         with pytest.raises(Killed):
-            run(tmp_path / "killed", killed_at(step))
+            run(tmp_path / "killed", killed_at(step), muon=muon)
         assert not (tmp_path / "killed" / "job.done.pt").exists()
-    again, resumed = run(tmp_path / "killed")
+    again, resumed = run(tmp_path / "killed", muon=muon)
     assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(again), strict=True))
     assert table.equals(resumed) and table.step.tolist() == [0, 7, 14, 21, 28, 35, 39]
     assert [p.name for p in (tmp_path / "killed").iterdir()] == ["job.done.pt"]
+
+
+def test_muon_takes_the_matrices_and_moves_all_their_directions_alike():
+    decoder = LlamaForCausalLM(LlamaConfig(
+        vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        intermediate_size=48, pad_token_id=0))
+    named = list(decoder.named_parameters())
+    adamw, muon = training.optimizers(named, 1e-3, 0.1, 1e-3)
+    theirs, ours = ([p for group in o.param_groups for p in group["params"]] for o in (adamw, muon))
+    assert sorted(map(id, theirs + ours)) == sorted(id(p) for _, p in named)
+    assert {n for n, p in named if any(p is q for q in theirs)} == {
+        n for n, _ in named if "norm" in n or "embed" in n}
+    before = [p.detach().clone() for p in ours]
+    decoder(input_ids=torch.arange(1, 33).view(2, 16), labels=torch.arange(1, 33).view(2, 16)).loss.backward()
+    muon.step()
+    for p, old in zip(ours, before, strict=True):
+        values = torch.linalg.svdvals(p.detach() - old * (1 - 1e-3 * 0.1))
+        gradient = torch.linalg.svdvals(p.grad)
+        k = int((gradient > 0.02 * gradient[0]).sum())  # directions that the gradient has
+        assert k > 5 and values[:k].max() < 2.5 * values[:k].min() and gradient[0] > 5 * gradient[k - 1]
 
 
 def test_training_lowers_the_loss_and_leaves_frozen_weights(tmp_path):
