@@ -3,12 +3,13 @@
 The same weights score differently under different prompts, so the prompt is data, printed beside results and held
 by a snapshot test. Families follow the harness that the family's published numbers come from:
 
-- `llava`: lmms-eval's default, LLaVA's own wording {cite}`liu2023llava,zhang2025lmmseval`. MMStar's instruction ends
+- `llava`: lmms-eval's default, LLaVA's own wording (Liu et al. 2023; Zhang et al. 2025). MMStar's instruction ends
   without a full stop there, the others with one;
-- `qwen2_vl`, `qwen3_vl`, `internvl`: the prompts that VLMEvalKit {cite}`duan2024vlmevalkit` holds for them;
+- `qwen2_vl`, `qwen3_vl`, `internvl`: the prompts that VLMEvalKit (Duan et al. 2024) holds for them;
 - `lab`: the bare question; the lab models know no other words.
 
-MathVista's `query` already has the options and its authors' instruction, the same for every family.
+Two things are ours: MathVista's `query`, which has the options and its authors' instruction, is asked as it is in
+every family; and MME's own "Please answer yes or no." is never doubled.
 """
 
 import pandas as pd
@@ -19,6 +20,7 @@ _WORD = "\nAnswer the question using a single word or phrase."
 _LETTER = "\nAnswer with the option's letter from the given choices directly."
 _SELECT = "\nPlease select the correct answer from the options above."
 _SHORT = "\nPlease try to answer the question with short words or phrases if possible."
+_SHORT_3 = "\nPlease answer concisely with short words or phrases when possible."
 _YES_NO = " Please answer yes or no."  # MME's questions end with it
 
 # fields: question · bare (without MME's own instruction) · options, "A. …" line by line · context, "" or its line
@@ -30,8 +32,10 @@ TEMPLATES = {
     "MMStar": {"llava": "{question}" + _LETTER.rstrip("."), "qwen2_vl": "Question: {question}" + _SELECT,
                "qwen3_vl": "Question: {question}\nAnswer with the option letter only.",
                "internvl": "{question}" + _LETTER, "lab": "{question}"},
-    "GQA": {"llava": "{question}" + _WORD, "qwen2_vl": "{question}" + _SHORT, "internvl": "{question}" + _WORD},
-    "TextVQA": {"llava": "{question}" + _WORD, "qwen2_vl": "{question}" + _SHORT, "internvl": "{question}" + _WORD},
+    "GQA": {"llava": "{question}" + _WORD, "qwen2_vl": "{question}" + _SHORT, "qwen3_vl": "{question}" + _SHORT_3,
+            "internvl": "{question}" + _WORD},
+    "TextVQA": {"llava": "{question}" + _WORD, "qwen2_vl": "{question}" + _SHORT, "qwen3_vl": "{question}" + _SHORT_3,
+                "internvl": "{question}" + _WORD},
     "ScienceQA-IMG": {
         "llava": "{context}{question}\n{options}" + _LETTER,
         "qwen2_vl": "{context}Question: {question}\nOptions:\n{options}" + _SELECT,
@@ -46,7 +50,7 @@ TEMPLATES = {
 }
 OPEN = {  # MMMU's questions without options
     "llava": "{question}\n" + _WORD, "qwen2_vl": "Question: {question}", "qwen3_vl": "Question: {question}",
-    "internvl": "{question}" + _WORD,
+    "internvl": "{question}\nAnswer the question directly.",
 }
 CONTEXT = {"llava": "Context: {}\n", "qwen2_vl": "Hint: {}\n", "qwen3_vl": "Hint: {}\n", "internvl": "{}\n"}
 FAMILIES = {  # of a transformers model_type; every other takes `llava`

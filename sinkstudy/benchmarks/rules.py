@@ -6,15 +6,21 @@ wrong). `RULES` names them per benchmark: `official` is the rule of the benchmar
 it. They are facts of public code, written anew here; the oddities are the originals' own and are kept. The page
 *Why two harnesses disagree* sets them side by side.
 
-Sources: POPE {cite}`li2023pope`, repository AoiDragon/POPE, `evaluate.py` at f3ec604 · MME {cite}`fu2023mme`, its
-evaluation tool · MMStar {cite}`chen2024mmstar`, repository MMStar-Benchmark/MMStar, `eval/vlmeval/evaluate/mmstar.py`
-at 79e6d1c · lmms-eval {cite}`zhang2025lmmseval` at 75571cf · VLMEvalKit {cite}`duan2024vlmevalkit` at e8e78f0.
+Sources: POPE (Li et al. 2023), repository AoiDragon/POPE, `evaluate.py` at f3ec604 · MME (Fu et al. 2023), its
+evaluation tool · MMStar (Chen et al. 2024), repository MMStar-Benchmark/MMStar, `eval/vlmeval/evaluate/mmstar.py`
+at 79e6d1c · lmms-eval (Zhang et al. 2025) at 75571cf · VLMEvalKit (Duan et al. 2024) at e8e78f0.
 """
 
 import re
 from collections.abc import Callable
 
 LETTERS = "ABCD"
+_PHRASES = (  # of lmms-eval; in English, Korean, Chinese, Japanese
+    *(f"{the}{what} is" for the in ("", "the ") for what in (
+        "answer", "correct answer", "best answer", "correct option", "best option", "choice", "correct choice")),
+    "my answer is", "my choice is", "i choose", "i select", "i pick",
+    "옵션", "정답은", "답은", "답:", "答案是", "答案为", "选", "答えは",
+)
 
 
 # ------------------------------------------------------------------------------------------------ yes or no
@@ -63,7 +69,7 @@ def yes_no_vlmevalkit(text: str) -> str | None:
 
 
 def without_punctuation(text: str, *, period: str) -> str:
-    """The VQA evaluation's treatment of punctuation {cite}`antol2015vqa`, which several harnesses share.
+    """The VQA evaluation's treatment of punctuation (Antol et al. 2015), which several harnesses share.
 
     A mark that stands next to a space anywhere in the text is dropped everywhere, any other becomes a space; with a
     comma between digits all are dropped. Full stops that match the pattern `period` are dropped.
@@ -98,9 +104,8 @@ def letter_strict(text: str) -> str | None:
 def letter_lmms_eval(text: str) -> str | None:
     """lmms-eval on multiple choice (`_task_utils/mcq_extract.py`): the best of nine places, capitals only.
 
-    In this order: alone at the start; alone at the end; after a phrase such as "answer is"; as (A), as A., as A:, as
-    A), before a space; anywhere at all. Within one place the last occurrence wins. Our list of phrases keeps the
-    stems of the original's.
+    In this order: alone at the start; alone at the end; anywhere after a phrase such as "answer is"; as (A), A., A:,
+    A), before a space; anywhere at all. Within one place the last occurrence wins.
     """
     text = text.strip()
     for mark in ",.!?;:'\"":
@@ -110,8 +115,7 @@ def letter_lmms_eval(text: str) -> str | None:
         return alone[1]
     padded = f" {text} "
     after = []  # (place, letter): the first occurrence of each letter after each phrase
-    for phrase in ("answer is", "option is", "choice is", "i choose", "i select", "i pick", "정답은", "답은", "답:",
-                   "옵션", "答案是", "答案为", "选", "答えは"):
+    for phrase in _PHRASES:
         start = padded.lower().find(phrase)
         after += [(padded.find(c, start + len(phrase)), c) for c in LETTERS if start >= 0]
     ranked = [after, *([(padded.rfind(form.format(c)), c) for c in LETTERS]
@@ -150,7 +154,7 @@ def letter_science_qa(text: str) -> str | None:
 
 
 def letter_mmmu(text: str, options: list[str]) -> str | None:
-    """MMMU {cite}`yue2024mmmu` (`eval/eval_utils.py` at 44b45b5): the last (A), else the last A between spaces, else,
+    """MMMU (Yue et al. 2024) (`eval/eval_utils.py` at 44b45b5): the last (A), else the last A between spaces, else,
     in a text of more than five words, the option whose text occurs last.
 
     The original draws a letter at random where nothing is found; here that is None, so that two runs agree.

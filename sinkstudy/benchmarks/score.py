@@ -41,11 +41,11 @@ def right(table: pd.DataFrame, benchmark: str, rule: str = "official") -> pd.Ser
     POPE, MME and MMStar by a rule of `rules.RULES`. The others have one rule, `official`, which needs no language
     model:
 
-    - GQA {cite}`hudson2019gqa`: the answer in lower case without a final full stop is the annotated one.
-    - ScienceQA-IMG {cite}`lu2022scienceqa`: `rules.letter_science_qa`.
-    - TextVQA {cite}`singh2019textvqa`: `soft_accuracy` against ten people's answers; the only one between 0 and 1.
-    - MMMU {cite}`yue2024mmmu`: `rules.letter_mmmu`; open questions `same_answer`.
-    - MathVista {cite}`lu2024mathvista`: `math_vista`, where the original asks GPT-4 for the extraction: our numbers
+    - GQA (Hudson & Manning 2019): the answer in lower case without a final full stop is the annotated one.
+    - ScienceQA-IMG (Lu et al. 2022): `rules.letter_science_qa`.
+    - TextVQA (Singh et al. 2019): `soft_accuracy` against ten people's answers; the only one between 0 and 1.
+    - MMMU (Yue et al. 2024): `rules.letter_mmmu`; open questions `same_answer`.
+    - MathVista (Lu et al. 2024): `math_vista`, where the original asks GPT-4 for the extraction: our numbers
       are not comparable with published ones.
 
     Raises:
@@ -68,7 +68,7 @@ def right(table: pd.DataFrame, benchmark: str, rule: str = "official") -> pd.Ser
 
 
 def pope(table: pd.DataFrame, which: Sequence[str] = ("official", "strict")) -> pd.DataFrame:
-    """POPE's scores {cite}`li2023pope`, by several rules side by side; "yes" is the positive class.
+    """POPE's scores (Li et al. 2023), by several rules side by side; "yes" is the positive class.
 
     Returns:
         A row for each rule and category, and for `all`: `rule`, `category`, then in % `accuracy`, `precision` (NaN
@@ -94,7 +94,7 @@ def pope(table: pd.DataFrame, which: Sequence[str] = ("official", "strict")) -> 
 
 
 def mme(table: pd.DataFrame, which: Sequence[str] = ("official", "strict")) -> pd.DataFrame:
-    """MME's scores {cite}`fu2023mme`, by several rules side by side.
+    """MME's scores (Fu et al. 2023), by several rules side by side.
 
     Returns:
         A row for each rule and category, and for each group with category `total`: `rule`, `group` (perception,
@@ -122,7 +122,7 @@ def mme(table: pd.DataFrame, which: Sequence[str] = ("official", "strict")) -> p
 
 
 def mmstar(table: pd.DataFrame, which: Sequence[str] = ("official", "strict")) -> pd.DataFrame:
-    """MMStar's scores {cite}`chen2024mmstar`, by several rules side by side.
+    """MMStar's scores (Chen et al. 2024), by several rules side by side.
 
     Returns:
         A row for each rule and capability, and for the `mean` over all questions (all of MMStar has 250 questions a
@@ -162,7 +162,7 @@ _APOSTROPHE = {word.replace("'", ""): word for word in """
 
 
 def vqa_form(text: str) -> str:
-    """The form in which the VQA evaluation {cite}`antol2015vqa` compares answers.
+    """The form in which the VQA evaluation (Antol et al. 2015) compares answers.
 
     Lower case; commas, question marks and most punctuation gone; number words as digits; no articles; apostrophes
     put back ("dont" is "don't"; the rare double ones, "couldnt've", are left as they are).
@@ -173,7 +173,7 @@ def vqa_form(text: str) -> str:
 
 
 def soft_accuracy(text: str, answers: Sequence[str]) -> float:
-    """VQA accuracy {cite}`antol2015vqa`: min(1, n/3) where n people gave the answer, 0–1.
+    """VQA accuracy (Antol et al. 2015): min(1, n/3) where n people gave the answer, 0–1.
 
     Averaged over leaving out one of the ten people at a time, so 1, 2, 3 and 4 people give 0.3, 0.6, 0.9 and 1.
     """
@@ -200,7 +200,7 @@ def math_vista(row: dict) -> str | None:
     Multiple choice: the text of the option that is quoted whole, whose letter stands in brackets, or whose letter is
     the only capital option letter in the text. Numbers: the last one, rounded to the question's precision. Lists:
     the last bracketed one. The original has GPT-4 extract the answer, and takes the option most similar to the
-    extraction, so that no answer is ever missing {cite}`lu2024mathvista`.
+    extraction, so that no answer is ever missing (Lu et al. 2024).
     """
     text = row["prediction"].strip()
     if row["question_type"] == "multi_choice":
