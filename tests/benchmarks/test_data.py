@@ -22,8 +22,9 @@ def image(shade: int = 0) -> dict:
 
 
 def pope_rows(split: str) -> list[dict]:
-    return [{"id": str(i), "question_id": str(i), "question": "Is there a dog in the image?",
-             "answer": ("yes", "no")[i % 2], "image_source": f"COCO_{i // 2}", "image": image(i // 2), "category": split} for i in range(4)]
+    return [{"id": str(i), "question_id": str(i), "question": "Is there a dog in the image?", "category": split,
+             "answer": ("yes", "no")[i % 2], "image_source": f"COCO_{i // 2}", "image": image(i // 2)}
+            for i in range(4)]
 
 
 def mme_row(category: str, number: int, answer: str) -> dict:
