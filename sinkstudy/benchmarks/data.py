@@ -34,12 +34,12 @@ class Spec:
     """One benchmark's data set: where its files are and how its columns become ours."""
 
     repo: str                    # owner/name on the Hugging Face Hub
+    revision: str | None         # commit of the data set; None: not pinned, must be passed to `load`
     splits: dict[str, str]       # name of a split -> pattern of its parquet files
     columns: tuple[str, ...]     # columns that must be there, images aside
     tidy: Callable[[pd.DataFrame], pd.DataFrame]
     images: tuple[str, ...] = ("image",)
     extra: tuple[str, ...] = ()  # columns beyond COLUMNS that scores and prompts need
-    revision: str | None = None  # commit of the data set; None: not pinned here, must be passed
 
 
 # --- raw columns to ours; `file` and `row` (place in the file) are added before. Sources: the data sets' own cards ---
@@ -86,32 +86,42 @@ def _math_vista(raw: pd.DataFrame) -> pd.DataFrame:
                       skills=[m["skills"] for m in raw.metadata])
 
 
+# The commits are those that public code pins, two or more projects each (seen in November 2026, when no download could
+# be tried here). The Hub leads lmms-lab/… on to lmms-lab-encoder/…, with the same commits.
 SPECS = {
     "POPE": Spec(  # three splits of 3000 questions about the same 500 images
-        repo="lmms-lab/POPE", splits={s: f"Full/{s}-*.parquet" for s in ("random", "popular", "adversarial")},
+        repo="lmms-lab/POPE", revision="4db1276663dfa5eb8ad16a52d24c31a09e470896",
+        splits={s: f"Full/{s}-*.parquet" for s in ("random", "popular", "adversarial")},
         columns=("question_id", "question", "answer", "image_source", "category"), tidy=_pope),
     "MME": Spec(  # 2374 questions about 1187 images
-        repo="lmms-lab/MME", splits={"test": "data/test-*.parquet"},
+        repo="lmms-lab/MME", revision="d6c9023f017b564f7b3ccccf5348166bce8fdbcd",
+        splits={"test": "data/test-*.parquet"},
         columns=("question_id", "question", "answer", "category"), tidy=_mme, extra=("group",)),
     "MMStar": Spec(  # 1500 questions
-        repo="Lin-Chen/MMStar", splits={"val": "mmstar.parquet"},
+        repo="Lin-Chen/MMStar", revision="bc98d668301da7b14f648724866e57302778ab27",
+        splits={"val": "mmstar.parquet"},
         columns=("index", "question", "answer", "category", "l2_category"), tidy=_mmstar, extra=("l2_category",)),
     "GQA": Spec(  # 12,578 questions about 398 images, which lie in files of their own
-        repo="lmms-lab/GQA", splits={"testdev": "testdev_balanced_instructions/*.parquet"},
+        repo="lmms-lab/GQA", revision="a6e72d6e1b912da88af8b2f9eba05d5ea8ec2dd8",
+        splits={"testdev": "testdev_balanced_instructions/*.parquet"},
         columns=("id", "imageId", "question", "answer", "types"), tidy=_gqa,
         images=("testdev_balanced_images/*.parquet",)),
-    "ScienceQA-IMG": Spec(
-        repo="lmms-lab/ScienceQA", splits={"test": "ScienceQA-IMG/test-*.parquet"},
+    "ScienceQA-IMG": Spec(  # 2017 questions
+        repo="lmms-lab/ScienceQA", revision="69dd4d6b67373d38f96a5badd5d24d0eb5bcdc50",
+        splits={"test": "ScienceQA-IMG/test-*.parquet"},
         columns=("question", "choices", "answer", "hint", "subject"), tidy=_science_qa, extra=("choices", "hint")),
     "TextVQA": Spec(  # 5000 questions, ten people's answers to each
-        repo="lmms-lab/textvqa", splits={"validation": "data/validation-*.parquet"},
+        repo="lmms-lab/textvqa", revision="9c0699cd19768ac5ab97568f6b3cbac4c0062884",
+        splits={"validation": "data/validation-*.parquet"},
         columns=("question_id", "image_id", "question", "answers"), tidy=_text_vqa, extra=("answers",)),
     "MMMU": Spec(  # 900 questions; up to seven images each: `image` is the first, `images` has all
-        repo="lmms-lab/MMMU", splits={"validation": "data/validation-*.parquet"},
+        repo="lmms-lab/MMMU", revision="364f2e2eb107b36e07ff4c5a15f5947a759cef47",
+        splits={"validation": "data/validation-*.parquet"},
         columns=("id", "question", "options", "answer", "question_type"), tidy=_mmmu,
         images=tuple(f"image_{i}" for i in range(1, 8)), extra=("choices", "question_type", "images")),
     "MathVista": Spec(  # 1000 questions; `query` is the question with its options and the authors' instruction
-        repo="AI4Math/MathVista", splits={"testmini": "data/testmini-*.parquet"},
+        repo="AI4Math/MathVista", revision="2b6ad69445fbb5695c9b165475e8decdbeb97747",
+        splits={"testmini": "data/testmini-*.parquet"},
         columns=("pid", "question", "image", "choices", "precision", "answer", "question_type", "answer_type", "query",
                  "metadata"),
         tidy=_math_vista, images=("decoded_image",),
@@ -128,8 +138,8 @@ def load(name: str, *, path: str | Path | None = None, split: str | None = None,
         path: a parquet file, or a folder with the data set's files (in its own layout, or any `*.parquet`). Without
             it the data set's files are downloaded from the Hugging Face Hub, or found in its cache.
         split: one of the benchmark's splits; all of them if left out (POPE has three, the others one).
-        revision: commit of the data set, for a download. Needed where `SPECS` pins none. A branch such as `main`
-            works too; `attrs["revision"]` then holds the commit that it stood for.
+        revision: commit of the data set to download, instead of the pinned one. A branch such as `main` works too;
+            `attrs["revision"]` then holds the commit that it stood for.
         limit: keep only the questions about the first so many images.
 
     Returns:

@@ -1,7 +1,9 @@
 """Loading: files of the public data sets' schemas, made here, become tidy tables; what is wrong is one message."""
 
+import dataclasses
 import hashlib
 import io
+import re
 
 import PIL.Image
 import pyarrow as pa
@@ -223,16 +225,20 @@ def test_unknown_names(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------- the hub
-def test_no_revision_is_made_up():
-    """None could be looked up when this was written; who downloads names the commit."""
-    for name in NAMES:
-        assert SPECS[name].revision is None
-        one_message(f"{name}: no revision of {SPECS[name].repo} is pinned; pass revision=<commit> ", name)
+def test_revisions_are_commits():
+    for spec in SPECS.values():
+        assert re.fullmatch("[0-9a-f]{40}", spec.revision)
+
+
+def test_without_a_pin_a_revision_is_needed(monkeypatch):
+    monkeypatch.setitem(SPECS, "MME", dataclasses.replace(SPECS["MME"], revision=None))
+    one_message("MME: no revision of lmms-lab/MME is pinned; pass revision=<commit> ", "MME")
 
 
 def test_without_network_there_is_one_message(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     one_message("POPE: lmms-lab/POPE at 0123abc cannot be had from the Hub: ", "POPE", revision="0123abc")
+    one_message(f"MME: lmms-lab/MME at {SPECS['MME'].revision} cannot be had from the Hub: ", "MME")
 
 
 @pytest.mark.parametrize("name", ["POPE", "GQA"])
@@ -247,6 +253,7 @@ def test_a_download_fetches_only_what_is_asked_for(tmp_path, monkeypatch, name):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     table = load(name, revision="main", split=next(iter(SPECS[name].splits)))
+    assert load(name).attrs["source"] == SPECS[name].repo and calls.pop()[1]["revision"] == SPECS[name].revision
     wanted = {"POPE": ["Full/random-*.parquet"],
               "GQA": ["testdev_balanced_instructions/*.parquet", "testdev_balanced_images/*.parquet"]}[name]
     assert calls == [(SPECS[name].repo, {"repo_type": "dataset", "revision": "main", "allow_patterns": wanted})]
