@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 import PIL.Image
+import PIL.ImageOps
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -22,7 +23,7 @@ class Picture:
     row: int
 
     def open(self) -> PIL.Image.Image:
-        """The image as RGB.
+        """The image as RGB, upright.
 
         Raises:
             ValueError: no image there, or one that cannot be decoded.
@@ -35,8 +36,9 @@ class Picture:
         if not data:
             raise ValueError(f"the {self} is empty")
         try:
-            with PIL.Image.open(io.BytesIO(data)) as image:
-                return image.convert("RGB")
+            image = PIL.Image.open(io.BytesIO(data))
+            PIL.ImageOps.exif_transpose(image, in_place=True)  # upright, as the library datasets decodes it
+            return image.convert("RGB")
         except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
             reason = str(error).split(" <_io")[0]  # Pillow names its buffer's address
             raise ValueError(f"the {self} is corrupted: {reason}") from None

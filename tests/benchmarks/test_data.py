@@ -5,6 +5,7 @@ import hashlib
 import io
 import re
 
+import PIL.ExifTags
 import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -101,6 +102,17 @@ def test_a_picture_is_that_of_its_row(tmp_path, rows):
     assert [shade(p) for p in table.image] == [0, 0, 1, 1] * 3
     table = load("GQA", path=write(tmp_path, FILES["GQA"], row_group_size=rows))
     assert [shade(p) for p in table.image] == [0, 1, 0]
+
+
+def test_pictures_are_rgb_and_upright(tmp_path):
+    rows = []
+    for i, (mode, orientation) in enumerate([("L", 1), ("RGBA", 1), ("P", 1), ("RGB", 6)]):
+        exif, stream = PIL.Image.Exif(), io.BytesIO()
+        exif[PIL.ExifTags.Base.Orientation] = orientation
+        PIL.Image.new(mode, (4, 2)).save(stream, "PNG", exif=exif)
+        rows.append(FILES["MMStar"]["mmstar.parquet"][i] | {"image": {"bytes": stream.getvalue(), "path": None}})
+    opened = [p.open() for p in load("MMStar", path=write(tmp_path, {"mmstar.parquet": rows})).image]
+    assert [i.mode for i in opened] == ["RGB"] * 4 and [i.size for i in opened] == [(4, 2)] * 3 + [(2, 4)]
 
 
 def test_loading_opens_no_image(tmp_path, monkeypatch):
