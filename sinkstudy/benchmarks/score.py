@@ -3,6 +3,10 @@
 `right` says for each row how right it is and is what intervals are computed from; `pope`, `mme` and `mmstar` give
 the numbers that these benchmarks report, for several extraction rules side by side (`rules.RULES`). Everything is in
 per cent but MME's score, which has the official scale: acc + acc+ of a task, 0–200, summed over tasks.
+
+Questions about one image are not independent, so an interval draws images:
+`stats.mean_interval(right(table, "POPE"), clusters=table.image_id)`. F1 is a ratio, 2 · hits / (said yes + is yes), and
+goes with `stats.ratio_interval`.
 """
 
 import re
