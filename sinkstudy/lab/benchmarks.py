@@ -1,8 +1,8 @@
 """The lab's POPE, MME and MMStar: same columns, same balance and same scores as the benchmarks they stand for.
 
-Tables are built from the held-out test scenes, in order, so every machine builds the same ones. Columns beyond
-the originals': `scene` (index in the test split; `pictures` renders it), `family` and `type` (global, local or
-mixed, known by construction).
+Tables are built from the held-out test scenes, in order, so every machine builds the same ones. The columns are
+those of `sinkstudy.benchmarks.load`, and its scorers take them. Instead of `image` there is `scene` (index in the
+test split; `pictures` renders it), and further `family` and `type` (global, local or mixed, known by construction).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def pope(images: int = 100, split: str = "test") -> pd.DataFrame:
     appear together with what is there (`adversarial`); frequencies are counted on training scenes.
 
     Returns:
-        id, index, question_id, question, answer, image_source, category, scene, family, type: 18 rows an image.
+        id, image_id, question, answer, category, scene, family, type: 18 rows an image.
     """
     train = [{t.kind for t in f.things} for f in _scenes("train", 0, 4096)]
     often = Counter(k for kinds in train for k in kinds)
@@ -67,15 +67,15 @@ def pope(images: int = 100, split: str = "test") -> pd.DataFrame:
             for yes, no in zip(asked, missing, strict=True):
                 for kind, answer in ((yes, "yes"), (no, "no")):
                     rows.append({"question": f"is there a {kind} ?", "answer": answer, "category": category,
-                                 "scene": i, "family": "existence", "image_source": f"{split}-{i:06d}"})
-    return _finished(rows)
+                                 "scene": i, "family": "existence"})
+    return _finished(rows, split)
 
 
 def mme(images: int = 30, split: str = "test") -> pd.DataFrame:
     """MME (Fu et al. 2023): for each category and image one question whose answer is yes and one whose is no.
 
     Returns:
-        id, index, question_id, question, answer, category, group (perception or cognition), scene, family, type.
+        id, image_id, question, answer, category, group (perception or cognition), scene, family, type.
     """
     rng, rows = random.Random(12), []
     at = 0
@@ -91,15 +91,14 @@ def mme(images: int = 30, split: str = "test") -> pd.DataFrame:
                     kept += 1
                     rows += [{"question": p.text, "answer": p.answer, "category": category, "group": group,
                               "scene": i, "family": family} for p in pair]
-    return _finished(rows)
+    return _finished(rows, split)
 
 
 def mmstar(questions: int = 40, split: str = "test") -> pd.DataFrame:
     """MMStar (Chen et al. 2024): four options, six capabilities, `questions` of each; one question an image.
 
     Returns:
-        id, index, question_id, question (with its options), answer (a letter), category, l2_category, scene,
-        family, type.
+        id, image_id, question (with its options), answer (a letter), category, l2_category, scene, family, type.
     """
     rng, rows = random.Random(13), []
     at = 0
@@ -115,14 +114,13 @@ def mmstar(questions: int = 40, split: str = "test") -> pd.DataFrame:
             text, letter = q.choice_form(asked, rng)
             rows.append({"question": text, "answer": letter, "category": category, "l2_category": family,
                          "scene": at - 1, "family": family})
-    return _finished(rows)
+    return _finished(rows, split)
 
 
-def _finished(rows: list[dict]) -> pd.DataFrame:
+def _finished(rows: list[dict], split: str) -> pd.DataFrame:
     table = pd.DataFrame(rows)
-    table.insert(0, "question_id", range(len(table)))
-    table.insert(0, "id", table.question_id.map("{:06d}".format))
-    table.insert(1, "index", table.question_id)
+    table.insert(0, "id", [f"{i:06d}" for i in range(len(table))])
+    table.insert(1, "image_id", [f"{split}-{scene:06d}" for scene in table.scene])
     return table.assign(type=table.family.map(q.TYPES))
 
 
@@ -134,24 +132,3 @@ def pictures(table: pd.DataFrame, split: str = "test") -> tuple[torch.Tensor, np
         chunks.setdefault(int(scene) // CHUNK, []).append(int(scene) % CHUNK)
     drawn = [render(split, chunk * CHUNK, CHUNK).images[rows] for chunk, rows in chunks.items()]
     return torch.cat(drawn), place
-
-
-# ------------------------------------------------------------------------------------------------ scores
-def yes_no(text: str) -> str | None:
-    """The answer that a text gives to a yes/no question: its first word, if that is yes or no."""
-    first = text.strip().lower().split(maxsplit=1)[:1]
-    word = first[0].strip(".,!") if first else ""
-    return word if word in ("yes", "no") else None
-
-
-def letter(text: str) -> str | None:
-    """The option that a text chooses: its first letter, if it stands alone."""
-    first = text.strip().split(maxsplit=1)[:1]
-    word = first[0].strip("().,:") if first else ""  # upper case only: "a" is a word
-    return word if word in ("A", "B", "C", "D") else None
-
-
-def correct(table: pd.DataFrame, said: list[str]) -> pd.Series:
-    """Which of the texts answer their row's question rightly: bool, a row each."""
-    parsed = [letter(s) if a in tuple("ABCD") else yes_no(s) for a, s in zip(table.answer, said, strict=True)]
-    return pd.Series([p == a for p, a in zip(parsed, table.answer, strict=True)], index=table.index)

@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 
 from sinkstudy import stats
+from sinkstudy.benchmarks import right
 from sinkstudy.lab import benchmarks
 from sinkstudy.lab import questions as q
 from sinkstudy.lab.world import render
@@ -54,6 +55,11 @@ def question_prior(table: pd.DataFrame, scenes: int = 4096) -> list[str]:
     return out
 
 
+def correct(table: pd.DataFrame, benchmark: str, said: list[str]) -> pd.Series:
+    """Which of the texts answer their row's question rightly, by the strict rule: bool, a row each."""
+    return right(table.assign(prediction=said), benchmark, "strict").astype(bool)
+
+
 def score(lvlm: LVLM) -> pd.DataFrame:
     """Every row of the three benchmarks with `right` (the model), `blind` (the model shown the mean picture) and
     `prior` (the most frequent training answer to the same question)."""
@@ -65,9 +71,9 @@ def score(lvlm: LVLM) -> pd.DataFrame:
         questions = table.question.tolist()
         out.append(table.assign(
             benchmark=name,
-            right=benchmarks.correct(table, answers(lvlm, images[place], questions)),
-            blind=benchmarks.correct(table, answers(lvlm, unseen, questions)),
-            prior=benchmarks.correct(table, question_prior(table))))
+            right=correct(table, name, answers(lvlm, images[place], questions)),
+            blind=correct(table, name, answers(lvlm, unseen, questions)),
+            prior=correct(table, name, question_prior(table))))
     return pd.concat(out, ignore_index=True)
 
 

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from sinkstudy import models, sinks
+from sinkstudy.benchmarks.rules import yes_no_strict
 from sinkstudy.capture import attention_received, trace
 from sinkstudy.lab import benchmarks, score, tower, train
 from sinkstudy.lab.world import render
@@ -92,7 +93,7 @@ def test_a_part_scored_again_is_what_the_card_says(name, benchmark, part):
     chosen = {"POPE": "category", "MME": "group"}.get(benchmark)
     table = (table if chosen is None else table[table[chosen] == part]).reset_index(drop=True)
     images, place = benchmarks.pictures(table)
-    right = benchmarks.correct(table, score.answers(loaded(name), images[place], table.question.tolist()))
+    right = score.correct(table, benchmark, score.answers(loaded(name), images[place], table.question.tolist()))
     row = scores(name).loc[(benchmark, part, "model")]
     share = row.accuracy / 100
     slack = 100 * 3 * (max(share * (1 - share), 0.02) / len(table)) ** 0.5  # fewer images than the card's interval
@@ -105,7 +106,7 @@ def test_answers_are_answers(name):
     """Yes/no questions get yes or no, four options get a letter, open questions one of the known words."""
     lvlm = loaded(name)
     images = scenes().images[:12]
-    assert {benchmarks.yes_no(a) for a in score.answers(lvlm, images, ["is there a ball ?"] * 12)} <= {"yes", "no"}
+    assert {yes_no_strict(a) for a in score.answers(lvlm, images, ["is there a ball ?"] * 12)} <= {"yes", "no"}
     colours = score.answers(lvlm, images, ["what is the light ?"] * 12)
     assert set(colours) <= {"bright", "dim", "warm", "cold"}
     assert len(set(colours)) > 1 or (name, "MME") in NEAR_BLIND  # the same answer whatever the picture
