@@ -131,7 +131,8 @@ class ImageLayout:
     """
 
     row: int  # of the batch
-    grids: tuple[tuple[int, int], ...]  # (rows, columns) of the patches of each tile
+    grid: tuple[int, int]  # (rows, columns) of the patches of a tile
+    tiles: int
     visual: torch.Tensor  # [visual tokens], positions in `input_ids[row]`, newline tokens included
     vision: torch.Tensor  # [patches], index in the tower's hidden states flattened to [tokens of the batch, width]
     connector: torch.Tensor  # [patches], index in the connector's input as [patches of the batch, width]
@@ -304,63 +305,58 @@ class LVLM:
             ValueError: if a row has no image, or a number of visual tokens that does not fit its image.
         """
         layouts = []
-        patches = outputs = tiles = 0  # before this image
+        start = 0  # patches of the images before
+        size = self.merge**2  # patches of a visual token
         window = self._window_order(inputs)
         for row, ids in enumerate(inputs["input_ids"].cpu()):
             visual = (ids == self.image_token_id).nonzero()[:, 0]
-            grids = self._grids(inputs, row, len(visual))
-            vision, connector, output, tokens = [], [], [], []  # each for one tile after the other
-            for rows, columns in grids:
-                n = rows * columns
-                raster = torch.arange(n)
-                block = _block_order(rows, columns, self.merge)
-                token = outputs + block // self.merge**2
-                place = patches + (raster if self.spec.order == "rows" else block)
-                if window is not None:
-                    tokens_now = window[token]
-                    place = tokens_now * self.merge**2 + block % self.merge**2
-                else:
-                    tokens_now = token
-                connector.append(place)
-                vision.append(place if self.spec.packed else tiles * (self.n_prefix + n) + self.n_prefix + raster)
-                output.append(tokens_now)
-                tokens.append(token)
-                patches, outputs, tiles = patches + n, outputs + n // self.merge**2, tiles + 1
-            first = outputs - sum(r * c for r, c in grids) // self.merge**2
+            (rows, columns), tiles = self._shape(inputs, row, len(visual))
+            n = rows * columns
+            tile = torch.arange(tiles)[:, None]
+            raster = (start + tile * n + torch.arange(n)).flatten()
+            block = (start + tile * n + _block_order(rows, columns, self.merge)).flatten()
+            output = block // size
             if self.spec.anyres:
-                links = self._anyres_links(inputs["image_sizes"][row], len(grids))
+                tokens = self._anyres_tokens(inputs["image_sizes"][row], tiles)
             else:
-                links = (torch.cat(tokens) - first)[:, None]
-            if not len(visual) or links.max() >= len(visual):
-                raise ValueError(f"row {row} has {len(visual)} visual tokens, which do not fit its image: {grids}")
+                tokens = (output - start // size)[:, None]
+            if window is not None:
+                output = window[output]
+            connector = raster if self.spec.order == "rows" else output * size + block % size
+            if tokens.max() >= len(visual):
+                raise ValueError(f"row {row} has {len(visual)} visual tokens, too few for {tiles} x {rows} x {columns}")
             layouts.append(
                 ImageLayout(
                     row=row,
-                    grids=tuple(grids),
+                    grid=(rows, columns),
+                    tiles=tiles,
                     visual=visual,
-                    vision=torch.cat(vision),
-                    connector=torch.cat(connector),
-                    output=torch.cat(output),
-                    positions=torch.where(links >= 0, visual[links.clamp(min=0)], -1),
+                    vision=connector if self.spec.packed else raster + self.n_prefix * (raster // n + 1),
+                    connector=connector,
+                    output=output,
+                    positions=torch.where(tokens >= 0, visual[tokens.clamp(min=0)], -1),
                 )
             )
+            start += tiles * n
         return layouts
 
-    def _grids(self, inputs: BatchFeature, row: int, n_visual: int) -> list[tuple[int, int]]:
-        """Patch grid of each tile of an image."""
+    def _shape(self, inputs: BatchFeature, row: int, n_visual: int) -> tuple[tuple[int, int], int]:
+        """Patch grid of an image's tiles, and how many there are."""
+        if n_visual == 0:
+            raise ValueError(f"row {row} has 0 visual tokens")
         if self.spec.packed:
             _, rows, columns = inputs["image_grid_thw"][row].tolist()
-            return [(rows, columns)]
+            return (rows, columns), 1
         rows, columns = self.grid
         if self.spec.anyres:
-            high, wide = self._tiles(inputs["image_sizes"][row])
-            return [(rows, columns)] * (1 + high * wide)
-        per_tile = rows * columns // self.merge**2
-        if n_visual == 0 or n_visual % per_tile:
-            raise ValueError(f"row {row} has {n_visual} visual tokens, which is no multiple of {per_tile}")
-        return [(rows, columns)] * (n_visual // per_tile)
+            high, wide = self._anyres_tiles(inputs["image_sizes"][row])
+            return (rows, columns), 1 + high * wide
+        tiles, left = divmod(n_visual * self.merge**2, rows * columns)
+        if left:
+            raise ValueError(f"row {row} has {n_visual} visual tokens, which are no whole tiles of {rows} x {columns}")
+        return (rows, columns), tiles
 
-    def _tiles(self, image_size: torch.Tensor) -> tuple[int, int]:
+    def _anyres_tiles(self, image_size: torch.Tensor) -> tuple[int, int]:
         """(rows, columns) of the tiles into which LLaVA-NeXT cuts an image of (height, width) pixels."""
         config = self.model.config
         return get_anyres_image_grid_shape(image_size, config.image_grid_pinpoints, config.vision_config.image_size)
@@ -375,41 +371,37 @@ class LVLM:
         )
         return order.argsort()
 
-    def _anyres_links(self, image_size: torch.Tensor, n_tiles: int) -> torch.Tensor:
-        """Visual tokens that read each patch of overview and tiles: long [patches, k], -1 where there is none.
+    def _anyres_tokens(self, image_size: torch.Tensor, tiles: int) -> torch.Tensor:
+        """Visual tokens of an image that read each patch of overview and tiles: long [patches, k], -1 for none.
 
         The model's own packing runs on coordinates in the place of features. Bilinear shrinking, which
-        LLaVA-OneVision applies to images of many tiles, turns coordinates into those that each token reads between.
+        LLaVA-OneVision applies to images of many tiles, turns them into those between which each token reads.
         """
         rows, columns = self.grid
         n = rows * columns
-        high, wide = self._tiles(image_size)
+        high, wide = self._anyres_tiles(image_size)
         y, x = torch.meshgrid(torch.arange(high * rows), torch.arange(wide * columns), indexing="ij")
         where = torch.stack([y, x], -1).float()  # [rows of all tiles, columns of all tiles, 2]
         where = where.view(high, rows, wide, columns, 2).transpose(1, 2).reshape(high * wide, n, 2)
-        features = torch.cat([torch.zeros(1, n, 2), where])
         config = self.model.config
-        extra = (
-            dict(vision_aspect_ratio=config.vision_aspect_ratio)
-            if hasattr(config, "vision_aspect_ratio")
-            else dict(vision_feature_select_strategy=config.vision_feature_select_strategy)
-        )
+        if self.spec.model_class == "LlavaOnevisionForConditionalGeneration":
+            how = dict(vision_aspect_ratio=config.vision_aspect_ratio)
+        else:
+            how = dict(vision_feature_select_strategy=config.vision_feature_select_strategy)
         packed, _ = self.model.model.pack_image_features(
-            [features], image_size[None].cpu(), image_newline=torch.full((2,), -1.0), **extra
+            [torch.cat([torch.zeros(1, n, 2), where])], image_size[None].cpu(), image_newline=-torch.ones(2), **how
         )
-        coordinates = packed[0][n:]  # [tokens after the overview, 2]
-        token = (coordinates[:, 0] >= 0).nonzero()[:, 0]
-        low = (coordinates[token] + 1e-3).floor().long()  # an exact coordinate reads one patch, not two
-        up = (coordinates[token] - 1e-3).ceil().long().maximum(low)
-        pairs = set(zip(range(n), range(n)))  # (patch, token); the overview comes first, one token a patch
-        for ys in (low[:, 0], up[:, 0]):
-            for xs in (low[:, 1], up[:, 1]):
-                tile = (ys // rows) * wide + xs // columns
-                patch = n + tile * n + (ys % rows) * columns + xs % columns
-                pairs |= set(zip(patch.tolist(), (n + token).tolist()))
-        read_by: list[list[int]] = [[] for _ in range(n_tiles * n)]
-        for patch, token_index in sorted(pairs):
-            read_by[patch].append(token_index)
+        token = n + (packed[0][n:, 0] >= 0).nonzero()[:, 0]  # behind the overview, without newlines
+        low = (packed[0][token] + 1e-3).floor().long()  # an exact coordinate reads one patch, not two
+        high_end = (packed[0][token] - 1e-3).ceil().long()
+        pairs = {(patch, patch) for patch in range(n)}  # (patch, token): the overview comes first
+        for y in (low[:, 0], high_end[:, 0]):
+            for x in (low[:, 1], high_end[:, 1]):
+                tile = 1 + (y // rows) * wide + x // columns
+                pairs |= set(zip((tile * n + (y % rows) * columns + x % columns).tolist(), token.tolist()))
+        read_by: list[list[int]] = [[] for _ in range(tiles * n)]
+        for patch, visual_token in sorted(pairs):
+            read_by[patch].append(visual_token)
         k = max(map(len, read_by))
         return torch.tensor([tokens + [-1] * (k - len(tokens)) for tokens in read_by])
 
@@ -582,3 +574,5 @@ def _check_layout(name: str, config: PretrainedConfig) -> None:
     wanted = "default" if n_prefix else "full"  # "default" drops the first token, CLS
     if getattr(config, "vision_feature_select_strategy", wanted) != wanted:
         raise ValueError(f"{name}: visual tokens are not the patches (strategy is not {wanted!r})")
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None):
+        raise ValueError(f"{name}: the decoder caps its attention logits (Gemma 2), which SDPA cannot do")

@@ -105,7 +105,7 @@ def test_vision_norms(lvlm, inputs, layouts):
     for layer in range(3):
         torch.testing.assert_close(norms[layer][0], expected[layer].norm(dim=-1), **close)
     n_patches = sum(len(layout.vision) for layout in layouts)
-    n_tiles = sum(len(layout.grids) for layout in layouts)
+    n_tiles = sum(layout.tiles for layout in layouts)
     if lvlm.spec.packed:
         assert norms[0][0].shape == (n_patches,)
     else:
@@ -198,7 +198,7 @@ def test_layout(lvlm, inputs, layouts):
         places = torch.cat([getattr(layout, name) for layout in layouts])
         assert len(places.unique()) == len(places)
     for layout in layouts:
-        n = sum(rows * columns for rows, columns in layout.grids)
+        n = layout.tiles * layout.grid[0] * layout.grid[1]
         assert len(layout.vision) == len(layout.connector) == len(layout.output) == len(layout.positions) == n
         assert (inputs["input_ids"][layout.row, layout.visual] == lvlm.image_token_id).all()
         assert (inputs["input_ids"][layout.row] == lvlm.image_token_id).sum() == len(layout.visual)
@@ -215,8 +215,8 @@ def test_pixels_to_patches(lvlm, pictures, inputs, layouts):
     try:
         decoder_input(lvlm, inputs)
         for layout, picture in zip(layouts, pictures):
-            for tile in {0, len(layout.grids) - 1}:
-                rows, columns = layout.grids[tile]
+            rows, columns = layout.grid
+            for tile in {0, layout.tiles - 1}:
                 for row, column in [(0, 1), (rows - 1, 0), (rows // 2, columns - 1)]:
                     top, left = slice(8 * row, 8 * row + 8), slice(8 * column, 8 * column + 8)
                     if lvlm.spec.packed:
@@ -232,9 +232,8 @@ def test_pixels_to_patches(lvlm, pictures, inputs, layouts):
                         changed = {**inputs, "pixel_values": pixels}
                     decoder_input(lvlm, changed)
                     moved = (seen[-1] - seen[0]).abs().amax(-1).nonzero()[:, 0].tolist()
-                    before = sum(r * c for r, c in layout.grids[:tile])
-                    assert moved == [layout.vision[before + row * columns + column]]
-            tile_before += len(layout.grids)
+                    assert moved == [layout.vision[tile * rows * columns + row * columns + column]]
+            tile_before += layout.tiles
     finally:
         hook.remove()
 
@@ -394,11 +393,11 @@ def test_lift(lvlm, layouts):
 
 def test_grid(lvlm, layouts):
     if lvlm.spec.packed:
-        assert [layout.grids for layout in layouts] == [((4, 6),), ((8, 4),), ((8, 8),)]
+        assert [(layout.grid, layout.tiles) for layout in layouts] == [((4, 6), 1), ((8, 4), 1), ((8, 8), 1)]
         with pytest.raises(ValueError, match="differs from image to image"):
             lvlm.grid
     else:
-        assert all(grid == lvlm.grid for layout in layouts for grid in layout.grids)
+        assert all(layout.grid == lvlm.grid for layout in layouts)
 
 
 def test_layout_needs_the_image(lvlm, inputs):
