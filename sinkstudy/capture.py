@@ -99,6 +99,7 @@ def attention_rows(
     "all" has [heads, tokens, tokens] per image until it is reduced: for small towers; to average over
     queries, see `attention_received`. A packed tower (Qwen) attends within chunks, in the order of its sequence:
     whole images or, in most layers of Qwen2.5-VL, windows. There each chunk is a call, [1, heads, rows, its patches].
+    While decoding, a layer with a sliding window (Gemma 3) may have forgotten the first keys; the last is the query.
 
     Raises:
         IndexError: in the forward pass, if a call has fewer queries than a row asks for.
@@ -218,8 +219,9 @@ def _trace_batch(lvlm: LVLM, images: Sequence[Any], questions: Sequence[str], ma
     visual = torch.stack([layout.visual for layout in layouts]).to(lvlm.device)  # [batch, visual tokens]
 
     def to_visual(weights: torch.Tensor, layer: int) -> torch.Tensor:
-        columns = visual[:, None].expand(-1, weights.shape[1], -1).to(weights.device)
-        return weights[:, :, 0].gather(-1, columns)  # [batch, heads, visual tokens]
+        forgotten = inputs["input_ids"].shape[1] + len(rows[layer]) - weights.shape[-1]  # by a sliding window's cache
+        columns = (visual - forgotten)[:, None].expand(-1, weights.shape[1], -1).to(weights.device)
+        return weights[:, :, 0].gather(-1, columns.clamp(min=0)) * (columns >= 0)  # [batch, heads, visual tokens]
 
     def keep_norms(module: nn.Module, args: tuple, kwargs: dict) -> None:
         entering.append(token_norms(args[0] if args else kwargs["hidden_states"]))

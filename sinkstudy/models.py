@@ -106,6 +106,9 @@ SPECS = {  # by model_type of the config
         "Gemma3Processor",
         merge=lambda config: _tile_grid(config)[0] // round(config.mm_tokens_per_image**0.5),
     ),
+    "aya_vision": Spec(
+        "AyaVisionForConditionalGeneration", "AyaVisionProcessor", merge=lambda config: config.downsample_factor
+    ),
     "idefics3": Spec("Idefics3ForConditionalGeneration", **_IDEFICS),
     "smolvlm": Spec("SmolVLMForConditionalGeneration", **_IDEFICS),
 }

@@ -13,8 +13,11 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
+from sinkstudy.models import SPECS
+
 SPECIAL = "<pad> <s> </s> <unk> <image> <video> <boi> <eoi> <fake_token_around_image> <end_of_utterance>".split()
 SPECIAL += ["<global-img>"] + [f"<row_{i}_col_{j}>" for i in (1, 2, 3) for j in (1, 2, 3)]
+SPECIAL += "<|IMG_PATCH|> <|START_OF_IMG|> <|END_OF_IMG|> TILE TILE_GLOBAL".split()
 WORDS = SPECIAL + "user : assistant answer en what is the texture how many red blue yes no".split()
 NAMED = {  # the processors ask the tokenizer for these
     "image_token": "<image>",
@@ -48,6 +51,7 @@ TEXT = dict(
     tie_word_embeddings=False,
 )
 MROPE = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 1, 1]}
+LAYER_TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
 PINPOINTS = [[32, 64], [64, 32], [64, 64]]
 
 
@@ -147,6 +151,18 @@ def internvl() -> tuple:
     return config, images, dict(image_seq_length=4)
 
 
+def aya_vision() -> tuple:
+    config = hf.AyaVisionConfig(
+        vision_config=hf.SiglipVisionConfig(**TOWER, vision_use_head=False),
+        text_config=hf.Cohere2Config(**TEXT, sliding_window=12, layer_types=LAYER_TYPES),
+        image_token_index=WORDS.index("<|IMG_PATCH|>"),
+        downsample_factor=2,
+        alignment_intermediate_size=32,
+    )
+    images = hf.GotOcr2ImageProcessorPil(size={"height": 32, "width": 32}, max_patches=4)
+    return config, images, dict(patch_size=8, img_size=32, downsample_factor=2)
+
+
 def paligemma() -> tuple:
     config = hf.PaliGemmaConfig(
         vision_config=hf.SiglipVisionConfig(**TOWER, projection_dim=32, vision_use_head=False),
@@ -168,7 +184,7 @@ def gemma3() -> tuple:
             head_dim=8,
             query_pre_attn_scalar=8,
             sliding_window=12,
-            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+            layer_types=LAYER_TYPES,
         ),
         image_token_index=4,
         boi_token_index=6,
@@ -200,6 +216,7 @@ ARCHITECTURES = {
     "qwen2_5_vl": lambda: qwen("Qwen2_5_VL"),
     "qwen3_vl": lambda: qwen("Qwen3VL"),
     "internvl": internvl,
+    "aya_vision": aya_vision,
     "paligemma": paligemma,
     "gemma3": gemma3,
     "idefics3": lambda: idefics("Idefics3"),
@@ -211,8 +228,6 @@ def write(folder: Path, name: str) -> None:
     """Write the tiny model folder of an architecture."""
     torch.manual_seed(0)
     config, image_processor, processor = ARCHITECTURES[name]()
-    from sinkstudy.models import SPECS
-
     spec = SPECS[config.model_type]
     model = getattr(hf, spec.model_class)(config)
     for parameter in model.parameters():  # biases, zero at first, must not hide a wrong order
@@ -222,13 +237,13 @@ def write(folder: Path, name: str) -> None:
     image_processor.save_pretrained(folder)
     words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = WhitespaceSplit()
+    words.add_special_tokens(SPECIAL)
     hf.PreTrainedTokenizerFast(
         tokenizer_object=words,
         bos_token="<s>",
         eos_token="</s>",
         pad_token="<pad>",
         unk_token="<unk>",
-        additional_special_tokens=SPECIAL[4:],
         extra_special_tokens=NAMED,
     ).save_pretrained(folder)
     (folder / "processor_config.json").write_text(json.dumps({"processor_class": spec.processor_class, **processor}))

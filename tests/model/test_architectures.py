@@ -1,13 +1,15 @@
 """What every architecture must keep, on a tiny random instance of it: a padded batch of pictures of three sizes."""
 
 import json
+from types import SimpleNamespace
 
 import architectures
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
-from transformers import LlamaConfig
+from transformers import CONFIG_MAPPING, LlamaConfig
 
 from sinkstudy import models
 from sinkstudy.capture import attention_received, attention_rows, hidden_states, trace
@@ -356,6 +358,8 @@ def test_trace(lvlm, pictures):
         attention_rows(lvlm, "decoder") as rows,
     ):
         run(lvlm, inputs)
+    with attention_rows(lvlm, "decoder") as steps:
+        lvlm.model.generate(**inputs, max_new_tokens=2, do_sample=False, pad_token_id=0)
     n, visual = len(layout.vision), layout.visual
     assert seen.vision_norms.shape == (3, 3, n) and seen.vision_received.shape == (3, 3, 2, n)
     loose = dict(atol=1e-4, rtol=1e-3)  # a batch of one against a part of the three
@@ -368,6 +372,12 @@ def test_trace(lvlm, pictures):
         torch.testing.assert_close(seen.vision_received[2, layer], by_head, **loose)
         torch.testing.assert_close(seen.decoder_norms[2, layer], decoder_norms[layer][0][0, visual], **loose)
         torch.testing.assert_close(seen.last_attention[2, layer], rows[layer][0][0, :, 0, visual], **loose)
+        if len(steps[layer]) == 2:
+            second = steps[layer][1][0, :, 0]  # [heads, keys]; a sliding window may have lost the first keys
+            lost = inputs["input_ids"].shape[1] + 1 - second.shape[-1]
+            second = torch.nn.functional.pad(second, (lost, 0))[:, visual]
+            mean = (rows[layer][0][0, :, 0, visual] + second) / 2
+            torch.testing.assert_close(seen.output_attention[2, layer], mean, **loose)
     assert len(seen.answers) == len(seen.layouts) == 3
     if len({len(layout.vision) for layout in lvlm.layout(lvlm.inputs(pictures, QUESTIONS))}) > 1:
         with pytest.raises(ValueError, match="images of one size"):
@@ -404,6 +414,50 @@ def test_layout_needs_the_image(lvlm, inputs):
     without = {**inputs, "input_ids": torch.ones_like(inputs["input_ids"])}
     with pytest.raises(ValueError, match="row 0 has 0 visual tokens"):
         lvlm.layout(without)
+
+
+SIGLIP = dict(model_type="siglip_vision_model", patch_size=14)
+FULL_SIZE = {  # grid of a tile, side of a visual token in patches, and visual tokens of a tile, of public models
+    "llava": (dict(), (24, 24), 1, 576),  # LLaVA-1.5
+    "llava_next": (dict(), (24, 24), 1, 576),
+    "llava_onevision": (dict(), (27, 27), 1, 729),
+    "internvl": (dict(), (32, 32), 2, 256),  # InternVL 3
+    "aya_vision": (dict(vision_config={**SIGLIP, "image_size": 364}), (26, 26), 2, 169),
+    "paligemma": (dict(vision_config={**SIGLIP, "image_size": 448}), (32, 32), 1, 1024),
+    "gemma3": (dict(vision_config=dict(image_size=896, patch_size=14)), (64, 64), 4, 256),
+    "idefics3": (dict(vision_config=dict(image_size=364, patch_size=14), scale_factor=2), (26, 26), 2, 169),
+    "smolvlm": (dict(vision_config=dict(image_size=512, patch_size=16), scale_factor=4), (32, 32), 4, 64),
+}
+
+
+@pytest.mark.parametrize("kind", FULL_SIZE)
+def test_full_size(kind):
+    changes, grid, merge, tokens = FULL_SIZE[kind]
+    config = CONFIG_MAPPING[kind](**changes)
+    models._check_layout(kind, config)
+    assert models._tile_grid(config) == grid
+    assert models.SPECS[kind].merge(config) == merge
+    assert grid[0] * grid[1] // merge**2 == tokens
+
+
+def test_smolvlm_prompt():
+    """The processor of Idefics3, which stands in for that of SmolVLM, writes out an image in the same words."""
+    image = dict(rows=[[2, 0]], cols=[[3, 0]])
+    for index in (0, 1):
+        texts = []
+        for kind in ("Idefics3Processor", "SmolVLMProcessor"):
+            processor = SimpleNamespace(
+                fake_image_token="<fake>", image_token="<image>", image_seq_len=2,
+                global_image_tag="<global-img>", global_image_token="<global-img>",
+            )
+            texts.append(getattr(transformers, kind).replace_image_token(processor, image, index))
+        assert texts[0] == texts[1]
+
+
+def test_capped_attention():
+    config = CONFIG_MAPPING["paligemma"](text_config=dict(model_type="gemma2"))
+    with pytest.raises(ValueError, match="caps its attention logits"):
+        models._check_layout("paligemma2", config)
 
 
 def test_text_only_and_unknown_models(tmp_path):
