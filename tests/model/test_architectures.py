@@ -460,6 +460,12 @@ def test_capped_attention():
         models._check_layout("paligemma2", config)
 
 
+def test_unknown_tower():
+    config = CONFIG_MAPPING["llava"](vision_config=dict(model_type="pixtral"))
+    with pytest.raises(ValueError, match="'pixtral' is not known.*book/architectures.md"):
+        models._check_layout("pixtral", config)
+
+
 def test_text_only_and_unknown_models(tmp_path):
     LlamaConfig().save_pretrained(tmp_path / "text")
     (tmp_path / "new").mkdir()
