@@ -425,11 +425,16 @@ class LVLM:
         Qwen3-VL has several connectors; each is called with its own layer, `feature_layer` for the main one.
         """
 
+        def like(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+            # the same strides too: with others, bfloat16 products round differently
+            same = torch.empty_strided(old.shape, old.stride(), dtype=old.dtype, device=old.device)
+            return same.copy_(new.view_as(old))
+
         def reader(layer: int) -> Callable:
-            return lambda module, args: (before(args[0].reshape(-1, width), layer).view_as(args[0]), *args[1:])
+            return lambda module, args: (like(before(args[0].reshape(-1, width), layer), args[0]), *args[1:])
 
         def writer(layer: int) -> Callable:
-            return lambda module, args, out: after(out.reshape(-1, out.shape[-1]), layer).view_as(out)
+            return lambda module, args, out: like(after(out.reshape(-1, out.shape[-1]), layer), out)
 
         vision = self.model.config.vision_config
         width = getattr(vision, "embed_dim", vision.hidden_size)  # hidden_size of Qwen2-VL's tower is the decoder's
