@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -466,34 +467,42 @@ def load(
         dtype: "float32", "bfloat16" or "float16"; lab weights are stored in bfloat16 and run in float32.
         revision: commit, tag or branch of a hub model.
 
+    Weights are read from safetensors only, and no code of the model's own is run.
+
     Raises:
-        ValueError: unknown model, architecture, dtype or vision layout, or a device that is not there.
+        ValueError: unknown model, architecture, dtype or vision layout, a device that is not there, files that are
+            absent or damaged, or no network where one is needed.
     """
     dtype = _dtype(dtype)
     _check_device(device)
     source = find(name)
-    known, _ = PretrainedConfig.get_config_dict(source, revision=revision)
+    with _reading(name):
+        known, _ = PretrainedConfig.get_config_dict(source, revision=revision)
     if known.get("model_type") not in SPECS:
         raise ValueError(
             f"{name}: architecture {known.get('model_type')!r} is not known; known: {', '.join(SPECS)}. "
             "A text-only model has no patches to study; how to add another one: book/architectures.md"
         )
-    config = AutoConfig.from_pretrained(source, revision=revision)
-    spec = SPECS[config.model_type]
-    _check_layout(name, config)
+    spec = SPECS[known["model_type"]]
     # a progress bar in a notebook is a widget, and a page with a widget asks another host for its scripts
     transformers.utils.logging.disable_progress_bar()
-    model = getattr(transformers, spec.model_class).from_pretrained(
-        source,
-        revision=revision,
-        dtype=dtype,
-        attn_implementation="sdpa",
-        device_map="auto" if device == "auto" else None,
-    )
+    with _reading(name):
+        config = AutoConfig.from_pretrained(source, revision=revision)
+        _check_layout(name, config)
+        model = getattr(transformers, spec.model_class).from_pretrained(
+            source,
+            revision=revision,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            device_map="auto" if device == "auto" else None,
+            use_safetensors=True,
+        )
+        # the PIL image processor, because the torchvision one gives slightly different pixels
+        processor = _image_processor_only(spec.processor_class).from_pretrained(
+            source, revision=revision, backend="pil"
+        )
     if device != "auto":
         model = model.to(device)
-    # the PIL image processor, because the torchvision one gives slightly different pixels
-    processor = _image_processor_only(spec.processor_class).from_pretrained(source, revision=revision, backend="pil")
     return LVLM(
         model=model.eval().requires_grad_(False),
         processor=processor,
@@ -501,6 +510,15 @@ def load(
         revision=getattr(config, "_commit_hash", None),
         spec=spec,
     )
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Tells in one line what transformers has to say about files that are absent, damaged or out of reach."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{name} cannot be read: {str(error).strip().splitlines()[0]}") from error
 
 
 def find(name: str) -> str:

@@ -95,6 +95,28 @@ def test_unknown_architecture_dtype_device(tiny, tmp_path):
         models.load(tiny.name, device="abacus")
 
 
+def test_a_folder_that_cannot_be_read(tiny, tmp_path):
+    """Weights as a pickle, weights cut short, and no processor: one line each, and a pickle is never opened."""
+    tiny.model.config.save_pretrained(tmp_path)
+    torch.save(tiny.model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="cannot be read: .*safetensors") as found:
+        models.load(str(tmp_path))
+    assert "\n" not in str(found.value)
+    tiny.model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="cannot be read"):
+        models.load(str(tmp_path))  # no processor
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="cannot be read"):
+        models.load(str(tmp_path))
+
+
+def test_a_hub_model_without_network(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="llava-hf/no-such-model cannot be read: .*connect"):
+        models.load("llava-hf/no-such-model")
+
+
 def test_layouts_that_do_not_fit(tiny):
     for change, message in [
         ({"vision_feature_select_strategy": "full"}, "visual tokens are not the patches"),
