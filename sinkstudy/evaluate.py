@@ -130,7 +130,9 @@ def evaluate(
     if lvlm.spec.prefix_mask:
         warnings.warn(f"{lvlm.name}: its whole prompt sees itself, so questions share no prefix", stacklevel=2)
     store = _Answers(cache, lvlm, max_new_tokens, batch_size)
-    rows = {image: np.flatnonzero(table.image_id == image).tolist() for image in table.image_id.unique()}
+    rows: dict[str, list[int]] = {}
+    for row, image in enumerate(table.image_id):
+        rows.setdefault(image, []).append(row)
     texts = table.question.tolist()
     keys: dict[tuple[str, int], str] = {}  # (intervention, row) -> where its answer is kept
     total = len(table) * len(interventions)
