@@ -5,6 +5,7 @@ Give the machine nothing else to do, or the figures mean little; where that cann
 the processor's time instead of the clock's, which other work disturbs less.
 """
 
+import gc
 import os
 import resource
 import sys
@@ -169,8 +170,13 @@ def evaluate() -> None:
         return list(answer(lvlm, table, interventions, max_new_tokens=4, batch_size=6, cache=None).prediction)
 
     for interventions, bar, times in (([NONE], 3, 3), (eight, 4, 1)):
-        same = one_by_one(interventions) == shared(interventions)  # and everything is warm
-        slow, fast = rounds([lambda: one_by_one(interventions), lambda: shared(interventions)], times)
+        said: dict[str, list[str]] = {}
+        ways = [
+            lambda: said.update(slow=one_by_one(interventions)),
+            lambda: said.update(fast=shared(interventions)),
+        ]
+        slow, fast = rounds(ways, times)
+        same = said["slow"] == said["fast"]
         n = len(table) * len(interventions)
         print(
             f"evaluate: {len(interventions)} interventions, {n / fast:.1f} against {n / slow:.1f} questions/s,"
@@ -235,6 +241,7 @@ def rounds(actions: Sequence[Callable[[], object]], times: int) -> list[float]:
 
 def peak_memory(action: Callable[[], object]) -> int:
     """Most bytes of tensors on the CPU that an action holds at once, beside those that were there before."""
+    gc.collect()  # or what an earlier action left in a cycle is freed now, and counted
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         action()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
