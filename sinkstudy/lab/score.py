@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import torch
 
 from sinkstudy import stats
 from sinkstudy.benchmarks import right
+from sinkstudy.evaluate import evaluate
 from sinkstudy.lab import benchmarks
 from sinkstudy.lab import questions as q
 from sinkstudy.lab.world import render
@@ -21,20 +23,12 @@ BENCHMARKS: dict[str, Callable[[], pd.DataFrame]] = {
     "POPE": benchmarks.pope, "MME": benchmarks.mme, "MMStar": benchmarks.mmstar}
 
 
-@torch.no_grad()
 def answers(lvlm: LVLM, images: torch.Tensor, questions: list[str], *, batch_size: int = 64,
             max_new_tokens: int = 4) -> list[str]:
     """Greedy answers, one for each picture (uint8 [n, 3, height, width]) and question."""
-    by_length = sorted(range(len(questions)), key=lambda i: len(questions[i].split()))  # little padding
-    said = [""] * len(questions)
-    for start in range(0, len(by_length), batch_size):
-        rows = by_length[start:start + batch_size]
-        batch = lvlm.inputs(list(images[rows]), [questions[i] for i in rows])
-        out = lvlm.model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
-        texts = lvlm.processor.batch_decode(out[:, batch.input_ids.shape[1]:], skip_special_tokens=True)
-        for i, text in zip(rows, texts, strict=True):
-            said[i] = text.strip()
-    return said
+    same = [hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in images]
+    table = pd.DataFrame({"id": range(len(same)), "image_id": same, "question": questions, "image": list(images)})
+    return evaluate(lvlm, table, max_new_tokens=max_new_tokens, batch_size=batch_size, cache=None).prediction.tolist()
 
 
 def question_prior(table: pd.DataFrame, scenes: int = 4096) -> list[str]:
