@@ -58,6 +58,7 @@ class Spec:
     packed: bool = False  # the tower sees all images as one sequence [patches, width], in the connector's order
     anyres: bool = False  # overview, then the tiles put together, padding cut off, with a newline token per row
     prompt: str | None = None  # for a model without chat format
+    prefix_mask: bool = False  # the whole prompt sees itself, so that image tokens depend on the question
 
 
 _QWEN = dict(
@@ -100,7 +101,10 @@ SPECS = {  # by model_type of the config
         order="blocks",
     ),
     "paligemma": Spec(
-        "PaliGemmaForConditionalGeneration", "PaliGemmaProcessor", prompt="<image>answer en {question}"
+        "PaliGemmaForConditionalGeneration",
+        "PaliGemmaProcessor",
+        prompt="<image>answer en {question}",
+        prefix_mask=True,
     ),
     "gemma3": Spec(
         "Gemma3ForConditionalGeneration",
