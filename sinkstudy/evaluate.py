@@ -281,7 +281,7 @@ def _unpadded(inputs: BatchFeature, row: int) -> torch.Tensor:
     return inputs["input_ids"][row][inputs["attention_mask"][row] == 1]
 
 
-Filled = tuple[DynamicCache, torch.Tensor | None]  # keys and values; Qwen's shift of positions behind images, [images, 1]
+Filled = tuple[DynamicCache, torch.Tensor | None]  # with Qwen's shift of positions behind each image, [images, 1]
 
 
 def _prefilled(lvlm: LVLM, prefix: BatchFeature) -> Filled:
