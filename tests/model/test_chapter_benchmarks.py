@@ -1,0 +1,61 @@
+"""Chapter 09 on models and data that are not the lab's: tiny random models, files of the public data sets' schemas."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sinkstudy.paths import NOTEBOOKS, ROOT
+from tests.benchmarks.test_data import FILES
+from tests.model import architectures
+
+
+def run(folder: Path, name: str, **parameters) -> Path:
+    """Execute the chapter on the tiny model `name`; returns the folder of its tables, beside it `out.ipynb`."""
+    architectures.write(folder / f"tiny-{name}", name)
+    given = {"model": str(folder / f"tiny-{name}"), "max_new_tokens": 3} | parameters
+    text = "\n".join(f"{key}: {json.dumps(value)}" for key, value in given.items())
+    command = [sys.executable, "-m", "papermill", NOTEBOOKS / "09-benchmarks.ipynb", folder / "out.ipynb", "-y", text]
+    environment = os.environ | {"SINKSTUDY_RESULTS": str(folder), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    ended = subprocess.run(command, env=environment, cwd=NOTEBOOKS, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return folder / f"tiny-{name}" / "09-benchmarks"
+
+
+def printed(folder: Path) -> str:
+    page = nbformat.read(folder / "out.ipynb", as_version=4)
+    outputs = [output for cell in page.cells for output in cell.get("outputs", [])]
+    return "".join(output.text for output in outputs if output.get("name") == "stdout")
+
+
+def test_public_files(tmp_path: Path):
+    for benchmark in ("POPE", "MME", "GQA"):
+        for name, rows in FILES[benchmark].items():
+            file = tmp_path / "data" / benchmark / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            pq.write_table(pa.Table.from_pylist(rows), file)
+    tables = run(tmp_path, "qwen2_5_vl", data_dir=str(tmp_path / "data"), benchmarks=["POPE", "MME", "MMStar", "GQA"])
+
+    assert "controls not run: lab-llava-sinks, lab-llava-registers" in printed(tmp_path)
+    assert "benchmarks not run: MMStar" in printed(tmp_path)
+    data = pd.read_csv(tables / "data.csv")
+    assert list(data.benchmark) == ["POPE", "MME", "GQA"]
+    assert set(data.data) == {"public"} and set(data.prompts) == {"qwen2_vl"}
+    headline = pd.read_csv(tables / "headline.csv")
+    assert set(headline.data) == {"public"} and set(headline.role) == {"model"}
+    assert str(tmp_path) not in (tables / "data.csv").read_text()
+
+
+def test_lab_questions_to_another_model(tmp_path: Path):
+    tables = run(tmp_path, "llava", limit=2)
+    scores = pd.read_csv(tables / "scores.csv")
+    assert set(scores.benchmark) == {"POPE", "MME", "MMStar"}
+    assert scores.pictures.max() == 2 * 9  # MME perception: two pictures in each of nine categories
+    rules = pd.read_csv(tables / "rules.csv").set_index("benchmark")
+    assert rules.agree.isna().MMStar.all()  # there are no letters among its words
