@@ -5,6 +5,7 @@ Give the machine nothing else to do, or the figures mean little; where that cann
 the processor's time instead of the clock's, which other work disturbs less.
 """
 
+import copy
 import gc
 import os
 import resource
@@ -191,7 +192,8 @@ def trace() -> None:
 
     lvlm = random_llava()
     images, questions = noise_images(2), [POPE.format(kind) for kind in KINDS[:2]]
-    eager = type(lvlm.model)._from_config(lvlm.model.config, attn_implementation="eager").eval()
+    config = copy.deepcopy(lvlm.model.config)  # or both models would be eager
+    eager = type(lvlm.model)._from_config(config, attn_implementation="eager").eval()
     eager.load_state_dict(lvlm.model.state_dict())
 
     def plain() -> None:
@@ -241,9 +243,11 @@ def rounds(actions: Sequence[Callable[[], object]], times: int) -> list[float]:
 
 def peak_memory(action: Callable[[], object]) -> int:
     """Most bytes of tensors on the CPU that an action holds at once, beside those that were there before."""
-    gc.collect()  # or what an earlier action left in a cycle is freed now, and counted
+    gc.collect()  # or what an earlier action left in a cycle is freed meanwhile, and counted
+    gc.disable()  # and when it runs is chance
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         action()
+    gc.enable()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     return int(np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]).max())
 
