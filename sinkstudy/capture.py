@@ -29,7 +29,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from sinkstudy.models import LVLM
+from sinkstudy.models import LVLM, ImageLayout
 
 Side = Literal["vision", "decoder"]
 
@@ -57,9 +57,11 @@ def hidden_states(
 ) -> Iterator[dict[int, list]]:
     """Collect `reduce(hidden, layer)` of the residual stream after each layer.
 
-    `hidden` is [batch, tokens, width]; on the vision side its first `lvlm.n_prefix` tokens are CLS and
-    registers. The last decoder layer's is taken before the final norm. `layers` counts from 0, also from the
-    end if negative; all by default.
+    `hidden` is [batch, tokens, width]. On the vision side it is [tiles, tokens, width], and the first
+    `lvlm.n_prefix` tokens are CLS and registers; in a packed tower (Qwen) it is [patches of the batch, width];
+    `LVLM.layout` finds each patch in either. The last decoder layer's is taken before the final norm, and where
+    features are added behind a decoder layer (Qwen3-VL), before they are. `layers` counts from 0, also from the end
+    if negative; all by default.
     """
     results: dict[int, list] = {}
 
@@ -95,7 +97,9 @@ def attention_rows(
     count within the queries of the current call, from the end if negative: while decoding with a cache each
     call has one query, and -1, the default, is the token being decoded, or the last token of the prompt.
     "all" has [heads, tokens, tokens] per image until it is reduced: for small towers; to average over
-    queries, see `attention_received`.
+    queries, see `attention_received`. A packed tower (Qwen) attends within chunks, in the order of its sequence:
+    whole images or, in most layers of Qwen2.5-VL, windows. There each chunk is a call, [1, heads, rows, its patches].
+    While decoding, a layer with a sliding window (Gemma 3) may have forgotten the first keys; the last is the query.
 
     Raises:
         IndexError: in the forward pass, if a call has fewer queries than a row asks for.
@@ -126,9 +130,12 @@ def attention_received(
     i >= k in a causal decoder (alpha_k of Gu et al., "When Attention Sink Emerges in Language Models",
     2410.10781). Padding neither asks nor answers; a key that no query sees has NaN. `queries` restricts the
     queries of a call, e.g. `slice(lvlm.n_prefix, None)` for patches only. Weights exist for `block` rows at a
-    time. Meant for one pass over a whole sequence: while decoding, a call averages over its own query only.
+    time. Meant for one pass over a whole sequence: while decoding, a call averages over its own query only. In a
+    packed tower (Qwen) the chunks of a layer are put together again: [1, heads, patches of the batch], each patch with
+    the mean over the queries of its own image or window.
     """
     results: dict[int, list] = {layer: [] for layer in _select(lvlm, side, layers)}
+    chunks: dict[int, list] = {layer: [] for layer in results}
 
     def see(layer: int, attention: "_Attention") -> None:
         index = torch.arange(attention.n_queries, device=attention.query.device)
@@ -137,23 +144,31 @@ def attention_received(
             asking = attention.visible(rows) & attention.real(rows)  # [batch or 1, 1, rows, keys]
             total = total + (attention.weights(rows) * asking).sum(2)  # [batch, heads, keys]
             count = count + asking.sum(2)
-        results[layer].append(total / count)
+        chunks[layer].append(total / count)
 
-    with _watching(lvlm, side, layers, see):
+    def finish(layer: int) -> None:
+        results[layer].append(torch.cat(chunks[layer], dim=-1))
+        chunks[layer].clear()
+
+    with _watching(lvlm, side, layers, see, finish):
         yield results
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What `trace` saw, on the CPU in float32. Patch j of the tower is visual token j of the decoder."""
+    """What `trace` saw, on the CPU in float32.
+
+    For LLaVA patch j of the tower is visual token j of the decoder; elsewhere see `layouts`.
+    """
 
     vision_norms: torch.Tensor  # [images, vision layers, patches]
     vision_received: torch.Tensor  # [images, vision layers, heads, patches], mean attention from all tokens
-    projected_norms: torch.Tensor  # [images, patches], after the connector
-    decoder_norms: torch.Tensor  # [images, decoder layers, patches]
-    last_attention: torch.Tensor  # [images, decoder layers, heads, patches], from the last prompt token
+    projected_norms: torch.Tensor  # [images, visual tokens], as they enter the decoder
+    decoder_norms: torch.Tensor  # [images, decoder layers, visual tokens]
+    last_attention: torch.Tensor  # [images, decoder layers, heads, visual tokens], from the last prompt token
     output_attention: torch.Tensor | None  # the same, mean over the queries that produced the answer
     answers: list[str] | None  # None, as output_attention, if nothing was generated
+    layouts: list[ImageLayout]  # of the images, each within its batch; `lift` brings patches to visual tokens
 
 
 @torch.no_grad()
@@ -171,7 +186,8 @@ def trace(
     first token of the answer, and then each token of the answer but the last.
 
     Raises:
-        ValueError: if there are no images, or if the numbers of images and questions differ.
+        ValueError: if there are no images, if the numbers of images and questions differ, or if the images have
+            different numbers of patches or visual tokens.
     """
     if len(images) == 0 or len(images) != len(questions):
         raise ValueError(f"one question per image: got {len(images)} images and {len(questions)} questions")
@@ -179,6 +195,7 @@ def trace(
         _trace_batch(lvlm, images[i : i + batch_size], questions[i : i + batch_size], max_new_tokens)
         for i in range(0, len(images), batch_size)
     ]
+    _same_sizes([layout for part in parts for layout in part.layouts])
     return Trace(**{field.name: _joined([getattr(part, field.name) for part in parts]) for field in fields(Trace)})
 
 
@@ -188,16 +205,29 @@ def _joined(parts: list) -> torch.Tensor | list | None:
     return None if parts[0] is None else sum(parts, [])
 
 
+def _same_sizes(layouts: list[ImageLayout]) -> None:
+    sizes = {(len(layout.vision), len(layout.visual)) for layout in layouts}
+    if len(sizes) > 1:
+        raise ValueError(f"a trace needs images of one size; these have (patches, visual tokens) {sorted(sizes)}")
+
+
 def _trace_batch(lvlm: LVLM, images: Sequence[Any], questions: Sequence[str], max_new_tokens: int) -> Trace:
     inputs = lvlm.inputs(images, questions)
-    visual = lvlm.visual_positions(inputs.input_ids)  # [batch, patches]
+    layouts = lvlm.layout(inputs)
+    _same_sizes(layouts)
+    patches = torch.stack([layout.vision for layout in layouts])  # [batch, patches]
+    visual = torch.stack([layout.visual for layout in layouts]).to(lvlm.device)  # [batch, visual tokens]
 
     def to_visual(weights: torch.Tensor, layer: int) -> torch.Tensor:
-        columns = visual[:, None].expand(-1, weights.shape[1], -1).to(weights.device)
-        return weights[:, :, 0].gather(-1, columns)  # [batch, heads, patches]
+        forgotten = inputs["input_ids"].shape[1] + len(rows[layer]) - weights.shape[-1]  # by a sliding window's cache
+        columns = (visual - forgotten)[:, None].expand(-1, weights.shape[1], -1).to(weights.device)
+        return weights[:, :, 0].gather(-1, columns.clamp(min=0)) * (columns >= 0)  # [batch, heads, visual tokens]
 
-    projected: list[torch.Tensor] = []
-    hook = lvlm.connector.register_forward_hook(lambda module, args, output: projected.append(token_norms(output)))
+    def keep_norms(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        entering.append(token_norms(args[0] if args else kwargs["hidden_states"]))
+
+    entering: list[torch.Tensor] = []
+    hook = lvlm.decoder_layers[0].register_forward_pre_hook(keep_norms, with_kwargs=True)
     try:
         with (
             hidden_states(lvlm, "vision") as vision_norms,
@@ -226,16 +256,26 @@ def _trace_batch(lvlm: LVLM, images: Sequence[Any], questions: Sequence[str], ma
         steps = torch.stack([torch.stack(calls).cpu() for calls in rows.values()], dim=2)
         weight = _until_end(tokens.cpu(), lvlm.model.generation_config.eos_token_id).T  # [steps, batch]
         weight = (weight / weight.sum(0))[:, :, None, None, None]
-        output_attention = (steps * weight).sum(0)  # [steps, batch, layers, heads, patches] -> [batch, ..]
+        output_attention = (steps * weight).sum(0)  # [steps, batch, layers, heads, visual tokens] -> [batch, ..]
         answers = [text.strip() for text in lvlm.processor.batch_decode(tokens, skip_special_tokens=True)]
+    def stack_patches(results: dict[int, list]) -> torch.Tensor:
+        """[tiles, (heads,) tokens] of each layer of the tower -> [batch, layers, (heads,) patches]."""
+        found = []
+        for calls in results.values():
+            tiles = calls[0].cpu()  # a packed tower has norms [patches of the batch]
+            flat = tiles.transpose(1, 2).flatten(0, 1) if tiles.ndim == 3 else tiles.flatten()
+            found.append(flat[patches].transpose(1, -1))
+        return torch.stack(found, dim=1)
+
     return Trace(
-        vision_norms=stack(vision_norms)[..., lvlm.n_prefix :],
-        vision_received=stack(received)[..., lvlm.n_prefix :],
-        projected_norms=projected[0].cpu(),
+        vision_norms=stack_patches(vision_norms),
+        vision_received=stack_patches(received),
+        projected_norms=entering[0].cpu().gather(-1, visual.cpu()),
         decoder_norms=stack(decoder_norms).gather(-1, visual.cpu()[:, None].expand(-1, len(decoder_norms), -1)),
         last_attention=stack(rows),
         output_attention=output_attention,
         answers=answers,
+        layouts=layouts,
     )
 
 
@@ -334,22 +374,33 @@ AttentionMaskInterface.register("sinkstudy_watched", sdpa_mask)
 
 @contextmanager
 def _watching(
-    lvlm: LVLM, side: Side, layers: Sequence[int] | None, see: Callable[[int, _Attention], None]
+    lvlm: LVLM,
+    side: Side,
+    layers: Sequence[int] | None,
+    see: Callable[[int, _Attention], None],
+    finish: Callable[[int], None] = lambda layer: None,
 ) -> Iterator[None]:
-    """Call `see(layer, attention)` at every attention of these layers. Contexts may be nested."""
+    """Call `see(layer, attention)` at every attention of these layers, and `finish(layer)` when its module is done.
+
+    A module attends more than once where the tower is packed. Contexts may be nested.
+    """
     part, path = (
         (lvlm.vision, lvlm.spec.vision_attention) if side == "vision" else (lvlm.decoder, lvlm.spec.decoder_attention)
     )
     modules = {layer: block.get_submodule(path) for layer, block in _select(lvlm, side, layers).items()}
     watchers = {layer: partial(see, layer) for layer in modules}
     before = part.config._attn_implementation
+    handles = []
     try:
         for layer, module in modules.items():
             module._watchers = [*getattr(module, "_watchers", []), watchers[layer]]
+            handles.append(module.register_forward_hook(lambda m, args, out, layer=layer: finish(layer)))
         part.set_attn_implementation("sinkstudy_watched")
         yield
     finally:
         part.set_attn_implementation(before)
+        for handle in handles:
+            handle.remove()
         for layer, module in modules.items():
             module._watchers = [w for w in module._watchers if w is not watchers[layer]]
             if not module._watchers:

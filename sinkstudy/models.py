@@ -1,26 +1,31 @@
 """Load a vision-language model and say where its parts are.
 
 Every path into a model of the transformers library stands in this file and nowhere else. An architecture is
-one `Spec`: the class to load and the dotted paths of its parts. To add one, add a `Spec` to `SPECS` and, when
-its vision tower is new, the number of leading tokens that are not patches to `_n_prefix`.
+one `Spec`: the classes to load, the dotted paths of the parts, and how patches become visual tokens. How to add
+one stands in `book/architectures.md`.
+
+A *patch* is one square of the picture that the vision tower sees as one token; a *visual token* is one position
+of the decoder's input that an image fills. `LVLM.layout` says which patch ends in which position.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoProcessor,
     BatchFeature,
     PretrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
 )
+from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+from transformers.vision_utils import get_vision_window_index
 
 from sinkstudy.lab import registers  # noqa: F401  (makes the register tower known to AutoModel)
 from sinkstudy.paths import MODELS, lab_models
@@ -28,38 +33,147 @@ from sinkstudy.paths import MODELS, lab_models
 
 @dataclass(frozen=True)
 class Spec:
-    """Where an architecture keeps its parts: dotted paths from the model, attention paths from a layer."""
+    """Where an architecture keeps its parts: dotted paths from the model, attention paths from a layer.
+
+    The defaults are those of LLaVA: a tower that sees tiles of one size, [tiles, prefix + patches, width], and a
+    connector that makes one visual token of each patch.
+    """
 
     model_class: str
-    vision: str
-    vision_layers: str
-    vision_attention: str
-    connector: str
-    decoder: str
-    decoder_layers: str
-    decoder_attention: str
+    processor_class: str
+    vision: str = "model.vision_tower"
+    vision_layers: str = "model.vision_tower.encoder.layers"
+    vision_attention: str = "self_attn"
+    connector: str = "model.multi_modal_projector"
+    deepstack: str | None = None  # further connectors, whose tokens are added to the residual stream of the decoder
+    decoder: str = "model.language_model"
+    decoder_layers: str = "model.language_model.layers"
+    decoder_attention: str = "self_attn"
+    # how many patches along each side become one visual token
+    merge: Callable[[PretrainedConfig], int] = lambda config: 1
+    # the order in which the connector reads patches: row by row; the patches of each visual token together; or as
+    # "blocks", with the visual tokens of each attention window together
+    order: Literal["rows", "blocks", "windows"] = "rows"
+    packed: bool = False  # the tower sees all images as one sequence [patches, width], in the connector's order
+    anyres: bool = False  # overview, then the tiles put together, padding cut off, with a newline token per row
+    prompt: str | None = None  # for a model without chat format
 
+
+_QWEN = dict(
+    vision="model.visual",
+    vision_layers="model.visual.blocks",
+    vision_attention="attn",
+    connector="model.visual.merger",
+    merge=lambda config: config.vision_config.spatial_merge_size,
+    packed=True,
+)
+_IDEFICS = dict(
+    processor_class="Idefics3Processor",  # that of SmolVLM does the same and needs num2words for videos
+    vision="model.vision_model",
+    vision_layers="model.vision_model.encoder.layers",
+    connector="model.connector",
+    decoder="model.text_model",
+    decoder_layers="model.text_model.layers",
+    merge=lambda config: config.scale_factor,
+)
 
 SPECS = {  # by model_type of the config
-    "llava": Spec(
-        model_class="LlavaForConditionalGeneration",
-        vision="model.vision_tower",
-        vision_layers="model.vision_tower.encoder.layers",
-        vision_attention="self_attn",
-        connector="model.multi_modal_projector",
-        decoder="model.language_model",
-        decoder_layers="model.language_model.layers",
-        decoder_attention="self_attn",
+    "llava": Spec("LlavaForConditionalGeneration", "LlavaProcessor"),
+    "llava_next": Spec("LlavaNextForConditionalGeneration", "LlavaNextProcessor", anyres=True),
+    "llava_onevision": Spec("LlavaOnevisionForConditionalGeneration", "LlavaOnevisionProcessor", anyres=True),
+    "qwen2_vl": Spec("Qwen2VLForConditionalGeneration", "Qwen2VLProcessor", order="blocks", **_QWEN),
+    "qwen2_5_vl": Spec("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLProcessor", order="windows", **_QWEN),
+    "qwen3_vl": Spec(
+        "Qwen3VLForConditionalGeneration",
+        "Qwen3VLProcessor",
+        order="blocks",
+        deepstack="model.visual.deepstack_merger_list",
+        **_QWEN,
     ),
+    "internvl": Spec(
+        "InternVLForConditionalGeneration",
+        "InternVLProcessor",
+        vision_layers="model.vision_tower.encoder.layer",
+        vision_attention="attention",
+        merge=lambda config: round(1 / config.downsample_ratio),
+        order="blocks",
+    ),
+    "paligemma": Spec(
+        "PaliGemmaForConditionalGeneration", "PaliGemmaProcessor", prompt="<image>answer en {question}"
+    ),
+    "gemma3": Spec(
+        "Gemma3ForConditionalGeneration",
+        "Gemma3Processor",
+        merge=lambda config: _tile_grid(config)[0] // round(config.mm_tokens_per_image**0.5),
+    ),
+    "aya_vision": Spec(
+        "AyaVisionForConditionalGeneration", "AyaVisionProcessor", merge=lambda config: config.downsample_factor
+    ),
+    "idefics3": Spec("Idefics3ForConditionalGeneration", **_IDEFICS),
+    "smolvlm": Spec("SmolVLMForConditionalGeneration", **_IDEFICS),
 }
+
+# tokens before the patches in the sequence that the layers of a tower see: CLS (and registers, see `_n_prefix`)
+_PREFIX = {
+    "clip_vision_model": 1,
+    "siglip_vision_model": 0,
+    "internvl_vision": 1,
+    "idefics3_vision": 0,
+    "smolvlm_vision": 0,
+    "qwen2_vl_vision": 0,
+    "qwen2_5_vl_vision": 0,
+    "qwen3_vl_vision": 0,
+}
+
+
+@dataclass(frozen=True)
+class ImageLayout:
+    """Where the patches of one image are: in the picture, the tower, the connector and the decoder.
+
+    Patches count row by row within a tile, tile after tile. All tensors are long, on the CPU.
+    """
+
+    row: int  # of the batch
+    grid: tuple[int, int]  # (rows, columns) of the patches of a tile
+    tiles: int
+    visual: torch.Tensor  # [visual tokens], positions in `input_ids[row]`, newline tokens included
+    vision: torch.Tensor  # [patches], index in the tower's hidden states flattened to [tokens of the batch, width]
+    connector: torch.Tensor  # [patches], index in the connector's input as [patches of the batch, width]
+    output: torch.Tensor  # [patches], index in the connector's output as [tokens of the batch, decoder width]
+    positions: torch.Tensor  # [patches, k], positions in `input_ids[row]`; -1 where there is none (k is mostly 1)
+
+    def lift(self, values: torch.Tensor, how: Literal["any", "mean", "max"]) -> torch.Tensor:
+        """Bring a value of each patch to the visual tokens: [patches] -> [visual tokens].
+
+        Args:
+            values: a mask of patches for "any"; a mask or numbers for "mean" and "max".
+            how: "any" gives bool, true where at least one patch of the token is; "mean" and "max" over the
+                patches of the token give float32, NaN for a token without patches (newline).
+
+        Raises:
+            ValueError: if `how` is unknown, or if there are not as many values as patches.
+        """
+        if how not in ("any", "mean", "max"):
+            raise ValueError(f"how is 'any', 'mean' or 'max', not {how!r}")
+        if values.shape != self.vision.shape:
+            raise ValueError(f"the image has {len(self.vision)} patches, got values {list(values.shape)}")
+        patch, slot = (self.positions >= 0).nonzero(as_tuple=True)
+        token = torch.searchsorted(self.visual, self.positions[patch, slot])
+        numbers = values.detach().cpu().float()[patch]
+        if how == "any":
+            return torch.zeros(len(self.visual)).index_add_(0, token, (numbers != 0).float()) > 0
+        empty = torch.full((len(self.visual),), float("nan"))
+        return empty.scatter_reduce(0, token, numbers, {"mean": "mean", "max": "amax"}[how], include_self=False)
 
 
 @dataclass(frozen=True)
 class LVLM:
     """A loaded model with its processor, and the names that the study uses for their parts.
 
-    Layers count from 0 and *layer l* always means the residual stream after layer l. The vision sequence is
-    `n_prefix` tokens (CLS, registers) and then the patches, row by row.
+    Layers count from 0 and *layer l* always means the residual stream after layer l. The vision sequence of a
+    tile is `n_prefix` tokens (CLS, registers) and then the patches, row by row: [tiles, n_prefix + patches, width].
+    The Qwen towers see all images of a batch as one sequence [patches, width] in an order of their own;
+    `layout(inputs)` gives each patch's place in it.
     """
 
     model: PreTrainedModel
@@ -94,23 +208,43 @@ class LVLM:
         return self.model.get_submodule(self.spec.connector)
 
     @property
+    def connectors(self) -> dict[int, nn.Module]:
+        """Every connector by the vision layer that feeds it; more than one where features are stacked (Qwen3-VL)."""
+        modules = {self.feature_layer: self.connector}
+        if self.spec.deepstack:
+            layers = self.model.config.vision_config.deepstack_visual_indexes
+            modules = {**dict(zip(layers, self.model.get_submodule(self.spec.deepstack))), **modules}
+        return modules
+
+    @property
     def n_prefix(self) -> int:
         """Leading tokens of the vision sequence that are not patches: CLS and registers."""
         return _n_prefix(self.model.config.vision_config)
 
     @property
     def grid(self) -> tuple[int, int]:
-        """(rows, columns) of the patches; token `n_prefix + row * columns + column` is the patch."""
-        vision = self.model.config.vision_config
-        side = vision.image_size // vision.patch_size
-        return side, side
+        """(rows, columns) of the patches of a tile; token `n_prefix + row * columns + column` is the patch.
+
+        Raises:
+            ValueError: if the grid differs from image to image (Qwen).
+        """
+        if self.spec.packed:
+            raise ValueError(f"{self.name}: the patch grid differs from image to image; see LVLM.layout")
+        return _tile_grid(self.model.config)
+
+    @property
+    def merge(self) -> int:
+        """How many patches along each side of the grid become one visual token."""
+        return self.spec.merge(self.model.config)
 
     @property
     def feature_layer(self) -> int:
-        """Index of the vision layer whose output enters the connector (LLaVA's -2 is the last but one)."""
-        layer = self.model.config.vision_feature_layer  # indexes hidden_states, which begin with the embeddings
-        n_layers = self.model.config.vision_config.num_hidden_layers
-        return n_layers + layer if layer < 0 else layer - 1
+        """Index of the vision layer whose output enters the connector (LLaVA's -2 is the last but one).
+
+        Where it is the last layer the tower's final norm, if it has one, may stand in between.
+        """
+        layer = getattr(self.model.config, "vision_feature_layer", -1)  # of hidden_states: they begin with embeddings
+        return len(self.vision_layers) + layer if layer < 0 else layer - 1
 
     @property
     def image_token_id(self) -> int:
@@ -119,6 +253,8 @@ class LVLM:
 
     def prompt(self, question: str) -> str:
         """The question about one image in the model's own chat format, up to where the answer begins."""
+        if self.spec.prompt and not self.processor.chat_template:
+            return self.spec.prompt.format(question=question)
         content = [{"type": "image"}, {"type": "text", "text": question}]
         turns = [{"role": "user", "content": content}]
         return self.processor.apply_chat_template(turns, add_generation_prompt=True)
@@ -127,12 +263,12 @@ class LVLM:
         """Model inputs for one question per image, padded on the left, on the model's device.
 
         Args:
-            images: PIL images, or arrays or tensors uint8 [3, height, width]; n of them.
+            images: PIL images, or arrays or tensors uint8 [3, height, width]; n of them, of any sizes.
             questions: n plain questions, without the chat format.
 
         Returns:
-            `pixel_values` float [n, 3, height, width] in the model's dtype, `input_ids` and
-            `attention_mask` int [n, tokens].
+            `input_ids` and `attention_mask` int [n, tokens]; `pixel_values` float in the model's dtype, for LLaVA
+            [n, 3, height, width], elsewhere as the architecture has it; and what else the model takes.
 
         Raises:
             ValueError: if the numbers of images and questions differ.
@@ -142,17 +278,19 @@ class LVLM:
         prompts = [self.prompt(question) for question in questions]
         bos = self.processor.tokenizer.bos_token
         batch = self.processor(
-            images=list(images),
+            images=[[image] for image in images],
             text=prompts,
             padding=True,
             padding_side="left",
-            add_special_tokens=not (bos and prompts[0].startswith(bos)),  # never two BOS
+            # never two BOS; the processor of a model with a prompt of its own adds one itself
+            add_special_tokens=not self.spec.prompt and not (bos and prompts[0].startswith(bos)),
             return_tensors="pt",
         )
+        batch.pop("labels", None)
         return batch.to(self.device, dtype=self.model.dtype)
 
     def visual_positions(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Positions of the visual tokens, long [batch, n_visual]; visual token j is patch j.
+        """Positions of the visual tokens, long [batch, n_visual]; for LLaVA visual token j is patch j.
 
         Raises:
             ValueError: if the rows of `input_ids` [batch, tokens] hold different numbers of them, or none.
@@ -162,6 +300,150 @@ class LVLM:
         if counts.min() == 0 or counts.min() != counts.max():
             raise ValueError(f"every prompt needs the same number of visual tokens, got {counts.tolist()}")
         return visual.nonzero()[:, 1].view(len(input_ids), -1)
+
+    def layout(self, inputs: BatchFeature) -> list[ImageLayout]:
+        """Where the patches of each image of a batch are; one image for each row, as `inputs` makes them.
+
+        Raises:
+            ValueError: if a row has no image, or a number of visual tokens that does not fit its image.
+        """
+        layouts = []
+        start = 0  # patches of the images before
+        size = self.merge**2  # patches of a visual token
+        window = self._window_order(inputs)
+        for row, ids in enumerate(inputs["input_ids"].cpu()):
+            visual = (ids == self.image_token_id).nonzero()[:, 0]
+            (rows, columns), tiles = self._shape(inputs, row, len(visual))
+            n = rows * columns
+            tile = torch.arange(tiles)[:, None]
+            raster = (start + tile * n + torch.arange(n)).flatten()
+            block = (start + tile * n + _block_order(rows, columns, self.merge)).flatten()
+            output = block // size
+            if self.spec.anyres:
+                tokens = self._anyres_tokens(inputs["image_sizes"][row], tiles)
+            else:
+                tokens = (output - start // size)[:, None]
+            if window is not None:
+                output = window[output]
+            connector = raster if self.spec.order == "rows" else output * size + block % size
+            if tokens.max() >= len(visual):
+                raise ValueError(f"row {row} has {len(visual)} visual tokens, too few for {tiles} x {rows} x {columns}")
+            layouts.append(
+                ImageLayout(
+                    row=row,
+                    grid=(rows, columns),
+                    tiles=tiles,
+                    visual=visual,
+                    vision=connector if self.spec.packed else raster + self.n_prefix * (raster // n + 1),
+                    connector=connector,
+                    output=output,
+                    positions=torch.where(tokens >= 0, visual[tokens.clamp(min=0)], -1),
+                )
+            )
+            start += tiles * n
+        return layouts
+
+    def _shape(self, inputs: BatchFeature, row: int, n_visual: int) -> tuple[tuple[int, int], int]:
+        """Patch grid of an image's tiles, and how many there are."""
+        if n_visual == 0:
+            raise ValueError(f"row {row} has 0 visual tokens")
+        if self.spec.packed:
+            _, rows, columns = inputs["image_grid_thw"][row].tolist()
+            return (rows, columns), 1
+        rows, columns = self.grid
+        if self.spec.anyres:
+            high, wide = self._anyres_tiles(inputs["image_sizes"][row])
+            return (rows, columns), 1 + high * wide
+        tiles, left = divmod(n_visual * self.merge**2, rows * columns)
+        if left:
+            raise ValueError(f"row {row} has {n_visual} visual tokens, which are no whole tiles of {rows} x {columns}")
+        return (rows, columns), tiles
+
+    def _anyres_tiles(self, image_size: torch.Tensor) -> tuple[int, int]:
+        """(rows, columns) of the tiles into which LLaVA-NeXT cuts an image of (height, width) pixels."""
+        config = self.model.config
+        return get_anyres_image_grid_shape(image_size, config.image_grid_pinpoints, config.vision_config.image_size)
+
+    def _window_order(self, inputs: BatchFeature) -> torch.Tensor | None:
+        """Place of each visual token in the order of attention windows, long [visual tokens of the batch]."""
+        if self.spec.order != "windows":
+            return None
+        vision = self.model.config.vision_config
+        order, _ = get_vision_window_index(
+            inputs["image_grid_thw"].cpu(), self.merge, vision.window_size, vision.patch_size
+        )
+        return order.argsort()
+
+    def _anyres_tokens(self, image_size: torch.Tensor, tiles: int) -> torch.Tensor:
+        """Visual tokens of an image that read each patch of overview and tiles: long [patches, k], -1 for none.
+
+        The model's own packing runs on coordinates in the place of features. Bilinear shrinking, which
+        LLaVA-OneVision applies to images of many tiles, turns them into those between which each token reads.
+        """
+        rows, columns = self.grid
+        n = rows * columns
+        high, wide = self._anyres_tiles(image_size)
+        y, x = torch.meshgrid(torch.arange(high * rows), torch.arange(wide * columns), indexing="ij")
+        where = torch.stack([y, x], -1).float()  # [rows of all tiles, columns of all tiles, 2]
+        where = where.view(high, rows, wide, columns, 2).transpose(1, 2).reshape(high * wide, n, 2)
+        config = self.model.config
+        if self.spec.model_class == "LlavaOnevisionForConditionalGeneration":
+            how = dict(vision_aspect_ratio=config.vision_aspect_ratio)
+        else:
+            how = dict(vision_feature_select_strategy=config.vision_feature_select_strategy)
+        packed, _ = self.model.model.pack_image_features(
+            [torch.cat([torch.zeros(1, n, 2), where])], image_size[None].cpu(), image_newline=-torch.ones(2), **how
+        )
+        token = n + (packed[0][n:, 0] >= 0).nonzero()[:, 0]  # behind the overview, without newlines
+        low = (packed[0][token] + 1e-3).floor().long()  # an exact coordinate reads one patch, not two
+        high_end = (packed[0][token] - 1e-3).ceil().long()
+        pairs = {(patch, patch) for patch in range(n)}  # (patch, token): the overview comes first
+        for y in (low[:, 0], high_end[:, 0]):
+            for x in (low[:, 1], high_end[:, 1]):
+                tile = 1 + (y // rows) * wide + x // columns
+                pairs |= set(zip((tile * n + (y % rows) * columns + x % columns).tolist(), token.tolist()))
+        read_by: list[list[int]] = [[] for _ in range(tiles * n)]
+        for patch, visual_token in sorted(pairs):
+            read_by[patch].append(visual_token)
+        k = max(map(len, read_by))
+        return torch.tensor([tokens + [-1] * (k - len(tokens)) for tokens in read_by])
+
+    @contextmanager
+    def editing(
+        self,
+        before: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
+        after: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
+    ) -> Iterator[None]:
+        """Change what the connector reads or puts out, in every forward pass inside the context.
+
+        Args:
+            before: gets the connector's input as [patches of the batch, vision width], where `ImageLayout.connector`
+                finds a patch, and the vision layer that it comes from; returns the same shape.
+            after: gets the connector's output as [tokens of the batch, decoder width], see `ImageLayout.output`, and
+                the same layer; returns the same shape.
+
+        Qwen3-VL has several connectors; each is called with its own layer, `feature_layer` for the main one.
+        """
+
+        def reader(layer: int) -> Callable:
+            return lambda module, args: (before(args[0].reshape(-1, width), layer).view_as(args[0]), *args[1:])
+
+        def writer(layer: int) -> Callable:
+            return lambda module, args, out: after(out.reshape(-1, out.shape[-1]), layer).view_as(out)
+
+        vision = self.model.config.vision_config
+        width = getattr(vision, "embed_dim", vision.hidden_size)  # hidden_size of Qwen2-VL's tower is the decoder's
+        handles = []
+        try:
+            for layer, module in self.connectors.items():
+                if before is not None:
+                    handles.append(module.register_forward_pre_hook(reader(layer)))
+                if after is not None:
+                    handles.append(module.register_forward_hook(writer(layer)))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def load(
@@ -185,11 +467,15 @@ def load(
     dtype = _dtype(dtype)
     _check_device(device)
     source = find(name)
+    known, _ = PretrainedConfig.get_config_dict(source, revision=revision)
+    if known.get("model_type") not in SPECS:
+        raise ValueError(
+            f"{name}: architecture {known.get('model_type')!r} is not known; known: {', '.join(SPECS)}. "
+            "A text-only model has no patches to study; how to add another one: book/architectures.md"
+        )
     config = AutoConfig.from_pretrained(source, revision=revision)
-    if config.model_type not in SPECS:
-        raise ValueError(f"{name}: architecture {config.model_type!r} is not known; known: {', '.join(SPECS)}")
-    _check_layout(name, config)
     spec = SPECS[config.model_type]
+    _check_layout(name, config)
     # a progress bar in a notebook is a widget, and a page with a widget asks another host for its scripts
     transformers.utils.logging.disable_progress_bar()
     model = getattr(transformers, spec.model_class).from_pretrained(
@@ -202,7 +488,7 @@ def load(
     if device != "auto":
         model = model.to(device)
     # the PIL image processor, because the torchvision one gives slightly different pixels
-    processor = AutoProcessor.from_pretrained(source, revision=revision, backend="pil")
+    processor = _image_processor_only(spec.processor_class).from_pretrained(source, revision=revision, backend="pil")
     return LVLM(
         model=model.eval().requires_grad_(False),
         processor=processor,
@@ -251,20 +537,45 @@ def _check_device(device: str) -> None:
         raise ValueError(f"device {device!r} is not there: {str(error).splitlines()[0]}") from error
 
 
+def _image_processor_only(name: str) -> type[ProcessorMixin]:
+    """The processor class without its part for videos, which needs torchvision and which no image needs."""
+    parent = getattr(transformers, name)
+    parts = [part for part in parent.get_attributes() if part != "video_processor"]
+    return type(name, (parent,), {"get_attributes": classmethod(lambda cls: parts)})
+
+
 def _n_prefix(vision: PretrainedConfig) -> int:
     """Tokens before the patches in the sequence that the vision layers see."""
     if vision.model_type == "clip_vision_model_with_registers":
         return 1 + vision.num_register_tokens
-    known = {"clip_vision_model": 1, "siglip_vision_model": 0}
-    if vision.model_type not in known:
-        raise ValueError(f"vision tower {vision.model_type!r} is not known; known: {', '.join(known)}")
-    return known[vision.model_type]
+    if vision.model_type not in _PREFIX:
+        raise ValueError(
+            f"vision tower {vision.model_type!r} is not known; known: {', '.join(_PREFIX)}; "
+            "how to add one: book/architectures.md"
+        )
+    return _PREFIX[vision.model_type]
+
+
+def _tile_grid(config: PretrainedConfig) -> tuple[int, int]:
+    """(rows, columns) of the patches of a tile of a tower that sees tiles of one size."""
+    image, patch = config.vision_config.image_size, config.vision_config.patch_size
+    (high, wide), (patch_high, patch_wide) = (x if isinstance(x, (list, tuple)) else (x, x) for x in (image, patch))
+    return high // patch_high, wide // patch_wide
+
+
+def _block_order(rows: int, columns: int, merge: int) -> torch.Tensor:
+    """Place of each patch, counted row by row, if each block of merge x merge patches stands together: [patches]."""
+    places = torch.arange(rows * columns).view(rows // merge, columns // merge, merge, merge)
+    return places.transpose(1, 2).flatten()
 
 
 def _check_layout(name: str, config: PretrainedConfig) -> None:
-    """The study needs one visual token for each patch, taken from one vision layer."""
-    if not isinstance(config.vision_feature_layer, int):
+    """The study needs the patches, all of them and nothing else, taken from one vision layer."""
+    n_prefix = _n_prefix(config.vision_config)
+    if not isinstance(getattr(config, "vision_feature_layer", -1), int):
         raise ValueError(f"{name}: vision_feature_layer {config.vision_feature_layer} is not a single layer")
-    wanted = "default" if _n_prefix(config.vision_config) else "full"  # "default" drops the first token, CLS
-    if config.vision_feature_select_strategy != wanted:
+    wanted = "default" if n_prefix else "full"  # "default" drops the first token, CLS
+    if getattr(config, "vision_feature_select_strategy", wanted) != wanted:
         raise ValueError(f"{name}: visual tokens are not the patches (strategy is not {wanted!r})")
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None):
+        raise ValueError(f"{name}: the decoder caps its attention logits (Gemma 2), which SDPA cannot do")
