@@ -23,13 +23,13 @@ from transformers import (
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Qwen2VLImageProcessorPil,
-    Qwen2VLProcessor,
     Qwen2VLTextConfig,
 )
 
 from sinkstudy.lab import tower as tower_module
 from sinkstudy.lab.corpus import VISUAL, Codec, tokenizer
 from sinkstudy.lab.world import GRID, PATCH, SIDE
+from sinkstudy.models import _image_processor_only as without_video
 
 CHAT = ("<s> {% for m in messages %}{% if m['role'] == 'user' %}user : {% for c in m['content'] %}"
         "{% if c['type'] == 'image' %}PICTURE {% else %}{{ c['text'] }} {% endif %}{% endfor %}"
@@ -139,7 +139,7 @@ class Qwen2VL(Llava):
             do_resize=False, image_mean=tower_module.MEAN, image_std=tower_module.SD, patch_size=PATCH,
             merge_size=tower_module.MERGE, temporal_patch_size=tower_module.FRAMES,
             size={"shortest_edge": SIDE**2, "longest_edge": SIDE**2})
-        return Qwen2VLProcessor(images, tokenizer(self.special), chat_template=self.chat)
+        return without_video("Qwen2VLProcessor")(images, tokenizer(self.special), chat_template=self.chat)
 
 
 LLAVA, QWEN2VL = Llava(), Qwen2VL()
