@@ -237,7 +237,7 @@ _WHAT = {
 def finish(name: str, model, log: pd.DataFrame) -> None:
     """Export, score on the test split, write scores and card."""
     folder = export(name, model, log)
-    scores = score.summary(score.score(models.load(name)))
+    scores = score.summary(score.score(models.load(str(folder))))
     with atomic(folder / "scores.csv") as file:
         scores.to_csv(file, index=False, float_format="%.4g")
     with atomic(folder / "README.md") as file:
