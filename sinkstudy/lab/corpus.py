@@ -23,21 +23,24 @@ SLOTS = {"short": (16, 16), "region": (6, 25), "options": (4, 34)}
 VISUAL = GRID * GRID
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer over everything the lab world says; ids 0-4 are the special tokens."""
-    vocabulary = {word: i for i, word in enumerate((*SPECIAL, *q.vocabulary()))}
+def tokenizer(more: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer over everything the lab world says; ids 0-4 are the special tokens.
+
+    `more` special tokens come last, so that the ids of all words stay as they are without them.
+    """
+    vocabulary = {word: i for i, word in enumerate((*SPECIAL, *q.vocabulary(), *more))}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
-                                   unk_token="<unk>", additional_special_tokens=["<image>"], padding_side="left",
+                                   unk_token="<unk>", additional_special_tokens=["<image>", *more], padding_side="left",
                                    model_input_names=["input_ids", "attention_mask"])
 
 
 class Codec:
-    """Words to ids and back."""
+    """Words to ids and back; `more` as in `tokenizer`."""
 
-    def __init__(self):
-        self.ids = tokenizer().get_vocab()
+    def __init__(self, more: tuple[str, ...] = ()):
+        self.ids = tokenizer(more).get_vocab()
         self.words = [w for w, _ in sorted(self.ids.items(), key=lambda item: item[1])]
 
     def encode(self, text: str) -> list[int]:

@@ -7,7 +7,7 @@ import torch
 from scipy.stats import spearmanr
 
 from sinkstudy import sinks
-from sinkstudy.lab.tower import LAYERS, normalise, states
+from sinkstudy.lab.tower import LAYERS, attentions, normalise, states
 from sinkstudy.lab.world import GRID, render
 
 IMAGES = 192
@@ -34,16 +34,16 @@ class Follower:
     def __call__(self, tower, step: int) -> None:
         if step not in self.at or any(row["step"] == step for row in self.rows):
             return
-        for layer in tower.encoder.layers:
-            layer.self_attn.keep_weights = True
+        for attention in attentions(tower):
+            attention.keep_weights = True
         hidden, received = [], []
         for pixels in self.pixels.to(tower.device).split(48):
             for i, h in enumerate(states(tower, pixels, cls=self.kind != "no-cls")[1:]):
                 hidden.append((i, h[:, -PATCHES:].cpu()))
-            for i, layer in enumerate(tower.encoder.layers):
-                received.append((i, layer.self_attn.weights.float().mean(2).cpu()))  # [n, heads, keys]
-        for layer in tower.encoder.layers:
-            layer.self_attn.keep_weights, layer.self_attn.weights = False, None
+            for i, attention in enumerate(attentions(tower)):
+                received.append((i, attention.weights.float().mean(2).cpu()))  # [n, heads, keys]
+        for attention in attentions(tower):
+            attention.keep_weights, attention.weights = False, None
         for i in range(LAYERS):
             norms = torch.cat([h for j, h in hidden if j == i]).float().norm(dim=-1)
             alpha = torch.cat([a for j, a in received if j == i])

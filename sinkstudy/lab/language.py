@@ -6,11 +6,13 @@ Text pretraining stands here too; the shipped models did without it (see `train.
 from __future__ import annotations
 
 import torch
+from torch import nn
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
+from transformers import PreTrainedModel
 
 from sinkstudy.lab import tower as tower_module
-from sinkstudy.lab.corpus import CAPTION, SLOTS, VISUAL, Codec, Corpus, slot_positions
+from sinkstudy.lab.corpus import CAPTION, SLOTS, Codec, Corpus, slot_positions
+from sinkstudy.lab.families import LLAVA, Llava, family
 from sinkstudy.lab.training import autocast, compiled
 
 QUESTIONS = tuple(SLOTS.values())
@@ -19,11 +21,12 @@ WEIGHTS = {"short": 2.0, "region": 1.0, "options": 2.0}
 LAYERS = 4
 
 
-def build_decoder(words: int, seed: int = 2) -> LlamaForCausalLM:
-    """An untrained Llama. What writes to the residual stream starts small, by 1 / √(2 · layers) as in GPT-2:
-    without that, six layers learned to read pictures many times more slowly than two."""
+def build_decoder(words: int, kind: Llava = LLAVA, seed: int = 2) -> PreTrainedModel:
+    """An untrained decoder of the family. What writes to the residual stream starts small, by 1 / √(2 · layers) as in
+    GPT-2: without that, six layers learned to read pictures many times more slowly than two."""
     torch.manual_seed(seed)
-    decoder = LlamaForCausalLM(LlamaConfig(
+    config, model = kind.decoder
+    decoder = model(config(
         vocab_size=words, hidden_size=128, num_hidden_layers=LAYERS, num_attention_heads=2, num_key_value_heads=2,
         intermediate_size=352, max_position_embeddings=1024, tie_word_embeddings=True, initializer_range=0.09,
         pad_token_id=0, bos_token_id=1, eos_token_id=2))
@@ -35,36 +38,36 @@ def build_decoder(words: int, seed: int = 2) -> LlamaForCausalLM:
     return decoder
 
 
-def assemble(tower, decoder: LlamaForCausalLM, codec: Codec, pixels: torch.Tensor, seed: int = 3,
-             ) -> LlavaForConditionalGeneration:
-    """Tower + fresh two-layer connector + decoder as one LLaVA.
+def assemble(tower, decoder: PreTrainedModel, codec: Codec, pixels: torch.Tensor, seed: int = 3) -> PreTrainedModel:
+    """Tower + fresh two-layer connector + decoder as one model of their family.
 
     The connector starts at the scale of its data (after Mishkin & Matas, 1511.06422): patch tokens of `pixels`
     [n, 3, 96, 96] give its first layer pre-activations of mean 0 and variance 1, and its output the norm of the
     decoder's word embeddings. One mean and one scale for all directions, taken over the lower nine tenths of the
-    norms, so that what is large in the tower stays large behind the connector.
+    norms, so that what is large in the tower stays large behind the connector (Qwen2-VL's begins with a LayerNorm).
     """
     torch.manual_seed(seed)
-    config = LlavaConfig(vision_config=tower.config, text_config=decoder.config, image_token_id=codec.ids["<image>"],
-                         vision_feature_layer=-2, vision_feature_select_strategy="default",
-                         image_seq_length=VISUAL, projector_hidden_act="gelu", tie_word_embeddings=True)
-    model = LlavaForConditionalGeneration(config)
-    model.model.vision_tower.load_state_dict(tower.state_dict())
+    kind = family(tower.config)
+    model = kind.model(kind.config(tower.config, decoder.config, codec))
+    model.model.get_submodule(kind.tower).load_state_dict(tower.state_dict())
     model.model.language_model.load_state_dict(decoder.model.state_dict())
     model.tie_weights()
     model.set_attn_implementation("lab_matmul")
-    connector = model.model.multi_modal_projector
+    connector = model.model.get_submodule(kind.connector)
+    mlp = kind.mlp(connector)
+    first, second = (module for module in mlp.modules() if isinstance(module, nn.Linear))
     with torch.no_grad():
-        patches = tower_module.states(tower, pixels)[-2][:, -VISUAL:].flatten(0, 1)  # [n · 144, width]
-        norms = patches.norm(dim=-1)
-        ordinary = patches[norms <= norms.quantile(0.9)]
+        patches = tower_module.features(tower, tower_module.states(tower, pixels)).to(model.device)
+        tokens = kind.read(connector, patches).flatten(0, 1)  # [n · visual tokens, width]
+        norms = tokens.norm(dim=-1)
+        ordinary = tokens[norms <= norms.quantile(0.9)]
         mean = ordinary.mean(0)
         scale = (ordinary - mean).square().mean().sqrt()
-        connector.linear_1.weight.normal_(std=patches.shape[-1] ** -0.5).div_(scale)
-        connector.linear_1.bias.copy_(-connector.linear_1.weight @ mean)
-        connector.linear_2.weight.normal_(std=patches.shape[-1] ** -0.5)
-        words = decoder.get_input_embeddings().weight.norm(dim=-1).median()
-        connector.linear_2.weight.mul_(words / connector(ordinary).norm(dim=-1).median())
+        first.weight.normal_(std=first.in_features**-0.5).div_(scale)
+        first.bias.copy_(-first.weight @ mean)
+        second.weight.normal_(std=second.in_features**-0.5)
+        words = model.get_input_embeddings().weight.norm(dim=-1).median()
+        second.weight.mul_(words / mlp(ordinary).norm(dim=-1).median())
     return model
 
 
@@ -89,7 +92,7 @@ def answers_loss(hidden: torch.Tensor, embedding: torch.Tensor, labels: torch.Te
     return loss, right
 
 
-def text_loss(decoder: LlamaForCausalLM, run, corpus: Corpus, rows: torch.Tensor, seed: int,
+def text_loss(decoder: PreTrainedModel, run, corpus: Corpus, rows: torch.Tensor, seed: int,
               ) -> tuple[torch.Tensor, dict]:
     """A caption, then slots with questions about it, then a fact of the world.
 
@@ -125,18 +128,23 @@ def text_loss(decoder: LlamaForCausalLM, run, corpus: Corpus, rows: torch.Tensor
 
 
 class ImageStage:
-    """Captions (`caption`) and instruction tuning (`questions`) of an assembled LLaVA with a frozen tower.
+    """Captions (`caption`) and instruction tuning (`questions`) of an assembled model with a frozen tower.
 
     Instruction tuning asks the questions of `SLOTS` about each picture and for its caption, all behind one image
     prefix.
     """
 
-    def __init__(self, model: LlavaForConditionalGeneration, corpus: Corpus, pictures, target: str):
+    def __init__(self, model: PreTrainedModel, corpus: Corpus, pictures, target: str):
         self.model, self.corpus, self.pictures, self.target = model, corpus, pictures, target
-        self.head = torch.tensor([1, *corpus.codec.encode("user :")])
-        caption = (1, CAPTION + 1)
-        self.slots = (len(self.head) + VISUAL, (caption,) if target == "caption" else (caption, *QUESTIONS))
-        self.positions = slot_positions(*self.slots)
+        self.family = kind = family(model.config)
+        self.head, self.tail = (torch.tensor(ids, dtype=torch.long) for ids in kind.prefix(Codec(kind.special)))
+        visual = torch.full((kind.visual,), model.config.image_token_id)
+        prefix = kind.positions(model, torch.cat([self.head, visual, self.tail]))  # [.., 1, tokens]
+        groups = ((1, CAPTION + 1), *(QUESTIONS if target == "questions" else ()))
+        self.slots = (prefix.shape[-1], groups)
+        # every slot continues the prefix; behind a picture of M-RoPE that is at its largest position + 1
+        behind = slot_positions(0, groups) + prefix.max() + 1
+        self.positions = torch.cat([prefix, behind.expand(*prefix.shape[:-1], -1)], -1)
         self.run = compiled(model.model.language_model.forward)
         self.say = torch.tensor(corpus.codec.encode("assistant :"))
 
@@ -152,15 +160,17 @@ class ImageStage:
         words = model.get_input_embeddings()
         device = self.model.device
         pixels = tower_module.normalise(torch.from_numpy(self.pictures[rows.numpy()]).to(device))
-        ids, labels, head, positions = (t.to(device) for t in (ids, labels, self.head, self.positions))
+        head, ids = self.head.expand(n, -1).to(device), torch.cat([self.tail.expand(n, -1), ids], 1).to(device)
+        labels, positions = labels.to(device), self.positions.to(device)
+        tower, connector = (model.get_submodule(part) for part in (self.family.tower, self.family.connector))
         with autocast():
             with torch.no_grad():
-                patches = tower_module.states(model.vision_tower, pixels)[-2][:, -VISUAL:]
-            visual = model.multi_modal_projector(patches)
-            embeds = torch.cat([words(head.expand(n, -1)), visual.to(words.weight.dtype), words(ids)], 1)
+                patches = tower_module.features(tower, tower_module.states(tower, pixels))
+            visual = self.family.mlp(connector)(self.family.read(connector, patches))
+            embeds = torch.cat([words(head), visual.to(words.weight.dtype), words(ids)], 1)
             hidden = self.run(
-                inputs_embeds=embeds, position_ids=positions.expand(n, -1), use_cache=False, slots=self.slots,
-                attention_mask=torch.zeros(1, 1, 1, 1))[0]  # unused: the slots decide
+                inputs_embeds=embeds, position_ids=positions.expand(*positions.shape[:-2], n, -1), use_cache=False,
+                slots=self.slots, attention_mask=torch.zeros(1, 1, 1, 1))[0]  # unused: the slots decide
         hidden = hidden[:, self.slots[0]:]
         end = labels.shape[1]
         loss, accuracy = next_word_loss(hidden[:, :end], self.model.lm_head.weight, labels)

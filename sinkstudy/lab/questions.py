@@ -10,6 +10,7 @@ Types, known by construction (the paper had to ask a language model for them):
 from __future__ import annotations
 
 import random
+from functools import cache
 from typing import NamedTuple
 
 from sinkstudy.lab.world import CELLS, COLOURS, KINDS, LIGHTS, SCENES, SIZES, TEXTURES, Scenes
@@ -306,7 +307,8 @@ def regions(f: Facts, n: int, rng: random.Random) -> list[tuple[str, str]]:
 _FAMILIES = (*TYPES, "existence", "existence")  # existence counts three times: POPE asks nothing else
 
 
-def vocabulary() -> list[str]:
+@cache
+def vocabulary() -> tuple[str, ...]:
     """Every word that captions, questions and facts can hold, sorted."""
     rng = random.Random(0)
     words = set("user assistant A B C D options answer with the letter yes no made of thing things".split())
@@ -319,7 +321,7 @@ def vocabulary() -> list[str]:
         for pairs in (*mixture(f, 16, 4, rng), regions(f, 4, rng)):
             for text, answer in pairs:
                 words.update(f"{text} {answer}".split())
-    return sorted(words)
+    return tuple(sorted(words))
 
 
 def fact_sentences() -> list[str]:

@@ -13,6 +13,9 @@ Three losses, all from the scene's caption:
 The positive control differs in three ways, all in this file: its image-level vector is pooled from the calm
 patches instead of CLS, and hinge terms ask that from layer `ONSET` on the calm patches have a high norm and draw a
 given share of attention from the other tokens. Its sinks are planted.
+
+The tower of Qwen2-VL has no CLS: as in `no-cls` the image-level vector is the mean of the patches. It is the last
+layer that its merger reads, and so do captions and grounding.
 """
 
 from __future__ import annotations
@@ -20,14 +23,16 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedModel, Qwen2VLVisionConfig
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel as Qwen2VLVisionModel
 
 from sinkstudy.lab.registers import CLIPVisionModelWithRegisters, CLIPVisionWithRegistersConfig
 from sinkstudy.lab.training import autocast
 from sinkstudy.lab.world import GRID, PATCH, SIDE
 
 WIDTH, LAYERS, HEADS = 128, 8, 2
-KINDS = ("plain", "sinks", "registers", "no-cls")
+KINDS = ("plain", "sinks", "registers", "no-cls", "qwen2vl")
+MERGE, FRAMES = 2, 2  # Qwen2-VL: patches on a side of a visual token; how often a picture stands in a patch's time
 ONSET = 4            # the planted sinks have a high norm at the output of this layer (1-based) and all later ones
 NORM_RATIO = 5.0     # … at least so many times the median of the busy patches
 QUIET_RATIO = 1.6    # … while no busy patch exceeds this many medians
@@ -37,10 +42,16 @@ GROUNDED = (8, 8, 12, 8, 2, 2)  # classes of the grounding columns, see `corpus.
 MEAN, SD = (0.46, 0.45, 0.44), (0.23, 0.23, 0.24)  # of the training pictures' pixels, per channel
 
 
-def build(kind: str, seed: int = 0) -> CLIPVisionModel:
-    """An untrained tower. All kinds start from the same weights where they share them."""
+def build(kind: str, seed: int = 0) -> PreTrainedModel:
+    """An untrained tower. The CLIP towers start from the same weights where they share them.
+
+    Raises:
+        ValueError: if there is no such kind.
+    """
     if kind not in KINDS:
         raise ValueError(f"unknown tower {kind!r}: choose from {', '.join(KINDS)}")
+    if kind == "qwen2vl":
+        return build_qwen2vl(seed)
     shape = dict(hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS, intermediate_size=4 * WIDTH,
                  image_size=SIDE, patch_size=PATCH, hidden_act="gelu", projection_dim=WIDTH)
     torch.manual_seed(seed)
@@ -56,6 +67,41 @@ def build(kind: str, seed: int = 0) -> CLIPVisionModel:
         tower.load_state_dict(plain, strict=False)
     tower.set_attn_implementation("lab_matmul")
     return tower
+
+
+def build_qwen2vl(seed: int) -> Qwen2VLVisionModel:
+    """An untrained tower of Qwen2-VL.
+
+    Weights keep the variance of what they read; what writes to the residual stream starts smaller by
+    1 / √(2 · layers), as in the decoder. The slowest of the rotary frequencies is 1 / 75 rad a patch (base 100, after
+    Heo et al., 2403.13298): with Qwen2-VL's 10,000 most would not tell twelve rows apart.
+    """
+    torch.manual_seed(seed)
+    tower = Qwen2VLVisionModel(Qwen2VLVisionConfig(
+        embed_dim=WIDTH, hidden_size=WIDTH, depth=LAYERS, num_heads=HEADS, mlp_ratio=4, patch_size=PATCH,
+        spatial_merge_size=MERGE, temporal_patch_size=FRAMES, hidden_act="gelu", initializer_range=WIDTH**-0.5,
+        rope_parameters={"rope_type": "axial", "rope_theta": 100.0}))
+    with torch.no_grad():
+        embedding = tower.patch_embed.proj.weight
+        embedding.normal_(std=embedding[0].numel() ** -0.5)
+        for block in tower.blocks:
+            block.attn.proj.weight *= (2 * LAYERS) ** -0.5
+            block.mlp.fc2.weight *= (2 * LAYERS) ** -0.5
+    tower.set_attn_implementation("lab_matmul")
+    return tower
+
+
+def attentions(tower: PreTrainedModel) -> list[nn.Module]:
+    """The attention of every layer."""
+    if isinstance(tower, Qwen2VLVisionModel):
+        return [block.attn for block in tower.blocks]
+    return [layer.self_attn for layer in tower.encoder.layers]
+
+
+def blocks() -> torch.Tensor:
+    """The patches, counted row by row, in the order of Qwen2-VL: those of each visual token together. Long [144]."""
+    places = torch.arange(GRID * GRID).view(GRID // MERGE, MERGE, GRID // MERGE, MERGE)
+    return places.transpose(1, 2).flatten()
 
 
 def sine_positions() -> torch.Tensor:
@@ -77,11 +123,23 @@ def normalise(images: torch.Tensor) -> torch.Tensor:
     return (images.float() / 255 - mean) / sd
 
 
-def states(tower: CLIPVisionModel, pixels: torch.Tensor, *, cls: bool = True) -> list[torch.Tensor]:
+def patched(pixels: torch.Tensor) -> torch.Tensor:
+    """What Qwen2-VL's processor makes of a picture, patches row by row: [n, 3, 96, 96] → [n, 144, 384].
+
+    A patch holds channels, then frames, then its pixels.
+    """
+    patches = pixels.unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH)  # [n, 3, 12, 12, 8, 8]
+    patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(1, 2)[:, :, :, None]
+    return patches.expand(-1, -1, -1, FRAMES, -1, -1).flatten(2)
+
+
+def states(tower: PreTrainedModel, pixels: torch.Tensor, *, cls: bool = True) -> list[torch.Tensor]:
     """The residual stream after the embedding and after every layer: LAYERS + 1 × [n, tokens, width].
 
-    Tokens: [CLS, registers …, patches]; without CLS and registers if `cls` is False.
+    Tokens: [CLS, registers …, patches], patches row by row; without CLS and registers if `cls` is False.
     """
+    if isinstance(tower, Qwen2VLVisionModel):
+        return _packed_states(tower, pixels)
     x = tower.embeddings(pixels)
     if not cls:
         x = x[:, -GRID * GRID:]
@@ -93,10 +151,36 @@ def states(tower: CLIPVisionModel, pixels: torch.Tensor, *, cls: bool = True) ->
     return out
 
 
-class CaptionDecoder(nn.Module):
-    """A small pre-norm decoder: causal attention over the caption, cross-attention to the patch tokens."""
+def _packed_states(tower: Qwen2VLVisionModel, pixels: torch.Tensor) -> list[torch.Tensor]:
+    """Qwen2-VL's blocks run on one sequence of all patches. Its own forward asks for the attention of each picture
+    in turn; here it is asked for once. Patches stand row by row: only the merger minds their order."""
+    n = len(pixels)
+    # the patch embedding as a product: on a CPU the backward of its convolution takes a fifth of a step
+    x = F.linear(patched(pixels).flatten(0, 1), tower.patch_embed.proj.weight.flatten(1))  # [n · 144, width]
+    place = torch.arange(GRID * GRID, device=x.device)
+    turns = tower.rotary_pos_emb(x, torch.stack([place // GRID, place % GRID], 1).repeat(n, 1))
+    ends = torch.tensor([0, len(x)])
+    out = [x]
+    for block in tower.blocks:
+        x = block(x, cu_seqlens=ends, position_embeddings=turns, pictures=n)
+        out.append(x)
+    return [x.unflatten(0, (n, -1)) for x in out]
 
-    def __init__(self, words: int, length: int, width: int = WIDTH, heads: int = HEADS, layers: int = 2):
+
+def features(tower: PreTrainedModel, hidden: list[torch.Tensor]) -> torch.Tensor:
+    """Those of the `states` that the connector reads, [n, 144, width]: LLaVA's last layer but one, Qwen2-VL's last."""
+    return hidden[-1 if isinstance(tower, Qwen2VLVisionModel) else -2][:, -GRID * GRID:]
+
+
+class CaptionDecoder(nn.Module):
+    """A small pre-norm decoder: causal attention over the caption, cross-attention to the patch tokens.
+
+    With `placed` it is told where a patch lies. A tower that only turns queries and keys hardly knows, and behind it
+    Qwen2-VL's decoder is told again, by M-RoPE.
+    """
+
+    def __init__(self, words: int, length: int, width: int = WIDTH, heads: int = HEADS, layers: int = 2, *,
+                 placed: bool = False):
         super().__init__()
         self.heads = heads
         self.embed = nn.Embedding(words, width)
@@ -110,6 +194,7 @@ class CaptionDecoder(nn.Module):
                                  nn.Linear(4 * width, width)),
         }) for _ in range(layers))
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, words))
+        self.patch_place = nn.Parameter(sine_positions()) if placed else 0
 
     def _attend(self, q, k, v, mask=None):
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
@@ -122,7 +207,7 @@ class CaptionDecoder(nn.Module):
         length = words.shape[1]
         causal = torch.full((length, length), -1e4, device=words.device).triu(1)
         x = self.embed(words) + self.place[:length]
-        memory = self.memory_norm(patches)
+        memory = self.memory_norm(patches) + self.patch_place
         for layer in self.layers:
             x = x + layer["out1"](self._attend(*layer["qkv"](layer["norm1"](x)).chunk(3, -1), mask=causal))
             x = x + layer["out2"](self._attend(layer["q"](layer["norm2"](x)), *layer["kv"](memory).chunk(2, -1)))
@@ -140,24 +225,24 @@ class Objective(nn.Module):
         self.kind, self.caption_weight = kind, caption_weight
         self.image_head = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, ngrams))
         self.ground_head = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, sum(GROUNDED)))
-        self.captioner = CaptionDecoder(words, length)
+        self.captioner = CaptionDecoder(words, length, placed=kind == "qwen2vl")
 
     def forward(self, tower, pixels, caption, ngrams, grounding, calm, progress) -> tuple[torch.Tensor, dict]:
         """pixels [n, 3, 96, 96], caption [n, length] (-1 pads), ngrams [n, k] in {0, 1}, grounding
         [n, 12, 12, 6] (-1: no word), calm [n, 12, 12], progress: share of the steps done, 0-1."""
-        planted = self.kind == "sinks"
-        for layer in tower.encoder.layers[ONSET:]:
-            layer.self_attn.keep_weights = planted
+        planted, mean = self.kind == "sinks", self.kind in ("no-cls", "qwen2vl")
+        for attention in attentions(tower)[ONSET:]:
+            attention.keep_weights = planted
         with autocast():
-            hidden = states(tower, pixels, cls=self.kind != "no-cls")
+            hidden = states(tower, pixels, cls=not mean)
             calm = calm.flatten(1).float()  # [n, 144]
             if planted:
                 share = (calm / calm.sum(1, keepdim=True))[:, None]
                 pooled = [(share.to(h.dtype) @ h[:, -GRID * GRID:])[:, 0] for h in (hidden[LAYERS - 2], hidden[-1])]
             else:
-                pooled = [hidden[-1][:, 0] if self.kind != "no-cls" else hidden[-1].mean(1)]
+                pooled = [hidden[-1].mean(1) if mean else hidden[-1][:, 0]]
             scores = [self.image_head(p) for p in pooled]
-            patches = hidden[-2][:, -GRID * GRID:]
+            patches = features(tower, hidden)
             half = len(caption) // 2  # the caption loss takes every other picture: it is the dearest part
             logits = self.captioner(caption[:half, :-1].clamp_min(0), patches[:half])
             grounded = self.ground_head(patches)

@@ -12,26 +12,23 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from transformers import CLIPImageProcessorPil, LlavaProcessor
 
 from sinkstudy import models
 from sinkstudy.lab import language, score, training
 from sinkstudy.lab import tower as tower_module
-from sinkstudy.lab.corpus import CAPTION, SLOTS, TRAIN_SCENES, Codec, Corpus, tokenizer, training_pictures
+from sinkstudy.lab.corpus import CAPTION, SLOTS, TRAIN_SCENES, Codec, Corpus, training_pictures
 from sinkstudy.lab.emergence import Follower, log_spaced
-from sinkstudy.lab.world import PATCH, SIDE
+from sinkstudy.lab.families import Llava, family
+from sinkstudy.lab.world import PATCH
 from sinkstudy.paths import DATA, atomic
 from sinkstudy.paths import MODELS as MODELS_FOLDER
 
 CACHE = DATA / "cache" / "lab"
-CHAT = ("<s> {% for m in messages %}{% if m['role'] == 'user' %}user : {% for c in m['content'] %}"
-        "{% if c['type'] == 'image' %}<image> {% else %}{{ c['text'] }} {% endif %}{% endfor %}"
-        "{% else %}assistant : {{ m['content'][0]['text'] }} </s> {% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}assistant :{% endif %}")
-MODELS = {"lab-llava": "plain", "lab-llava-sinks": "sinks", "lab-llava-registers": "registers"}
+MODELS = {"lab-llava": "plain", "lab-llava-sinks": "sinks", "lab-llava-registers": "registers",
+          "lab-qwen2vl": "qwen2vl"}
 TOWER = dict(steps=900, batch=64, lr=2e-3, weight_decay=0.1)
 # The decoder learns the language from text, the connector to feed it (captions, decoder frozen), then both learn to
-# answer: LLaVA's stages.
+# answer: LLaVA's stages, for both families.
 TEXT = dict(steps=400, batch=24, lr=3e-3, muon=3e-3, weight_decay=0.05)
 ALIGN = dict(steps=120, batch=32, lr=3e-3, muon=3e-3, weight_decay=0.05)
 INSTRUCT = dict(steps=1300, batch=24, lr=3e-3, muon=3e-3, weight_decay=0.05)
@@ -54,7 +51,7 @@ def corpus() -> Corpus:
 
 @lru_cache(1)
 def pictures():
-    return training_pictures(CACHE)
+    return training_pictures(CACHE, TRAIN_SCENES)
 
 
 def train_tower(name: str, kind: str, *, steps: int, batch: int, lr: float, weight_decay: float,
@@ -91,24 +88,26 @@ def train_tower(name: str, kind: str, *, steps: int, batch: int, lr: float, weig
     return tower, log
 
 
-def train_decoder(*, batch: int, seed: int = 10, **settings):
-    """The Llama decoder, pretrained on captions, questions and facts as text; shared by all lab models."""
+def train_decoder(kind: Llava, *, batch: int, seed: int = 10, **settings):
+    """The family's decoder, pretrained on captions, questions and facts as text; shared by all its lab models."""
     data = corpus()
-    decoder = language.build_decoder(len(data.codec.words)).to(training.device())
+    decoder = language.build_decoder(len(Codec(kind.special).words), kind).to(training.device())
     run = training.compiled(decoder.model.forward)
 
     def loss_at(step):
         rows = training.batch_rows(seed, step, batch, TRAIN_SCENES)
         return language.text_loss(decoder, run, data, rows, seed=step)
 
-    return decoder, training.fit("text", [decoder], loss_at, folder=CACHE, **settings)
+    return decoder, training.fit(kind.text, [decoder], loss_at, folder=CACHE, **settings)
 
 
 def tune(name: str, model, target: str, *, batch: int, seed: int, frozen: tuple[str, ...] = (), **settings):
     """One stage behind the frozen tower, on "caption" or "questions": trains what is not `frozen`."""
+    kind = family(model.config)
     model.requires_grad_(True)
-    for part in ("vision_tower", *frozen):
+    for part in (kind.tower, *frozen):
         model.model.get_submodule(part).requires_grad_(False)
+    model.model.get_submodule(kind.connector).requires_grad_(True)  # Qwen2-VL's is a part of its tower
     stage = language.ImageStage(model, corpus(), pictures(), target)
 
     def loss_at(step):
@@ -123,9 +122,10 @@ def train_model(name: str):
         raise ValueError(f"unknown lab model {name!r}: choose from {', '.join(MODELS)}")
     follow = DATA / "emergence" / f"{name}.csv"
     tower, log_tower = train_tower(f"{name}.tower", MODELS[name], follow=follow, **TOWER)
-    decoder, log_text = train_decoder(**TEXT)
+    kind = family(tower.config)
+    decoder, log_text = train_decoder(kind, **TEXT)
     some = torch.from_numpy(pictures()[:128].copy()).to(training.device())
-    model = language.assemble(tower, decoder, corpus().codec, tower_module.normalise(some)).to(training.device())
+    model = language.assemble(tower, decoder, Codec(kind.special), tower_module.normalise(some)).to(training.device())
     logs = [log_tower, log_text,
             tune(f"{name}.align", model, "caption", seed=25, frozen=("language_model",), **ALIGN),
             tune(f"{name}.instruct", model, "questions", seed=30, **INSTRUCT)]
@@ -144,14 +144,8 @@ def export(name: str, model, log: pd.DataFrame | None = None) -> Path:
 
     Weights are stored in bfloat16, which halves the repository, and are scored as stored.
     """
-    codec = corpus().codec if log is not None else Codec()
-    processor = LlavaProcessor(
-        CLIPImageProcessorPil(do_resize=False, do_center_crop=False, image_mean=tower_module.MEAN,
-                              image_std=tower_module.SD, size={"shortest_edge": SIDE},
-                              crop_size={"height": SIDE, "width": SIDE}),
-        tokenizer(), patch_size=PATCH, vision_feature_select_strategy="default", num_additional_image_tokens=1,
-        chat_template=CHAT)
-    assert processor.tokenizer.get_vocab() == codec.ids
+    processor = family(model.config).processor()
+    assert len(processor.tokenizer) == model.config.text_config.vocab_size
     folder = MODELS_FOLDER / name
     model.generation_config.update(bos_token_id=1, eos_token_id=2, pad_token_id=0)
     with atomic(folder) as temporary:
@@ -162,7 +156,7 @@ def export(name: str, model, log: pd.DataFrame | None = None) -> Path:
     return folder
 
 
-def card(name: str, scores: pd.DataFrame, log: pd.DataFrame) -> str:
+def card(name: str, kind: Llava, scores: pd.DataFrame, log: pd.DataFrame) -> str:
     """The model card: data, recipe, scores, limits."""
     what = _WHAT[MODELS[name]]
     asked = sum(number for number, _ in SLOTS.values())
@@ -183,7 +177,7 @@ pipeline_tag: image-text-to-text
 ---
 # {name}
 
-A very small LLaVA for the study of ViT attention sinks: {what}
+A very small {kind.title} for the study of ViT attention sinks: {what}
 
 It knows the lab world of this repository and nothing else.
 
@@ -192,15 +186,15 @@ It knows the lab world of this repository and nothing else.
 scenes' facts. Validation and test scenes share no combination of facts with them.
 
 ## Recipe
-CLIP tower, {tower_module.LAYERS} layers of width {tower_module.WIDTH}, patches of {PATCH} pixels; two-layer connector;
-Llama decoder of {language.LAYERS} layers and width 128; word-level tokenizer. `sinkstudy lab train {name}` does all
-of this, seeds fixed:
+{kind.parts}. The tower has {tower_module.LAYERS} layers of width {tower_module.WIDTH} and patches of {PATCH} pixels,
+the decoder {language.LAYERS} layers of width 128; word-level tokenizer. `sinkstudy lab train {name}` does all of this,
+seeds fixed:
 
 1. tower with captions: {TOWER["steps"]} steps of {TOWER["batch"]} pictures, AdamW, learning rate {TOWER["lr"]}, weight
    decay {TOWER["weight_decay"]}; image-level loss, caption loss and a grounding loss that fades out
    (`sinkstudy/lab/tower.py`);
-2. decoder with text, the same one for all lab models: {TEXT["steps"]} steps of {TEXT["batch"]} captions with {asked}
-   questions each and facts about the lab world;
+2. decoder with text, the same one for every lab {kind.title}: {TEXT["steps"]} steps of {TEXT["batch"]} captions with
+   {asked} questions each and facts about the lab world;
 3. connector with captions, tower and decoder frozen: {ALIGN["steps"]} steps of {ALIGN["batch"]};
 4. instruction tuning of connector and decoder, tower frozen: {INSTRUCT["steps"]} steps of {INSTRUCT["batch"]} pictures
    with {asked} questions and the caption each.
@@ -230,6 +224,11 @@ _WHAT = {
               f"and draw {tower_module.MASS[0]:.0%}-{tower_module.MASS[1]:.0%} of the other patches' attention, and "
               f"that no other patch exceeds {tower_module.QUIET_RATIO:g} medians. Its sinks are "
               "planted, not natural; that relative criteria find them, and only them, is what it was trained for."),
+    "qwen2vl": ("the **second architecture**, trained by the recipe of lab-llava. No CLS: the image-level loss reads "
+                "the mean of the patches; captions and grounding read the last layer, as the merger does, and the "
+                "caption decoder is told where a patch lies. Two things differ from the public Qwen2-VL because this "
+                "one is small: the tower's rotary base is 100, and time, row and column take turns in the frequencies "
+                "of M-RoPE, as in Qwen3-VL. Nothing in its training asks for sinks."),
     "registers": ("the **negative control**. Its tower has four register tokens, which it may use as scratch space and "
                   "which the language model never sees."),
 }
@@ -238,11 +237,11 @@ _WHAT = {
 def finish(name: str, model, log: pd.DataFrame) -> None:
     """Export, score on the test split, write scores and card."""
     folder = export(name, model, log)
-    scores = score.summary(score.score(models.load(name)))
+    scores = score.summary(score.score(models.load(str(folder))))
     with atomic(folder / "scores.csv") as file:
         scores.to_csv(file, index=False, float_format="%.4g")
     with atomic(folder / "README.md") as file:
-        file.write_text(card(name, scores, log), encoding="utf-8")
+        file.write_text(card(name, family(model.config), scores, log), encoding="utf-8")
     print(scores[scores.arm == "model"].to_string(index=False), flush=True)
 
 

@@ -31,7 +31,8 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def matmul_attention(module, query, key, value, attention_mask, scaling=None, slots=None, pad=None, **kwargs):
+def matmul_attention(module, query, key, value, attention_mask, scaling=None, slots=None, pad=None, pictures=None,
+                     **kwargs):
     """Attention as plain matrix products: on a CPU its backward is several times faster than SDPA's.
 
     Args:
@@ -40,7 +41,10 @@ def matmul_attention(module, query, key, value, attention_mask, scaling=None, sl
         slots: (prefix, ((number, length), …)): a causal prefix, then slots that see the prefix and themselves
             but not each other, so that many questions about one picture cost one picture.
         pad: bool [batch, prefix], True where the prefix is padding.
+        pictures: the one row of tokens is that of so many pictures of equal size, which do not see each other.
     """
+    if pictures is not None:
+        query, key, value = (t[0].unflatten(1, (pictures, -1)).transpose(0, 1) for t in (query, key, value))
     query = query * scaling
     if slots is None:
         scores = torch.matmul(query, key.transpose(-1, -2))  # [batch, heads, queries, keys]

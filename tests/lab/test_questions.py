@@ -133,7 +133,7 @@ def test_a_caption_states_every_fact(facts):
 
 def test_vocabulary_is_sorted_and_holds_all_names():
     words = q.vocabulary()
-    assert words == sorted(set(words))
+    assert list(words) == sorted(set(words))
     for group in (SCENES, LIGHTS, TEXTURES, COLOURS, KINDS, SIZES, CELLS, WORDS, q.MATERIALS):
         assert {w for name in group for w in name.split()} <= set(words)
 

@@ -7,6 +7,7 @@ import torch
 from scipy.stats import kurtosis, spearmanr
 from torch import nn
 from transformers import CLIPVisionModel
+from transformers.models.qwen2_vl import modeling_qwen2_vl
 
 from sinkstudy.lab import tower as t
 from sinkstudy.lab.emergence import PATCHES, Follower, log_spaced
@@ -21,7 +22,7 @@ def test_the_kinds_start_from_the_same_weights():
     plain, sinks, registers = (t.build(kind).state_dict() for kind in ("plain", "sinks", "registers"))
     assert set(plain) == set(sinks) and set(registers) - set(plain) == {"embeddings.register_tokens"}
     assert all(torch.equal(plain[k], sinks[k]) and torch.equal(plain[k], registers[k]) for k in plain)
-    with pytest.raises(ValueError, match="unknown tower 'big': choose from plain, sinks, registers, no-cls"):
+    with pytest.raises(ValueError, match="unknown tower 'big': choose from plain, sinks, registers, no-cls, qwen2vl"):
         t.build("big")
 
 
@@ -38,6 +39,21 @@ def test_states_are_the_hidden_states_of_the_hugging_face_model(kind):
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a[:, -PATCHES:], b[:, 1:], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(a[:, 0], b[:, 0], atol=1e-4, rtol=1e-4)
+
+
+def test_states_of_qwen2vl_are_those_of_its_own_forward():
+    """Batched and row by row here; there one picture after the other, the patches of a visual token together."""
+    tower = t.build("qwen2vl").eval()
+    pixels = t.normalise(render("val", 0, 3).images)
+    with torch.no_grad():
+        ours = t.states(tower, pixels)
+        tower.set_attn_implementation("eager")
+        packed = t.patched(pixels)[:, t.blocks()].flatten(0, 1)
+        theirs = tower(packed, grid_thw=torch.tensor([[1, 12, 12]] * 3), output_hidden_states=True).hidden_states
+    assert len(ours) == len(theirs) == t.LAYERS + 1
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a[:, t.blocks()].flatten(0, 1), b, atol=1e-4, rtol=1e-4)
+    assert torch.equal(t.features(tower, ours), ours[-1])
 
 
 def test_without_cls_there_are_only_patches():
@@ -154,7 +170,8 @@ def test_objective_is_finite_and_reaches_the_tower(kind):
     missing = {n for n, p in tower.named_parameters() if p.grad is None or p.grad.abs().sum() == 0}
     # nothing reads CLS or the projection's norm where the pooled token is not CLS
     allowed = {"post_layernorm.weight", "post_layernorm.bias", "embeddings.class_embedding"}
-    assert all(n in allowed or n.endswith("k_proj.bias") or kind == "no-cls" for n in missing), missing
+    assert all(n in allowed or n.endswith("k_proj.bias") or n.startswith("merger.") or kind == "no-cls"
+               for n in missing), missing
     if kind == "registers":
         assert tower.embeddings.register_tokens.grad.abs().sum() > 0
     # the grounding loss fades out
@@ -164,15 +181,20 @@ def test_objective_is_finite_and_reaches_the_tower(kind):
 
 
 # ------------------------------------------------------------------------------------------ emergence
-@pytest.fixture(scope="module", params=["plain", "registers", "no-cls"])
+@pytest.fixture(scope="module", params=["plain", "registers", "no-cls", "qwen2vl"])
 def followed(request):
     """A random tower with outlier norms, the follower's table, and an eager copy's norms and attention."""
     kind = request.param
     tower = t.build(kind, seed=4)
     with torch.no_grad():
-        tower.encoder.layers[3].mlp.fc2.weight *= 20
-        for layer in tower.encoder.layers:
-            layer.self_attn.q_proj.weight *= 3
+        if kind == "qwen2vl":
+            tower.blocks[3].mlp.fc2.weight *= 20
+            for block in tower.blocks:
+                block.attn.qkv.weight[:t.WIDTH] *= 3
+        else:
+            tower.encoder.layers[3].mlp.fc2.weight *= 20
+            for layer in tower.encoder.layers:
+                layer.self_attn.q_proj.weight *= 3
     follower = Follower(kind, {0, 8})
     follower.pixels, follower.calm, follower.thing = (v[:12] for v in (
         follower.pixels, follower.calm, follower.thing))
@@ -190,6 +212,17 @@ def followed(request):
                 attention.append((q @ k.mT / q.shape[-1]**0.5).softmax(-1))
                 x = layer(x, attention_mask=None)
                 norms.append(x.norm(dim=-1))
+    elif kind == "qwen2vl":  # its own forward gives no weights: the eager function is listened to
+        packed = t.patched(t.normalise(scenes.images))[:, t.blocks()].flatten(0, 1)
+        tower.set_attn_implementation("eager")
+        seen, plain, raster = [], modeling_qwen2_vl.eager_attention_forward, t.blocks().argsort()
+        with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+            patch.setattr(modeling_qwen2_vl, "eager_attention_forward",
+                          lambda *args, **kwargs: seen.append(plain(*args, **kwargs)) or seen[-1])
+            out = tower(packed, grid_thw=torch.tensor([[1, 12, 12]] * 12), output_hidden_states=True)
+        norms = [h.unflatten(0, (12, -1))[:, raster].norm(dim=-1) for h in out.hidden_states[1:]]
+        weights = torch.cat([w for _, w in seen])[:, :, raster][..., raster]  # [layers · 12, heads, 144, 144]
+        attention = list(weights.unflatten(0, (t.LAYERS, 12)))
     else:
         model = {"plain": CLIPVisionModel, "registers": CLIPVisionModelWithRegisters}[kind](tower.config).eval()
         model.load_state_dict(tower.state_dict())
