@@ -502,7 +502,7 @@ def load(
             use_safetensors=True,
         )
         # the PIL image processor, because the torchvision one gives slightly different pixels
-        processor = _image_processor_only(spec.processor_class).from_pretrained(
+        processor = without_video(spec.processor_class).from_pretrained(
             source, revision=revision, backend="pil"
         )
     if device != "auto":
@@ -564,7 +564,7 @@ def _check_device(device: str) -> None:
         raise ValueError(f"device {device!r} is not there: {str(error).splitlines()[0]}") from error
 
 
-def _image_processor_only(name: str) -> type[ProcessorMixin]:
+def without_video(name: str) -> type[ProcessorMixin]:
     """The processor class without its part for videos, which needs torchvision and which no image needs."""
     parent = getattr(transformers, name)
     parts = [part for part in parent.get_attributes() if part != "video_processor"]

@@ -29,7 +29,7 @@ from transformers import (
 from sinkstudy.lab import tower as tower_module
 from sinkstudy.lab.corpus import VISUAL, Codec, tokenizer
 from sinkstudy.lab.world import GRID, PATCH, SIDE
-from sinkstudy.models import _image_processor_only as without_video
+from sinkstudy.models import without_video
 
 CHAT = ("<s> {% for m in messages %}{% if m['role'] == 'user' %}user : {% for c in m['content'] %}"
         "{% if c['type'] == 'image' %}PICTURE {% else %}{{ c['text'] }} {% endif %}{% endfor %}"
