@@ -21,7 +21,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if not getattr(config.option, "nbval", False):
         return
     config.option.nbval_current_env = True  # the kernel is this very Python
-    config.option.nbval_cell_timeout = 300.0
+    config.option.nbval_cell_timeout = 900.0
     config.option.nbval_sanitize_with = str(ROOT / "nbval.cfg")
     os.environ["PYTHONPATH"] = str(ROOT)
     os.environ["PYTHONHASHSEED"] = "0"
