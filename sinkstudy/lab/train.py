@@ -1,4 +1,4 @@
-"""Makes the lab models from nothing: towers, captions, instruction tuning, scores, model cards.
+"""Makes the lab models from nothing: towers, decoders, LLaVA's stages, scores, model cards.
 
 Every stage leaves a checkpoint in `data/cache/lab`; a killed run resumes, a finished stage is not repeated.
 Called by `sinkstudy lab train`, which sets the allocator's variables first (they make it several times faster).

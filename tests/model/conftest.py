@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from architectures import TEXT, TOWER
 from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -54,36 +55,16 @@ def write_tiny_llava(folder: Path, tower: str) -> None:
         chat_template=CHAT,
     )
     # large initial weights, so that attention is far from uniform
-    vision = dict(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        image_size=32,
-        patch_size=8,
-    )
     towers = {
-        "clip": lambda: CLIPVisionConfig(**vision, initializer_factor=3.0),
-        "registers": lambda: CLIPVisionWithRegistersConfig(**vision, initializer_factor=3.0),
-        "siglip": lambda: SiglipVisionConfig(**vision),
+        "clip": lambda: CLIPVisionConfig(**TOWER, initializer_factor=3.0),
+        "registers": lambda: CLIPVisionWithRegistersConfig(**TOWER, initializer_factor=3.0),
+        "siglip": lambda: SiglipVisionConfig(**TOWER),
     }
     torch.manual_seed(0)
     config = LlavaConfig(
         vision_config=towers[tower](),
         vision_feature_select_strategy="full" if tower == "siglip" else "default",
-        text_config=LlamaConfig(
-            vocab_size=len(WORDS),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=128,
-            initializer_range=0.3,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=0,
-        ),
+        text_config=LlamaConfig(**TEXT | {"vocab_size": len(WORDS)}),
         image_token_index=4,
         image_seq_length=16,
     )
