@@ -7,6 +7,7 @@ import hashlib
 import html
 import json
 import platform
+import re
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -214,6 +215,26 @@ def binned(x: np.ndarray, y: np.ndarray, edges: np.ndarray, *, min_images: int =
         mean = stats.mean_interval(y[inside], clusters=image[inside])
         rows.append((low, high, x[inside].mean(), mean.value, mean.low, mean.high, mean.n, int(inside.sum())))
     return pd.DataFrame(rows, columns=["low_edge", "high_edge", "x", "y", "low", "high", "images", "tokens"])
+
+
+def key(*parts: str) -> str:
+    """The name of a metric: its parts in small letters, other signs as underscores, joined by dots."""
+    plain = (part.lower().replace("×", "times").replace("%", "percent") for part in parts)
+    return ".".join(re.sub(r"[^a-z0-9.-]+", "_", part) for part in plain)
+
+
+def shown(interval: stats.Interval, fmt: str | None = None) -> str:
+    """An interval as text, "2.86 [2.70, 3.03]"; a dash if there is no estimate.
+
+    Args:
+        fmt: format of the numbers, as "+.1f"; by default digits that suit the size of the estimate.
+    """
+    value, low, high, _ = interval
+    if not np.isfinite(value):
+        return "–"
+    fmt = fmt or (".0f" if abs(value) >= 9.5 else ".2f" if abs(value) >= 0.3 else ".2g")
+    text = f"{value:{fmt}} (one picture)" if not np.isfinite(low) else f"{value:{fmt}} [{low:{fmt}}, {high:{fmt}}]"
+    return text.replace("-", "−")
 
 
 def phrase(interval: stats.Interval, reference: float, above: str, below: str, unclear: str, missing: str) -> str:

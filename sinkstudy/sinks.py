@@ -208,6 +208,27 @@ def kinds(vit: torch.Tensor, llm: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"propagated": vit & llm, "emerged": ~vit & llm, "stopped": vit & ~llm, "ordinary": ~vit & ~llm}
 
 
+def random_like(mask: torch.Tensor, seed: int, among: torch.Tensor | None = None) -> torch.Tensor:
+    """As many tokens of each image as are in `mask`, drawn at random from those outside it.
+
+    `mask`, `among` and the result are bool [.., tokens]; `among` narrows what is drawn from. Where an image has too
+    few such tokens, all of them are taken.
+    """
+    allowed = ~mask if among is None else among & ~mask
+    order = torch.rand(mask.shape, generator=torch.Generator().manual_seed(seed)).masked_fill(~allowed, 2.0)
+    return (order.argsort(-1).argsort(-1) < mask.sum(-1, keepdim=True)) & allowed
+
+
+def next_in_norm(norms: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """As many tokens of each image as are in `mask`: those of the highest norms outside it.
+
+    `norms` float, `mask` and the result bool [.., tokens]. The nearest that there is to a control of equal norm:
+    where sinks stand apart from all others, no token has theirs.
+    """
+    rank = norms.masked_fill(mask, -1.0).argsort(-1, descending=True).argsort(-1)
+    return (rank < mask.sum(-1, keepdim=True)) & ~mask
+
+
 def jaccard(a: torch.Tensor, b: torch.Tensor, empty: float = 1.0) -> torch.Tensor:
     """|a and b| / |a or b| of each image: two bool [.., tokens] -> float [..].
 

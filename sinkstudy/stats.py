@@ -39,6 +39,7 @@ def mean_interval(
     method: str = "BCa",
     resamples: int = RESAMPLES,
     seed: int = 0,
+    missing: str = "raise",
 ) -> Interval:
     """Mean over all rows, with a bootstrap interval over images.
 
@@ -50,14 +51,15 @@ def mean_interval(
         method: "BCa" (bias-corrected and accelerated; Efron 1987) or "percentile".
         resamples: number of bootstrap samples.
         seed: of the bootstrap.
+        missing: "raise" or "drop" rows that are not finite. Where "drop" leaves none, all is NaN and `n` is 0.
 
     Returns:
         The mean in the unit of `values`; `n` is the number of images. Low and high are NaN for one image.
 
     Raises:
-        ValueError: no rows, rows that are not finite, lengths that differ, or an unknown method.
+        ValueError: no rows, rows that are not finite, lengths that differ, an unknown method or `missing`.
     """
-    (sums,), sizes = _per_image([values], clusters)
+    (sums,), sizes = _per_image([values], clusters, missing)
     return _bootstrap(_ratio, [sums, sizes], level, method, resamples, seed)
 
 
@@ -70,6 +72,7 @@ def ratio_interval(
     method: str = "BCa",
     resamples: int = RESAMPLES,
     seed: int = 0,
+    missing: str = "raise",
 ) -> Interval:
     """Ratio of two means, mean(numerator) / mean(denominator), with a paired bootstrap interval over images.
 
@@ -80,7 +83,7 @@ def ratio_interval(
         numerator: [rows].
         denominator: [rows], of the same images in the same order.
         clusters: [rows], the image of each row, if there are several rows an image.
-        level, method, resamples, seed: as in `mean_interval`.
+        level, method, resamples, seed, missing: as in `mean_interval`; a row is dropped where either is missing.
 
     Returns:
         The ratio (no unit); `n` is the number of images.
@@ -88,8 +91,8 @@ def ratio_interval(
     Raises:
         ValueError: as `mean_interval`, or a denominator whose mean is not above zero.
     """
-    (above, below), _ = _per_image([numerator, denominator], clusters)
-    if below.sum() <= 0:
+    (above, below), _ = _per_image([numerator, denominator], clusters, missing)
+    if len(below) and below.sum() <= 0:
         raise ValueError("the mean of the denominator must be above zero")
     return _bootstrap(_ratio, [above, below], level, method, resamples, seed)
 
@@ -103,13 +106,14 @@ def difference_interval(
     method: str = "BCa",
     resamples: int = RESAMPLES,
     seed: int = 0,
+    missing: str = "raise",
 ) -> Interval:
     """Mean of first − second over the same images, with a paired bootstrap interval.
 
     Args:
         first, second: [rows], the two conditions on the same rows in the same order.
         clusters: [rows], the image of each row, if there are several rows (questions) an image.
-        level, method, resamples, seed: as in `mean_interval`.
+        level, method, resamples, seed, missing: as in `mean_interval`; a row is dropped where either is missing.
 
     Returns:
         The difference in the unit of the values; `n` is the number of images.
@@ -117,11 +121,17 @@ def difference_interval(
     Raises:
         ValueError: as `mean_interval`.
     """
-    first, second = _column(first), _column(second)
+    first, second = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if len(first) != len(second):
         raise ValueError(f"paired values need the same length: {len(first)} and {len(second)}")
     return mean_interval(
-        first - second, clusters=clusters, level=level, method=method, resamples=resamples, seed=seed
+        first - second,
+        clusters=clusters,
+        level=level,
+        method=method,
+        resamples=resamples,
+        seed=seed,
+        missing=missing,
     )
 
 
@@ -146,26 +156,28 @@ def wilson(successes: int, n: int, *, level: float = 0.95) -> Interval:
     return Interval(successes / n, float(low), float(high), int(n))
 
 
-def _column(values: ArrayLike) -> np.ndarray:
-    """Values as a float64 array [rows], checked: neither empty nor with gaps."""
-    values = np.asarray(values, dtype=np.float64)
-    if values.ndim != 1 or len(values) == 0:
-        raise ValueError(f"need one number a row, not an array of shape {values.shape}")
-    if not np.isfinite(values).all():
-        gaps = int((~np.isfinite(values)).sum())
-        raise ValueError(f"{gaps} of {len(values)} values are not finite: leave them out and say how many")
-    return values
-
-
-def _per_image(columns: list[ArrayLike], clusters: ArrayLike | None) -> tuple[list[np.ndarray], np.ndarray]:
+def _per_image(
+    columns: list[ArrayLike], clusters: ArrayLike | None, missing: str
+) -> tuple[list[np.ndarray], np.ndarray]:
     """Sum of each column within each image, each [images], and the number of rows of each image, [images]."""
-    columns = [_column(column) for column in columns]
+    if missing not in ("raise", "drop"):
+        raise ValueError(f"missing is 'raise' or 'drop', not {missing!r}")
+    columns = [np.asarray(column, dtype=np.float64) for column in columns]
+    for column in columns:
+        if column.ndim != 1 or len(column) == 0:
+            raise ValueError(f"need one number a row, not an array of shape {column.shape}")
     rows = {len(column) for column in columns} | ({len(clusters)} if clusters is not None else set())
     if len(rows) > 1:
         raise ValueError(f"columns and clusters need the same length, not {sorted(rows)}")
+    known = np.logical_and.reduce([np.isfinite(column) for column in columns])
+    if not known.all() and missing == "raise":
+        raise ValueError(
+            f"{(~known).sum()} of {len(known)} values are not finite: leave them out (missing='drop') and say how many"
+        )
+    columns = [column[known] for column in columns]
     if clusters is None:
-        return columns, np.ones(rows.pop())
-    _, image = np.unique(np.asarray(clusters), return_inverse=True)  # [rows]
+        return columns, np.ones(len(columns[0]))
+    _, image = np.unique(np.asarray(clusters)[known], return_inverse=True)  # [rows]
     return [np.bincount(image, weights=column) for column in columns], np.bincount(image).astype(float)
 
 
@@ -180,6 +192,8 @@ def _bootstrap(
     if method not in ("BCa", "percentile"):
         raise ValueError(f"method is 'BCa' or 'percentile', not {method!r}")
     n = len(columns[0])
+    if n == 0:
+        return Interval(float("nan"), float("nan"), float("nan"), 0)
     value = float(statistic(*columns))
     if n == 1:
         return Interval(value, float("nan"), float("nan"), n)

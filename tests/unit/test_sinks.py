@@ -199,3 +199,24 @@ def test_agreement():
     assert sinks.agreement({"a": none, "b": none}).both_empty.all()
     with pytest.raises(ValueError, match="two criteria"):
         sinks.agreement({"a": none})
+
+
+def test_random_like_takes_as_many_others_and_every_other_alike():
+    mask = torch.zeros(4000, 6, dtype=torch.bool)
+    mask[:, :2] = True
+    mask[0] = False
+    among = torch.tensor([True, False, True, True, True, False])
+    drawn = sinks.random_like(mask, seed=3, among=among)
+    assert not (drawn & mask).any() and torch.equal(drawn.sum(-1), mask.sum(-1))
+    assert drawn[:, 5].sum() == 0
+    shares = drawn[1:, 2:5].float().mean(0)  # two of three tokens each
+    assert (shares - 2 / 3).abs().max() < 4 * (2 / 9 / 3999) ** 0.5
+    assert torch.equal(drawn, sinks.random_like(mask, seed=3, among=among))
+    assert not torch.equal(drawn, sinks.random_like(mask, seed=4, among=among))
+    assert sinks.random_like(torch.tensor([True, True, False]), seed=0).tolist() == [False, False, True]
+
+
+def test_next_in_norm_are_the_highest_outside():
+    norms = torch.tensor([[9.0, 1.0, 5.0, 7.0, 3.0], [1.0, 2.0, 3.0, 4.0, 5.0]])
+    mask = torch.tensor([[True, False, False, True, False], [False] * 5])
+    assert sinks.next_in_norm(norms, mask).tolist() == [[False, False, True, False, True], [False] * 5]

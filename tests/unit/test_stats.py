@@ -118,3 +118,17 @@ def test_edge_cases_one_image_and_constant_values():
     assert mean_interval([0.1] * 9)[:3] == pytest.approx((0.1, 0.1, 0.1))
     assert mean_interval([0.0] * 9) == Interval(0.0, 0.0, 0.0, 9)
     assert str(Interval(1.23456, 1.0, 2.0, 5)) == "1.23 [1, 2]"
+
+
+def test_missing_rows_are_dropped_with_their_pairs():
+    above, below = np.array([1.0, np.nan, 3.0, 5.0]), np.array([2.0, 1.0, np.nan, 4.0])
+    kept = ratio_interval(above, below, clusters=[0, 1, 2, 3], missing="drop")
+    assert kept == ratio_interval([1.0, 5.0], [2.0, 4.0], clusters=[0, 3])
+    assert kept.value == 1.0 and kept.n == 2
+    assert difference_interval(above, below, missing="drop").value == 0.0
+    nothing = mean_interval([np.nan, np.nan], missing="drop")
+    assert np.isnan(nothing[:3]).all() and nothing.n == 0
+    with pytest.raises(ValueError, match="1 of 4 values are not finite"):
+        mean_interval(above)
+    with pytest.raises(ValueError, match="'raise' or 'drop'"):
+        mean_interval(above, missing="skip")

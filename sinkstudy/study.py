@@ -1,0 +1,113 @@
+"""What the chapters begin with: pictures, questions about them, and the model beside its controls."""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from PIL import Image, UnidentifiedImageError
+
+from sinkstudy import models, paths
+from sinkstudy.lab import questions as lab
+from sinkstudy.lab import world
+from sinkstudy.models import LVLM
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+def pictures(images_dir: str, limit: int) -> tuple[list[Any], world.Scenes | None]:
+    """The first pictures of a folder, in order of name; without a folder the lab's test scenes, with their facts.
+
+    Args:
+        images_dir: a path, from the project's root; empty for the lab.
+        limit: the number of pictures at most.
+
+    Returns:
+        The pictures, PIL images in RGB, or of the lab uint8 [3, 96, 96]; and the lab's scenes, or None.
+
+    Raises:
+        ValueError: no such folder, no picture in it, or a picture that cannot be read, by its name.
+    """
+    if not images_dir:
+        scenes = world.render("test", 0, limit)
+        return list(scenes.images), scenes
+    folder = paths.ROOT / Path(images_dir).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"images_dir {images_dir!r} is no folder")
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)[:limit]
+    if not files:
+        raise ValueError(f"images_dir {images_dir!r} holds no picture ({', '.join(SUFFIXES)})")
+    return [_opened(file) for file in files], None
+
+
+def _opened(file: Path) -> Image.Image:
+    try:
+        return Image.open(file).convert("RGB")
+    except (OSError, UnidentifiedImageError, SyntaxError) as error:
+        raise ValueError(f"picture {file.name} cannot be read: {error}") from None
+
+
+def questions(scenes: world.Scenes | None, n: int, prompt: str, seed: int) -> pd.DataFrame:
+    """What is asked about each picture: of the lab a global, a local and a mixed question, drawn at random.
+
+    Args:
+        scenes: the lab's scenes; None for other pictures, which are all asked `prompt`.
+        n: the number of pictures.
+        seed: of the draw.
+
+    Returns:
+        A row a question, the rows of a picture together: `id`, `image` (index), `image_id`, `type` (global, local or
+        mixed; generic for other pictures), `family`, `question`, `answer` (None if it is not known).
+    """
+    if scenes is None:
+        rows = [{"image": i, "type": "generic", "family": None, "question": prompt, "answer": None} for i in range(n)]
+        return _with_ids(pd.DataFrame(rows))
+    rng, rows = random.Random(seed), []
+    for image, facts in enumerate(lab.facts(scenes)):
+        for kind in ("global", "local", "mixed"):
+            families = [family for family, of in lab.TYPES.items() if of == kind]
+            asked = (lab.ask(facts, family, rng) for family in rng.sample(families, len(families)))
+            q = next(q for q in asked if q is not None)
+            rows.append({"image": image, "type": kind, "family": q.family, "question": q.text, "answer": q.answer})
+    return _with_ids(pd.DataFrame(rows))
+
+
+def _with_ids(table: pd.DataFrame) -> pd.DataFrame:
+    table.insert(0, "id", [f"{image}-{i}" for i, image in enumerate(table.image)])
+    return table.assign(image_id=table.image.map(str))
+
+
+def load(
+    model: str, controls: Sequence[str], picture: Any, *, device: str = "cpu", dtype: str = "float32"
+) -> tuple[dict[str, LVLM], list[str]]:
+    """The model of the run and, beside it, those controls that are there and cut `picture` into the same patches.
+
+    Args:
+        picture: one of those that will be shown.
+
+    Returns:
+        The models by the name of their run, the model first; and the names of the controls that are left out.
+
+    Raises:
+        ValueError: as `models.load`, for the model itself.
+    """
+    lvlms, left_out = {paths.slug(model): models.load(model, device=device, dtype=dtype)}, []
+    own = patch_grid(lvlms[paths.slug(model)], picture)
+    for name in controls:
+        try:
+            control = models.load(name, device=device, dtype=dtype)
+        except ValueError:  # it is not there
+            left_out.append(name)
+            continue
+        if patch_grid(control, picture) != own:
+            left_out.append(name)
+        elif name != model:
+            lvlms[paths.slug(name)] = control
+    return lvlms, left_out
+
+
+def patch_grid(lvlm: LVLM, picture: Any) -> tuple[int, int, int]:
+    """(tiles, rows, columns) of the patches of a picture; rows and columns are those of a tile."""
+    layout = lvlm.layout(lvlm.inputs([picture], [""]))[0]
+    return layout.tiles, *layout.grid

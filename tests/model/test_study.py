@@ -1,0 +1,59 @@
+"""What chapters begin with: pictures of a folder or of the lab, questions, and controls that fit."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sinkstudy import study
+from sinkstudy.lab import questions as lab
+from sinkstudy.lab import world
+
+
+def test_lab_pictures_come_with_their_facts():
+    shown, scenes = study.pictures("", 3)
+    assert torch.equal(torch.stack(shown), world.render("test", 0, 3).images) and len(scenes) == 3
+
+
+def test_pictures_of_a_folder(tmp_path):
+    for name, value in (("b.png", 10), ("a.jpg", 200), ("c.PNG", 30)):
+        Image.fromarray(np.full((4, 6, 3), value, np.uint8)).save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no picture")
+    shown, scenes = study.pictures(str(tmp_path), 2)
+    assert scenes is None and [p.getpixel((0, 0))[0] // 10 for p in shown] == [20, 1]
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda folder: None, "is no folder"),
+    (lambda folder: folder.mkdir(), "holds no picture"),
+    (lambda folder: (folder.mkdir(), (folder / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\n torn")), "torn.png cannot"),
+])
+def test_pictures_that_are_not_there(tmp_path, make, message):
+    make(tmp_path / "pictures")
+    with pytest.raises(ValueError, match=message):
+        study.pictures(str(tmp_path / "pictures"), 2)
+
+
+def test_questions_are_answered_by_the_scene_and_of_every_type():
+    scenes = world.render("test", 0, 24)
+    table = study.questions(scenes, 24, "", seed=5)
+    assert table.id.is_unique and table.type.tolist() == ["global", "local", "mixed"] * 24
+    assert (table.family.map(lab.TYPES) == table.type).all()
+    facts = lab.facts(scenes)
+    lights = table[(table.family == "light") & ~table.answer.isin(["yes", "no"])]
+    assert len(lights) and all(facts[i].light == a for i, a in zip(lights.image, lights.answer, strict=True))
+    assert table.equals(study.questions(scenes, 24, "", seed=5))
+    assert not table.question.equals(study.questions(scenes, 24, "", seed=6).question)
+
+
+def test_other_pictures_are_all_asked_the_prompt():
+    table = study.questions(None, 2, "What is this?", seed=0)
+    assert table.question.tolist() == ["What is this?"] * 2 and table.answer.isna().all()
+    assert table.image_id.tolist() == ["0", "1"]
+
+
+def test_controls_of_the_same_grid_stand_beside_the_model():
+    shown, _ = study.pictures("", 1)
+    lvlms, left_out = study.load("lab-llava", ["lab-llava-sinks", "no-such-model", "lab-llava"], shown[0])
+    assert list(lvlms) == ["lab-llava", "lab-llava-sinks"] and left_out == ["no-such-model"]
+    assert study.patch_grid(lvlms["lab-llava"], shown[0]) == (1, 12, 12)
