@@ -16,7 +16,7 @@ import scipy.stats
 import yaml
 
 from sinkstudy import stats
-from sinkstudy.paths import BOOK, DATA, NOTEBOOKS, RESULTS
+from sinkstudy.paths import BOOK, DATA, DEFAULT_MODEL, NOTEBOOKS, RESULTS
 
 LEDGER = DATA / "claims.yml"
 VERDICTS = ("supported", "contradicted", "inconclusive", "not applicable", "not run")
@@ -201,7 +201,7 @@ def metrics(results: Path = RESULTS) -> pd.DataFrame:
 
     The default run comes first, then the others by name.
     """
-    files = sorted(results.glob("*/*/metrics.json"), key=lambda f: (f.parts[-3] != "lab-llava", f.parts[-3:]))
+    files = sorted(results.glob("*/*/metrics.json"), key=lambda f: (f.parts[-3] != DEFAULT_MODEL, f.parts[-3:]))
     rows = [
         {"run": file.parts[-3], "chapter": file.parts[-2], **row}
         for file in files
@@ -299,7 +299,7 @@ def controls(results: Path = RESULTS, ledger: Mapping[str, list[dict[str, Any]]]
         two pictures differ, the interval is a point and counts as one.
     """
     rows, numbers, ledger = [], metrics(results), ledger or load()
-    numbers = numbers[numbers.run == "lab-llava"]
+    numbers = numbers[numbers.run == DEFAULT_MODEL]
     states = {"supported": "holds", "contradicted": "fails", "inconclusive": "unclear"}
     for control in ledger["controls"]:
         row = {"control": control["id"], "state": "not run"}
