@@ -82,11 +82,15 @@ def bibliography(path: Path = BOOK / "references.bib") -> set[str]:
     return set(re.findall(r"(?m)^@\w+\{([^,\s]+),", path.read_text(encoding="utf-8")))
 
 
+def prose(notebook: Path) -> str:
+    """The Markdown of a notebook."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    return "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+
+
 def labels(notebook: Path) -> set[str]:
     """The labels of the figures of a notebook."""
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
-    return set(re.findall(r"(?m)^:name: *(\S+)", text))
+    return set(re.findall(r"(?m)^:name: *(\S+)", prose(notebook)))
 
 
 def _check_chapter(row: Mapping[str, Any], name: str, notebooks: Path) -> None:

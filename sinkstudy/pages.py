@@ -5,6 +5,7 @@ them. So the pages cannot fall behind `results/`, whichever run changed last.
 """
 
 import html
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from sinkstudy.paths import DATA, DEFAULT_MODEL, RUNS, atomic
 PAPER = DATA / "paper"
 COLUMNS = ("table", "row", "column", "value", "unit", "model", "source", "grade", "note")
 SYMBOLS = dict(zip(claims.VERDICTS, "✓✗?–○", strict=True))
+NBSP = "\N{NO-BREAK SPACE}"
 STATES = {"holds": "✓", "fails": "✗", "unclear": "?", "not run": "○"}
 
 
@@ -50,11 +52,11 @@ def verdict_summary(ledger: Mapping[str, list[dict]], judged: pd.DataFrame) -> s
     """How many claims came out how: a sentence, and a table with a row for each model."""
     works = {claim["source"] for claim in ledger["claims"]}
     settled = judged[judged.verdict.isin(["supported", "contradicted", "inconclusive"])].claim.nunique()
-    text = f"The ledger holds {len(ledger['claims'])} claims from {len(works)} works. "
+    text = f"The ledger holds {len(ledger['claims'])} claims from {len(works)} work{'s' * (len(works) > 1)}. "
     text += f"In at least one model, {settled} {'was' if settled == 1 else 'were'} judged"
     both = judged.groupby("claim").verdict.agg(set)
     disputed = int(sum({"supported", "contradicted"} <= found for found in both))
-    text += f"; {disputed} of them came out both ways, supported in one model and contradicted in another.\n\n"
+    text += f"; {disputed or 'none'} came out both ways, supported in one model and contradicted in another.\n\n"
     counts = pd.crosstab(judged.model, judged.verdict).reindex(index=judged.model.unique(), columns=claims.VERDICTS)
     rows = [["model", *(_verdict(word) for word in claims.VERDICTS)]]
     rows += [[f"`{model}`", *(str(int(n)) for n in counts.loc[model].fillna(0))] for model in counts.index]
@@ -71,7 +73,8 @@ def verdict_tables(ledger: Mapping[str, list[dict]], judged: pd.DataFrame) -> st
             if claim["chapter"] == chapter:
                 found = [cells.loc[(claim["id"], model)] for model in models]
                 rows.append([_claim(claim), *(_cell(claim, cell) for cell in found)])
-        parts.append(f"### {_chapter(chapter)}\n\n" + list_table(rows, "verdicts", [40] + [20] * len(models)))
+        title, line = _chapter(chapter)
+        parts.append(f"### {title}\n\n{line}\n\n" + list_table(rows, "verdicts", [40] + [20] * len(models)))
     return "\n\n".join(parts)
 
 
@@ -105,8 +108,8 @@ def _cell(claim: Mapping[str, Any], found: pd.Series) -> str:
     if np.isfinite(found.value):
         text += f"\\\n{_interval(found)}"
         p = found.p_holm
-        sure = "" if np.isnan(p) else ", p < 0.001" if p < 0.001 else f", p = {p:.2g}"
-        text += f"\\\n[n = {int(found.n)}{sure}]{{.behind}}"
+        sure = [] if np.isnan(p) else ["p < 0.001" if p < 0.001 else f"p = {p:.2g}"]
+        text += "\\\n" + ", ".join(part.replace(" ", NBSP) for part in [f"n = {int(found.n)}", *sure])
     return text
 
 
@@ -122,10 +125,14 @@ def _rule(rule: Mapping[str, Any], unit: str = "") -> str:
     return f"{kind} {bounds} {unit}".replace("-", "−").strip()
 
 
-def _chapter(chapter: str) -> str:
-    """The title of a chapter, linked where the default run has it."""
+def _chapter(chapter: str) -> tuple[str, str]:
+    """The title of a chapter, and a line that leads to it where the default run has it."""
     page = RUNS / DEFAULT_MODEL / f"{chapter}.ipynb"
-    return f"{{doc}}`/book/runs/{DEFAULT_MODEL}/{chapter}`" if page.is_file() else f"{chapter} (not run)"
+    if not page.is_file():
+        return f"Chapter {chapter[:2]}", f"The book does not show the chapter `{chapter}`."
+    title = re.search(r"(?m)^# (.+)$", claims.prose(page)).group(1)
+    link = f"{{doc}}`The chapter </book/runs/{DEFAULT_MODEL}/{chapter}>`"
+    return f"{chapter[:2]} {title}", f"{link} shows how it was measured."
 
 
 def figure(run: str, chapter: str, label: str) -> str | None:
@@ -194,16 +201,18 @@ def _here(entry: Mapping[str, str], ledger: Mapping[str, dict], name: str) -> di
 def paper_part(table: Mapping[str, Any], numbers: pd.DataFrame, models: list[str]) -> str:
     """A table of published numbers and, under it, the metrics here that come nearest to it."""
     rows = table["rows"]
-    sources = " ".join(f"{{cite:t}}`{source}`" for source in rows.source.unique())
+    sources = ", ".join(f"{{cite:t}}`{source}`" for source in rows.source.unique())
     several = rows.model.nunique() > 1
     about = "" if several or not rows.model[0] else f", on {rows.model[0]}"
     published = f"[Published]{{.whose .whose-paper}} **{table['title']}**{about}. {sources}\n\n"
     published += list_table(_published(rows, several), "published")
-    own = "[Here]{.whose .whose-here} " + (table["note"].strip() or ("" if table["here"] else "Not run."))
+    own = "[Here]{.whose .whose-here} "
+    own += table["note"].strip() or ("What comes nearest to it." if table["here"] else "Not run.")
     if table["here"]:
-        lines = [["", "unit", *(f"`{model}`" for model in models)]]
+        lines = [["", *(f"`{model}`" for model in models)]]
         for entry in table["here"]:
-            lines.append([entry["label"], entry["unit"], *(_own(entry, numbers, model) for model in models)])
+            label = f"{entry['label']}, {entry['unit']}"
+            lines.append([label, *(_own(entry, numbers, model) for model in models)])
         own += "\n\n" + list_table(lines, "here")
     return f"{published}\n\n{own}"
 
@@ -245,7 +254,8 @@ def _own(entry: Mapping[str, str], numbers: pd.DataFrame, model: str) -> str:
 
 
 def _interval(row: pd.Series) -> str:
-    return report.shown(stats.Interval(row.value, row.low, row.high, 0))
+    digits = ".1f" if 9.5 <= abs(row.value) < 100 else None
+    return report.shown(stats.Interval(row.value, row.low, row.high, 0), digits)
 
 
 def _grade(grade: str) -> str:
