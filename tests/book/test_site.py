@@ -13,7 +13,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urljoin, urlparse
 
-import numpy as np
 import pytest
 import yaml
 
@@ -196,8 +195,11 @@ def test_verdicts_on_the_page_are_those_of_the_results(browser, site):
     shown = page.locator("table.verdicts .verdict").all_inner_texts()
     shown = [text.partition(" ")[2] for text in shown]
     controls = claims.controls().state
-    in_order = judged.claim.map({name: i for i, name in enumerate(judged.claim.unique())})
-    expected = judged.verdict.iloc[np.argsort(in_order, kind="stable")].tolist()  # rows are claims, columns models
+    ledger = claims.load()["claims"]
+    chapters = list(dict.fromkeys(claim["chapter"] for claim in ledger))
+    ledger.sort(key=lambda claim: chapters.index(claim["chapter"]))  # a table for each chapter
+    cells = judged.set_index(["claim", "model"]).verdict
+    expected = [cells[claim["id"], model] for claim in ledger for model in judged.model.unique()]
     assert shown == expected + controls.tolist()
 
     folded = page.locator("table.verdicts details").first
