@@ -255,7 +255,7 @@ def _own(entry: Mapping[str, str], numbers: pd.DataFrame, model: str) -> str:
 
 def _interval(row: pd.Series) -> str:
     digits = ".1f" if 9.5 <= abs(row.value) < 100 else None
-    return report.shown(stats.Interval(row.value, row.low, row.high, 0), digits)
+    return report.shown(stats.Interval(row.value, row.low, row.high, 0), digits).replace(", ", f",{NBSP}")
 
 
 def _grade(grade: str) -> str:

@@ -45,7 +45,7 @@ def test_figures_are_linked_under_the_label_of_their_run(results):
 
 def test_verdict_table_has_word_sign_number_and_link(results):
     judged = claims.verdicts(results, LEDGER)
-    text = pages.verdict_tables(LEDGER, judged)
+    text = pages.verdict_tables(LEDGER, judged).replace(pages.NBSP, " ")
     assert text.startswith("### 04 Toys\n\n{doc}`The chapter </book/runs/lab-llava/04-toy>`")
     assert text.count("\n* - ") == 3 and text.count("\n  - ") == 9  # a head and two claims; three models
     cells = [line.strip() for line in text.splitlines() if line.startswith("  - ")]
@@ -59,7 +59,7 @@ def test_verdict_table_has_word_sign_number_and_link(results):
         "- [{ref}`– not applicable <fig-toy--other>`]{.verdict .v-not-applicable}",
     ]
     assert "3.00 [2.50, 3.50]" in text and "−4.00 [−5.00, −3.00]" in text
-    assert "n = 99, p < 0.001" in text.replace(pages.NBSP, " ")
+    assert "n = 99, p < 0.001" in text
 
 
 def test_rule_stands_in_the_fold_of_each_claim(results):
@@ -175,7 +175,7 @@ def test_published_and_own_numbers_are_marked_and_apart(results):
     )
     here = {"label": "effect", "chapter": "04-toy", "figure": "fig-toy", "metric": "{model}.up.effect", "unit": "times"}
     table = {"table": "t", "title": "Toys", "rows": rows, "here": [here], "note": ""}
-    text = pages.paper_part(table, claims.metrics(results), ["lab-llava", "bare", "absent"])
+    text = pages.paper_part(table, claims.metrics(results), ["lab-llava", "bare", "absent"]).replace(pages.NBSP, " ")
     published, own = text.split("[Here]")
     assert published.startswith("[Published]") and "**Toys**, on big. {cite:t}`luo2026sink`" in published
     assert "  - score, %" in published and "  - 1.50\n" in published and "  - −2\n" in published
@@ -187,7 +187,7 @@ def test_published_and_own_numbers_are_marked_and_apart(results):
 
 def test_interval_of_two_digits_keeps_a_decimal():
     row = pd.Series({"value": 38.3384, "low": 37.3006, "high": 39.4436})
-    assert pages._interval(row) == "38.3 [37.3, 39.4]"
+    assert pages._interval(row).replace(pages.NBSP, " ") == "38.3 [37.3, 39.4]"
     assert pages._interval(pd.Series({"value": -0.02, "low": np.nan, "high": np.nan})) == "−0.02 (one picture)"
 
 
