@@ -26,9 +26,21 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from sinkstudy.paths import BOOK, DATA, MODELS, NOTEBOOKS, RESULTS, ROOT, RUNS, atomic, hub_commit, lab_models, slug
+from sinkstudy.paths import (
+    BOOK,
+    DATA,
+    DEFAULT_MODEL,
+    MODELS,
+    NOTEBOOKS,
+    RESULTS,
+    ROOT,
+    RUNS,
+    atomic,
+    hub_commit,
+    lab_models,
+    slug,
+)
 
-DEFAULT_MODEL = "lab-llava"
 WORK = RUNS / ".work"  # half-made things, never read by the book
 BUILD = ROOT / "_build"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -83,7 +95,11 @@ def fingerprint(notebook: str, parameters: dict[str, Any]) -> dict[str, str]:
 def modules(notebook: str) -> list[Path]:
     """The files of `sinkstudy` that a notebook imports, directly or through one another (static, by syntax tree)."""
     code = "\n".join(_text(cell) for cell in _cells(notebook) if cell["cell_type"] == "code")
-    waiting = _imports(re.sub(r"(?m)^\s*[%!].*$", "", code), "")
+    return _imported(re.sub(r"(?m)^\s*[%!].*$", "", code))
+
+
+def _imported(code: str) -> list[Path]:
+    waiting = _imports(code, "")
     found: set[Path] = set()
     while waiting:
         name = waiting.pop()
@@ -559,6 +575,8 @@ def render(*, stored: bool = False) -> bool:
     write_provenance()
     shown = [path for folder in (BOOK, DATA, RESULTS) for path in _files(folder)]
     shown += [path for path in (ROOT / "_config.yml", ROOT / "_toc.yml", ROOT / "CITATION.cff") if path.is_file()]
+    computed = (DATA / "claims.yml").is_file()  # pages that follow from the ledger and from the results of all runs
+    shown += _imported("import sinkstudy.pages") if computed else []
     content = files_sha256(path for path in shown if WORK not in path.parents)
     stamp = BUILD / "rendered-from"
     index = BUILD / "html" / "index.html"
@@ -567,6 +585,13 @@ def render(*, stored: bool = False) -> bool:
         return False
     stamp.unlink(missing_ok=True)
     BUILD.mkdir(exist_ok=True)
+    if computed:
+        from sinkstudy import pages  # only now: pandas and seaborn take seconds
+
+        try:
+            pages.write(BUILD / "pages")
+        except ValueError as problem:
+            raise UserError(str(problem)) from None
     (BUILD / "toc.yml").write_text(yaml.safe_dump(_with_runs(toc), sort_keys=False))
     command = [str(Path(sys.executable).with_name("jupyter-book")), "build", ".", "--toc", str(BUILD / "toc.yml")]
     ended = subprocess.run([*command, "--all", "-W", "-n", "--keep-going"], cwd=ROOT, check=False)

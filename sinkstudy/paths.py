@@ -15,6 +15,7 @@ RESULTS = ROOT / "results"
 NOTEBOOKS = ROOT / "notebooks"
 BOOK = ROOT / "book"
 RUNS = BOOK / "runs"
+DEFAULT_MODEL = "lab-llava"
 
 
 def slug(model_name: str) -> str:

@@ -1,8 +1,8 @@
-"""Intervals for the numbers of the study: bootstrap over images, Wilson's interval for a share.
+"""Intervals and tests for the numbers of the study: bootstrap and sign flips over images, Wilson, McNemar, Holm.
 
-The unit that is drawn again is the *image*. Tokens, heads or questions of one image are not independent, so a
-function that gets several rows an image needs `clusters`, the image of each row, and draws whole images.
-Every function is seeded: the same data give the same interval.
+The unit that is drawn again, or flipped, is the *image*. Tokens, heads or questions of one image are not independent,
+so a function that gets several rows an image needs `clusters`, the image of each row, and keeps images whole.
+Every function is seeded: the same data give the same interval and the same p-value.
 """
 
 from collections.abc import Callable
@@ -154,6 +154,105 @@ def wilson(successes: int, n: int, *, level: float = 0.95) -> Interval:
         raise ValueError(f"need 0 <= successes <= n and n >= 1, not {successes} of {n}")
     low, high = scipy.stats.binomtest(int(successes), int(n)).proportion_ci(level, method="wilson")
     return Interval(successes / n, float(low), float(high), int(n))
+
+
+def sign_flip_test(
+    first: ArrayLike,
+    second: ArrayLike,
+    *,
+    clusters: ArrayLike | None = None,
+    resamples: int = 9999,
+    seed: int = 0,
+    missing: str = "raise",
+) -> float:
+    """Two-sided p-value of a paired permutation test: do two conditions differ in their mean?
+
+    Under the hypothesis that the labels of the conditions mean nothing, each image's difference has either sign with
+    equal chance. All 2^images patterns of signs are tried where `resamples` allows as many, else so many random ones,
+    with the observed pattern counted among them, so that p is never 0 (Phipson & Smyth 2010).
+
+    Args:
+        first, second: [rows], the two conditions on the same rows in the same order.
+        clusters: [rows], the image of each row. The differences of one image change sign together.
+        resamples: the number of random patterns of signs.
+        seed: of the random patterns.
+        missing: "raise" or "drop" rows in which either is not finite.
+
+    Returns:
+        p, 0–1; NaN if no row is left.
+
+    Raises:
+        ValueError: as `difference_interval`.
+    """
+    (above, below), _ = _per_image([first, second], clusters, missing)
+    differences = above - below  # [images], summed over the rows of an image: flipping it flips them all
+    if not len(differences):
+        return float("nan")
+    if len(differences) == 1 or not differences.any():
+        return 1.0  # both signs of one image give the same |mean|
+    test = scipy.stats.permutation_test(
+        [differences],
+        np.sum,
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=resamples,
+        batch=max(1, _CELLS // len(differences)),
+        rng=np.random.default_rng(seed),
+    )
+    return float(test.pvalue)
+
+
+def mcnemar_test(first: ArrayLike, second: ArrayLike) -> float:
+    """Exact two-sided p-value of McNemar's test: are two conditions right equally often on the same questions?
+
+    Only questions that exactly one condition gets right count; under the hypothesis each falls to either side with
+    equal chance (McNemar 1947, with binomial tails).
+
+    Args:
+        first, second: bool [questions], right or wrong under each condition, in the same order. The questions are
+            taken as independent: one a picture. For several questions a picture use
+            `sign_flip_test(..., clusters=image)`.
+
+    Returns:
+        p, 0–1; 1 where no question tells the conditions apart.
+
+    Raises:
+        ValueError: lengths that differ, no question, or values that are no truth values.
+    """
+    first, second = np.asarray(first), np.asarray(second)
+    if first.ndim != 1 or first.shape != second.shape or not len(first):
+        raise ValueError(f"need one truth value a question in each condition, not {first.shape} and {second.shape}")
+    if not (np.isin(first, (0, 1)).all() and np.isin(second, (0, 1)).all()):
+        raise ValueError("McNemar's test takes right or wrong only; compare other scores by sign_flip_test")
+    only_first, only_second = int((first > second).sum()), int((first < second).sum())
+    if only_first + only_second == 0:
+        return 1.0
+    return float(scipy.stats.binomtest(only_first, only_first + only_second, 0.5).pvalue)
+
+
+def holm(p_values: ArrayLike) -> np.ndarray:
+    """p-values adjusted for their number by Holm's step-down procedure (Holm 1979).
+
+    Comparing each with α keeps the chance of any false rejection within α, however the tests depend on one another.
+
+    Args:
+        p_values: [tests], 0–1; NaN where no test was made, which counts for nothing.
+
+    Returns:
+        [tests], each at least its p, at most 1; NaN stays NaN.
+
+    Raises:
+        ValueError: a p outside 0–1.
+    """
+    p = np.asarray(p_values, dtype=np.float64)
+    made = np.flatnonzero(np.isfinite(p))
+    if ((p[made] < 0) | (p[made] > 1)).any():
+        raise ValueError("a p-value lies between 0 and 1")
+    order = made[np.argsort(p[made], kind="stable")]
+    adjusted = np.full(p.shape, np.nan)
+    scaled = p[order] * np.arange(len(order), 0, -1)  # the smallest times m, the next times m − 1, …
+    adjusted[order] = np.minimum(np.maximum.accumulate(scaled), 1.0)
+    return adjusted
 
 
 def _per_image(

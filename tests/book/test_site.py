@@ -16,6 +16,7 @@ from urllib.parse import unquote, urldefrag, urljoin, urlparse
 import pytest
 import yaml
 
+from sinkstudy import claims
 from sinkstudy.paths import ROOT
 
 BUILD = ROOT / "_build"
@@ -183,6 +184,29 @@ def test_search_finds_a_word_without_a_network(browser, site):
     page, problems = open_page(context, site, "search.html?q=register")
     page.locator("#search-results li a").first.wait_for()
     assert not problems
+    context.close()
+
+
+def test_verdicts_on_the_page_are_those_of_the_results(browser, site):
+    context = browser.new_context()
+    context.set_default_timeout(PATIENCE)
+    page, _ = open_page(context, site, "book/verdicts.html")
+    judged = claims.verdicts()
+    shown = page.locator("table.verdicts .verdict").all_inner_texts()
+    shown = [text.partition(" ")[2] for text in shown]
+    controls = claims.controls().state
+    ledger = claims.load()["claims"]
+    chapters = list(dict.fromkeys(claim["chapter"] for claim in ledger))
+    ledger.sort(key=lambda claim: chapters.index(claim["chapter"]))  # a table for each chapter
+    cells = judged.set_index(["claim", "model"]).verdict
+    expected = [cells[claim["id"], model] for claim in ledger for model in judged.model.unique()]
+    assert shown == expected + controls.tolist()
+
+    folded = page.locator("table.verdicts details").first
+    assert not folded.locator("code").is_visible()
+    folded.locator("summary").focus()
+    page.keyboard.press("Enter")
+    assert folded.locator("code").is_visible()
     context.close()
 
 

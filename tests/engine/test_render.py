@@ -34,6 +34,15 @@ DOT = bytes.fromhex(
     "1f15c4890000000d4944415478da636460f85f0f0002870180eb47ba920000000049454e44ae426082"
 )
 
+PAGES = """
+from sinkstudy.paths import RESULTS, atomic
+
+
+def write(folder):
+    with atomic(folder / "part.md") as target:
+        target.write_text("Computed from " + (RESULTS / "lab-llava/02-second/metrics.json").read_text())
+"""
+
 
 def test_render(project: Project):
     project.write("_config.yml", CONFIG)
@@ -67,6 +76,20 @@ def test_render(project: Project):
     other = (html / "book/runs/owner--other/01-first.html").read_text()
     assert ">7\n" in other and re.search(r'href="#part-owner-other"', other)
 
+    project.write("sinkstudy/pages.py", PAGES)
+    project.write("data/claims.yml", "claims: []")
+    project.write("results/lab-llava/02-second/metrics.json", "4711")
+    project.write("book/intro.md", "# Intro\n\n```{include} ../_build/pages/part.md\n```\n")
+    project.call("book")
+    assert "Computed from 4711" in (html / "book/intro.html").read_text()
+    assert "up to date" in project.call("book")
+    project.write("results/lab-llava/02-second/metrics.json", "0815")  # another run, say: the page follows
+    project.call("book")
+    assert "Computed from 0815" in (html / "book/intro.html").read_text()
+    project.write("sinkstudy/pages.py", "def write(folder):\n    raise ValueError('claim 3 has no source')\n")
+    assert project.call("book", code=1) == "sinkstudy: claim 3 has no source\n"
+
     project.write("book/intro.md", "# Intro\n\n{ref}`nowhere`\n")
+    project.write("sinkstudy/pages.py", PAGES)
     assert "was not rendered without a warning" in project.call("book", code=1)
     assert "was not rendered without a warning" in project.call("book", code=1)  # not taken for a whole book

@@ -1,10 +1,24 @@
 """Intervals against independent references: statsmodels for the share, closed forms and coverage for the bootstrap."""
 
+import itertools
+
 import numpy as np
 import pytest
+import scipy.stats
+from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
+from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
-from sinkstudy.stats import Interval, difference_interval, mean_interval, ratio_interval, wilson
+from sinkstudy.stats import (
+    Interval,
+    difference_interval,
+    holm,
+    mcnemar_test,
+    mean_interval,
+    ratio_interval,
+    sign_flip_test,
+    wilson,
+)
 
 
 @pytest.mark.parametrize(("hits", "n"), [(0, 10), (10, 10), (3, 7), (450, 500), (1, 1)])
@@ -132,3 +146,77 @@ def test_missing_rows_are_dropped_with_their_pairs():
         mean_interval(above)
     with pytest.raises(ValueError, match="'raise' or 'drop'"):
         mean_interval(above, missing="skip")
+
+
+def test_sign_flips_of_few_images_are_counted_out():
+    first, second = np.array([3.0, 1.0, 2.5, 4.0]), np.array([1.0, 0.5, 1.0, 1.0])
+    assert sign_flip_test(first, second) == 2 / 2**4  # only all plus and all minus reach the observed sum
+    mixed = np.array([2.0, -1.0, 3.0, 0.5, 1.0])
+    flipped = [abs(np.dot(signs, mixed)) for signs in itertools.product((1, -1), repeat=5)]
+    assert sign_flip_test(mixed, 0 * mixed) == np.mean(np.array(flipped) >= abs(mixed.sum()) - 1e-12)
+
+
+def test_sign_flips_of_many_images_approach_the_t_test():
+    rng = np.random.default_rng(8)
+    first, second = rng.normal(0.2, 1.0, 150), rng.normal(0.0, 1.0, 150)
+    p = sign_flip_test(first, second)
+    assert p == pytest.approx(scipy.stats.ttest_rel(first, second).pvalue, abs=0.02)
+    assert sign_flip_test(first, second, seed=3) == pytest.approx(p, abs=0.02)
+    assert sign_flip_test(second, first) == pytest.approx(p, abs=0.02)
+    assert sign_flip_test(first + 5.0, second) == 2 / 10_000  # no random pattern reaches it; p is not 0
+
+
+def test_sign_flips_keep_their_level_and_flip_images_whole():
+    rng = np.random.default_rng(9)
+    image = np.repeat(np.arange(25), 8)
+    whole, naive = [], []
+    for _ in range(150):
+        difference = rng.normal(size=25)[image] + 0.2 * rng.normal(size=200)  # questions of one image go together
+        whole.append(sign_flip_test(difference, 0 * difference, clusters=image, resamples=199) <= 0.05)
+        naive.append(sign_flip_test(difference, 0 * difference, resamples=199) <= 0.05)
+    assert np.mean(whole) <= 0.11  # 0.05 and three standard errors
+    assert np.mean(naive) > 0.3
+    single = sign_flip_test(np.arange(25.0), np.zeros(25))
+    repeated = sign_flip_test(np.repeat(np.arange(25.0), 8), np.zeros(200), clusters=image)
+    assert repeated == pytest.approx(single)
+
+
+def test_sign_flips_without_anything_to_flip():
+    assert sign_flip_test([1.0, 2.0], [1.0, 2.0]) == 1.0
+    assert sign_flip_test([5.0], [1.0]) == 1.0
+    assert np.isnan(sign_flip_test([np.nan], [1.0], missing="drop"))
+    with pytest.raises(ValueError, match="same length"):
+        sign_flip_test([1.0, 2.0], [1.0])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_mcnemar_agrees_with_statsmodels(seed):
+    rng = np.random.default_rng(seed)
+    first, second = rng.random(80) < 0.8, rng.random(80) < 0.65
+    table = [[(first & second).sum(), (first & ~second).sum()], [(~first & second).sum(), (~first & ~second).sum()]]
+    assert mcnemar_test(first, second) == pytest.approx(statsmodels_mcnemar(table, exact=True).pvalue, abs=1e-12)
+
+
+def test_mcnemar_closed_form_and_bad_input():
+    assert mcnemar_test([1, 1, 1, 1, 1, 0], [0, 0, 0, 0, 0, 0]) == pytest.approx(2 / 2**5)
+    assert mcnemar_test([True, False], [True, False]) == 1.0
+    with pytest.raises(ValueError, match="one truth value"):
+        mcnemar_test([True], [True, False])
+    with pytest.raises(ValueError, match="right or wrong"):
+        mcnemar_test([0.5, 1.0], [1.0, 1.0])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_holm_agrees_with_statsmodels(seed):
+    p = np.random.default_rng(seed).random(12) ** 4
+    assert holm(p) == pytest.approx(multipletests(p, method="holm")[1], abs=1e-12)
+
+
+def test_holm_closed_form_ties_and_tests_not_made():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.5]) == pytest.approx([1.0, 1.0])
+    adjusted = holm([np.nan, 0.01, np.nan, 0.04])
+    assert np.isnan(adjusted[[0, 2]]).all() and adjusted[[1, 3]] == pytest.approx([0.02, 0.04])
+    assert holm([]).shape == (0,)
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        holm([1.2])

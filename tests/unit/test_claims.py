@@ -1,0 +1,253 @@
+"""The ledger against its rules, and verdicts against outcomes worked out by hand."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import scipy.stats
+import yaml
+
+from sinkstudy import claims, stats
+
+LEDGER = {
+    "claims": [
+        {
+            "id": name,
+            "claim": "Something.",
+            "source": "luo2026sink",
+            "where": "here",
+            "grade": "A",
+            "chapter": "04-toy",
+            "figure": "fig-toy",
+            "metric": f"{{model}}.{name}.effect",
+            "unit": unit,
+            "supported": rule,
+        }
+        for name, unit, rule in (("up", "times", {"above": 1.5}), ("same", "points", {"between": [-2, 2]}))
+    ],
+    "controls": [
+        {"id": "c", "rule": "It holds.", "chapter": "04-toy", "metric": "lab-llava.up.effect", "holds": {"below": 2}}
+    ],
+}
+
+
+def write(root, run, rows, chapter="04-toy"):
+    folder = root / run / chapter
+    folder.mkdir(parents=True, exist_ok=True)
+    keys = ("name", "value", "low", "high", "n", "unit")
+    (folder / "metrics.json").write_text(json.dumps([dict(zip(keys, row, strict=True)) for row in rows]))
+
+
+def verdict(root, claim="up", model="lab-llava"):
+    table = claims.verdicts(root, LEDGER).set_index(["claim", "model"])
+    return table.loc[(claim, model)]
+
+
+# ---- the ledger
+
+
+def test_ledger_of_the_study_is_well_formed():
+    ledger = claims.load()
+    assert len(ledger["claims"]) > 20 and len(ledger["controls"]) > 5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.pop("source"), r"keys missing: \['source'\]"),
+        (lambda c: c.update(colour="red"), r"unknown: \['colour'\]"),
+        (lambda c: c.update(id="same"), "the id is there twice"),
+        (lambda c: c.update(source="nobody2020"), "not in references.bib"),
+        (lambda c: c.update(grade="E"), "none of A, B, C, D"),
+        (lambda c: c.update(metric="lab-llava.effect"), "must begin with '{model}.'"),
+        (lambda c: c.update(chapter="four"), "no chapter"),
+        (lambda c: c.update(chapter="03-propagations"), "no chapter '03-propagations', but '03-propagation'"),
+        (lambda c: c.update(chapter="03-propagation"), "no figure 'fig-toy' in 03-propagation.ipynb"),
+        (lambda c: c.update(supported={"above": 1, "below": 3}), "needs one of above"),
+        (lambda c: c.update(supported={"above": "much"}), "needs one of above"),
+        (lambda c: c.update(supported={"above": True}), "needs one of above"),
+        (lambda c: c.update(supported={"between": [2, 1]}), "needs one of above"),
+        (lambda c: c.update(supported={"between": 1}), "needs one of above"),
+        (lambda c: c.update(supported={"near": 1}), "needs one of above"),
+    ],
+)
+def test_ledger_with_a_mistake_is_one_clear_error(tmp_path, change, message):
+    ledger = copy.deepcopy(LEDGER)
+    path = tmp_path / "claims.yml"
+    path.write_text(yaml.safe_dump(ledger))
+    assert claims.load(path) == ledger
+    change(ledger["claims"][0])
+    path.write_text(yaml.safe_dump(ledger))
+    with pytest.raises(ValueError, match=message) as error:
+        claims.load(path)
+    assert "\n" not in str(error.value)
+
+
+# ---- one number
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "rule", "expected"),
+    [
+        (1.6, 3.0, {"above": 1.5}, "supported"),
+        (1.4, 3.0, {"above": 1.5}, "inconclusive"),
+        (1.5, 3.0, {"above": 1.5}, "inconclusive"),  # the bound itself is not above the bound
+        (0.5, 1.4, {"above": 1.5}, "contradicted"),
+        (-9.0, -5.1, {"below": -5}, "supported"),
+        (-9.0, -4.0, {"below": -5}, "inconclusive"),
+        (-4.0, 1.0, {"below": -5}, "contradicted"),
+        (-1.0, 1.0, {"between": [-2, 2]}, "supported"),
+        (-3.0, 1.0, {"between": [-2, 2]}, "inconclusive"),
+        (-9.0, 9.0, {"between": [-2, 2]}, "inconclusive"),  # both ends disagree, on both sides
+        (2.5, 9.0, {"between": [-2, 2]}, "contradicted"),
+        (-9.0, -2.5, {"between": [-2, 2]}, "contradicted"),
+        (np.nan, np.nan, {"above": 0}, "inconclusive"),
+    ],
+)
+def test_side(low, high, rule, expected):
+    assert claims.side(low, high, rule) == expected
+
+
+def test_p_values_are_those_of_a_z_test():
+    rng = np.random.default_rng(0)
+    sample = rng.normal(0.3, 1.0, 400)
+    error = sample.std(ddof=1) / 20
+    low, high = sample.mean() - 1.959964 * error, sample.mean() + 1.959964 * error
+    for bound in (0.0, 0.25, 0.9):
+        expected = 2 * scipy.stats.norm.sf(abs(sample.mean() - bound) / error)
+        assert claims.p_value(sample.mean(), low, high, {"above": bound}) == pytest.approx(expected)
+        assert claims.p_value(sample.mean(), low, high, {"below": bound}) == pytest.approx(expected)
+
+
+def test_p_value_takes_the_half_of_the_interval_that_faces_the_bound():
+    assert claims.p_value(2.0, 1.0, 10.0, {"above": 0.0}) == pytest.approx(2 * scipy.stats.norm.sf(2 * 1.959964))
+    assert claims.p_value(2.0, 1.0, 10.0, {"above": 18.0}) == pytest.approx(2 * scipy.stats.norm.sf(2 * 1.959964))
+    at_the_edge = claims.p_value(2.0, 0.0, 9.0, {"above": 0.0})
+    assert at_the_edge == pytest.approx(0.05)  # interval and p tell the same
+    assert claims.p_value(1.0, 0.5, 2.0, {"above": 1.0}) == 1.0
+
+
+def test_equivalence_is_two_one_sided_tests():
+    from statsmodels.stats.weightstats import ztost
+
+    sample = np.random.default_rng(1).normal(0.4, 3.0, 200)
+    half = 1.959964 * sample.std(ddof=1) / np.sqrt(200)
+    p = claims.p_value(sample.mean(), sample.mean() - half, sample.mean() + half, {"between": [-1, 1]})
+    assert p == pytest.approx(ztost(sample, -1, 1)[0], rel=1e-5)
+    outside = claims.p_value(3.0, 2.5, 3.5, {"between": [-1, 1]})
+    assert outside == pytest.approx(2 * scipy.stats.norm.sf(4 * 1.959964))
+
+
+def test_interval_without_width():
+    assert np.isnan(claims.p_value(1.0, 1.0, 1.0, {"above": 0.0}))
+    low, high = claims.widen(0.0, 0.0, 128, "points")
+    assert scipy.stats.binom.cdf(0, 128, high / 100) == pytest.approx(0.05)  # no event in 128, with 5 %
+    assert low == -high and high == pytest.approx(300 / 128, rel=0.02)
+    assert claims.widen(0.5, 0.5, 128, "nats") == (0.5, 0.5)
+    assert claims.widen(1.0, 2.0, 128, "points") == (1.0, 2.0)
+
+
+# ---- all together
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ((3.0, 2.5, 3.5, 99, ""), "supported"),
+        ((1.0, 0.8, 1.2, 99, ""), "contradicted"),
+        ((1.6, 1.4, 1.8, 99, ""), "inconclusive"),
+        ((None, None, None, 0, ""), "not applicable"),
+        ((3.0, None, None, 1, ""), "inconclusive"),  # one picture has no interval
+        ((3.0, 3.0, 3.0, 99, ""), "inconclusive"),  # nothing varies, and a ratio has no largest value
+    ],
+)
+def test_verdict_of_one_claim(tmp_path, row, expected):
+    write(tmp_path, "lab-llava", [("lab-llava.up.effect", *row)])
+    assert verdict(tmp_path).verdict == expected
+    assert verdict(tmp_path, "same").verdict == "not run"
+
+
+def test_share_without_spread_is_judged_by_the_number_of_pictures(tmp_path):
+    write(tmp_path, "lab-llava", [("lab-llava.same.effect", 0.0, 0.0, 0.0, 100, "points")])
+    assert verdict(tmp_path, "same").verdict == "inconclusive"  # up to 3 points may have been missed
+    write(tmp_path, "lab-llava", [("lab-llava.same.effect", 0.0, 0.0, 0.0, 1000, "points")])
+    found = verdict(tmp_path, "same")
+    assert found.verdict == "supported" and found.high == pytest.approx(0.299, abs=0.001)
+
+
+def test_holm_runs_over_the_claims_of_one_model(tmp_path):
+    barely = (2.0, 1.51, 2.49, 99, "")  # supported at p = 0.0455 if it stands alone
+    write(tmp_path, "lab-llava", [("lab-llava.up.effect", *barely), ("lab-llava.same.effect", 1.0, -5.0, 7.0, 99, "")])
+    write(tmp_path, "alone", [("alone.up.effect", *barely)])
+    table = claims.verdicts(tmp_path, LEDGER).set_index(["claim", "model"])
+    assert table.verdict["up", "alone"] == "supported"
+    assert table.p["up", "lab-llava"] == table.p["up", "alone"] == pytest.approx(0.0455, abs=1e-4)
+    assert table.p_holm["up", "lab-llava"] == pytest.approx(2 * table.p["up", "lab-llava"])
+    assert table.verdict["up", "lab-llava"] == "inconclusive"  # two claims were judged there
+
+
+def test_own_run_comes_before_control_and_names_may_differ_in_case(tmp_path):
+    number = (3.0, 2.5, 3.5, 99, "")
+    write(
+        tmp_path,
+        "lab-llava",
+        [
+            ("lab-llava.up.effect", *number),
+            ("lab-twin.up.effect", 1.0, 0.8, 1.2, 99, ""),
+            ("lab-twin.minus.lab-llava.up.effect", *number),
+            ("lab-other.up.effect", *number),
+        ],
+    )
+    write(tmp_path, "lab-twin", [("lab-twin.up.effect", *number)])
+    write(tmp_path, "owner--Model-1.5", [("owner--model-1.5.up.effect", *number)])
+    write(tmp_path, "owner--Model-1.5", [("owner--model-1.5.up.effect", *number)], chapter="05-unrelated")
+    table = claims.verdicts(tmp_path, LEDGER)
+    ups = table[table.claim == "up"].set_index("model")
+    assert list(ups.index) == ["lab-llava", "lab-twin", "owner--model-1.5", "lab-other"]
+    assert ups.run.to_dict() == {
+        "lab-llava": "lab-llava",
+        "lab-twin": "lab-twin",
+        "owner--model-1.5": "owner--Model-1.5",
+        "lab-other": "lab-llava",
+    }
+    assert ups.verdict["lab-twin"] == "supported"
+
+
+def test_nothing_was_run(tmp_path):
+    assert claims.verdicts(tmp_path, LEDGER).empty
+    assert claims.controls(tmp_path, LEDGER).state.tolist() == ["not run"]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ((1.0, 0.8, 1.2, 99, ""), "holds"),
+        ((1.9, 1.8, 2.1, 99, ""), "unclear"),
+        ((3.0, 2.8, 3.1, 99, ""), "fails"),
+        ((0.0, 0.0, 0.0, 99, ""), "holds"),
+    ],
+)
+def test_state_of_a_control(tmp_path, row, expected):
+    write(tmp_path, "another-run", [("lab-llava.up.effect", 9.0, 8.0, 10.0, 99, "")])
+    assert claims.controls(tmp_path, LEDGER).state.tolist() == ["not run"]  # only the default run counts
+    write(tmp_path, "lab-llava", [("lab-llava.up.effect", *row)])
+    assert claims.controls(tmp_path, LEDGER).state.tolist() == [expected]
+
+
+@pytest.mark.parametrize("number", range(len(claims.load()["controls"])))
+def test_controls_of_the_study_hold_in_the_committed_results(number):
+    """What must hold if the instrument works, whichever way the claims come out."""
+    control = claims.load()["controls"][number]
+    found = claims.controls().set_index("control").loc[control["id"]]
+    if not (claims.RESULTS / "lab-llava" / control["chapter"]).is_dir():
+        pytest.skip(f"chapter {control['chapter']} has no results yet")
+    assert found.state == "holds", f"{control['rule']} {stats.Interval(*found[['value', 'low', 'high', 'n']])}"
+
+
+def test_chapters_write_the_metrics_that_the_ledger_names():
+    table = claims.verdicts()
+    not_run = table[(table.model == "lab-llava") & (table.verdict == "not run")].claim
+    chapters = {claim["id"]: claim["chapter"] for claim in claims.load()["claims"]}
+    late = [claim for claim in not_run if (claims.RESULTS / "lab-llava" / chapters[claim]).is_dir()]
+    assert not late, "the chapter has results, but not the metric of these claims"
