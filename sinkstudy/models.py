@@ -294,6 +294,10 @@ class LVLM:
         batch.pop("labels", None)
         return batch.to(self.device, dtype=self.model.dtype)
 
+    def see(self, inputs: BatchFeature) -> None:
+        """Send the images of a batch through tower and connector, without the decoder, for hooks to watch."""
+        self.model.get_image_features(**{k: v for k, v in inputs.items() if "pixel" in k or "image" in k})
+
     def visual_positions(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Positions of the visual tokens, long [batch, n_visual]; for LLaVA visual token j is patch j.
 
