@@ -26,13 +26,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from sinkstudy.paths import BOOK, DATA, MODELS, NOTEBOOKS, RESULTS, ROOT, RUNS, atomic, lab_models, slug
+from sinkstudy.paths import BOOK, DATA, MODELS, NOTEBOOKS, RESULTS, ROOT, RUNS, atomic, hub_commit, lab_models, slug
 
 DEFAULT_MODEL = "lab-llava"
 WORK = RUNS / ".work"  # half-made things, never read by the book
 BUILD = ROOT / "_build"
 DTYPES = ("float32", "bfloat16", "float16")
-HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 VERSIONS = ("torch", "transformers", "captum", "numpy", "pandas", "scipy", "seaborn", "papermill", "jupyter-book")
 
 
@@ -246,24 +245,13 @@ def execute(notebook: str, run: str, parameters: dict[str, Any]) -> None:
             noted["results_sha256"] = files_sha256(_files(RESULTS / run / notebook))
             noted["started"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started))
             noted["seconds"] = round(time.time() - started, 1)
-            noted["revision"] = _commit(values)
+            noted["revision"] = hub_commit(values.get("model", ""), values.get("revision")) or ""
             page = tidy(nbformat.read(copy, as_version=4))
             if run != DEFAULT_MODEL:
                 _own_labels(page, run)
             page.metadata["sinkstudy"] = noted
             with atomic(RUNS / run / f"{notebook}.ipynb") as target:
                 nbformat.write(page, target)
-
-
-def _commit(values: dict[str, Any]) -> str:
-    """The commit of the hub model that was just loaded under `values`; empty for a folder."""
-    model = values.get("model", "")
-    if model in lab_models() or not re.fullmatch(HUB_ID, model):
-        return ""
-    from huggingface_hub import try_to_load_from_cache
-
-    config = try_to_load_from_cache(model, "config.json", revision=values.get("revision") or None)
-    return Path(config).parent.name if isinstance(config, str) else ""  # the cache has a folder a commit
 
 
 def _kernel_environment(work: Path, values: dict[str, Any]) -> None:
@@ -489,7 +477,7 @@ def check_model(name: str) -> str:
         return str(folder.resolve())
     if folder.is_dir():
         raise UserError(f"the folder {name} holds no model: it has no config.json")
-    if re.fullmatch(HUB_ID, name):
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
         return name
     raise UserError(
         f"unknown model '{name}': not one of {', '.join(lab_models()) or 'the lab models (none is here)'},"

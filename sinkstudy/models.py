@@ -29,7 +29,7 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 from transformers.vision_utils import get_vision_window_index
 
 from sinkstudy.lab import registers  # noqa: F401  (makes the register tower known to AutoModel)
-from sinkstudy.paths import MODELS, lab_models
+from sinkstudy.paths import MODELS, hub_commit, lab_models
 
 
 @dataclass(frozen=True)
@@ -484,7 +484,7 @@ def load(
     """
     dtype = _dtype(dtype)
     check_device(device, dtype)
-    spec, config = _configuration(name, revision)
+    spec, _ = _configuration(name, revision)
     # a progress bar in a notebook is a widget, and a page with a widget asks another host for its scripts
     transformers.utils.logging.disable_progress_bar()
     with _reading(name):
@@ -500,7 +500,7 @@ def load(
         model=model.eval().requires_grad_(False),
         processor=_processor(name, spec, revision),
         name=name,
-        revision=getattr(config, "_commit_hash", None),
+        revision=hub_commit(name, revision),
         spec=spec,
     )
 
@@ -517,7 +517,7 @@ def outline(name: str, *, dtype: str | torch.dtype = "float32", revision: str | 
     with torch.device("meta"):
         model = getattr(transformers, spec.model_class)(config)
     processor = _processor(name, spec, revision)
-    return LVLM(model.to(_dtype(dtype)).eval(), processor, name, getattr(config, "_commit_hash", None), spec)
+    return LVLM(model.to(_dtype(dtype)).eval(), processor, name, hub_commit(name, revision), spec)
 
 
 def _configuration(name: str, revision: str | None) -> tuple[Spec, PretrainedConfig]:
