@@ -5,7 +5,7 @@ import pytest
 from tests.engine.conftest import Project
 
 BAD = {
-    "unknown name": (["-p", "colour=red"], "unknown parameter 'colour'; the notebooks have: data, device"),
+    "unknown name": (["-p", "colour=red"], "unknown parameter 'colour'; the notebooks have: batch_size, data, device"),
     "no value": (["-p", "seed"], "-p takes NAME=VALUE, not 'seed'"),
     "wrong type": (["-p", "limit=many"], "parameter 'limit' is of type int (default 3), and 'many' is not"),
     "float for int": (["-p", "limit=2.5"], "parameter 'limit' is of type int (default 3), and 2.5 is not"),
@@ -16,6 +16,9 @@ BAD = {
     "missing path": (["-p", "data=data/none.csv"], "parameter 'data': there is no file or folder data/none.csv"),
     "unknown device": (["--device", "tpu"], "unknown device 'tpu': cpu, cuda, cuda:1, ..., mps or auto"),
     "unknown dtype": (["--dtype", "int3"], "unknown dtype 'int3': one of float32, bfloat16, float16"),
+    "no picture": (["--limit", "0"], "parameter 'limit' is 1 at least, and 0 is not"),
+    "empty batch": (["--batch-size", "0"], "parameter 'batch_size' is 1 at least, and 0 is not"),
+    "revision of a folder": (["--revision", "v1"], "lab-llava is a folder and has no revision 'v1'"),
     "unknown notebook": (["--only", "07"], "no notebook begins with '07'; there are: 01-first, 02-second"),
     "bad run name": (["--name", "a/b"], "'a/b' is no name for a run"),
     "update of another run": (["--update-notebooks", "--seed", "1"], "--update-notebooks is for the default run"),
@@ -58,6 +61,14 @@ def test_fitting_values_reach_the_notebook(project: Project):
     page = project.page("02-second", run="my-model")
     assert page.cells[-1].outputs[0].text == "my-model 2.0 ['lab-llava', 'owner/name'] 5 bfloat16\n"
     assert "run my-model: 02-second\n" in project.call("models")
+
+
+def test_options_reach_the_notebooks_that_have_them(project: Project):
+    project.notebook("01-first", "print(model, batch_size, revision)")
+    project.notebook("02-second", "print(model)", parameters='model = "lab-llava"')
+    project.call("run", "owner/name", "--revision", "v1", "--batch-size", "2")
+    assert project.page("01-first", run="owner--name").cells[-1].outputs[0].text == "owner/name 2 v1\n"
+    assert project.page("02-second", run="owner--name").cells[-1].outputs[0].text == "owner/name\n"
 
 
 def test_unknown_command_fails(project: Project):

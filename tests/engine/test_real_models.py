@@ -85,7 +85,6 @@ def test_a_chapter_runs_on_a_revision_of_a_hub_model(checkout: Commands, model: 
 
 # ------------------------------------------------------------------------------------------------- messages
 def test_a_model_that_cannot_be_used_is_refused_before_a_kernel_starts(checkout: Commands, model: Path, tmp_path: Path):
-    (tmp_path / "nothing").mkdir()
     LlamaConfig(vocab_size=8).save_pretrained(tmp_path / "text")
     giant = tmp_path / "giant"
     giant.mkdir()
@@ -95,17 +94,12 @@ def test_a_model_that_cannot_be_used_is_refused_before_a_kernel_starts(checkout:
     config["text_config"] |= {"hidden_size": 2**20, "intermediate_size": 2**22}
     (giant / "config.json").write_text(json.dumps(config))
     cases = [
-        ([tmp_path / "nothing"], "holds no model: it has no config.json"),
-        ([tmp_path / "text"], "architecture 'llama' is not known; known: llava, "),
-        ([giant], "giant in float32 needs about "),
-        ([model, "--revision", "v1"], "tiny-qwen is a folder and has no revision 'v1'"),
-        (["lab-llava", "--revision", "v1"], "lab-llava is a folder and has no revision 'v1'"),
-        (["llava-hf/llava-1.5-7b-hf"], "llava-hf/llava-1.5-7b-hf cannot be read: We couldn't connect to "),
-        ([model, "--batch-size", "0"], "parameter 'batch_size' is 1 at least, and 0 is not"),
-        ([model, "--limit", "0"], "parameter 'limit' is 1 at least, and 0 is not"),
+        (tmp_path / "text", "architecture 'llama' is not known; known: llava, "),
+        (giant, "giant in float32 needs about "),
+        ("llava-hf/llava-1.5-7b-hf", "llava-hf/llava-1.5-7b-hf cannot be read: We couldn't connect to "),
     ]
-    for arguments, message in cases:
-        printed = checkout.call("run", *map(str, arguments), "--only", "01", code=1)
+    for name, message in cases:
+        printed = checkout.call("run", str(name), "--only", "01", code=1)
         assert message in printed and printed.startswith("sinkstudy: ")
         assert len(printed.splitlines()) == 1
 

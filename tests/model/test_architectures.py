@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import CONFIG_MAPPING, LlamaConfig
 
 from sinkstudy import models
-from sinkstudy.capture import attention_received, attention_rows, hidden_states, trace
+from sinkstudy.capture import attention_received, attention_rows, hidden_states, trace, trace_tower
 
 close = dict(atol=1e-5, rtol=1e-4)
 SIZES = [(48, 32), (32, 64), (64, 64)]  # (width, height), which the Qwen processors leave as they are
@@ -398,6 +398,32 @@ def test_trace(lvlm, pictures):
     if len({len(layout.vision) for layout in lvlm.layout(lvlm.inputs(pictures, QUESTIONS))}) > 1:
         with pytest.raises(ValueError, match="images of one size"):
             trace(lvlm, pictures, QUESTIONS, batch_size=1)
+
+
+def test_trace_of_the_tower_alone(lvlm, pictures):
+    """As the whole pass shows it; uniform attention is 1 over each image, tile or window."""
+    several = [pictures[2]] * 3
+    whole = trace(lvlm, several, QUESTIONS)
+    decoder = []
+    hook = lvlm.decoder.register_forward_hook(lambda module, args, out: decoder.append(1))
+    norms, received = trace_tower(lvlm, several, batch_size=2)
+    hook.remove()
+    assert not decoder
+    torch.testing.assert_close(norms, whole.vision_norms, **close)
+    assert received.shape == whole.vision_received.shape
+    keys = received / whole.vision_received  # that each patch competes with
+    if lvlm.spec.packed:  # 64 patches of an image, 16 of a window of Qwen2.5-VL, which layer 1 has not
+        expected = torch.tensor([16, 64, 16] if lvlm.spec.order == "windows" else [64] * 3).float()
+        torch.testing.assert_close(keys, expected[:, None, None].expand_as(keys), **close)
+        torch.testing.assert_close(received.mean(-1), torch.ones(received.shape[:-1]), **close)
+    else:  # of a tile, CLS and registers too
+        n = lvlm.n_prefix + lvlm.grid[0] * lvlm.grid[1]
+        torch.testing.assert_close(keys, torch.full_like(keys, n), **close)
+    with pytest.raises(ValueError, match="no images"):
+        trace_tower(lvlm, [])
+    if lvlm.spec.packed:
+        with pytest.raises(ValueError, match="images of one size"):
+            trace_tower(lvlm, pictures)
 
 
 def test_lift(lvlm, layouts):

@@ -2,6 +2,7 @@
 
 import json
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -115,6 +116,59 @@ def test_a_hub_model_without_network(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="llava-hf/no-such-model cannot be read: .*connect"):
         models.load("llava-hf/no-such-model")
+
+
+def test_a_hub_model_that_cannot_be_reached(monkeypatch, tmp_path):
+    """A connection that is refused, at once and at every further trial."""
+
+    def refused(*args, **kwargs):
+        raise httpx.ConnectError("[Errno 111] Connection refused")
+
+    monkeypatch.setattr(httpx.HTTPTransport, "handle_request", refused)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    with pytest.raises(ValueError, match="owner/no-such-model cannot be read: .*connect") as found:
+        models.load("owner/no-such-model")
+    assert "\n" not in str(found.value)
+
+
+def test_a_folder_has_no_revision(tiny):
+    with pytest.raises(ValueError, match="is a folder and has no revision 'v1'"):
+        models.load(tiny.name, revision="v1")
+    assert models.load(tiny.name, revision="").revision is None
+
+
+@pytest.mark.parametrize("dtype, others", [("float16", "bfloat16 or float32"), ("bfloat16", "float16 or float32")])
+def test_a_device_that_lacks_a_dtype(tiny, monkeypatch, dtype, others):
+    """The CPU of this torch computes in all three; one that does not raises, as older ones do."""
+    models.check_device("cpu", dtype)
+
+    def lacks(one, other):
+        raise RuntimeError(f"\"addmm_impl_cpu_\" not implemented for {one.dtype}")
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lacks)
+    message = rf"device 'cpu' does not compute in {dtype}: take another dtype \({others}\)"
+    with pytest.raises(ValueError, match=message):
+        models.load(tiny.name, dtype=dtype)
+
+
+def test_an_outline_is_the_model_without_weights(tiny):
+    outline = models.outline(tiny.name, dtype="bfloat16")
+    shapes = {name: tuple(p.shape) for name, p in tiny.model.named_parameters()}
+    assert {name: tuple(p.shape) for name, p in outline.model.named_parameters()} == shapes
+    assert outline.model.dtype == torch.bfloat16 and outline.device.type == "meta"
+    assert (outline.grid, outline.n_prefix, outline.prompt("how many")) == (
+        tiny.grid,
+        tiny.n_prefix,
+        tiny.prompt("how many"),
+    )
+
+
+def test_auto_without_a_gpu_is_the_cpu(tiny, images, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    auto = models.load(tiny.name, device="auto")
+    inputs = auto.inputs(images[:1], ["how many"])
+    assert auto.device.type == "cpu"
+    assert torch.equal(auto.model(**inputs).logits, tiny.model(**inputs).logits)
 
 
 def test_layouts_that_do_not_fit(tiny):

@@ -1,5 +1,6 @@
 """What chapters begin with: pictures of a folder or of the lab, questions, and controls that fit."""
 
+import architectures
 import numpy as np
 import pytest
 import torch
@@ -57,3 +58,25 @@ def test_controls_of_the_same_grid_stand_beside_the_model():
     lvlms, left_out = study.load("lab-llava", ["lab-llava-sinks", "no-such-model", "lab-llava"], shown[0])
     assert list(lvlms) == ["lab-llava", "lab-llava-sinks"] and left_out == ["no-such-model"]
     assert study.patch_grid(lvlms["lab-llava"], shown[0]) == (1, 12, 12)
+
+
+def test_a_control_that_takes_no_such_picture_is_left_out(tmp_path):
+    """Lab models take 96 x 96 pixels only; another model resizes."""
+    architectures.write(tmp_path / "tiny", "llava")
+    picture = Image.new("RGB", (200, 90))
+    lvlms, left_out = study.load(str(tmp_path / "tiny"), ["lab-llava"], picture)
+    assert list(lvlms) == ["tiny"] and left_out == ["lab-llava"]
+    assert study.patch_grid(lvlms["tiny"], picture) == (1, 4, 4)
+
+
+def test_a_revision_is_the_models_and_not_the_controls(monkeypatch):
+    asked = {}
+
+    def load(name, revision=None, **how):
+        asked[name] = revision
+        raise ValueError if name == "lab-llava-sinks" else LookupError
+
+    monkeypatch.setattr(study.models, "load", load)
+    with pytest.raises(LookupError):
+        study.load("owner/name", [], None, revision="v1")
+    assert asked == {"owner/name": "v1"}
