@@ -237,6 +237,19 @@ def test_hiding_only_reaches_the_answer_through_attention(lvlm, images):
     assert not any(layer.get_submodule(lvlm.spec.decoder_attention)._forward_pre_hooks for layer in lvlm.decoder_layers)
 
 
+@pytest.mark.parametrize("visible_to", ["nobody", "visual"])
+@pytest.mark.parametrize("name", ["llava", "gemma3"])
+def test_hidden_tokens_stay_hidden_while_the_answer_is_written(name, visible_to, images, tmp_path_factory):
+    """With kept keys as without: also where a sliding window has forgotten the first ones (Gemma 3)."""
+    lvlm = load(name, tmp_path_factory)
+    inputs = lvlm.inputs([images["a"]], [TEXTS[0]])
+    masks = [groups(lvlm, {"a": images["a"]})["a"]]
+    how = {"max_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    with ablation.hidden(lvlm, inputs, masks, visible_to=visible_to), torch.no_grad():
+        kept, again = (lvlm.model.generate(**inputs, **how, use_cache=cache) for cache in (True, False))
+    torch.testing.assert_close(torch.stack(kept.logits), torch.stack(again.logits), atol=3e-5, rtol=1e-4)
+
+
 # ------------------------------------------------------------------------------------------------- with evaluate
 @pytest.mark.filterwarnings("ignore:.*share no prefix")
 @pytest.mark.parametrize("name", [*SHARING, "paligemma", "aya_vision", "idefics3"])
