@@ -37,15 +37,28 @@ from sinkstudy.paths import DATA
 ANSWERS = DATA / "cache" / "answers"
 
 
+class Prefixes(BatchFeature):
+    """Model inputs of the prefixes of some images, [images, tokens], or of one whole prompt.
+
+    `image_ids` names the images. `rows`, long [rows], says at any time which of them each row of the decoder's batch is
+    about: 0, 1, .. while it reads the prefixes, and later that of each question.
+    """
+
+    def __init__(self, data: Mapping[str, Any], image_ids: Sequence[str]) -> None:
+        super().__init__(dict(data))
+        self.image_ids = list(image_ids)
+        self.rows = torch.arange(len(self.image_ids))
+
+
 @dataclass(frozen=True)
 class Intervention:
     """A change of the forward pass, as a context manager that is entered anew for every batch of images.
 
-    `around(lvlm, inputs)` gives the context. `inputs` are the images' prefixes, [images, tokens] without padding, so
-    `lvlm.layout(inputs)` finds patches and visual tokens, at the positions that they have in every later pass too.
-    Inside, the decoder sees the prefixes [images, tokens, width] (unless they are kept), then the rest of the prompts
-    [questions, tokens, width], then one token of each answer at a time; padding, where questions differ in length,
-    stands between prefix and question. Where prefixes cannot be shared (see `evaluate`), `inputs` and what the
+    `around(lvlm, inputs)` gives the context. `inputs` are `Prefixes`: those of the images, [images, tokens] without
+    padding, so `lvlm.layout(inputs)` finds patches and visual tokens, at the positions that they have in every later
+    pass too. Inside, the decoder sees the prefixes [images, tokens, width] (unless they are kept), then the rest of the
+    prompts [questions, tokens, width], then one token of each answer at a time; padding, where questions differ in
+    length, stands between prefix and question. Where prefixes cannot be shared (see `evaluate`), `inputs` and what the
     decoder sees are one whole prompt.
 
     `keeps` is what of the unchanged model's work the intervention leaves as it is, and what is therefore not done
@@ -61,7 +74,7 @@ class Intervention:
     """
 
     name: str
-    around: Callable[[LVLM, BatchFeature], AbstractContextManager] = lambda lvlm, inputs: nullcontext()
+    around: Callable[[LVLM, Prefixes], AbstractContextManager] = lambda lvlm, inputs: nullcontext()
     parameters: Mapping[str, Any] = field(default_factory=dict)
     keeps: Literal["nothing", "tower", "prefix"] = "tower"
 
@@ -233,24 +246,26 @@ def _answer(
         rows = [row for of_image in lacking.values() for row in of_image]
         if prefix is None:
             for row in rows:
-                inputs = lvlm.inputs(list(pictures.values()), [texts[row]])
+                inputs = Prefixes(lvlm.inputs([pictures[image] for image in wanted], [texts[row]]), wanted)
                 with _tower_once(lvlm, tower, how.keeps), how.around(lvlm, inputs):
                     yield from zip([how], [row], *_generate(lvlm, inputs, max_new_tokens))
             continue
         if how.keeps == "prefix" and untouched is None:
             with _tower_once(lvlm, tower, "tower"):
                 untouched = _prefilled(lvlm, prefix)
+        prefix.rows = torch.arange(len(wanted))
         with _tower_once(lvlm, tower, how.keeps), how.around(lvlm, prefix):
             filled = untouched if how.keeps == "prefix" else _prefilled(lvlm, prefix)
             for chunk in _chunks({row: len(rest[row]) for row in rows}, batch_size, filled[0]):
-                of = torch.tensor([place[row] for row in chunk], device=lvlm.device)
+                prefix.rows = torch.tensor([place[row] for row in chunk])
+                of = prefix.rows.to(lvlm.device)
                 inputs = _continuation(lvlm, prefix, filled, of, [rest[row] for row in chunk])
                 yield from zip([how] * len(chunk), chunk, *_generate(lvlm, inputs, max_new_tokens))
 
 
 def _split(
     lvlm: LVLM, pictures: Mapping[str, Any], texts: Sequence[str], wanted: Mapping[str, list[int]]
-) -> tuple[BatchFeature | None, dict[int, torch.Tensor]]:
+) -> tuple[Prefixes | None, dict[int, torch.Tensor]]:
     """The images' prefixes [images, tokens] as model inputs, and for each row the token ids that follow.
 
     The prefixes are None where they differ in length from image to image, or where an image has none.
@@ -276,7 +291,7 @@ def _split(
     length = lengths.pop()
     at = (first["attention_mask"].argmax(1)[:, None] + torch.arange(length, device=lvlm.device))  # behind the padding
     tokenwise = {k: v.gather(1, at) for k, v in first.items() if v.shape == first["input_ids"].shape}
-    return BatchFeature({**first, **tokenwise}), rest
+    return Prefixes({**first, **tokenwise}, wanted), rest
 
 
 def _unpadded(inputs: BatchFeature, row: int) -> torch.Tensor:
@@ -286,7 +301,7 @@ def _unpadded(inputs: BatchFeature, row: int) -> torch.Tensor:
 Filled = tuple[DynamicCache, torch.Tensor | None]  # with Qwen's shift of positions behind each image, [images, 1]
 
 
-def _prefilled(lvlm: LVLM, prefix: BatchFeature) -> Filled:
+def _prefilled(lvlm: LVLM, prefix: Prefixes) -> Filled:
     filled = lvlm.model(**prefix, use_cache=True, logits_to_keep=1).past_key_values
     return filled, getattr(lvlm.model.model, "rope_deltas", None)
 
@@ -308,7 +323,7 @@ def _chunks(lengths: Mapping[int, int], batch_size: int, filled: DynamicCache) -
 
 
 def _continuation(
-    lvlm: LVLM, prefix: BatchFeature, filled: Filled, of: torch.Tensor, rest: list[torch.Tensor]
+    lvlm: LVLM, prefix: Prefixes, filled: Filled, of: torch.Tensor, rest: list[torch.Tensor]
 ) -> dict[str, Any]:
     """What `generate` needs to read questions about images whose prefixes are in a cache."""
     longest = max(map(len, rest))
