@@ -2,44 +2,57 @@
 
 Each is a context manager that changes no weight and leaves no trace when it ends. It acts on the images of `inputs`,
 the model's inputs as `LVLM.inputs` makes them, in every forward pass and `generate` inside the context, with a
-key-value cache or without. Which patches are sinks is judged inside, from the norms of the patches as the connector
-reads them, by a function `select`: norms, float [patches] of one image -> bool [patches]. A visual token that reads
-several patches is a sink if any of them is.
+key-value cache or without. `intervention` wraps it for `evaluate.evaluate`.
+
+Which patches are meant (`chosen`) is given for each image, bool [patches]; or judged inside, from the norms of the
+patches as the connector reads them, by a function: norms, float [patches] of one image -> bool [patches]. A visual
+token that reads several patches is meant if any of them is.
+
+To leave tokens out, or all others, see `ablation.hidden`.
 """
 
-import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from transformers import BatchFeature
 
+from sinkstudy import capture, sinks
+from sinkstudy.ablation import Masks, digest, of_images
+from sinkstudy.evaluate import Intervention, Prefixes
 from sinkstudy.models import LVLM, ImageLayout
 
-Select = Callable[[torch.Tensor], torch.Tensor]
+Chosen = Sequence[torch.Tensor] | Callable[[torch.Tensor], torch.Tensor]
 
 
 @contextmanager
-def _judging(lvlm: LVLM, layouts: list[ImageLayout], select: Select) -> Iterator[list[torch.Tensor]]:
-    """Yields a list that holds, from the connector's pass on, the chosen patches of each image: bool [patches]."""
-    chosen: list[torch.Tensor] = []
+def _judging(lvlm: LVLM, layouts: list[ImageLayout], chosen: Chosen) -> Iterator[list[torch.Tensor]]:
+    """Yields a list that holds, from the connector's pass on at the latest, the chosen patches of each image."""
+    if not callable(chosen):
+        for layout, mask in zip(layouts, chosen, strict=True):
+            layout.lift(mask, "any")  # raises where it does not fit
+        yield list(chosen)
+        return
+    masks: list[torch.Tensor] = []
 
     def judge(patches: torch.Tensor, layer: int) -> torch.Tensor:
         if layer == lvlm.feature_layer:
-            norms = patches.detach().float().norm(dim=-1).cpu()  # [patches of the batch]
-            chosen[:] = [select(norms[layout.connector]) for layout in layouts]
+            norms = capture.token_norms(patches).detach().cpu()  # [patches of the batch]
+            masks[:] = [chosen(norms[layout.connector]) for layout in layouts]
         return patches
 
     with lvlm.editing(before=judge):
-        yield chosen
+        yield masks
 
 
 @contextmanager
 def reordered(
     lvlm: LVLM,
     inputs: BatchFeature,
-    select: Select,
+    chosen: Chosen,
     to: Literal["front", "end"] = "front",
     ids: Literal["travel", "renumber"] = "travel",
 ) -> Iterator[None]:
@@ -50,7 +63,7 @@ def reordered(
 
     Args:
         inputs: of the images; several rows may be padded.
-        select: norms of an image's patches -> which of them to move.
+        chosen: the patches to move, see above.
         to: "front" or "end".
         ids: with "travel" a token keeps its own position ids, so that only the causal order changes; with "renumber" it
             takes those of its new place. Accounts of the paper disagree about which was done. Holds for 1-D ids and
@@ -63,13 +76,13 @@ def reordered(
         raise ValueError(f"to is 'front' or 'end' and ids 'travel' or 'renumber', not {to!r} and {ids!r}")
     layouts = lvlm.layout(inputs)
 
-    def move(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    def move(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if not _reads_images(kwargs, layouts):
             return None
         hidden = kwargs["inputs_embeds"]  # [batch, tokens, width]
         place = torch.arange(hidden.shape[1]).repeat(len(hidden), 1)  # [batch, tokens], where each token comes from
         of_visual = []  # the same among the visual tokens of the batch
-        for layout, mask in zip(layouts, chosen, strict=True):
+        for layout, mask in zip(layouts, masks, strict=True):
             moved = layout.lift(mask, "any")
             order = (~moved if to == "front" else moved).long().argsort(stable=True)  # [visual tokens]
             of_visual.append(order + sum(map(len, of_visual)))
@@ -83,7 +96,7 @@ def reordered(
             kwargs["position_ids"] = _travelled(kwargs.get("position_ids"), place)
         return args, kwargs
 
-    with _judging(lvlm, layouts, select) as chosen:
+    with _judging(lvlm, layouts, chosen) as masks:
         hook = lvlm.decoder.register_forward_pre_hook(move, with_kwargs=True)
         try:
             yield
@@ -112,7 +125,7 @@ def _travelled(position_ids: torch.Tensor | None, place: torch.Tensor) -> torch.
 
 @contextmanager
 def reweighted(
-    lvlm: LVLM, inputs: BatchFeature, select: Select, chosen_by: float = 1.0, others_by: float = 1.0
+    lvlm: LVLM, inputs: BatchFeature, chosen: Chosen, chosen_by: float = 1.0, others_by: float = 1.0
 ) -> Iterator[None]:
     """Multiply the projected features of the chosen visual tokens by one weight and those of the others by another.
 
@@ -125,12 +138,12 @@ def reweighted(
         if layer != lvlm.feature_layer:
             return tokens
         weight = torch.ones(len(tokens))  # [tokens of the batch]
-        for layout, mask in zip(layouts, chosen, strict=True):
+        for layout, mask in zip(layouts, masks, strict=True):
             weight[layout.output] = others_by
             weight[layout.output[mask]] = chosen_by
         return tokens * weight.to(tokens)[:, None]
 
-    with _judging(lvlm, layouts, select) as chosen, lvlm.editing(after=weigh):
+    with _judging(lvlm, layouts, chosen) as masks, lvlm.editing(after=weigh):
         yield
 
 
@@ -138,7 +151,7 @@ def reweighted(
 def gated(
     lvlm: LVLM,
     inputs: BatchFeature,
-    select: Select,
+    chosen: Chosen,
     chosen_by: float,
     others_by: float = 1.0,
     layers: Sequence[int] | None = None,
@@ -155,15 +168,15 @@ def gated(
     layouts = lvlm.layout(inputs)
     scales: list[torch.Tensor] = []  # [batch, tokens] during the pass that reads the images, otherwise none
 
-    def prepare(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+    def prepare(module: nn.Module, args: tuple, kwargs: dict) -> None:
         scales.clear()
         if _reads_images(kwargs, layouts):
             by = torch.ones(kwargs["inputs_embeds"].shape[:2])
-            for layout, mask in zip(layouts, chosen, strict=True):
+            for layout, mask in zip(layouts, masks, strict=True):
                 by[layout.row, layout.visual] = torch.where(layout.lift(mask, "any"), chosen_by, others_by)
             scales.append(by)
 
-    def scale(module: torch.nn.Module, args: tuple, keys: torch.Tensor) -> torch.Tensor | None:
+    def scale(module: nn.Module, args: tuple, keys: torch.Tensor) -> torch.Tensor | None:
         if not scales:
             return None
         by = scales[0].to(keys)
@@ -171,7 +184,7 @@ def gated(
         return keys * (by.view(*by.shape, *[1] * (keys.ndim - 2)) if tokens_first else by[:, None, :, None])
 
     blocks = list(range(len(lvlm.decoder_layers))) if layers is None else layers
-    with _judging(lvlm, layouts, select) as chosen, ExitStack() as hooks:
+    with _judging(lvlm, layouts, chosen) as masks, ExitStack() as hooks:
         hooks.callback(lvlm.decoder.register_forward_pre_hook(prepare, with_kwargs=True).remove)
         for layer in blocks:
             attention = lvlm.decoder_layers[layer].get_submodule(lvlm.spec.decoder_attention)
@@ -180,22 +193,128 @@ def gated(
         yield
 
 
-def at_random(select: Select, seed: int = 0) -> Select:
-    """As many patches as `select` chooses, drawn at random from the others: the control for "any tokens would do".
+@contextmanager
+def redistributed(
+    lvlm: LVLM,
+    inputs: BatchFeature,
+    dimensions: Sequence[int],
+    tau: float = 20.0,
+    p: float = 0.6,
+    rho: float = 0.5,
+    least: float = 0.2,
+) -> Iterator[None]:
+    """VAR, visual attention redistribution (Kang et al., "See What You Are Told", 2503.03321).
 
-    The draw differs from image to image, and is the same for an image in every batch.
+    Sinks of the decoder are judged by its own rule, in the hidden states that each layer reads (`sinks.llm_sinks`),
+    over all tokens up to the last visual one. In the decoder layers from the third to the last but one, queries behind the
+    image move attention from sinks to visual tokens that are none, in the heads that look at the image (`moved_mass`).
+
+    Args:
+        dimensions: the decoder's sink dimensions, {1415, 2533} in Llama-2-7B; for others see `sinks.sink_dimensions`.
+        tau: threshold of phi, at most the square root of the width; 20 is for width 4,096.
+        p, rho, least: see `moved_mass`.
+
+    Raises:
+        ValueError: a `tau` that phi cannot reach, or shares outside 0-1.
+    """
+    sinks.llm_sinks(torch.zeros(1, lvlm.model.config.get_text_config().hidden_size), dimensions, tau)
+    _check_shares(p, rho, least)
+    layouts = lvlm.layout(inputs)
+    end = max(int(layout.visual[-1]) for layout in layouts) + 1
+    visual = torch.zeros(len(layouts), end, dtype=torch.bool)
+    for layout in layouts:
+        visual[layout.row, layout.visual] = True
+    found: dict[int, torch.Tensor] = {}  # layer -> bool [images, end]
+    reading = False
+    layers = range(2, len(lvlm.decoder_layers) - 1)
+
+    def notice(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        nonlocal reading
+        reading = _reads_images(kwargs, layouts)
+
+    def judge(layer: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if reading:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            found[layer] = sinks.llm_sinks(hidden[:, :end], dimensions, tau).cpu()
+
+    def edit(layer: int, attention: Any, value: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        of = inputs.rows if isinstance(inputs, Prefixes) else torch.arange(len(layouts))
+        n = attention.n_keys
+        places = torch.arange(n - attention.n_queries, n)  # of the queries, in the whole sequence
+        behind = (places >= end).nonzero()[:, 0].to(value.device)
+        if len(behind) == 0 or not found[layer][of].any():
+            return output
+        sink, seen = (nn.functional.pad(x[of], (0, n - end)).to(value.device)[:, None, None]  # [batch, 1, 1, keys]
+                      for x in (found[layer], visual))
+        weights = attention.weights(behind)  # [batch, heads, queries behind, keys]
+        moved = moved_mass(weights, sink, seen, p, rho, least)
+        group = weights.shape[1] // value.shape[1]  # heads that share a value
+        new = moved @ value.float().repeat_interleave(group, 1)  # [batch, heads, queries behind, head width]
+        changed = (moved != weights).any(-1)  # what VAR leaves alone stays to the bit
+        output = output.clone()  # [batch, queries, heads, head width]
+        output[:, behind] = torch.where(changed[..., None], new.to(output.dtype), output[:, behind].transpose(1, 2)
+                                        ).transpose(1, 2)
+        return output
+
+    with ExitStack() as hooks:
+        hooks.callback(lvlm.decoder.register_forward_pre_hook(notice, with_kwargs=True).remove)
+        for layer in layers:
+            block = lvlm.decoder_layers[layer]
+            hooks.callback(block.register_forward_pre_hook(partial(judge, layer), with_kwargs=True).remove)
+        hooks.enter_context(capture.editing_attention(lvlm, edit, layers))
+        yield
+
+
+def moved_mass(
+    weights: torch.Tensor, sink: torch.Tensor, visual: torch.Tensor, p: float, rho: float, least: float
+) -> torch.Tensor:
+    """VAR's rule for attention weights [.., keys]: every row keeps its sum.
+
+    A row counts as looking at the image if visual tokens have at least `least` of its attention and no more than `rho`
+    of that goes to sinks. There every sink, visual or not, keeps `p` of its attention; what is taken goes to the visual
+    tokens that are no sinks, in proportion to their attention. Other rows stay as they are.
+
+    Args:
+        weights: [.., keys], which sum to 1 over keys.
+        sink, visual: bool, which broadcast to `weights`.
+
+    Raises:
+        ValueError: shares outside 0-1.
+    """
+    _check_shares(p, rho, least)
+    on_image = (weights * visual).sum(-1, keepdim=True)
+    on_sinks = (weights * (visual & sink)).sum(-1, keepdim=True)
+    receivers = weights * (visual & ~sink)
+    total = receivers.sum(-1, keepdim=True)
+    looks = (on_image >= least) & (on_sinks <= rho * on_image) & (total > 0)
+    budget = (1 - p) * (weights * sink).sum(-1, keepdim=True)
+    new = torch.where(sink, p * weights, weights) + budget * receivers / total.clamp(min=1e-30)
+    return torch.where(looks, new, weights)
+
+
+def _check_shares(*shares: float) -> None:
+    if wrong := [share for share in shares if not 0 <= share <= 1]:
+        raise ValueError(f"p, rho and least are shares from 0 to 1, not {wrong[0]}")
+
+
+def intervention(
+    name: str, method: Callable[..., AbstractContextManager], masks: Masks | None = None, **how: Any
+) -> Intervention:
+    """A method of this module for `evaluate.evaluate`.
+
+    Args:
+        name: of the intervention.
+        method: `reordered`, `reweighted`, `gated` or `redistributed`.
+        masks: `chosen` for each image, by its id; none for `redistributed`.
+        how: the method's further arguments, plain values.
+
+    Raises:
+        ValueError: in `evaluate`, as the method, or if an image has no mask.
     """
 
-    def draw(norms: torch.Tensor) -> torch.Tensor:
-        mask = select(norms)
-        # what rounding does not change, unlike the norms themselves
-        own = zlib.crc32(bytes(mask.tolist()) + bytes(f"{norms.argmax()} {norms.argmin()}", "ascii"))
-        order = torch.rand(len(norms), generator=torch.Generator().manual_seed(own ^ seed)).masked_fill(mask, 2.0)
-        return (order.argsort().argsort() < mask.sum()) & ~mask
+    def around(lvlm: LVLM, inputs: Prefixes) -> AbstractContextManager:
+        own = [] if masks is None else [of_images(masks, inputs)]
+        return method(lvlm, inputs, *own, **how)
 
-    return draw
-
-
-def top(k: int) -> Select:
-    """The k patches of highest norm."""
-    return lambda norms: norms.argsort(descending=True, stable=True).argsort() < k
+    parameters = {"method": method.__name__, **how} | ({} if masks is None else {"masks": digest(masks)})
+    return Intervention(name, around, parameters, keeps="tower")

@@ -1,19 +1,29 @@
 """Training-free methods on a tiny random instance of every architecture: identities, invariants, independent ways."""
 
+import copy
+
 import architectures
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
 
 from sinkstudy import models, routing
 from sinkstudy.capture import attention_rows
+from sinkstudy.evaluate import evaluate
 from sinkstudy.models import SPECS
 
 close = dict(atol=2e-5, rtol=1e-4)
 SIZES = [(48, 32), (32, 64), (64, 64)]  # (width, height)
 QUESTIONS = ["how many", "what is the texture", "what is the texture red blue yes no"]
-TWO = routing.top(2)
+
+
+def TWO(norms: torch.Tensor) -> torch.Tensor:  # noqa: N802
+    """The two patches of highest norm."""
+    return norms >= norms.topk(2).values[-1]
+
+
 
 
 @pytest.fixture(scope="module", params=architectures.ARCHITECTURES)
@@ -221,15 +231,163 @@ def test_nothing_is_left_behind(lvlm, inputs, plain):
     assert torch.equal(logits(lvlm, inputs), plain)
 
 
-def test_random_others():
-    norms = torch.tensor([5.0, 1, 4, 2, 3, 0.5, 0.7, 0.2])
-    drawn = [routing.at_random(TWO, seed)(norms) for seed in range(300)]
-    assert all(mask.sum() == 2 and not mask[[0, 2]].any() for mask in drawn)
-    shares = torch.stack(drawn).float().mean(0)[[1, 3, 4, 5, 6, 7]]
-    assert (shares - 1 / 3).abs().max() < 4 * (2 / 9 / 300) ** 0.5
-    assert torch.equal(routing.at_random(TWO, 1)(norms), routing.at_random(TWO, 1)(norms * 1.0001))
-    other = routing.at_random(TWO, 1)(norms.flip(0))
-    assert not torch.equal(other.flip(0), drawn[1]) or not torch.equal(other, drawn[1])
+def test_masks_given_for_each_image_are_as_good_as_a_rule(lvlm, inputs):
+    norms, keep = keeper(lvlm)
+    with lvlm.editing(before=keep):
+        logits(lvlm, inputs)
+    masks = [TWO(norms[0][layout.connector]) for layout in lvlm.layout(inputs)]
+    ways = (routing.reordered, lambda *args: routing.gated(*args, 0.5), lambda *args: routing.reweighted(*args, 2))
+    for method in ways:
+        with method(lvlm, inputs, TWO):
+            judged = logits(lvlm, inputs)
+        with method(lvlm, inputs, masks):
+            assert torch.equal(logits(lvlm, inputs), judged)
+    with pytest.raises(ValueError, match="patches"), routing.reordered(lvlm, inputs, [masks[0][:-1], *masks[1:]]):
+        pass
+
+
+# ------------------------------------------------------------------------------------------------- VAR
+def test_moved_mass_by_hand():
+    """Keys: a sink in the text, two visual tokens, a visual sink, a word. 40 % of what sinks have goes to the two."""
+    sink = torch.tensor([True, False, False, True, False])
+    visual = torch.tensor([False, True, True, True, False])
+    weights = torch.tensor([[0.4, 0.1, 0.2, 0.2, 0.1], [0.0, 0.1, 0.1, 0.7, 0.1], [0.9, 0.04, 0.02, 0.02, 0.02]])
+    moved = routing.moved_mass(weights, sink, visual, p=0.6, rho=0.5, least=0.2)
+    expected = torch.tensor([0.24, 0.1 + 0.24 / 3, 0.2 + 0.48 / 3, 0.12, 0.1])
+    torch.testing.assert_close(moved[0], expected)
+    assert torch.equal(moved[1:], weights[1:])  # too much on sinks; too little on the image
+    random = torch.rand(50, 4, 5, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    torch.testing.assert_close(routing.moved_mass(random, sink, visual, 0.3, 1.0, 0.0).sum(-1), torch.ones(50, 4))
+    assert torch.equal(routing.moved_mass(random, sink, visual, 1.0, 1.0, 0.0), random)
+    with pytest.raises(ValueError, match="shares"):
+        routing.moved_mass(weights, sink, visual, 1.2, 0.5, 0.2)
+
+
+def deep(lvlm) -> models.LVLM:
+    """VAR leaves the first two layers and the last alone; the tiny decoders have three."""
+    layers = lvlm.model.get_submodule(lvlm.spec.decoder_layers)
+    if len(layers) == 3:
+        layers.append(copy.deepcopy(layers[2]))
+        for module in layers[3].modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = 3
+        text = lvlm.model.config.get_text_config()
+        text.num_hidden_layers = 4
+        if getattr(text, "layer_types", None):
+            text.layer_types = [*text.layer_types, text.layer_types[-1]]
+    return lvlm
+
+
+@pytest.fixture(scope="module")
+def deeper(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("deeper")
+    architectures.write(folder, request.param)
+    return deep(models.load(str(folder)))
+
+
+SOME = ("llava", "llava-siglip-qwen2", "qwen2_vl", "internvl")
+
+
+def tokens_of(lvlm):
+    random = np.random.default_rng(1)
+    pictures = [Image.fromarray(random.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(2)]
+    return lvlm.inputs(pictures, QUESTIONS[:2])
+
+
+@pytest.mark.parametrize("deeper", SOME, indirect=True)
+def test_var_against_attention_computed_anew(deeper):
+    """The third layer's attention in eager arithmetic of the test's own, with the rule applied to its weights."""
+    lvlm, inputs = deeper, tokens_of(deeper)
+    settings = dict(dimensions=list(range(32)), tau=2.2, p=0.25, rho=1.0, least=0.0)
+    layer = lvlm.decoder_layers[2].get_submodule(lvlm.spec.decoder_attention)
+    seen = {}
+
+    def keep(module, args, kwargs, output):
+        seen["hidden"], seen["output"] = kwargs["hidden_states"], output[0]
+
+    def entering(module, args, kwargs):
+        seen["residual"] = args[0] if args else kwargs["hidden_states"]
+
+    def projected(module, args):
+        seen["heads"] = args[0]
+
+    hooks = [layer.register_forward_hook(keep, with_kwargs=True), layer.o_proj.register_forward_pre_hook(projected),
+             lvlm.decoder_layers[2].register_forward_pre_hook(entering, with_kwargs=True)]
+    with attention_rows(lvlm, "decoder", rows="all", layers=[2]) as rows:
+        logits(lvlm, inputs)
+    plain_heads, value = seen["heads"], layer.v_proj(seen["hidden"])
+    with routing.redistributed(lvlm, inputs, **settings):
+        logits(lvlm, inputs)
+    for hook in hooks:
+        hook.remove()
+    weights = rows[2][0]  # [batch, heads, queries, keys]
+    heads = weights.shape[1]
+    value = value.unflatten(-1, (-1, 8)).transpose(1, 2)  # [batch, key heads, keys, head width]
+    value = value.repeat_interleave(heads // value.shape[1], 1)
+    x = seen["residual"]
+    light = (x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()).abs().amax(-1)  # [batch, keys]
+    visual = inputs["input_ids"] == lvlm.image_token_id
+    last = int(visual.nonzero()[:, 1].max())
+    sink = (light >= settings["tau"]) & (torch.arange(light.shape[1]) <= last)
+    assert (sink & visual).any() and not (sink & visual)[visual].all()
+    expected = weights.clone()
+    for b in range(len(weights)):
+        for q in range(last + 1, weights.shape[2]):
+            a = weights[b, :, q]  # [heads, keys]
+            to = a * (visual[b] & ~sink[b])
+            budget = 0.75 * (a * sink[b]).sum(-1, keepdim=True)
+            expected[b, :, q] = a - 0.75 * a * sink[b] + budget * to / to.sum(-1, keepdim=True)
+    ours = (expected @ value).transpose(1, 2).flatten(2)
+    here = inputs["attention_mask"].bool()
+    torch.testing.assert_close(seen["heads"][here], ours[here], atol=1e-4, rtol=1e-3)
+    assert not torch.allclose(seen["heads"][:, -1], plain_heads[:, -1], atol=1e-3)
+    assert torch.equal(seen["heads"][:, :last + 1], plain_heads[:, :last + 1])
+
+
+@pytest.mark.parametrize("deeper", SOME, indirect=True)
+@torch.no_grad()
+def test_var_while_decoding(deeper):
+    lvlm, inputs = deeper, tokens_of(deeper)
+    settings = dict(max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=0, output_logits=True,
+                    return_dict_in_generate=True, suppress_tokens=[lvlm.image_token_id])
+    plain = logits(lvlm, inputs)
+    with routing.redistributed(lvlm, inputs, list(range(32)), 2.2, 0.25, 1.0, 0.0):
+        assert not torch.allclose(logits(lvlm, inputs)[:, -1], plain[:, -1], atol=1e-4)
+        ways = [lvlm.model.generate(**inputs, **settings, use_cache=cache) for cache in (True, False)]
+    for cached, anew in zip(ways[0].logits, ways[1].logits, strict=True):
+        torch.testing.assert_close(cached, anew, **close)
+    with routing.redistributed(lvlm, inputs, [0], 5.6):  # a threshold that nothing reaches
+        assert torch.equal(logits(lvlm, inputs), plain)
+    assert torch.equal(logits(lvlm, inputs), plain)
+    assert not hasattr(lvlm.decoder_layers[2].get_submodule(lvlm.spec.decoder_attention), "_editors")
+
+
+# ------------------------------------------------------------------------------------------------- in evaluate
+def test_interventions_answer_as_generate_does_under_the_same_context(tmp_path):
+    architectures.write(tmp_path, "llava")
+    lvlm = deep(models.load(str(tmp_path)))
+    random = np.random.default_rng(2)
+    images = {name: random.integers(0, 256, (3, 32, 32), dtype=np.uint8) for name in "ab"}
+    masks = {name: torch.from_numpy(random.random(16) < 0.3) for name in images}
+    table = pd.DataFrame([{"id": f"{name}{q}", "image_id": name, "question": q} for name in images for q in QUESTIONS])
+    hows = [
+        (routing.reordered, masks, {"to": "front"}),
+        (routing.reordered, masks, {"to": "end", "ids": "renumber"}),
+        (routing.reweighted, masks, {"chosen_by": 3.0, "others_by": 0.5}),
+        (routing.gated, masks, {"chosen_by": 3.0, "layers": [0, 1]}),
+        (routing.redistributed, None, {"dimensions": list(range(32)), "tau": 2.2, "p": 0.1, "rho": 1.0, "least": 0.0}),
+    ]
+    interventions = [routing.intervention(f"{i}", method, own, **how) for i, (method, own, how) in enumerate(hows)]
+    said = evaluate(lvlm, table, interventions, images=images, candidates=["yes", "no"], max_new_tokens=3, cache=None)
+    for i, (method, own, how) in enumerate(hows):
+        of = said[said.intervention == f"{i}"]
+        for row in of.itertuples():
+            inputs = lvlm.inputs([images[row.image_id]], [row.question])
+            with torch.no_grad(), method(lvlm, inputs, *([] if own is None else [[own[row.image_id]]]), **how):
+                logp = lvlm.model(**inputs).logits[0, -1].log_softmax(-1)
+            yes = lvlm.processor.tokenizer.convert_tokens_to_ids("yes")
+            assert abs(logp[yes].item() - row.logp_yes) < 1e-4
+    assert said.pivot(index="id", columns="intervention", values="logp_yes").std(axis=1).gt(1e-4).all()
 
 
 def test_bad_choices(lvlm, inputs):
