@@ -26,6 +26,6 @@ rule notebook:
         fingerprint=lambda w: engine.fingerprint(w.notebook, PLAN[w.notebook]),
         parameters=lambda w: json.dumps(PLAN[w.notebook]),
     resources:
-        gpu=lambda w: int(str(PLAN[w.notebook].get("device", "cpu")).startswith("cuda")),
+        gpu=lambda w: int(PLAN[w.notebook].get("device", "cpu") != "cpu"),
     shell:
         "{sys.executable} -m sinkstudy.engine {wildcards.run} {wildcards.notebook} {params.parameters:q}"

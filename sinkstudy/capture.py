@@ -124,6 +124,7 @@ def attention_received(
     layers: Sequence[int] | None = None,
     queries: slice = slice(None),
     block: int = 256,
+    relative: bool = False,
 ) -> Iterator[dict[int, list]]:
     """Collect the mean attention that each key receives: float32 [batch, heads, keys] per call.
 
@@ -134,6 +135,9 @@ def attention_received(
     time. Meant for one pass over a whole sequence: while decoding, a call averages over its own query only. In a
     packed tower (Qwen) the chunks of a layer are put together again: [1, heads, patches of the batch], each patch with
     the mean over the queries of its own image or window.
+
+    With `relative`, values are multiplied by the number of keys: in a tower 1 is then what uniform attention gives,
+    in windows too, which have fewer keys than the image.
     """
     results: dict[int, list] = {layer: [] for layer in _select(lvlm, side, layers)}
     chunks: dict[int, list] = {layer: [] for layer in results}
@@ -149,7 +153,7 @@ def attention_received(
             asking = attention.visible(rows) & attention.real(rows)  # [batch or 1, 1, rows, keys]
             total = total + (attention.weights(rows) * asking).sum(2)  # [batch, heads, keys]
             count = count + asking.sum(2)
-        chunks[layer].append(total / count)
+        chunks[layer].append(total / count * (attention.n_keys if relative else 1))
 
     def finish(layer: int) -> None:
         results[layer].append(torch.cat(chunks[layer], dim=-1))
@@ -204,6 +208,37 @@ def trace(
     return Trace(**{field.name: _joined([getattr(part, field.name) for part in parts]) for field in fields(Trace)})
 
 
+@torch.no_grad()
+def trace_tower(lvlm: LVLM, images: Sequence[Any], batch_size: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+    """Follow each image through the tower alone.
+
+    Returns:
+        On the CPU in float32: the norms of patches after each layer [images, vision layers, patches]; and the mean
+        attention that they receive from all tokens that see them, in units of uniform attention, [images, vision
+        layers, heads, patches]. Patches stand row by row, tile after tile.
+
+    Raises:
+        ValueError: if there are no images, or if they have different numbers of patches.
+    """
+    if len(images) == 0:
+        raise ValueError("there are no images to trace")
+    norms, received, layouts = [], [], []
+    for start in range(0, len(images), batch_size):
+        batch = images[start : start + batch_size]
+        inputs = lvlm.inputs(batch, [""] * len(batch))
+        of_batch = lvlm.layout(inputs)
+        layouts += of_batch
+        _same_sizes(layouts)
+        with (
+            hidden_states(lvlm, "vision") as norms_of,
+            attention_received(lvlm, "vision", relative=True) as received_by,
+        ):
+            lvlm.see(inputs)
+        norms.append(_of_patches(norms_of, of_batch))
+        received.append(_of_patches(received_by, of_batch))
+    return torch.cat(norms), torch.cat(received)
+
+
 def _joined(parts: list) -> torch.Tensor | list | None:
     if isinstance(parts[0], torch.Tensor):
         return torch.cat(parts)
@@ -213,14 +248,26 @@ def _joined(parts: list) -> torch.Tensor | list | None:
 def _same_sizes(layouts: list[ImageLayout]) -> None:
     sizes = {(len(layout.vision), len(layout.visual)) for layout in layouts}
     if len(sizes) > 1:
-        raise ValueError(f"a trace needs images of one size; these have (patches, visual tokens) {sorted(sizes)}")
+        raise ValueError(
+            f"a trace needs images of one size: these have (patches, visual tokens) {sorted(sizes)}; bring them to one"
+        )
+
+
+def _of_patches(results: dict[int, list], layouts: list[ImageLayout]) -> torch.Tensor:
+    """[tiles, (heads,) tokens] of each layer of the tower -> [batch, layers, (heads,) patches]."""
+    patches = torch.stack([layout.vision for layout in layouts])  # [batch, patches]
+    found = []
+    for calls in results.values():
+        tiles = calls[0].cpu()  # a packed tower has norms [patches of the batch]
+        flat = tiles.transpose(1, 2).flatten(0, 1) if tiles.ndim == 3 else tiles.flatten()
+        found.append(flat[patches].transpose(1, -1))
+    return torch.stack(found, dim=1)
 
 
 def _trace_batch(lvlm: LVLM, images: Sequence[Any], questions: Sequence[str], max_new_tokens: int) -> Trace:
     inputs = lvlm.inputs(images, questions)
     layouts = lvlm.layout(inputs)
     _same_sizes(layouts)
-    patches = torch.stack([layout.vision for layout in layouts])  # [batch, patches]
     visual = torch.stack([layout.visual for layout in layouts]).to(lvlm.device)  # [batch, visual tokens]
 
     def to_visual(weights: torch.Tensor, layer: int) -> torch.Tensor:
@@ -263,18 +310,9 @@ def _trace_batch(lvlm: LVLM, images: Sequence[Any], questions: Sequence[str], ma
         weight = (weight / weight.sum(0))[:, :, None, None, None]
         output_attention = (steps * weight).sum(0)  # [steps, batch, layers, heads, visual tokens] -> [batch, ..]
         answers = [text.strip() for text in lvlm.processor.batch_decode(tokens, skip_special_tokens=True)]
-    def stack_patches(results: dict[int, list]) -> torch.Tensor:
-        """[tiles, (heads,) tokens] of each layer of the tower -> [batch, layers, (heads,) patches]."""
-        found = []
-        for calls in results.values():
-            tiles = calls[0].cpu()  # a packed tower has norms [patches of the batch]
-            flat = tiles.transpose(1, 2).flatten(0, 1) if tiles.ndim == 3 else tiles.flatten()
-            found.append(flat[patches].transpose(1, -1))
-        return torch.stack(found, dim=1)
-
     return Trace(
-        vision_norms=stack_patches(vision_norms),
-        vision_received=stack_patches(received),
+        vision_norms=_of_patches(vision_norms, layouts),
+        vision_received=_of_patches(received, layouts),
         projected_norms=entering[0].cpu().gather(-1, visual.cpu()),
         decoder_norms=stack(decoder_norms).gather(-1, visual.cpu()[:, None].expand(-1, len(decoder_norms), -1)),
         last_attention=stack(rows),

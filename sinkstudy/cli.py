@@ -29,6 +29,8 @@ def run_command(
     only: Annotated[list[str] | None, typer.Option(help="Beginning of a notebook's name, e.g. 01.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps or auto (all GPUs).")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub model.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Pictures, or questions, in one forward pass.")] = None,
     limit: Annotated[int | None, typer.Option(help="Number of images.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of all that is random.")] = None,
     parameter: Annotated[
@@ -41,7 +43,8 @@ def run_command(
     ] = False,
 ) -> None:
     """Execute the notebooks on a model: those that are out of date, and no other."""
-    options = {"device": device, "dtype": dtype, "limit": limit, "seed": seed}
+    options = {"device": device, "dtype": dtype, "revision": revision, "batch_size": batch_size}
+    options |= {"limit": limit, "seed": seed}
     parameters = {key: value for key, value in options.items() if value is not None}
     for item in parameter or []:
         key, equals, value = item.partition("=")

@@ -26,7 +26,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from sinkstudy.paths import BOOK, DATA, MODELS, NOTEBOOKS, RESULTS, ROOT, RUNS, atomic, lab_models, slug
+from sinkstudy.paths import BOOK, DATA, MODELS, NOTEBOOKS, RESULTS, ROOT, RUNS, atomic, hub_commit, lab_models, slug
 
 DEFAULT_MODEL = "lab-llava"
 WORK = RUNS / ".work"  # half-made things, never read by the book
@@ -234,16 +234,18 @@ def execute(notebook: str, run: str, parameters: dict[str, Any]) -> None:
                 failed = WORK / "failed" / f"{run}--{notebook}.ipynb"
                 failed.parent.mkdir(exist_ok=True)
                 copy.replace(failed)
-                raise UserError(
-                    f"{notebook} failed on {run} in cell {error.cell_index + 1}: {error.ename}: {error.evalue}"
-                    f" (see {failed.relative_to(ROOT)})"
-                ) from None
+                reason = next(iter(error.evalue.strip().splitlines()), "")
+                problem = f"{notebook} failed on {run} in cell {error.cell_index + 1}: {error.ename}: {reason}"
+                problem += f" (see {failed.relative_to(ROOT)})"
+                failed.with_suffix(".txt").write_text(problem)  # for the command that started this process
+                raise UserError(problem) from None
             made = Path(work) / "results" / slug(values.get("model", run)) / notebook
             made.mkdir(parents=True, exist_ok=True)
             _swap(made, RESULTS / run / notebook, Path(work))
             noted["results_sha256"] = files_sha256(_files(RESULTS / run / notebook))
             noted["started"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started))
             noted["seconds"] = round(time.time() - started, 1)
+            noted["revision"] = hub_commit(values.get("model", ""), values.get("revision")) or ""
             page = tidy(nbformat.read(copy, as_version=4))
             if run != DEFAULT_MODEL:
                 _own_labels(page, run)
@@ -367,8 +369,8 @@ def run(
         name: the run's name; by default the slug of the model's.
         jobs: notebooks executed at the same time.
 
-    Raises UserError, before any kernel starts, for parameters that no notebook has or that do not fit, and after
-    the run if a notebook failed.
+    Raises UserError, before any kernel starts, for parameters that no notebook has or that do not fit, and for a
+    model that cannot be read or does not fit into memory; and after the run if a notebook failed.
     """
     wanted = notebooks(only)
     if not wanted:
@@ -377,7 +379,12 @@ def run(
     run_name = name or slug(check_model(model))
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", run_name):
         raise UserError(f"'{run_name}' is no name for a run: letters, digits, '.', '_' and '-' only")
+    outdated = [nb for nb in wanted if not is_fresh(run_name, nb, plan[nb])]
+    check_memory({nb: defaults(nb) | plan[nb] for nb in outdated})
     _clear_work()
+    problems = [WORK / "failed" / f"{run_name}--{nb}.txt" for nb in wanted]
+    for problem in problems:
+        problem.unlink(missing_ok=True)
     with tempfile.NamedTemporaryFile("w", suffix=".json", dir=WORK) as config:
         json.dump({"run": run_name, "notebooks": plan}, config)
         config.flush()
@@ -385,13 +392,13 @@ def run(
         command += ["--cores", jobs, "--configfile", config.name, "--rerun-triggers", "params"]
         # Nothing half-made is ever in place and every notebook has a lock of its own: a killed run needs no unlocking.
         command += ["--nolock", "--rerun-incomplete", "--keep-going", "--quiet", "rules", "host"]
-        outdated = [f"book/runs/{run_name}/{nb}.ipynb" for nb in wanted if not is_fresh(run_name, nb, plan[nb])]
         if outdated:
-            command += ["--forcerun", *outdated]
+            command += ["--forcerun", *(f"book/runs/{run_name}/{nb}.ipynb" for nb in outdated)]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         ended = subprocess.run([str(part) for part in command], cwd=ROOT, env=environment, check=False)
     if ended.returncode:
-        raise UserError(f"the run {run_name} did not end well: what failed stands above; the rest is done")
+        said = [problem.read_text() for problem in problems if problem.is_file()]
+        raise UserError("; ".join(said) or f"the run {run_name} did not end well: what failed stands above")
     return run_name
 
 
@@ -419,6 +426,8 @@ def check_parameters(wanted: list[str], model: str, parameters: dict[str, Any]) 
         if not any(key in values for values in known.values()):
             names = sorted({name for values in known.values() for name in values})
             raise UserError(f"unknown parameter '{key}'; the notebooks have: {', '.join(names)}")
+    if given.get("revision") and (model in lab_models() or Path(model).expanduser().is_dir()):
+        raise UserError(f"{model} is a folder and has no revision '{given['revision']}': revisions are of hub models")
     plan = {}
     for notebook, values in known.items():
         fitted = {key: _fit(key, value, values[key]) for key, value in given.items() if key in values}
@@ -444,6 +453,8 @@ def _fit(key: str, value: Any, default: Any) -> Any:
         return check_model(value)
     if key == "device":
         check_device(value)
+    if key == "batch_size" and value < 1 or key == "limit" and value < min(1, default):
+        raise UserError(f"parameter '{key}' is {min(1, default) if key == 'limit' else 1} at least, and {value} is not")
     if key == "dtype" and value not in DTYPES:
         raise UserError(f"unknown dtype '{value}': one of {', '.join(DTYPES)}")
     example = next(iter(_texts(default)), "")  # shows what kind of text the parameter holds
@@ -489,6 +500,27 @@ def check_device(device: str) -> None:
         raise UserError("device 'cuda' is not there: torch finds no CUDA GPU on this machine")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise UserError(f"device '{device}' is not there: this machine has {torch.cuda.device_count()} GPU(s)")
+
+
+def check_memory(values: dict[str, dict[str, Any]]) -> None:
+    """Raise UserError unless the models that notebooks load can be read and fit; `values` are their parameters.
+
+    Lab models fit anywhere. The work is done in a process of its own, which gives back what torch takes of memory,
+    on a GPU too, before a kernel needs it.
+    """
+    loader = ROOT / "sinkstudy" / "models.py"
+    settings = {
+        json.dumps({key: of[key] for key in ("model", "device", "dtype", "revision", "batch_size") if key in of})
+        for notebook, of in values.items()
+        if of.get("model") not in lab_models() and loader in modules(notebook)
+    }
+    if not settings:
+        return
+    command = [sys.executable, "-m", "sinkstudy.memory", *sorted(settings)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, check=False)
+    if ended.returncode:
+        raise UserError(ended.stderr.strip().splitlines()[-1])
 
 
 def update_notebooks(only: Iterable[str] = ()) -> None:
@@ -578,6 +610,8 @@ def write_provenance() -> None:
     for run_name in runs():
         for name in executed(run_name):
             noted = record(run_name, name) | {"notebook": name, "run": run_name}
+            if noted.get("revision"):
+                noted["model"] += f"@{noted['revision'][:12]}"
             rows.append(tuple(noted.get(column, "") for column in columns))
         packages = noted.get("versions", {})
         versions += [(run_name, package, version) for package, version in packages.items()]

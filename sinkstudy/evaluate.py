@@ -140,8 +140,9 @@ def evaluate(
     shown = dict(zip(table.image_id, table["image"], strict=True)) if images is None else images
     options = _options(table, candidates)
     tokens = {several: _first_tokens(lvlm, several) for several in dict.fromkeys(options)}
-    if lvlm.spec.prefix_mask:
-        warnings.warn(f"{lvlm.name}: its whole prompt sees itself, so questions share no prefix", stacklevel=2)
+    first = table.image_id.iloc[0]
+    if reason := _not_shared(lvlm, _opened(first, shown[first])):
+        warnings.warn(f"{lvlm.name}: {reason}, so questions share no prefix", stacklevel=2)
     store = _Answers(cache, lvlm, max_new_tokens, batch_size)
     rows: dict[str, list[int]] = {}
     for row, image in enumerate(table.image_id):
@@ -292,6 +293,16 @@ def _split(
     at = (first["attention_mask"].argmax(1)[:, None] + torch.arange(length, device=lvlm.device))  # behind the padding
     tokenwise = {k: v.gather(1, at) for k, v in first.items() if v.shape == first["input_ids"].shape}
     return Prefixes({**first, **tokenwise}, wanted), rest
+
+
+def _not_shared(lvlm: LVLM, picture: Any) -> str:
+    """Why no two questions about a picture share their prompts' prefix; empty if they do."""
+    if lvlm.spec.prefix_mask:
+        return "its whole prompt sees itself"
+    inputs = lvlm.inputs([picture, picture], ["a", "a a"])
+    short, long = _unpadded(inputs, 0), _unpadded(inputs, 1)
+    end = int((short == lvlm.image_token_id).nonzero()[-1]) + 1
+    return "" if torch.equal(short[:end], long[:end]) else "its chat format puts the question before the image"
 
 
 def _unpadded(inputs: BatchFeature, row: int) -> torch.Tensor:

@@ -29,7 +29,7 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 from transformers.vision_utils import get_vision_window_index
 
 from sinkstudy.lab import registers  # noqa: F401  (makes the register tower known to AutoModel)
-from sinkstudy.paths import MODELS, lab_models
+from sinkstudy.paths import MODELS, hub_commit, lab_models
 
 
 @dataclass(frozen=True)
@@ -294,6 +294,10 @@ class LVLM:
         batch.pop("labels", None)
         return batch.to(self.device, dtype=self.model.dtype)
 
+    def see(self, inputs: BatchFeature) -> None:
+        """Send the images of a batch through tower and connector, without the decoder, for hooks to watch."""
+        self.model.get_image_features(**{k: v for k, v in inputs.items() if "pixel" in k or "image" in k})
+
     def visual_positions(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Positions of the visual tokens, long [batch, n_visual]; for LLaVA visual token j is patch j.
 
@@ -469,51 +473,77 @@ def load(
         name: a lab model (a folder of `data/models`), the path of a local folder, or a hub id "owner/name".
         device: "cpu", "cuda", "cuda:1", …; "auto" spreads a large model over the GPUs that are there.
         dtype: "float32", "bfloat16" or "float16"; lab weights are stored in bfloat16 and run in float32.
-        revision: commit, tag or branch of a hub model.
+        revision: commit, tag or branch of a hub model; None or "" is its main branch.
 
     Weights are read from safetensors only, and no code of the model's own is run.
 
     Raises:
-        ValueError: unknown model, architecture, dtype or vision layout, a device that is not there, files that are
-            absent or damaged, or no network where one is needed.
+        ValueError: unknown model, architecture, dtype or vision layout, a revision of a folder, a device that is not
+            there or does not compute in that dtype, files that are absent or damaged, or no network where one is
+            needed.
     """
     dtype = _dtype(dtype)
-    _check_device(device)
-    source = find(name)
+    check_device(device, dtype)
+    spec, _ = _configuration(name, revision)
+    # a progress bar in a notebook is a widget, and a page with a widget asks another host for its scripts
+    transformers.utils.logging.disable_progress_bar()
     with _reading(name):
-        known, _ = PretrainedConfig.get_config_dict(source, revision=revision)
+        model = getattr(transformers, spec.model_class).from_pretrained(
+            find(name),
+            revision=revision or None,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            device_map=None if device == "cpu" else device,  # straight to the device, without a copy in main memory
+            use_safetensors=True,
+        )
+    return LVLM(
+        model=model.eval().requires_grad_(False),
+        processor=_processor(name, spec, revision),
+        name=name,
+        revision=hub_commit(name, revision),
+        spec=spec,
+    )
+
+
+def outline(name: str, *, dtype: str | torch.dtype = "float32", revision: str | None = None) -> LVLM:
+    """The model as `load` gives it but without weights, on torch's meta device: names and shapes, no memory.
+
+    Only the configuration and the processor's files are read, or downloaded.
+
+    Raises:
+        ValueError: as `load`, but for device and weights.
+    """
+    spec, config = _configuration(name, revision)
+    with torch.device("meta"):
+        model = getattr(transformers, spec.model_class)(config)
+    processor = _processor(name, spec, revision)
+    return LVLM(model.to(_dtype(dtype)).eval(), processor, name, hub_commit(name, revision), spec)
+
+
+def _configuration(name: str, revision: str | None) -> tuple[Spec, PretrainedConfig]:
+    """The architecture of a model and its configuration, once it is known to be one that the study can read."""
+    source = find(name)
+    if revision and Path(source).is_dir():
+        raise ValueError(f"{name} is a folder and has no revision {revision!r}; revisions are for models of the hub")
+    with _reading(name):
+        known, _ = PretrainedConfig.get_config_dict(source, revision=revision or None)
     if known.get("model_type") not in SPECS:
         raise ValueError(
             f"{name}: architecture {known.get('model_type')!r} is not known; known: {', '.join(SPECS)}. "
             "A text-only model has no patches to study; how to add another one: book/architectures.md"
         )
-    spec = SPECS[known["model_type"]]
-    # a progress bar in a notebook is a widget, and a page with a widget asks another host for its scripts
-    transformers.utils.logging.disable_progress_bar()
     with _reading(name):
-        config = AutoConfig.from_pretrained(source, revision=revision)
-        _check_layout(name, config)
-        model = getattr(transformers, spec.model_class).from_pretrained(
-            source,
-            revision=revision,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            device_map="auto" if device == "auto" else None,
-            use_safetensors=True,
-        )
+        config = AutoConfig.from_pretrained(source, revision=revision or None)
+    _check_layout(name, config)
+    return SPECS[known["model_type"]], config
+
+
+def _processor(name: str, spec: Spec, revision: str | None) -> ProcessorMixin:
+    with _reading(name):
         # the PIL image processor, because the torchvision one gives slightly different pixels
-        processor = without_video(spec.processor_class).from_pretrained(
-            source, revision=revision, backend="pil"
+        return without_video(spec.processor_class).from_pretrained(
+            find(name), revision=revision or None, backend="pil"
         )
-    if device != "auto":
-        model = model.to(device)
-    return LVLM(
-        model=model.eval().requires_grad_(False),
-        processor=processor,
-        name=name,
-        revision=getattr(config, "_commit_hash", None),
-        spec=spec,
-    )
 
 
 @contextmanager
@@ -552,16 +582,29 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     return known[dtype]
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str, dtype: str | torch.dtype = "float32") -> None:
+    """Make sure that a device is there and computes in a dtype; "auto" is the first GPU, or the CPU.
+
+    Raises:
+        ValueError: it is not, or does not.
+    """
+    dtype = _dtype(dtype)
     if device == "auto":
-        return
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=device)
-    except (
-        RuntimeError,
-        AssertionError,
-    ) as error:  # torch raises AssertionError where it was built without CUDA
+    except (RuntimeError, AssertionError) as error:  # AssertionError where torch was built without CUDA
         raise ValueError(f"device {device!r} is not there: {str(error).splitlines()[0]}") from error
+    try:
+        one = torch.ones(1, 1, device=device, dtype=dtype)
+        one @ one
+        lacks = dtype == torch.bfloat16 and one.is_cuda and not torch.cuda.is_bf16_supported(including_emulation=False)
+    except (RuntimeError, TypeError):  # TypeError on an older Apple GPU
+        lacks = True
+    if lacks:
+        name = str(dtype).removeprefix("torch.")
+        others = "float16 or float32" if dtype == torch.bfloat16 else "bfloat16 or float32"
+        raise ValueError(f"device {device!r} does not compute in {name}: take another dtype ({others})")
 
 
 def without_video(name: str) -> type[ProcessorMixin]:

@@ -34,6 +34,21 @@ def lab_models() -> list[str]:
     return sorted(path.parent.name for path in MODELS.glob("*/config.json"))
 
 
+def hub_commit(model: str, revision: str | None = None) -> str | None:
+    """The commit of a hub model in this machine's cache, once it was loaded; None for a folder or a lab model.
+
+    Args:
+        model: a name as notebooks take it.
+        revision: a branch, tag or commit; None or "" is the main branch.
+    """
+    if model in lab_models() or model.count("/") != 1 or Path(model).is_dir():
+        return None
+    from huggingface_hub import try_to_load_from_cache  # only now: the engine starts without it
+
+    config = try_to_load_from_cache(model, "config.json", revision=revision or None)
+    return Path(config).parent.name if isinstance(config, str) else None  # the cache has a folder for each commit
+
+
 def results_dir(run: str, notebook: str) -> Path:
     """The folder that a notebook writes its tables to, made if missing: `results/<run>/<notebook>`.
 

@@ -21,7 +21,7 @@ from IPython import get_ipython
 from IPython.display import HTML
 
 from sinkstudy import stats
-from sinkstudy.paths import MODELS, atomic, results_dir
+from sinkstudy.paths import MODELS, atomic, lab_models, results_dir
 
 PALETTE = ("#1a78c2", "#cc7f00", "#0fa37f", "#c26ab2", "#b5402a")
 """Blue, orange, green, pink, red: apart for colour-blind readers too, visible on white and on near-black pages."""
@@ -264,7 +264,7 @@ def provenance(lvlm: Any, parameters: Mapping[str, Any]) -> HTML:
     one = next(weights.parameters())
     rows = {
         "Model": Path(lvlm.name).name if Path(lvlm.name).is_absolute() else lvlm.name,
-        "Revision": lvlm.revision or getattr(weights.config, "_commit_hash", None) or "in this repository",
+        "Revision": lvlm.revision or ("in this repository" if lvlm.name in lab_models() else "none: a local folder"),
         "Weights, SHA-256": _weights_sha256(lvlm.name) or "not in a local folder: see the revision",
         "Class": type(weights).__name__,
         "Parameters": f"{sum(p.numel() for p in weights.parameters()):,}",

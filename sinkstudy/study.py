@@ -79,12 +79,19 @@ def _with_ids(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def load(
-    model: str, controls: Sequence[str], picture: Any, *, device: str = "cpu", dtype: str = "float32"
+    model: str,
+    controls: Sequence[str],
+    picture: Any,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    revision: str | None = None,
 ) -> tuple[dict[str, LVLM], list[str]]:
     """The model of the run and, beside it, those controls that are there and cut `picture` into the same patches.
 
     Args:
         picture: one of those that will be shown.
+        revision: of the model, if it is one of the hub; not of the controls.
 
     Returns:
         The models by the name of their run, the model first; and the names of the controls that are left out.
@@ -92,15 +99,15 @@ def load(
     Raises:
         ValueError: as `models.load`, for the model itself.
     """
-    lvlms, left_out = {paths.slug(model): models.load(model, device=device, dtype=dtype)}, []
+    lvlms, left_out = {paths.slug(model): models.load(model, device=device, dtype=dtype, revision=revision)}, []
     own = patch_grid(lvlms[paths.slug(model)], picture)
     for name in controls:
         try:
             control = models.load(name, device=device, dtype=dtype)
-        except ValueError:  # it is not there
-            left_out.append(name)
-            continue
-        if patch_grid(control, picture) != own:
+            fits = patch_grid(control, picture) == own
+        except ValueError:  # it is not there, or takes no picture of this size
+            fits = False
+        if not fits:
             left_out.append(name)
         elif name != model:
             lvlms[paths.slug(name)] = control

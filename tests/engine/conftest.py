@@ -1,4 +1,4 @@
-"""A small project of its own: the real engine and Snakefile, two toy notebooks, no torch."""
+"""A small project of its own, the real engine and Snakefile, two toy notebooks, no torch; and a copy of this one."""
 
 import contextlib
 import os
@@ -47,12 +47,50 @@ print(len(text), "characters")
 """
 
 
-class Project:
-    """A toy project in a temporary folder."""
+class Commands:
+    """The command `sinkstudy` of a project in a temporary folder."""
+
+    def __init__(self, root: Path, **environment: str):
+        self.root = root
+        self.environment = environment
+        self.processes: list[subprocess.Popen] = []
+
+    def start(self, *arguments: str) -> subprocess.Popen:
+        environment = os.environ | {"PYTHONPATH": str(self.root)} | self.environment
+        environment.pop("SINKSTUDY_RESULTS", None)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "sinkstudy.cli", *arguments],
+            cwd=self.root,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        self.processes.append(process)
+        return process
+
+    def call(self, *arguments: str, code: int = 0) -> str:
+        """Run the command to its end and return what it printed."""
+        process = self.start(*arguments)
+        printed, _ = process.communicate(timeout=600)
+        assert process.returncode == code, printed
+        return printed
+
+    def page(self, name: str, run: str = "lab-llava") -> nbformat.NotebookNode:
+        return nbformat.read(self.root / "book" / "runs" / run / f"{name}.ipynb", as_version=4)
+
+    def end(self) -> None:
+        for process in self.processes:  # each began a session: its children too
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+class Project(Commands):
+    """A toy project."""
 
     def __init__(self, root: Path):
-        self.root = root
-        self.processes: list[subprocess.Popen] = []
+        super().__init__(root)
         (root / "sinkstudy").mkdir()
         for name in ("__init__.py", "paths.py", "engine.py", "cli.py"):
             shutil.copy(REPOSITORY / "sinkstudy" / name, root / "sinkstudy" / name)
@@ -83,28 +121,6 @@ class Project:
         }
         nbformat.write(new_notebook(cells=cells, metadata=metadata), self.root / "notebooks" / f"{name}.ipynb")
 
-    def start(self, *arguments: str) -> subprocess.Popen:
-        environment = os.environ | {"PYTHONPATH": str(self.root)}
-        environment.pop("SINKSTUDY_RESULTS", None)
-        process = subprocess.Popen(
-            [sys.executable, "-m", "sinkstudy.cli", *arguments],
-            cwd=self.root,
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        self.processes.append(process)
-        return process
-
-    def call(self, *arguments: str, code: int = 0) -> str:
-        """Run the command to its end and return what it printed."""
-        process = self.start(*arguments)
-        printed, _ = process.communicate(timeout=600)
-        assert process.returncode == code, printed
-        return printed
-
     def executed(self, *arguments: str) -> list[str]:
         """The notebooks that `sinkstudy run` executes, in alphabetical order."""
         (self.root / "journal.txt").unlink(missing_ok=True)
@@ -112,14 +128,22 @@ class Project:
         journal = self.root / "journal.txt"
         return sorted(journal.read_text().split()) if journal.exists() else []
 
-    def page(self, name: str, run: str = "lab-llava") -> nbformat.NotebookNode:
-        return nbformat.read(self.root / "book" / "runs" / run / f"{name}.ipynb", as_version=4)
-
 
 @pytest.fixture
 def project(tmp_path: Path) -> Iterator[Project]:
     made = Project(tmp_path)
     yield made
-    for process in made.processes:  # each began a session: its children too
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+    made.end()
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
+    """A copy of this project, whose runs leave nothing in the original; it knows no hub but an empty cache."""
+    root = tmp_path_factory.mktemp("checkout")
+    for folder in ("sinkstudy", "notebooks"):
+        shutil.copytree(REPOSITORY / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(REPOSITORY / "Snakefile", root / "Snakefile")
+    (root / "data").symlink_to(REPOSITORY / "data")
+    made = Commands(root, HF_HOME=str(root / "hub"), HF_HUB_OFFLINE="1")
+    yield made
+    made.end()

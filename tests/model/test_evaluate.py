@@ -1,7 +1,13 @@
 """Answers with shared work are those of one `generate` for each question; they outlive a kill; bad input is named."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 import warnings
+from pathlib import Path
 
 import architectures
 import numpy as np
@@ -12,6 +18,7 @@ from PIL import Image
 
 from sinkstudy import models
 from sinkstudy.evaluate import NONE, Intervention, evaluate
+from sinkstudy.paths import ROOT
 
 STEPS = 4
 TEXTS = ["how many", "what is the texture", "what is the texture red blue yes no", "is red the texture"]
@@ -138,7 +145,8 @@ def test_a_question_in_front_of_the_image_shares_no_prefix(table, tmp_path_facto
     template = "{% for c in messages[0]['content'] | reverse %}{{ '<image>' if c['type'] == 'image' else c['text'] }} "
     (folder / "chat_template.jinja").write_text(template + "{% endfor %}")
     lvlm = models.load(str(folder))
-    found = evaluate(lvlm, table, max_new_tokens=STEPS, cache=None)
+    with pytest.warns(UserWarning, match="puts the question before the image, so questions share no prefix"):
+        found = evaluate(lvlm, table, max_new_tokens=STEPS, cache=None)
     assert found.prediction.tolist() == one_by_one(lvlm, table)[0]
 
 
@@ -177,6 +185,50 @@ def test_a_killed_run_goes_on_where_it_stopped(llava, table, tmp_path):
     assert not forward and file.read_text().startswith(lines)
     for found in (again, third):
         pd.testing.assert_frame_equal(found, whole, atol=1e-5)
+
+
+KILLED = """
+import sys
+import test_evaluate as tests
+from sinkstudy import models
+from sinkstudy.evaluate import evaluate
+
+evaluate(models.load(sys.argv[1]), tests.many(), max_new_tokens=1, cache=sys.argv[2], batch_size=1)
+"""
+
+
+def many() -> pd.DataFrame:
+    """More pictures than can be looked at before the process is killed."""
+    random = np.random.default_rng(0)
+    pictures = [random.integers(0, 256, (3, 32, 32), dtype=np.uint8) for _ in range(2000)]
+    names = [str(i) for i in range(len(pictures))]
+    return pd.DataFrame({"id": names, "image_id": names, "question": TEXTS[0], "answer": "yes", "image": pictures})
+
+
+def test_answers_outlive_a_kill(llava, tmp_path):
+    """SIGKILL, sent once some answers are on disk; then only the others are asked for."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)])}
+    process = subprocess.Popen([sys.executable, "-c", KILLED, llava.name, tmp_path], env=environment)
+    try:
+        for _ in range(2400):
+            if any(file.stat().st_size > 2000 for file in tmp_path.glob("*.jsonl")):
+                break
+            assert process.poll() is None, "it ended before it was killed"
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == -signal.SIGKILL
+    (file,) = tmp_path.iterdir()
+    kept = [json.loads(line)["key"] for line in file.read_text().split("\n")[:-1] if line]
+    table = many().head(len(kept) + 3)
+    passes = []
+    hook = llava.connector.register_forward_hook(lambda module, args, out: passes.append(len(out)))
+    found = evaluate(llava, table, max_new_tokens=1, cache=tmp_path, batch_size=1)
+    hook.remove()
+    assert 0 < len(kept) < 2000 and sum(passes) == 3
+    fresh = evaluate(llava, table, max_new_tokens=1, cache=None, batch_size=1)
+    pd.testing.assert_frame_equal(found, fresh, atol=1e-5)
 
 
 def test_the_cache_tells_apart_whatever_changes_answers(llava, table, tmp_path):

@@ -1,0 +1,122 @@
+"""Chapters on a model that is none of the lab's, from a folder and from the hub's cache; and what can go wrong."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from transformers import LlamaConfig
+
+from tests.benchmarks.test_data import FILES
+from tests.engine.conftest import Commands
+from tests.model import architectures
+
+COMMITS = {"main": "1" * 40, "v1": "0123456789abcdef" * 2 + "01234567"}
+
+
+def draw(folder: Path, sizes: list[tuple[int, int]]) -> Path:
+    """Random pictures of (width, height)."""
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for i, (wide, high) in enumerate(sizes):
+        Image.fromarray(random.integers(0, 256, (high, wide, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    return folder
+
+
+def pope(folder: Path, change) -> Path:
+    """A folder of benchmarks with POPE's files, their rows changed."""
+    for name, rows in FILES["POPE"].items():
+        file = folder / "POPE" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(change(pa.Table.from_pylist(rows)), file)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny-qwen"
+    architectures.write(folder, "qwen2_5_vl")
+    return folder
+
+
+def printed(page) -> str:
+    return "".join(output.get("text", "") for cell in page.cells for output in cell.get("outputs", []))
+
+
+def test_chapters_run_on_a_folder(checkout: Commands, model: Path, tmp_path: Path):
+    pictures, data = draw(tmp_path / "pictures", [(64, 48)] * 4), pope(tmp_path / "data", lambda rows: rows)
+    options = ["--only", "03", "--only", "09", "--batch-size", "3"]
+    options += ["-p", f"images_dir={pictures}", "-p", f"data_dir={data}", "-p", 'benchmarks=["POPE"]']
+    checkout.call("run", str(model), *options)
+    results = checkout.root / "results" / "tiny-qwen"
+    assert sorted(path.parent.name for path in results.glob("*/metrics.json")) == ["03-propagation", "09-benchmarks"]
+    assert set(pd.read_csv(results / "09-benchmarks" / "data.csv").data) == {"public"}
+    kinds = pd.read_csv(results / "03-propagation" / "kinds.csv")
+    assert set(kinds.layer) == {1, 2, 3}
+    ordinary = kinds[["ordinary", "stopped", "propagated", "emerged"]].sum(axis=1)
+    assert (ordinary == 3 * 4).all()  # visual tokens: four patches each of 6 x 8
+    page = checkout.page("03-propagation", "tiny-qwen")
+    assert printed(page).startswith("4 pictures; models: tiny-qwen\nnot run: lab-llava-sinks, lab-llava-registers\n")
+    assert page.metadata["sinkstudy"]["params"]["batch_size"] == 3
+    assert "none: a local folder" in json.dumps(page.cells[-1].outputs)
+    assert "cell" not in checkout.call("run", str(model), *options)  # nothing is executed again
+
+
+def test_a_chapter_runs_on_a_revision_of_a_hub_model(checkout: Commands, model: Path, tmp_path: Path):
+    """Without network, from the hub's cache as a download leaves it."""
+    cache = checkout.root / "hub" / "hub" / "models--owner--tiny"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "snapshots").mkdir()
+    for reference, commit in COMMITS.items():
+        (cache / "refs" / reference).write_text(commit)
+        (cache / "snapshots" / commit).symlink_to(model)
+    pictures = draw(tmp_path / "pictures", [(64, 48)] * 2)
+    checkout.call("run", "owner/tiny", "--revision", "v1", "--only", "01", "-p", f"images_dir={pictures}")
+    page = checkout.page("01-norms", "owner--tiny")
+    assert printed(page).startswith("2 pictures, 6 x 8 patches; models: owner--tiny\n")
+    assert page.metadata["sinkstudy"]["revision"] == COMMITS["v1"]
+    assert COMMITS["v1"] in json.dumps(page.cells[-1].outputs)
+
+
+# ------------------------------------------------------------------------------------------------- messages
+def test_a_model_that_cannot_be_used_is_refused_before_a_kernel_starts(checkout: Commands, model: Path, tmp_path: Path):
+    (tmp_path / "nothing").mkdir()
+    LlamaConfig(vocab_size=8).save_pretrained(tmp_path / "text")
+    giant = tmp_path / "giant"
+    giant.mkdir()
+    for file in model.iterdir():
+        (giant / file.name).write_bytes(file.read_bytes())
+    config = json.loads((giant / "config.json").read_text())
+    config["text_config"] |= {"hidden_size": 2**20, "intermediate_size": 2**22}
+    (giant / "config.json").write_text(json.dumps(config))
+    cases = [
+        ([tmp_path / "nothing"], "holds no model: it has no config.json"),
+        ([tmp_path / "text"], "architecture 'llama' is not known; known: llava, "),
+        ([giant], "giant in float32 needs about "),
+        ([model, "--revision", "v1"], "tiny-qwen is a folder and has no revision 'v1'"),
+        (["lab-llava", "--revision", "v1"], "lab-llava is a folder and has no revision 'v1'"),
+        (["llava-hf/llava-1.5-7b-hf"], "llava-hf/llava-1.5-7b-hf cannot be read: We couldn't connect to "),
+        ([model, "--batch-size", "0"], "parameter 'batch_size' is 1 at least, and 0 is not"),
+        ([model, "--limit", "0"], "parameter 'limit' is 1 at least, and 0 is not"),
+    ]
+    for arguments, message in cases:
+        printed = checkout.call("run", *map(str, arguments), "--only", "01", code=1)
+        assert message in printed and printed.startswith("sinkstudy: ")
+        assert len(printed.splitlines()) == 1
+
+
+def test_data_that_cannot_be_used_is_named_in_the_last_line(checkout: Commands, model: Path, tmp_path: Path):
+    pictures = draw(tmp_path / "pictures", [(64, 64)] * 2)
+    os.truncate(pictures / "1.png", 300)
+    data = pope(tmp_path / "data", lambda rows: rows.drop_columns("answer"))
+    options = ["--only", "01", "--only", "09", "-p", f"images_dir={pictures}", "-p", f"data_dir={data}"]
+    printed = checkout.call("run", str(model), *options, code=1)
+    assert "Traceback" not in printed
+    last = printed.splitlines()[-1]
+    assert last.startswith("sinkstudy: 01-norms failed on tiny-qwen in cell 4: ValueError: picture 1.png cannot be ")
+    assert "; 09-benchmarks failed on tiny-qwen in cell 6: ValueError: POPE: column 'answer' is missing in " in last

@@ -1,0 +1,88 @@
+"""What a model takes is what it takes once it is there; a model that does not fit is refused in one line."""
+
+import json
+
+import architectures
+import pytest
+import torch
+from PIL import Image
+from transformers import DynamicCache
+
+from sinkstudy import memory, models
+
+
+def stored(lvlm: models.LVLM) -> int:
+    """Bytes of the weights' storages, each once, however many parameters share it."""
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in lvlm.model.parameters()}
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_of_a_lab_model(lab, dtype):
+    there = models.load(lab.name, dtype=dtype)
+    outline = models.outline(lab.name, dtype=dtype)
+    assert memory.need(outline).weights == stored(there)
+    assert memory.need(outline) == memory.need(there)
+    assert all(p.is_meta for p in outline.model.parameters())  # no memory itself
+
+
+@pytest.mark.parametrize("name", architectures.ARCHITECTURES)
+def test_weights_and_cache_of_every_architecture(name, tmp_path):
+    architectures.write(tmp_path, name)
+    there = models.load(str(tmp_path), dtype="bfloat16")
+    need = memory.need(models.outline(str(tmp_path), dtype="bfloat16"), batch_size=2)
+    assert need.weights == stored(there)
+    inputs = there.inputs([Image.new("RGB", memory.PICTURE)] * 2, [""] * 2)
+    cache = DynamicCache()  # without a config it keeps all, sliding windows or not
+    with torch.no_grad():
+        there.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    assert need.cache == sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert need.activations > 0
+
+
+def test_more_in_a_batch_takes_more_but_the_weights():
+    outline = models.outline("lab-llava")
+    one, four = memory.need(outline), memory.need(outline, 4)
+    assert four.weights == one.weights
+    assert four.cache == 4 * one.cache and four.activations == 4 * one.activations
+
+
+def test_what_is_free():
+    import psutil
+
+    total = psutil.virtual_memory().total
+    assert 0 < memory.free("cpu") <= total
+    assert memory.free("auto") >= memory.free("cpu") // 2
+
+
+def giant(folder) -> str:
+    """The tiny model with a decoder too wide for any machine: it can be refused only before it is made."""
+    architectures.write(folder, "llava")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"] |= {"hidden_size": 2**20, "intermediate_size": 2**22, "num_hidden_layers": 100}
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def test_a_model_that_does_not_fit(tmp_path, monkeypatch):
+    name = giant(tmp_path)
+    with pytest.raises(ValueError, match="needs about .* GB of weights, .* for a batch of 8") as found:
+        memory.check(name, dtype="float32", batch_size=8)
+    said = str(found.value)
+    assert "\n" not in said and said.endswith(
+        "GB free: try a smaller dtype (bfloat16), or a smaller batch size (it is 8), or a smaller model"
+    )
+    with pytest.raises(ValueError, match="device 'cpu' has 1 GB free: try a smaller model$"):
+        monkeypatch.setattr(memory, "free", lambda device: 10**9)
+        memory.check(name, dtype="bfloat16")
+
+
+def test_a_model_that_fits(tmp_path, monkeypatch):
+    architectures.write(tmp_path, "qwen2_5_vl")
+    memory.check(str(tmp_path), dtype="bfloat16", batch_size=32)
+    exactly = sum(memory.need(models.outline(str(tmp_path))))
+    monkeypatch.setattr(memory, "free", lambda device: exactly)
+    memory.check(str(tmp_path))
+    monkeypatch.setattr(memory, "free", lambda device: exactly - 1)
+    with pytest.raises(ValueError, match="needs about"):
+        memory.check(str(tmp_path))
