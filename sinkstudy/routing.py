@@ -206,8 +206,8 @@ def redistributed(
     """VAR, visual attention redistribution (Kang et al., "See What You Are Told", 2503.03321).
 
     Sinks of the decoder are judged by its own rule, in the hidden states that each layer reads (`sinks.llm_sinks`),
-    over all tokens up to the last visual one. In the decoder layers from the third to the last but one, queries behind the
-    image move attention from sinks to visual tokens that are none, in the heads that look at the image (`moved_mass`).
+    over all tokens up to the last visual one. In the decoder layers from the third to the last but one, queries behind
+    the image move attention from sinks to visual tokens that are none, in heads that look at the image (`moved_mass`).
 
     Args:
         dimensions: the decoder's sink dimensions, {1415, 2533} in Llama-2-7B; for others see `sinks.sink_dimensions`.
