@@ -265,14 +265,14 @@ def replace(name: str, tokens: Tokens, masks: Masks, kind: str = "mean", seed: i
     new = values(tokens, masks, kind, seed)
 
     def around(lvlm: LVLM, inputs: Prefixes) -> Any:
-        own = _of_images(masks, inputs)
+        own = of_images(masks, inputs)
         return replaced(lvlm, inputs, own, [new[image] for image in inputs.image_ids], tokens.site)
 
-    digest = hashlib.sha256(_digest(masks).encode())
+    sha256 = hashlib.sha256(digest(masks).encode())
     for of_layer in new.values():
         for x in of_layer.values():
-            digest.update(x.float().contiguous().numpy().tobytes())
-    return Intervention(name, around, {"site": tokens.site, "kind": kind, "values": digest.hexdigest()}, keeps="tower")
+            sha256.update(x.float().contiguous().numpy().tobytes())
+    return Intervention(name, around, {"site": tokens.site, "kind": kind, "values": sha256.hexdigest()}, keeps="tower")
 
 
 def hide(
@@ -285,23 +285,25 @@ def hide(
     """
 
     def around(lvlm: LVLM, inputs: Prefixes) -> Any:
-        return hidden(lvlm, inputs, _of_images(masks, inputs), visible_to=visible_to, others=others)
+        return hidden(lvlm, inputs, of_images(masks, inputs), visible_to=visible_to, others=others)
 
-    how = {"visible_to": visible_to, "others": others, "masks": _digest(masks)}
+    how = {"visible_to": visible_to, "others": others, "masks": digest(masks)}
     return Intervention(name, around, how, keeps="tower")
 
 
-def _of_images(masks: Masks, inputs: Prefixes) -> list[torch.Tensor]:
+def of_images(masks: Masks, inputs: Prefixes) -> list[torch.Tensor]:
+    """The masks of the images of `inputs`, in their order. Raises ValueError if an image has none."""
     if missing := [image for image in inputs.image_ids if image not in masks]:
         raise ValueError(f"image {missing[0]!r} has no group")
     return [masks[image] for image in inputs.image_ids]
 
 
-def _digest(masks: Masks) -> str:
-    digest = hashlib.sha256()
+def digest(masks: Masks) -> str:
+    """SHA-256 of masks by image, for an intervention's parameters."""
+    sha256 = hashlib.sha256()
     for image, mask in masks.items():
-        digest.update(image.encode() + mask.numpy().tobytes())
-    return digest.hexdigest()
+        sha256.update(image.encode() + mask.numpy().tobytes())
+    return sha256.hexdigest()
 
 
 def _check_site(site: str) -> None:

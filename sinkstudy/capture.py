@@ -18,13 +18,14 @@ the hidden states of layer l - 1.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
@@ -400,7 +401,7 @@ def _watched_attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """SDPA attention that first shows its inputs to whoever watches this module."""
+    """SDPA attention that first shows its inputs to whoever watches this module, and lets editors change its output."""
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     attention = _Attention(
         query=query,
@@ -411,14 +412,35 @@ def _watched_attention(
     )
     for see in getattr(module, "_watchers", ()):
         see(attention)
-    return sdpa_attention_forward(
+    output, _ = sdpa_attention_forward(
         module, query, key, value, attention_mask, scaling=scaling, is_causal=is_causal, **kwargs
     )
+    for edit in getattr(module, "_editors", ()):
+        output = edit(attention, value, output)
+    return output, None
 
 
 # transformers finds attention and mask functions by name; without the second line the mask would be None
 AttentionInterface.register("sinkstudy_watched", _watched_attention)
 AttentionMaskInterface.register("sinkstudy_watched", sdpa_mask)
+
+
+@contextmanager
+def editing_attention(
+    lvlm: LVLM,
+    edit: Callable[[int, "_Attention", torch.Tensor, torch.Tensor], torch.Tensor],
+    layers: Sequence[int] | None = None,
+) -> Iterator[None]:
+    """Change what attention modules of the decoder put out, before their output projection.
+
+    `edit(layer, attention, value, output)` gets queries, keys and mask as `attention`, the values
+    [batch, key heads, keys, head width] and SDPA's output [batch, queries, heads, head width], and returns such an
+    output. Whoever watches attention inside sees it as it was before the change.
+    """
+    attention = lvlm.spec.decoder_attention
+    modules = {k: block.get_submodule(attention) for k, block in _select(lvlm, "decoder", layers).items()}
+    with _attached(lvlm.decoder, "_editors", {module: partial(edit, layer) for layer, module in modules.items()}):
+        yield
 
 
 @contextmanager
@@ -437,20 +459,26 @@ def _watching(
         (lvlm.vision, lvlm.spec.vision_attention) if side == "vision" else (lvlm.decoder, lvlm.spec.decoder_attention)
     )
     modules = {layer: block.get_submodule(path) for layer, block in _select(lvlm, side, layers).items()}
-    watchers = {layer: partial(see, layer) for layer in modules}
-    before = part.config._attn_implementation
-    handles = []
-    try:
+    with ExitStack() as stack:
         for layer, module in modules.items():
-            module._watchers = [*getattr(module, "_watchers", []), watchers[layer]]
-            handles.append(module.register_forward_hook(lambda m, args, out, layer=layer: finish(layer)))
+            hook = module.register_forward_hook(lambda m, args, out, layer=layer: finish(layer))
+            stack.callback(hook.remove)
+        watchers = {module: partial(see, layer) for layer, module in modules.items()}
+        stack.enter_context(_attached(part, "_watchers", watchers))
+        yield
+
+
+@contextmanager
+def _attached(part: PreTrainedModel, attribute: str, functions: dict[nn.Module, Callable]) -> Iterator[None]:
+    """Inside, attention modules of a part of the model hold these functions, which `_watched_attention` calls."""
+    before = part.config._attn_implementation
+    try:
+        for module, function in functions.items():
+            setattr(module, attribute, [*getattr(module, attribute, []), function])
         part.set_attn_implementation("sinkstudy_watched")
         yield
     finally:
         part.set_attn_implementation(before)
-        for handle in handles:
-            handle.remove()
-        for layer, module in modules.items():
-            module._watchers = [w for w in module._watchers if w is not watchers[layer]]
-            if not module._watchers:
-                del module._watchers
+        for module, function in functions.items():
+            kept = [other for other in getattr(module, attribute, []) if other is not function]
+            setattr(module, attribute, kept) if kept else delattr(module, attribute)

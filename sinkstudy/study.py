@@ -8,11 +8,13 @@ from typing import Any
 import pandas as pd
 from PIL import Image, UnidentifiedImageError
 
-from sinkstudy import models, paths
+from sinkstudy import benchmarks, models, paths
+from sinkstudy.lab import benchmarks as lab_benchmarks
 from sinkstudy.lab import questions as lab
 from sinkstudy.lab import world
 from sinkstudy.models import LVLM
 
+LAB = {"POPE": lab_benchmarks.pope, "MME": lab_benchmarks.mme, "MMStar": lab_benchmarks.mmstar}
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
@@ -118,3 +120,38 @@ def patch_grid(lvlm: LVLM, picture: Any) -> tuple[int, int, int]:
     """(tiles, rows, columns) of the patches of a picture; rows and columns are those of a tile."""
     layout = lvlm.layout(lvlm.inputs([picture], [""]))[0]
     return layout.tiles, *layout.grid
+
+
+def benchmark(name: str, data_dir: str, hub: bool, limit: int) -> tuple[pd.DataFrame, dict[str, Any]] | None:
+    """A benchmark's questions and pictures: public ones from files or the hub, otherwise the lab's.
+
+    Args:
+        name: of `benchmarks.load`; of the lab POPE, MME or MMStar.
+        data_dir: a folder with one of parquet files for each benchmark, from the project's root; empty for the lab.
+        hub: public data from the Hugging Face Hub, at the pinned revisions.
+        limit: the number of pictures of each category at most; 0 for all.
+
+    Returns:
+        The table of `benchmarks.load`, and the picture of each `image_id`; None if the data are not there.
+    """
+    if data_dir or hub:
+        folder = paths.ROOT / data_dir / name
+        if not hub and not folder.exists():
+            return None
+        table = benchmarks.load(name, path=None if hub else folder)
+    elif name in LAB:
+        table = LAB[name]()
+    else:
+        return None
+    if limit:
+        number = table.groupby("category").image_id.transform(lambda images: pd.factorize(images)[0])
+        table = table[number < limit].reset_index(drop=True)
+    if data_dir or hub:
+        return table, dict(zip(table.image_id, table["image"], strict=True))
+    pixels, place = lab_benchmarks.pictures(table)
+    return table, {image: pixels[i] for image, i in zip(table.image_id, place, strict=True)}
+
+
+def family(lvlm: LVLM, public: bool) -> str:
+    """Whose prompts a model is asked with: the lab's own on the lab's data, otherwise those of its family."""
+    return benchmarks.FAMILIES.get(lvlm.model.config.model_type, "llava") if public else "lab"
