@@ -60,7 +60,7 @@ def mean_interval(
         ValueError: no rows, rows that are not finite, lengths that differ, an unknown method or `missing`.
     """
     (sums,), sizes = _per_image([values], clusters, missing)
-    return _bootstrap(_ratio, [sums, sizes], level, method, resamples, seed)
+    return _bootstrap(_ratio, [sums, sizes], _leave_one_out(sums, sizes), level, method, resamples, seed)
 
 
 def ratio_interval(
@@ -94,7 +94,7 @@ def ratio_interval(
     (above, below), _ = _per_image([numerator, denominator], clusters, missing)
     if len(below) and below.sum() <= 0:
         raise ValueError("the mean of the denominator must be above zero")
-    return _bootstrap(_ratio, [above, below], level, method, resamples, seed)
+    return _bootstrap(_ratio, [above, below], _leave_one_out(above, below), level, method, resamples, seed)
 
 
 def difference_interval(
@@ -133,6 +133,47 @@ def difference_interval(
         seed=seed,
         missing=missing,
     )
+
+
+def pooled_interval(
+    statistic: Callable[..., np.ndarray],
+    *columns: ArrayLike,
+    level: float = 0.95,
+    method: str = "BCa",
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """Any statistic of what images give together, with a paired bootstrap interval over images.
+
+    For statistics that are no mean of a number an image, such as a standard deviation of pooled values: they are
+    computed again from every draw of images.
+
+    Args:
+        statistic: gets the columns with their images drawn again, each [draws, images, ..]; returns [draws].
+        columns: [images, ..] each, of the same images in the same order.
+        level, method, resamples, seed: as in `mean_interval`.
+
+    Returns:
+        The statistic of all images; `n` is the number of images. Low and high are NaN for one image, all is NaN for
+        none.
+
+    Raises:
+        ValueError: values that are not finite, numbers of images that differ, an unknown method.
+    """
+    columns = [np.asarray(column, dtype=np.float64) for column in columns]
+    if len({len(column) for column in columns}) != 1:
+        raise ValueError(f"columns need the same images, not {[len(column) for column in columns]}")
+    if not all(np.isfinite(column).all() for column in columns):
+        raise ValueError("some values are not finite: leave these images out and say how many")
+
+    def of(images: np.ndarray, axis: int = -1) -> np.ndarray:  # [.., images] -> [..]
+        draws = images.reshape(-1, images.shape[-1])
+        return statistic(*(column[draws] for column in columns)).reshape(images.shape[:-1])
+
+    index = np.arange(len(columns[0]))
+    left_out = [float(of(np.delete(index, image))) for image in index] if len(index) > 1 else []
+    per_image = sum(column[:1].size for column in columns)
+    return _bootstrap(of, [index], left_out, level, method, resamples, seed, per_image)
 
 
 def wilson(successes: int, n: int, *, level: float = 0.95) -> Interval:
@@ -284,10 +325,25 @@ def _ratio(above: np.ndarray, below: np.ndarray, axis: int = -1) -> np.ndarray:
     return above.sum(axis) / below.sum(axis)
 
 
+def _leave_one_out(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """The ratio without each image, [images]."""
+    return (above.sum() - above) / (below.sum() - below) if len(above) > 1 else above
+
+
 def _bootstrap(
-    statistic: Callable, columns: list[np.ndarray], level: float, method: str, resamples: int, seed: int
+    statistic: Callable,
+    columns: list[np.ndarray],
+    left_out: ArrayLike,
+    level: float,
+    method: str,
+    resamples: int,
+    seed: int,
+    per_image: int = 1,
 ) -> Interval:
-    """`scipy.stats.bootstrap` of a statistic of paired columns, each [images]; without spread, a point."""
+    """`scipy.stats.bootstrap` of a statistic of paired columns, each [images]; without spread, a point.
+
+    `left_out` is the statistic without each image, `per_image` how many values an image has in memory.
+    """
     if method not in ("BCa", "percentile"):
         raise ValueError(f"method is 'BCa' or 'percentile', not {method!r}")
     n = len(columns[0])
@@ -296,8 +352,7 @@ def _bootstrap(
     value = float(statistic(*columns))
     if n == 1:
         return Interval(value, float("nan"), float("nan"), n)
-    leave_one_out = [column.sum() - column for column in columns]
-    if np.ptp(leave_one_out[0] / leave_one_out[1]) <= 1e-12 * abs(value):  # no image moves the estimate
+    if np.ptp(left_out) <= 1e-12 * abs(value):  # no image moves the estimate
         return Interval(value, value, value, n)
     interval = scipy.stats.bootstrap(
         columns,
@@ -305,7 +360,7 @@ def _bootstrap(
         paired=True,
         vectorized=True,
         n_resamples=resamples,
-        batch=max(1, _CELLS // n),
+        batch=max(1, _CELLS // (n * per_image)),
         confidence_level=level,
         method=method,
         rng=np.random.default_rng(seed),
