@@ -15,6 +15,7 @@ from sinkstudy.stats import (
     holm,
     mcnemar_test,
     mean_interval,
+    pooled_interval,
     ratio_interval,
     sign_flip_test,
     wilson,
@@ -220,3 +221,31 @@ def test_holm_closed_form_ties_and_tests_not_made():
     assert holm([]).shape == (0,)
     with pytest.raises(ValueError, match="between 0 and 1"):
         holm([1.2])
+
+
+def test_pooled_interval_of_a_mean_is_that_of_the_mean():
+    values = np.random.default_rng(8).exponential(1.0, 60)
+    assert pooled_interval(lambda drawn: drawn.mean(-1), values) == pytest.approx(mean_interval(values))
+
+
+def test_pooled_interval_of_a_standard_deviation_covers_the_truth():
+    """sd of two pooled means, 1 and 3, so 1; an image is one draw of both."""
+    rng, hits = np.random.default_rng(9), 0
+    for trial in range(150):
+        heads = rng.normal([1.0, 3.0], 2.0, (50, 2))
+        interval = pooled_interval(lambda drawn: drawn.mean(1).std(-1), heads, resamples=500, seed=trial)
+        hits += interval.low <= 1.0 <= interval.high
+    assert 0.88 <= hits / 150 <= 0.99
+
+
+def test_pooled_interval_without_images_without_spread_and_with_gaps():
+    def largest(drawn):
+        return drawn.mean(1).max(-1)
+
+    assert np.isnan(pooled_interval(largest, np.zeros((0, 2)))[:3]).all()
+    assert pooled_interval(largest, [[1.0, 2.0]])[0] == 2 and np.isnan(pooled_interval(largest, [[1.0, 2.0]]).low)
+    assert pooled_interval(largest, np.full((5, 2), 3.0)) == (3, 3, 3, 5)
+    with pytest.raises(ValueError, match="not finite"):
+        pooled_interval(largest, [[1.0, np.nan]])
+    with pytest.raises(ValueError, match="same images"):
+        pooled_interval(lambda a, b: a.sum(1) / b.sum(1), [1.0, 2.0], [1.0])
