@@ -216,4 +216,4 @@ def _each_map(
             see(layer, int(image[kept[0]]), patch[kept], one[:, at[:, None], at[None]])
 
     with capture.attention_rows(lvlm, "vision", cut, rows="all", layers=layers):
-        lvlm.model(**inputs, logits_to_keep=1)
+        lvlm.see(inputs)
