@@ -365,8 +365,8 @@ class LVLM:
             tiles = pixels[layout.row, : layout.tiles] if pixels.ndim == 5 else pixels[start : start + layout.tiles]
             start += layout.tiles
             vision = self.model.config.vision_config
-            values = nn.functional.unfold(tiles, vision.patch_size, stride=vision.patch_size)  # [tiles, values, patches]
-            found.append(values.transpose(1, 2).flatten(0, 1))
+            values = nn.functional.unfold(tiles, vision.patch_size, stride=vision.patch_size)
+            found.append(values.transpose(1, 2).flatten(0, 1))  # from [tiles, values, patches]
         return found
 
     def unembed(self, hidden: torch.Tensor) -> torch.Tensor:

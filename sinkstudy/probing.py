@@ -1,8 +1,8 @@
 """What a token tells: linear probes on its vector, and the word that the language model makes of it.
 
-A probe is a ridge regression, solved in closed form, from the vector of one token to something known about its picture
-or its patch. It is fitted on some pictures and judged on others. It shows what can be read from a token by a linear map,
-not what the model reads there.
+A probe is a ridge regression, solved in closed form, from the vector of one token to something known about its
+picture or its patch. It is fitted on some pictures and judged on others. It shows what can be read from a token by a
+linear map, not what the model reads there.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -56,7 +56,7 @@ class Ridge:
         self.leverage = 1 / n + self.shrunk @ self.scores.square().T
 
     def predict(self, targets: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        """Fit `targets` [n, k], all under one penalty, and predict them from `new` tokens [m, width]: float64 [m, k]."""
+        """Fit `targets` [n, k], all under one penalty, and predict them for `new` tokens [m, width]: float64 [m, k]."""
         y = targets.double()
         offset = y.mean(0)
         moments = self.scores.T @ (y - offset)  # [d, k]
@@ -116,8 +116,8 @@ def states(
 
     Args:
         choose: gets a picture's index, layout and norms at `feature_layer`, [patches]; returns float [readings,
-            patches], in each row the weights of the patches whose vectors are averaged. One patch of weight 1 reads that
-            token; a row of NaN gives NaN. In the decoder a patch stands for the visual token that it is part of.
+            patches], in each row the weights of the patches whose vectors are averaged. One patch of weight 1 reads
+            that token; a row of NaN gives NaN. In the decoder a patch stands for the visual token that it is part of.
         followed: so many readings, the first, are kept in all stages; the others at `feature_layer` only.
 
     Returns:
@@ -186,10 +186,10 @@ class Words:
 def words(lvlm: LVLM, pictures: Sequence[Any], *, batch_size: int = 32) -> list[Words]:
     """The word that the language model makes of every visual token, alone and by the logit lens.
 
-    Alone is the isolated decoding of the paper (2510.08510): all attention between the token and others is blocked, from
-    the first decoder layer to the last. That is a sequence of one token, as which each is run here. It then attends to
-    itself only, so its position has no effect. The second reading leaves it the first token of the prompt (BOS, where
-    the prompt begins with it), on which decoders are used to rest their attention, at the distance that it has.
+    Alone is the isolated decoding of the paper (2510.08510): all attention between the token and others is blocked,
+    from the first decoder layer to the last. That is a sequence of one token, as which each is run here. It then
+    attends to itself only, so its position has no effect. The second reading leaves it the first token of the prompt
+    (BOS, where the prompt begins with it), on which decoders rest their attention, at the distance that it has.
 
     Raises:
         ValueError: if features are added behind decoder layers as well (Qwen3-VL), so that no token stands alone.
@@ -225,8 +225,11 @@ def words(lvlm: LVLM, pictures: Sequence[Any], *, batch_size: int = 32) -> list[
 
 def _next_word(lvlm: LVLM, embeddings: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Most likely next token of short sequences: [sequences, tokens, width], [.., sequences, tokens] -> [sequences]."""
-    seen = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)  # or a jump in position hides
-    out = lvlm.decoder(inputs_embeds=embeddings, attention_mask=seen, position_ids=positions, use_cache=False)
+    n = embeddings.shape[1]
+    # said outright, because models read other things out of a jump in position, or let a prompt see all of itself
+    hidden = torch.full((n, n), torch.finfo(embeddings.dtype).min, dtype=embeddings.dtype, device=embeddings.device)
+    mask = hidden.triu(1).expand(len(embeddings), 1, n, n)  # causal
+    out = lvlm.decoder(inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, use_cache=False)
     head: nn.Module = lvlm.model.get_output_embeddings()
     return head(out.last_hidden_state[:, -1]).argmax(-1)
 
@@ -242,8 +245,8 @@ def entropy_difference(first: np.ndarray, others: np.ndarray, *, level: float = 
 
     Args:
         first: [pictures, words], how often each word was said in each picture.
-        others: [draws, pictures, words], the same for draws of a control, of as many words a picture: an entropy counted
-            from few words is too low, alike in groups of one size.
+        others: [draws, pictures, words], the same for draws of a control, of as many words a picture: an entropy
+            counted from few words is too low, alike in groups of one size.
 
     Returns:
         The difference; percentile bootstrap over pictures. `n` is the number of pictures in which anything was said.
@@ -252,7 +255,7 @@ def entropy_difference(first: np.ndarray, others: np.ndarray, *, level: float = 
     n = int(said.sum())
     if n < 2:
         return stats.Interval(float("nan"), float("nan"), float("nan"), n)
-    first, others = first[said], others[:, said]
+    first, others = first[said].astype(float), others[:, said].astype(float)
 
     def difference(times: np.ndarray) -> np.ndarray:  # how often each picture was drawn, [.., pictures]
         pooled = [entropy(times @ draw) for draw in others]
