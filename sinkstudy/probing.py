@@ -75,15 +75,16 @@ class Ridge:
 
 
 def explained_variance(truth: torch.Tensor, predicted: torch.Tensor) -> np.ndarray:
-    """What each row adds to the explained variance 1 − SSE / SST: [m, k], [m, k] -> float64 [m].
+    """What each picture adds to the explained variance 1 − SSE / SST: two [pictures, tokens, k] -> float64 [pictures].
 
-    SSE and SST are summed over rows and columns, SST about the mean of `truth`. The mean of the result is the explained
-    variance, and its spread over rows is that of this ratio of sums to first order (linearisation), so that intervals
-    and paired differences over rows are those of the ratio.
+    SSE and SST are summed over everything, SST about the mean of `truth`; tokens of NaN are left out. The mean of the
+    result is the explained variance, and its spread over pictures is that of this ratio of sums to first order
+    (linearisation), so that intervals and paired differences over pictures are those of the ratio. All is NaN if the
+    truth does not vary.
     """
     truth, predicted = truth.double(), predicted.double()
-    sse = (truth - predicted).square().sum(1).numpy()
-    sst = (truth - truth.mean(0)).square().sum(1).numpy()
+    sse = (truth - predicted).square().nansum((1, 2)).numpy()
+    sst = (truth - truth.flatten(0, 1).nanmean(0)).square().nansum((1, 2)).numpy()
     if sst.sum() == 0:
         return np.full(len(truth), np.nan)
     unexplained = sse.sum() / sst.sum()

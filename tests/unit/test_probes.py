@@ -76,19 +76,22 @@ def test_too_few_tokens_or_none(tokens):
 
 
 def test_explained_variance_and_its_spread_are_those_of_the_ratio():
-    truth = normal(400, 3) * (1 + torch.arange(400)[:, None] / 100)  # rows of unequal weight
-    said = 0.7 * truth + 0.5 * normal(400, 3, seed=1)
-    share = probing.explained_variance(truth, said)
+    truth = normal(400, 2, 3) * (1 + torch.arange(400)[:, None, None] / 100)  # pictures of unequal weight
+    said = 0.7 * truth + 0.5 * normal(400, 2, 3, seed=1)
+    truth[::3, 1] = said[::3, 1] = float("nan")  # some have one token
+    added = probing.explained_variance(truth, said)
 
-    def direct(rows):
-        sse, sst = (truth[rows] - said[rows]).square().sum(), (truth[rows] - truth.mean(0)).square().sum()
+    def direct(pictures):
+        y, mean = truth[pictures].flatten(0, 1), truth.flatten(0, 1).nanmean(0)
+        there = y[:, 0].isfinite()
+        sse, sst = (y - said[pictures].flatten(0, 1))[there].square().sum(), (y - mean)[there].square().sum()
         return 1 - (sse / sst).item()
 
-    assert share.mean() == pytest.approx(direct(np.arange(400)), abs=1e-12)
+    assert added.mean() == pytest.approx(direct(np.arange(400)), abs=1e-12)
     rng = np.random.default_rng(0)
     drawn = [direct(rng.integers(0, 400, 400)) for _ in range(1000)]
-    assert share.std() / 20 == pytest.approx(np.std(drawn), rel=0.1)  # standard error of the mean of 400
-    assert np.isnan(probing.explained_variance(torch.ones(4, 2), torch.ones(4, 2))).all()
+    assert added.std() / 20 == pytest.approx(np.std(drawn), rel=0.1)  # standard error of the mean of 400
+    assert np.isnan(probing.explained_variance(torch.ones(4, 1, 2), torch.ones(4, 1, 2))).all()
 
 
 def test_entropy_in_bits():
