@@ -352,6 +352,27 @@ class LVLM:
             start += tiles * n
         return layouts
 
+    def patch_pixels(self, inputs: BatchFeature) -> list[torch.Tensor]:
+        """What the tower sees of each patch: for each image float32 [patches, values], in the order of `layout`."""
+        pixels = inputs["pixel_values"].float().cpu()
+        found, start = [], 0
+        for layout in self.layout(inputs):
+            rows, columns = layout.grid
+            if self.spec.packed:  # one row a patch, the patches of a visual token together
+                found.append(pixels[start + _block_order(rows, columns, self.merge)])
+                start += rows * columns
+                continue
+            tiles = pixels[layout.row, : layout.tiles] if pixels.ndim == 5 else pixels[start : start + layout.tiles]
+            start += layout.tiles
+            vision = self.model.config.vision_config
+            values = nn.functional.unfold(tiles, vision.patch_size, stride=vision.patch_size)
+            found.append(values.transpose(1, 2).flatten(0, 1))  # from [tiles, values, patches]
+        return found
+
+    def unembed(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The logit lens: final norm and LM head on the residual stream, [.., decoder width] -> [.., vocabulary]."""
+        return self.model.get_output_embeddings()(self.decoder.norm(hidden))
+
     def _shape(self, inputs: BatchFeature, row: int, n_visual: int) -> tuple[tuple[int, int], int]:
         """Patch grid of an image's tiles, and how many there are."""
         if n_visual == 0:

@@ -519,3 +519,22 @@ def test_text_only_and_unknown_models(tmp_path):
         assert f"'{kind}' is not known" in message and "book/architectures.md" in message
         assert all(known in message for known in models.SPECS)
         assert len(message.splitlines()) == 1
+
+
+def test_logit_lens_of_the_last_layer_is_what_the_model_says(lvlm, inputs, plain):
+    with hidden_states(lvlm, "decoder", lambda hidden, layer: hidden) as hidden, torch.no_grad():
+        lvlm.model(**inputs)
+        last = lvlm.unembed(hidden[len(lvlm.decoder_layers) - 1][0])
+    seen = inputs["attention_mask"].bool()
+    torch.testing.assert_close(last[seen].argmax(-1), plain[seen].argmax(-1))  # some models scale their logits
+
+
+def test_pixels_of_patches_are_in_the_order_of_the_layout(lvlm):
+    """A picture that brightens from patch to patch, row by row, does so in each of its tiles."""
+    y, x = torch.meshgrid(torch.arange(64) // 8, torch.arange(64) // 8, indexing="ij")
+    bright = (28 * y + 3 * x).to(torch.uint8).expand(3, -1, -1)
+    inputs = lvlm.inputs([bright, bright.flip(1, 2)], QUESTIONS[:2])
+    for i, (layout, pixels) in enumerate(zip(lvlm.layout(inputs), lvlm.patch_pixels(inputs), strict=True)):
+        assert pixels.shape[0] == len(layout.vision)
+        steps = pixels.mean(1).view(layout.tiles, -1).diff(dim=1)
+        assert (steps > 0).all() if i == 0 else (steps < 0).all()
