@@ -15,7 +15,7 @@
   const GROUPS = { sinks: "sinks", top_2_percent: "the top 2 % of norms", calm: "calm patches", things: "things" };
   const RANGES = { log: "one scale, logarithmic", shared: "one scale, linear", own: "each map on its own" };
   const VIRIDIS = "440154 482475 414487 355f8d 2a788e 21918c 22a884 44bf70 7ad151 bddf26 fde725";
-  const BLUE_RED = "2166ac 4393c3 92c5de d1e5f0 f7f7f7 fddbc7 f4a582 d6604d b2182b";
+  const BLUE_RED = "053061 2166ac 4393c3 92c5de d1e5f0 f7f7f7 fddbc7 f4a582 d6604d b2182b 67001f";
   const SVG = "http://www.w3.org/2000/svg";
 
   // ---- data
@@ -198,13 +198,15 @@
       return Array.from(bytes(model().pictures[state.picture].rules), (byte) => Boolean((byte >> state.rule) & 1));
     }
 
-    function set(change, keepFocus) {
+    /** Change the state and draw anew; the focus stays with the form field that asked for it. */
+    function set(change) {
       Object.assign(state, change);
-      const focus = keepFocus && document.activeElement?.closest?.("fieldset, label")?.className;
+      const field = document.activeElement?.closest(":is(fieldset, label)[class^=explorer-]")?.className;
       draw();
-      if (focus) root.querySelector(`.${focus} input:checked, .${focus} select`)?.focus();
+      const box = field && root.querySelector(`.${field}`);
+      if (box) (box.querySelector("input:checked") ?? box.querySelector("input, select"))?.focus();
     }
-    const choose = (name) => (value) => set({ [name]: value }, true);
+    const choose = (name) => (value) => set({ [name]: value });
 
     function draw() {
       const { quantity } = state;
@@ -222,7 +224,7 @@
         kind.side === "tower" ? "Layer of the vision tower (→ feeds the connector)" : "Layer of the language model",
         "layers", all[state.model].length, layer,
         (i) => [small(state.model, i), layerName(state.model, quantity, i)],
-        (i) => set({ [kind.side]: i + (quantity === "decoder_attention" ? 1 : 0) }, true),
+        (i) => set({ [kind.side]: i + (quantity === "decoder_attention" ? 1 : 0) }),
       )];
       const outlines = ["things", "sinks", "calm"].filter((name) => mask(name) && (name === "sinks" || state[name]));
       const overlay = () => {
@@ -302,9 +304,9 @@
     function outlineChoice() {
       const count = (name) => mask(name).filter(Boolean).length;
       const box = (name, label) => {
-        const input = make("input", { type: "checkbox", onchange: (event) => set({ [name]: event.target.checked }, true) });
+        const input = make("input", { type: "checkbox", onchange: (event) => set({ [name]: event.target.checked }) });
         input.checked = state[name];
-        return make("label", {}, input, sample(name), `${label} (${count(name)})`);
+        return make("label", { class: `explorer-${name}-box` }, input, sample(name), `${label} (${count(name)})`);
       };
       const sample = (name) => {
         const svg = drawing("svg", { viewBox: "0 0 24 8", class: "explorer-sample", "aria-hidden": "true" });

@@ -84,25 +84,32 @@ def test_colours_are_those_of_the_data(page, data):
     norms = [of(data, m, 3, "tower_norm") for m in range(len(data["models"]))]
     relative = [n / np.median(n, axis=1, keepdims=True) for n in norms]
     every, here = np.concatenate(relative), relative[1][4]
-    for kind, (low, high), scale in (("own", (here.min(), here.max()), np.asarray), ("log", (every.min(), every.max()), np.log),
-                                     ("shared", (every.min(), every.max()), np.asarray)):
+    for kind, among, scale in (("own", here, np.asarray), ("shared", every, np.asarray), ("log", every, np.log)):
         show(page, "tower_norm", kind)
-        at = (scale(here) - scale(low)) / (scale(high) - scale(low))
+        low, high = scale(among.min()), scale(among.max())
+        at = (scale(here) - low) / (high - low)
         assert np.abs(colours(page) - 255 * viridis(at)[:, :3]).max() < 8, kind
 
     show(page, "attribution", "own")
     choose(page, "questions", 2)
     values = of(data, 1, 3, "attribution")[2]
     expected = 255 * blue_red(0.5 + 0.5 * values / np.abs(values).max())[:, :3]
-    assert np.abs(colours(page) - expected).max() < 25  # nine stops in the place of eleven
-    assert np.corrcoef(colours(page)[:, 0].astype(float) - colours(page)[:, 2], values)[0, 1] > 0.9
+    assert np.abs(colours(page) - expected).max() < 8
 
 
 def test_every_choice_changes_the_map(page, data):
     seen = [colours(page)]
-    steps = [lambda: choose(page, "pictures", 5), lambda: choose(page, "layers", 0), lambda: choose(page, "models", 2),
-             lambda: show(page, "decoder_attention"), lambda: choose(page, "questions", 1), lambda: choose(page, "layers", 1),
-             lambda: show(page, "tower_attention"), lambda: show(page, "decoder_norm"), lambda: show(page, "attribution")]
+    steps = [
+        lambda: choose(page, "pictures", 5),
+        lambda: choose(page, "layers", 0),
+        lambda: choose(page, "models", 2),
+        lambda: show(page, "decoder_attention"),
+        lambda: choose(page, "questions", 1),
+        lambda: choose(page, "layers", 1),
+        lambda: show(page, "tower_attention"),
+        lambda: show(page, "decoder_norm"),
+        lambda: show(page, "attribution"),
+    ]
     for step in steps:
         step()
         seen.append(colours(page))
@@ -121,8 +128,8 @@ def test_numbers_are_those_of_the_data(page, data):
 
     norm = of(data, model, picture, "tower_norm")[tower]
     assert all(map(agree, numbers(read(page, "tower_norm")), (norm[patch], norm[patch] / np.median(norm))))
-    received = of(data, model, picture, "tower_attention")[tower, patch]
-    assert all(map(agree, numbers(read(page, "tower_attention")), (received, received / data["models"][model]["uniform"])))
+    received, uniform = of(data, model, picture, "tower_attention")[tower, patch], data["models"][model]["uniform"]
+    assert all(map(agree, numbers(read(page, "tower_attention")), (received, received / uniform)))
     inner = of(data, model, picture, "decoder_norm")[decoder + 1]  # the first is the connector's
     assert all(map(agree, numbers(read(page, "decoder_norm")), (inner[patch], inner[patch] / np.median(inner))))
     attention = of(data, model, picture, "decoder_attention").reshape(3, -1, 144)[question, decoder, patch]
@@ -140,7 +147,8 @@ def test_numbers_are_those_of_the_data(page, data):
         expected = answers["without"][group]
         assert int(tokens) == expected["tokens"] and word == expected["word"]
         assert agree(numbers(p)[0], 100 * expected["p"]) and agree(numbers(random)[0], 100 * expected["random"])
-    assert data["pictures"][picture]["questions"][question]["answer"] in page.locator(".explorer-answers p").inner_text()
+    answer = data["pictures"][picture]["questions"][question]["answer"]
+    assert f"True answer: {answer}." in page.locator(".explorer-answers p").inner_text()
 
 
 def test_sinks_are_outlined_by_the_chosen_rule(page, data):
@@ -175,19 +183,23 @@ def test_keyboard(page):
     assert page.evaluate("document.activeElement.value") == "5"  # the focus stays with the choice that was made
     page.keyboard.press("Tab")
     assert focused(page) == "row 1, column 1"
-    for key, place in (("ArrowRight", (1, 2)), ("ArrowDown", (2, 2)), ("End", (2, 12)), ("ArrowRight", (2, 12)),
-                       ("PageDown", (12, 12)), ("Home", (12, 1)), ("ArrowUp", (11, 1)), ("PageUp", (1, 1)), ("ArrowUp", (1, 1))):
+    for key, row, column in (
+        ("ArrowRight", 1, 2), ("ArrowDown", 2, 2), ("End", 2, 12), ("ArrowRight", 2, 12), ("PageDown", 12, 12),
+        ("Home", 12, 1), ("ArrowUp", 11, 1), ("PageUp", 1, 1), ("ArrowUp", 1, 1), ("ArrowLeft", 1, 1),
+    ):  # fmt: skip
         page.keyboard.press(key)
-        assert focused(page) == f"row {place[0]}, column {place[1]}"
-        said = page.locator(".explorer-readout [aria-live]").inner_text()
-        assert said.startswith(f"Row {place[0]}, column {place[1]}:")
+        assert focused(page) == f"row {row}, column {column}"
+        assert page.locator(".explorer-readout [aria-live]").inner_text().startswith(f"Row {row}, column {column}:")
     ring = page.locator(".explorer-map .explorer-here-line")
     assert ring.evaluate("e => getComputedStyle(e).stroke") == "rgb(255, 176, 0)"
+    page.keyboard.press("Tab")  # one stop for the whole map
+    assert page.evaluate("document.activeElement.matches('.explorer-rule select')")
     page.keyboard.press("Tab")
-    assert focused(page) is None  # one stop for the whole map
-    unnamed = page.eval_on_selector_all(".explorer :is(input, select)", "all => all.filter(e => !e.labels.length || "
-                                        "!(e.labels[0].innerText.trim() || e.labels[0].querySelector('img')?.alt)).length")
-    assert unnamed == 0
+    page.keyboard.press("Space")
+    assert page.evaluate("document.activeElement.matches('.explorer-calm-box input:not(:checked)')")
+    named = "e => e.labels.length === 1 && (e.labels[0].innerText.trim() || e.labels[0].querySelector('img').alt)"
+    fields = page.locator(".explorer :is(input, select)")
+    assert fields.count() > 25 and all(field.evaluate(named) for field in fields.all())
 
 
 def test_dark_theme_and_narrow_screen(page):
