@@ -97,10 +97,10 @@ def load(
     for name in controls:
         try:
             control = models.load(name, device=device, dtype=dtype)
-        except ValueError:  # it is not there
-            left_out.append(name)
-            continue
-        if patch_grid(control, picture) != own:
+            fits = patch_grid(control, picture) == own
+        except ValueError:  # it is not there, or cannot take pictures of this size
+            fits = False
+        if not fits:
             left_out.append(name)
         elif name != model:
             lvlms[paths.slug(name)] = control

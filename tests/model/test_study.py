@@ -8,6 +8,7 @@ from PIL import Image
 from sinkstudy import study
 from sinkstudy.lab import questions as lab
 from sinkstudy.lab import world
+from tests.model import architectures
 
 
 def test_lab_pictures_come_with_their_facts():
@@ -57,3 +58,9 @@ def test_controls_of_the_same_grid_stand_beside_the_model():
     lvlms, left_out = study.load("lab-llava", ["lab-llava-sinks", "no-such-model", "lab-llava"], shown[0])
     assert list(lvlms) == ["lab-llava", "lab-llava-sinks"] and left_out == ["no-such-model"]
     assert study.patch_grid(lvlms["lab-llava"], shown[0]) == (1, 12, 12)
+
+
+def test_a_control_that_cannot_take_the_picture_is_left_out(tmp_path):
+    architectures.write(tmp_path / "tiny", "qwen2_vl")
+    lvlms, left_out = study.load(str(tmp_path / "tiny"), ["lab-llava"], Image.new("RGB", (64, 48)))
+    assert list(lvlms) == ["tiny"] and left_out == ["lab-llava"]
