@@ -250,7 +250,8 @@
           choose("picture")),
         make("div", { class: "explorer-selects" },
           select("Show", "quantity", Object.entries(QUANTITIES).map(([value, { name }]) => [value, name]), quantity, choose("quantity")),
-          select("Colours", "range", Object.entries(RANGES), state.range, choose("range"))),
+          select("Colours", "range", Object.entries(RANGES).filter(([value]) => value !== "log" || !kind.signed),
+            kind.signed && state.range === "log" ? "shared" : state.range, choose("range"))),
         tiles("Model", "models", data.models.length, state.model,
           (i) => [small(i, layerOf(i, quantity)), make("span", {}, data.models[i].name)], choose("model")),
         ...layers,
@@ -343,7 +344,7 @@
       root.querySelector("[aria-live]").textContent = `Row ${r + 1}, column ${c + 1}: ${said}`;
       const byte = bytes(model().pictures[state.picture].rules)[patch];
       const rules = data.rules.filter((_, i) => (byte >> i) & 1);
-      const token = model().merge > 1 ? `, one visual token of ${model().merge} × ${model().merge} patches` : "";
+      const token = model().merge > 1 ? `, a token of ${model().merge} × ${model().merge} patches` : "";
       const where = (name) => (layer(name) === "connector" ? "after the connector" : `layer ${layer(name)}`);
       const rows = {
         place: ["What lies here", picture().contents ? picture().contents[patch] : "not known for this picture"],
