@@ -16,16 +16,16 @@ from tests.benchmarks.test_data import FILES
 from tests.model import architectures
 
 
-def run(folder: Path, name: str, **parameters) -> Path:
-    """Execute the chapter on the tiny model `name`; returns the folder of its tables, beside it `out.ipynb`."""
+def run(folder: Path, name: str, notebook: str = "09-benchmarks", **parameters) -> Path:
+    """Execute a chapter on the tiny model `name`; returns the folder of its tables, beside it `out.ipynb`."""
     architectures.write(folder / f"tiny-{name}", name)
     given = {"model": str(folder / f"tiny-{name}"), "max_new_tokens": 3} | parameters
     text = "\n".join(f"{key}: {json.dumps(value)}" for key, value in given.items())
-    command = [sys.executable, "-m", "papermill", NOTEBOOKS / "09-benchmarks.ipynb", folder / "out.ipynb", "-y", text]
+    command = [sys.executable, "-m", "papermill", NOTEBOOKS / f"{notebook}.ipynb", folder / "out.ipynb", "-y", text]
     environment = os.environ | {"SINKSTUDY_RESULTS": str(folder), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     ended = subprocess.run(command, env=environment, cwd=NOTEBOOKS, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr[-3000:]
-    return folder / f"tiny-{name}" / "09-benchmarks"
+    return folder / f"tiny-{name}" / notebook
 
 
 def printed(folder: Path) -> str:
