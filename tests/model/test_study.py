@@ -9,7 +9,6 @@ from PIL import Image
 from sinkstudy import study
 from sinkstudy.lab import questions as lab
 from sinkstudy.lab import world
-from tests.model import architectures
 
 
 def test_lab_pictures_come_with_their_facts():

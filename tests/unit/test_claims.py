@@ -18,7 +18,7 @@ LEDGER = {
             "source": "luo2026sink",
             "where": "here",
             "grade": "A",
-            "chapter": "04-toy",
+            "chapter": "90-toy",
             "figure": "fig-toy",
             "metric": f"{{model}}.{name}.effect",
             "unit": unit,
@@ -27,12 +27,12 @@ LEDGER = {
         for name, unit, rule in (("up", "times", {"above": 1.5}), ("same", "points", {"between": [-2, 2]}))
     ],
     "controls": [
-        {"id": "c", "rule": "It holds.", "chapter": "04-toy", "metric": "lab-llava.up.effect", "holds": {"below": 2}}
+        {"id": "c", "rule": "It holds.", "chapter": "90-toy", "metric": "lab-llava.up.effect", "holds": {"below": 2}}
     ],
 }
 
 
-def write(root, run, rows, chapter="04-toy"):
+def write(root, run, rows, chapter="90-toy"):
     folder = root / run / chapter
     folder.mkdir(parents=True, exist_ok=True)
     keys = ("name", "value", "low", "high", "n", "unit")

@@ -21,7 +21,7 @@ def results(tmp_path, monkeypatch):
     monkeypatch.setattr(pages, "RUNS", tmp_path / "runs")
     for run, text in (("lab-llava", ":name: fig-toy"), ("other", ":name: fig-toy--other"), ("bare", "no figure")):
         page = new_notebook(cells=[new_markdown_cell("# Toys"), new_markdown_cell(f"```{{figure}} x\n{text}\n```")])
-        path = tmp_path / "runs" / run / "04-toy.ipynb"
+        path = tmp_path / "runs" / run / "90-toy.ipynb"
         path.parent.mkdir(parents=True)
         nbformat.write(page, path)
     write(
@@ -36,17 +36,17 @@ def results(tmp_path, monkeypatch):
 
 
 def test_figures_are_linked_under_the_label_of_their_run(results):
-    assert pages.figure("lab-llava", "04-toy", "fig-toy") == "fig-toy"
-    assert pages.figure("other", "04-toy", "fig-toy") == "fig-toy--other"
-    assert pages.figure("bare", "04-toy", "fig-toy") is None
-    assert pages.figure("absent", "04-toy", "fig-toy") is None
-    assert pages.figure("", "04-toy", "fig-toy") is None
+    assert pages.figure("lab-llava", "90-toy", "fig-toy") == "fig-toy"
+    assert pages.figure("other", "90-toy", "fig-toy") == "fig-toy--other"
+    assert pages.figure("bare", "90-toy", "fig-toy") is None
+    assert pages.figure("absent", "90-toy", "fig-toy") is None
+    assert pages.figure("", "90-toy", "fig-toy") is None
 
 
 def test_verdict_table_has_word_sign_number_and_link(results):
     judged = claims.verdicts(results, LEDGER)
     text = pages.verdict_tables(LEDGER, judged).replace(pages.NBSP, " ")
-    assert text.startswith("### 04 Toys\n\n{doc}`The chapter </book/runs/lab-llava/04-toy>`")
+    assert text.startswith("### 04 Toys\n\n{doc}`The chapter </book/runs/lab-llava/90-toy>`")
     assert text.count("\n* - ") == 3 and text.count("\n  - ") == 9  # a head and two claims; three models
     cells = [line.strip() for line in text.splitlines() if line.startswith("  - ")]
     assert cells[:3] == ["- `lab-llava`", "- `bare`", "- `other`"]
@@ -79,7 +79,7 @@ def test_pages_without_any_run(tmp_path, monkeypatch):
     monkeypatch.setattr(pages, "RUNS", tmp_path)
     judged = claims.verdicts(tmp_path, LEDGER)
     assert pages.verdict_summary(LEDGER, judged).endswith("No run has been made.")
-    assert "Chapter 04" in pages.verdict_tables(LEDGER, judged)
+    assert "Chapter 90" in pages.verdict_tables(LEDGER, judged)
 
 
 def test_everything_is_written_whole(tmp_path):
@@ -173,7 +173,7 @@ def test_published_and_own_numbers_are_marked_and_apart(results):
         ],
         columns=pages.COLUMNS,
     )
-    here = {"label": "effect", "chapter": "04-toy", "figure": "fig-toy", "metric": "{model}.up.effect", "unit": "times"}
+    here = {"label": "effect", "chapter": "90-toy", "figure": "fig-toy", "metric": "{model}.up.effect", "unit": "times"}
     table = {"table": "t", "title": "Toys", "rows": rows, "here": [here], "note": ""}
     text = pages.paper_part(table, claims.metrics(results), ["lab-llava", "bare", "absent"]).replace(pages.NBSP, " ")
     published, own = text.split("[Here]")
