@@ -46,7 +46,7 @@ def test_figures_are_linked_under_the_label_of_their_run(results):
 def test_verdict_table_has_word_sign_number_and_link(results):
     judged = claims.verdicts(results, LEDGER)
     text = pages.verdict_tables(LEDGER, judged).replace(pages.NBSP, " ")
-    assert text.startswith("### 04 Toys\n\n{doc}`The chapter </book/runs/lab-llava/90-toy>`")
+    assert text.startswith("### 90 Toys\n\n{doc}`The chapter </book/runs/lab-llava/90-toy>`")
     assert text.count("\n* - ") == 3 and text.count("\n  - ") == 9  # a head and two claims; three models
     cells = [line.strip() for line in text.splitlines() if line.startswith("  - ")]
     assert cells[:3] == ["- `lab-llava`", "- `bare`", "- `other`"]
