@@ -45,6 +45,7 @@ class Spec:
     vision: str = "model.vision_tower"
     vision_layers: str = "model.vision_tower.encoder.layers"
     vision_attention: str = "self_attn"
+    vision_neurons: str = "mlp.fc2"  # the linear map whose input are the neurons of a layer's MLP, after the nonlinearity
     connector: str = "model.multi_modal_projector"
     deepstack: str | None = None  # further connectors, whose tokens are added to the residual stream of the decoder
     decoder: str = "model.language_model"
@@ -84,11 +85,18 @@ SPECS = {  # by model_type of the config
     "llava_next": Spec("LlavaNextForConditionalGeneration", "LlavaNextProcessor", anyres=True),
     "llava_onevision": Spec("LlavaOnevisionForConditionalGeneration", "LlavaOnevisionProcessor", anyres=True),
     "qwen2_vl": Spec("Qwen2VLForConditionalGeneration", "Qwen2VLProcessor", order="blocks", **_QWEN),
-    "qwen2_5_vl": Spec("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLProcessor", order="windows", **_QWEN),
+    "qwen2_5_vl": Spec(
+        "Qwen2_5_VLForConditionalGeneration",
+        "Qwen2_5_VLProcessor",
+        order="windows",
+        vision_neurons="mlp.down_proj",
+        **_QWEN,
+    ),
     "qwen3_vl": Spec(
         "Qwen3VLForConditionalGeneration",
         "Qwen3VLProcessor",
         order="blocks",
+        vision_neurons="mlp.linear_fc2",
         deepstack="model.visual.deepstack_merger_list",
         **_QWEN,
     ),
