@@ -99,14 +99,17 @@ def random_neurons(neurons: Neurons, n: int, seed: int) -> dict[int, torch.Tenso
 
 @contextmanager
 def setting(
-    lvlm: LVLM, neurons: Neurons, tokens: torch.Tensor, values: Mapping[int, torch.Tensor] | float = 0.0
+    lvlm: LVLM,
+    neurons: Neurons,
+    tokens: torch.Tensor | None = None,
+    values: Mapping[int, torch.Tensor] | float = 0.0,
 ) -> Iterator[None]:
     """Set the post-activation of neurons at some tokens of the tower; everything else computes as it does.
 
     Args:
         lvlm: the model.
         neurons: which.
-        tokens: where, long [n].
+        tokens: where, long [n]; by default everywhere, CLS and registers included.
         values: of each neuron, float [k] a layer; or one for all, by default 0: the neurons are silent.
     """
 
@@ -115,7 +118,8 @@ def setting(
             active = args[0].clone()
             flat = active.view(-1, active.shape[-1])  # [tokens of the batch, neurons]
             value = values if isinstance(values, float) else values[layer].to(flat)
-            flat[tokens.to(flat.device)[:, None], neurons[layer].to(flat.device)] = value
+            where = slice(None) if tokens is None else tokens.to(flat.device)[:, None]
+            flat[where, neurons[layer].to(flat.device)] = value
             return (active, *args[1:])
 
         return set_
