@@ -135,7 +135,7 @@ def setting(
 
 
 @contextmanager
-def test_time_register(lvlm: LVLM, neurons: Neurons) -> Iterator[None]:
+def moved_to_register(lvlm: LVLM, neurons: Neurons) -> Iterator[None]:
     """Move what neurons write to a token that is added behind the patches of every tile and that nobody reads.
 
     The added token enters the first layer as zeros. There each of the neurons takes the activation of the largest

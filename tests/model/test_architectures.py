@@ -443,6 +443,21 @@ def test_lift(lvlm, layouts):
             layout.lift(values[:-1], "mean")
 
 
+def test_vision_neurons(lvlm, inputs):
+    """The map behind the neurons reads all of them, behind the nonlinearity, of every token of the tower."""
+    seen, hidden, layer = [], [], lvlm.vision_layers[1]
+    hooks = [
+        layer.get_submodule(lvlm.spec.vision_neurons).register_forward_pre_hook(lambda m, args: seen.append(args[0])),
+        layer.register_forward_hook(lambda m, args, out: hidden.append(out)),
+    ]
+    run(lvlm, inputs)
+    for hook in hooks:
+        hook.remove()
+    assert seen[0].shape == (*hidden[0].shape[:-1], 32)  # twice the width, see `architectures`
+    if not hasattr(layer.mlp, "gate_proj"):  # both forms of gelu stay above -0.17; quick gelu, of CLIP, too
+        assert seen[0].min() > -0.3 and seen[0].max() > 1
+
+
 def test_grid(lvlm, layouts):
     if lvlm.spec.packed:
         assert [(layout.grid, layout.tiles) for layout in layouts] == [((4, 6), 1), ((8, 4), 1), ((8, 8), 1)]
