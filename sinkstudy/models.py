@@ -45,7 +45,7 @@ class Spec:
     vision: str = "model.vision_tower"
     vision_layers: str = "model.vision_tower.encoder.layers"
     vision_attention: str = "self_attn"
-    vision_neurons: str = "mlp.fc2"  # the linear map whose input are the neurons of a layer's MLP, after the nonlinearity
+    vision_neurons: str = "mlp.fc2"  # the map that reads the neurons of a layer's MLP, behind the nonlinearity
     connector: str = "model.multi_modal_projector"
     deepstack: str | None = None  # further connectors, whose tokens are added to the residual stream of the decoder
     decoder: str = "model.language_model"

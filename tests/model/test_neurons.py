@@ -120,7 +120,7 @@ def reference_activations(lvlm, picture) -> torch.Tensor:
     """Neurons of one picture from the first linear maps and the nonlinearity: [layers, tokens, neurons]."""
     kept: dict[str, list] = {}
     handles = [
-        module.register_forward_hook(lambda m, args, out, name=name.split(".")[-1]: kept.setdefault(name, []).append(out))
+        module.register_forward_hook(lambda m, args, out, name=name: kept.setdefault(name, []).append(out))
         for layer in lvlm.vision_layers
         for name, module in layer.mlp.named_modules()
         if name in ("fc1", "linear_fc1", "gate_proj", "up_proj")
@@ -195,7 +195,11 @@ def test_nothing_set_changes_nothing_and_nothing_stays(lvlm, pictures):
     for context in nothing:
         with context:
             assert torch.equal(logits(lvlm, pictures), plain)
-    for context in (neurons.setting(lvlm, {1: torch.arange(32)}), neurons.setting_dimensions(lvlm, [3], torch.arange(9), 7.0)):
+    something = [
+        neurons.setting(lvlm, {1: torch.arange(32)}),
+        neurons.setting_dimensions(lvlm, [3], torch.arange(9), 7.0),
+    ]
+    for context in something:
         with pytest.raises(KeyboardInterrupt), context:
             assert not torch.equal(logits(lvlm, pictures), plain)
             raise KeyboardInterrupt
@@ -210,7 +214,8 @@ def test_setting_dimensions_touches_those_entries_only(lvlm, pictures):
     def read(module, args):
         seen.append(args[0].reshape(-1, 16).clone())
 
-    for context in (neurons.setting(lvlm, {}), neurons.setting_dimensions(lvlm, [4, 11], patches, torch.tensor([9.0, -3.0]))):
+    value = torch.tensor([9.0, -3.0])
+    for context in (neurons.setting(lvlm, {}), neurons.setting_dimensions(lvlm, [4, 11], patches, value)):
         with context:
             hook = lvlm.connector.register_forward_pre_hook(read)
             logits(lvlm, pictures)
@@ -221,7 +226,9 @@ def test_setting_dimensions_touches_those_entries_only(lvlm, pictures):
 
 
 # ----------------------------------------------------------------------------------------------- test-time register
-@pytest.mark.parametrize("name", ["llava", "llava-siglip-qwen2", "llava_next", "llava_onevision", "gemma3", "paligemma", "idefics3"])
+@pytest.mark.parametrize(
+    "name", ["llava", "llava-siglip-qwen2", "llava_next", "llava_onevision", "gemma3", "paligemma", "idefics3"]
+)
 def test_a_register_takes_the_largest_activation_and_leaves_no_token(name, pictures, tmp_path_factory):
     lvlm = load(name, tmp_path_factory)
     plain, n = logits(lvlm, pictures), hooks(lvlm)
