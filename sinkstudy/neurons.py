@@ -60,7 +60,7 @@ def mean_activations(
                 group: torch.cat([layout.vision[mask] for layout, mask in zip(lvlm.layout(inputs), part, strict=True)])
                 for group, part in ((group, mask[start : start + batch_size]) for group, mask in masks.items())
             }
-            lvlm.model(**inputs, logits_to_keep=1)
+            lvlm.see(inputs)
     finally:
         for handle in handles:
             handle.remove()
