@@ -1,4 +1,4 @@
-"""Chapter 08 on a model and pictures that are not the lab's: it writes the ledger's metrics, those without value too."""
+"""Chapter 08 on a model and pictures that are not the lab's: it writes all the ledger's metrics, empty ones too."""
 
 import json
 import os
