@@ -11,7 +11,7 @@ ablation do not.
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -72,6 +72,18 @@ class AnswerLogProb:
         """log p(answer) of every row, without gradients: float32 [rows]. By default of the pictures' own tokens."""
         tokens = self.tokens if tokens is None else tokens
         return torch.cat([self(tokens[rows], rows) for rows in self._batches(batch_size)])
+
+    def take(self, rows: Sequence[int]) -> "AnswerLogProb":
+        """The same function of some of its rows."""
+        picked = torch.as_tensor(rows)
+        return replace(
+            self,
+            tokens=self.tokens[picked],
+            layouts=[self.layouts[row] for row in rows],
+            prompts={name: values[picked] for name, values in self.prompts.items()},
+            answers=self.answers[picked],
+            deepstack=[of_layer[picked] for of_layer in self.deepstack],
+        )
 
     def _batches(self, size: int) -> tuple[torch.Tensor, ...]:
         return torch.arange(len(self), device=self.tokens.device).split(max(1, size))
@@ -194,8 +206,11 @@ def gradient_x_activation(f: AnswerLogProb, *, batch_size: int = 64) -> torch.Te
     The first-order change of f if a token were taken to zero, with opposite sign; it has no baseline but zero.
     """
     method = InputXGradient(f)
-    found = [method.attribute(f.tokens[rows], additional_forward_args=(rows,)) for rows in f._batches(batch_size)]
-    return torch.cat([by_entry.sum(-1) for by_entry in found]).float()
+    found = [
+        method.attribute(f.tokens[rows].requires_grad_(), additional_forward_args=(rows,))
+        for rows in f._batches(batch_size)
+    ]
+    return torch.cat([by_entry.detach().sum(-1) for by_entry in found]).float()
 
 
 # ------------------------------------------------------------------------------------------------- by group

@@ -15,8 +15,6 @@ from sinkstudy import attribution, models
 TEXTS = ["how many", "what is the texture red blue", "what is the texture"]
 ANSWERS = ["red", "blue texture yes", "no"]
 
-pytestmark = pytest.mark.filterwarnings("ignore:Input Tensor 0 did not already require gradients")
-
 
 @pytest.fixture(scope="module")
 def pictures() -> list[Image.Image]:
@@ -58,6 +56,7 @@ def test_log_prob_is_that_of_the_model(name, loaded, pictures):
     f = attribution.answer_log_prob(lvlm, pictures, TEXTS, answers, batch_size=2)
     expected = [one_by_one(lvlm, *row) for row in zip(pictures, TEXTS, answers)]
     np.testing.assert_allclose(f.values(batch_size=2), expected, atol=2e-4)
+    np.testing.assert_allclose(f.take([2, 0]).values(), [expected[2], expected[0]], atol=2e-4)
     # and each row reads the tokens that it is given, not its own
     swapped = f(f.tokens[[1, 0]], torch.tensor([0, 0]))
     assert swapped[1] == pytest.approx(expected[0], abs=2e-4) and abs(swapped[0] - swapped[1]) > 1e-3
