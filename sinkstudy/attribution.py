@@ -10,6 +10,7 @@ ablation do not.
 """
 
 import copy
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -253,7 +254,8 @@ def shapley(
     """
     method, baseline = ShapleyValueSampling(f), baseline.expand_as(f.tokens)
     found = []
-    with torch.random.fork_rng(devices=[]):  # Captum draws from torch's global generator
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # Captum draws from torch's global generator
+        warnings.filterwarnings("ignore", message="Feature mask is missing")  # a group may have no tokens
         torch.manual_seed(seed)
         for rows in f._batches(batch_size):
             found.append(
