@@ -70,9 +70,13 @@ class AnswerLogProb:
 
     @torch.no_grad()
     def values(self, tokens: torch.Tensor | None = None, batch_size: int = 64) -> torch.Tensor:
-        """log p(answer) of every row, without gradients: float32 [rows]. By default of the pictures' own tokens."""
+        """log p(answer) of every row, without gradients: float32 [rows], on the CPU.
+
+        Args:
+            tokens: [rows, visual tokens, decoder width]; by default the pictures' own.
+        """
         tokens = self.tokens if tokens is None else tokens
-        return torch.cat([self(tokens[rows], rows) for rows in self._batches(batch_size)])
+        return torch.cat([self(tokens[rows], rows) for rows in self._batches(batch_size)]).cpu()
 
     def take(self, rows: Sequence[int]) -> "AnswerLogProb":
         """The same function of some of its rows."""
@@ -198,7 +202,7 @@ def integrated_gradients(
         for rows in f._batches(batch_size // steps)
     ]
     by_token = torch.cat([by_entry.sum(-1) for by_entry, _ in found])
-    return by_token.float(), torch.cat([delta for _, delta in found]).float()
+    return by_token.float().cpu(), torch.cat([delta for _, delta in found]).float().cpu()
 
 
 def gradient_x_activation(f: AnswerLogProb, *, batch_size: int = 64) -> torch.Tensor:
@@ -211,7 +215,7 @@ def gradient_x_activation(f: AnswerLogProb, *, batch_size: int = 64) -> torch.Te
         method.attribute(f.tokens[rows].requires_grad_(), additional_forward_args=(rows,))
         for rows in f._batches(batch_size)
     ]
-    return torch.cat([by_entry.detach().sum(-1) for by_entry in found]).float()
+    return torch.cat([by_entry.detach().sum(-1) for by_entry in found]).float().cpu()
 
 
 # ------------------------------------------------------------------------------------------------- by group
@@ -225,10 +229,9 @@ def group_ablation(
         groups: long [rows, visual tokens], the group of each token, from 0; a group without tokens gets 0.
     """
     method, baseline = FeatureAblation(f), baseline.expand_as(f.tokens)
+    mask = groups.to(f.tokens.device)[..., None]
     found = [
-        method.attribute(
-            f.tokens[rows], baseline[rows], additional_forward_args=(rows,), feature_mask=groups[rows][..., None]
-        )
+        method.attribute(f.tokens[rows], baseline[rows], additional_forward_args=(rows,), feature_mask=mask[rows])
         for rows in f._batches(batch_size)
     ]
     return _of_groups(torch.cat(found), groups)
@@ -253,6 +256,7 @@ def shapley(
         samples: random orders of the groups, the same for the rows of a batch.
     """
     method, baseline = ShapleyValueSampling(f), baseline.expand_as(f.tokens)
+    mask = groups.to(f.tokens.device)[..., None]
     found = []
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # Captum draws from torch's global generator
         warnings.filterwarnings("ignore", message="Feature mask is missing")  # a group may have no tokens
@@ -263,7 +267,7 @@ def shapley(
                     f.tokens[rows],
                     baseline[rows],
                     additional_forward_args=(rows,),
-                    feature_mask=groups[rows][..., None],
+                    feature_mask=mask[rows],
                     n_samples=samples,
                 ).detach()
             )
@@ -272,8 +276,7 @@ def shapley(
 
 def _of_groups(by_entry: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
     """Captum gives every entry of a group the group's value: [rows, tokens, width] -> [rows, groups]."""
-    empty = torch.zeros(len(groups), int(groups.max()) + 1, device=by_entry.device)
-    return empty.scatter(1, groups.to(by_entry.device), by_entry[..., 0].float())
+    return torch.zeros(len(groups), int(groups.max()) + 1).scatter(1, groups.cpu(), by_entry[..., 0].float().cpu())
 
 
 # ------------------------------------------------------------------------------------------------- faithfulness
@@ -316,7 +319,9 @@ def occlusion(
 ) -> torch.Tensor:
     """What log p(answer) loses when an area of the picture is painted in the picture's mean colour.
 
-    The vision tower sees the painted picture, so that tokens outside the area change too.
+    The vision tower sees the painted picture, so that tokens outside the area change too. Captum's own way to this,
+    `LLMAttribution` of an `ImageMaskInput`, takes one picture at a time, and none for Qwen's inputs, which name the
+    type of each token and so cannot be lengthened by the answer's ids alone.
 
     Args:
         images: PIL images in RGB, or arrays or tensors uint8 [3, height, width].
