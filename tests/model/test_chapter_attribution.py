@@ -28,7 +28,8 @@ def test_other_models_and_pictures(name, folder, tmp_path: Path):
         Image.fromarray(pixels).save(tmp_path / "pictures" / f"{i}.png")
     given = FEW | {"model": str(tmp_path / f"tiny-{name}"), "images_dir": str(tmp_path / "pictures") if folder else ""}
     text = "\n".join(f"{key}: {json.dumps(value)}" for key, value in given.items())
-    command = [sys.executable, "-m", "papermill", NOTEBOOKS / "06-attribution.ipynb", tmp_path / "out.ipynb", "-y", text]
+    chapter, page = NOTEBOOKS / "06-attribution.ipynb", tmp_path / "out.ipynb"
+    command = [sys.executable, "-m", "papermill", chapter, page, "-y", text]
     environment = os.environ | {"SINKSTUDY_RESULTS": str(tmp_path), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     ended = subprocess.run(command, env=environment, cwd=NOTEBOOKS, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr[-3000:]
