@@ -144,13 +144,14 @@ def answer_log_prob(
 
 
 def _answer_ids(lvlm: LVLM, questions: Sequence[str], answers: Sequence[str]) -> list[torch.Tensor]:
-    """Tokens of each answer, long [its tokens]."""
+    """Tokens of each answer, long [its tokens]: what tokenising the prompt with the answer adds to the prompt."""
     tokenizer = lvlm.processor.tokenizer
-    end = tokenizer.eos_token_id
     rows = []
     for question, answer in zip(questions, answers):
-        before = "" if lvlm.prompt(question)[-1:].isspace() else " "
-        rows.append(torch.tensor(tokenizer.encode(before + answer, add_special_tokens=False) or [end]))
+        prompt = lvlm.prompt(question)
+        whole = prompt + ("" if prompt[-1:].isspace() else " ") * bool(answer) + answer
+        start = len(tokenizer.encode(prompt, add_special_tokens=False))
+        rows.append(torch.tensor(tokenizer.encode(whole, add_special_tokens=False)[start:] or [tokenizer.eos_token_id]))
     return rows
 
 

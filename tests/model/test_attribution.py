@@ -43,8 +43,9 @@ def one_by_one(lvlm, picture, question, answer) -> float:
     total = 0.0
     for token in lvlm.processor.tokenizer.encode(answer, add_special_tokens=False):
         total += lvlm.model(**inputs).logits[0, -1].log_softmax(-1)[token].item()
-        for name, further in {"input_ids": token, "attention_mask": 1, "mm_token_type_ids": 0, "token_type_ids": 0}.items():
+        for name in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"):
             if name in inputs:
+                further = {"input_ids": token, "attention_mask": 1}.get(name, 0)
                 inputs[name] = torch.cat([inputs[name], torch.tensor([[further]], dtype=inputs[name].dtype)], dim=1)
     return total
 
