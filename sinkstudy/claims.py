@@ -26,6 +26,7 @@ LEVEL = 0.05
 GRADES = ("A", "B", "C", "D")
 _CLAIM = ("id", "claim", "source", "where", "grade", "chapter", "figure", "metric", "unit", "supported")
 _CONTROL = ("id", "rule", "chapter", "metric", "holds")
+_OPTIONAL = ("seen", "note")  # a note was written after the run, and changes no verdict
 _SHARES = ("%", "points")  # units in which one picture cannot move a mean of n by more than 100 / n
 _Z = float(scipy.stats.norm.ppf(0.975))
 
@@ -57,7 +58,7 @@ def load(
         for number, row in enumerate(ledger[kind], 1):
             name = f"{path.name}: {kind} {row.get('id', f'number {number}')}"
             missing = [key for key in keys if row.get(key) in (None, "")]
-            unknown = sorted(set(row) - {*keys, "seen"})
+            unknown = sorted(set(row) - {*keys, *_OPTIONAL})
             if missing or unknown:
                 raise ValueError(f"{name}: keys missing: {missing or 'none'}; unknown: {unknown or 'none'}")
             if row["id"] in seen:

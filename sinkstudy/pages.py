@@ -85,6 +85,7 @@ def control_table(ledger: Mapping[str, list[dict]]) -> str:
     for control in ledger["controls"]:
         found = states.loc[control["id"]]
         detail = f"`{control['metric']}` must be {_rule(control['holds'])}."
+        detail += f"\n\n{_note(control)}" if "note" in control else ""
         value = f"{_interval(found)}\\\nn = {int(found.n)}" if found.state != "not run" else "–"
         state = f"[{STATES[found.state]} {found.state}]{{.verdict .v-{found.state.replace(' ', '-')}}}"
         rows.append([f"{control['rule']}\\\n{detail}", value, state])
@@ -99,7 +100,13 @@ def _claim(claim: Mapping[str, Any]) -> str:
     written = "after its number was known" if claim.get("seen") else "before the run"
     facts = f"Metric <code>{html.escape(claim['metric'])}</code>. Source: {html.escape(claim['where'])}."
     folded = f"<details><summary>how it is judged</summary>{facts} {how} The rule was written {written}.</details>"
-    return f"{claim['claim']}\\\n{{cite:t}}`{claim['source']}` {_grade(claim['grade'])}\n\n{folded}"
+    note = f"\n\n{_note(claim)}" if "note" in claim else ""
+    return f"{claim['claim']}\\\n{{cite:t}}`{claim['source']}` {_grade(claim['grade'])}{note}\n\n{folded}"
+
+
+def _note(row: Mapping[str, Any]) -> str:
+    """What has to be known beside a verdict, as it was written after the run."""
+    return f"*After the run:* {' '.join(row['note'].split())}"
 
 
 def _cell(claim: Mapping[str, Any], found: pd.Series) -> str:
