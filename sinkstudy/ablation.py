@@ -8,7 +8,7 @@ Three changes of the forward pass, each for a group of patches of every image:
 - `hide` with `visible_to="nobody"` removes them: no later token of the decoder sees them, in any layer. What remains
   keeps its position ids, so removal is exactly the sequence without the tokens, with a gap in the positions.
 - `hide` with `visible_to="visual"` hides them from text only: other visual tokens still see them and may pass on what
-  they hold (attention knock-out of 2304.14767).
+  they hold (attention knock-out; Geva et al., 2304.14767).
 
 The first two work on visual tokens: where several patches make one of them, it belongs to the group if any patch does.
 """

@@ -137,6 +137,7 @@ def evaluate(
             intervention's name that occurs twice; candidates that their first tokens do not tell apart.
     """
     _check(table, interventions, images)
+    table = table.reset_index(drop=True)  # which may repeat, where tables were put together
     shown = dict(zip(table.image_id, table["image"], strict=True)) if images is None else images
     options = _options(table, candidates)
     tokens = {several: _first_tokens(lvlm, several) for several in dict.fromkeys(options)}

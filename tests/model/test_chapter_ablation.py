@@ -1,0 +1,77 @@
+"""Chapter 07 on models, pictures and questions that are not the lab's: it runs, and says what it leaves out."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+from PIL import Image
+
+from sinkstudy.paths import DATA, NOTEBOOKS, ROOT
+from tests.benchmarks.test_data import FILES
+from tests.model import architectures
+
+LEDGER = [c for c in yaml.safe_load((DATA / "claims.yml").read_text())["claims"] if c["chapter"] == "07-ablation"]
+
+
+def run(folder: Path, name: str, **parameters) -> tuple[dict, pd.DataFrame, str]:
+    """Execute the chapter on a tiny or a lab model; returns its metrics, its effects and what it printed."""
+    if name in architectures.ARCHITECTURES:
+        architectures.write(folder / "tiny", name)
+    given = {"model": str(folder / "tiny"), "controls": [], "doses": [1, 3], "max_new_tokens": 2} | parameters
+    text = "\n".join(f"{key}: {json.dumps(value)}" for key, value in given.items())
+    command = [sys.executable, "-m", "papermill", NOTEBOOKS / "07-ablation.ipynb", folder / "out.ipynb", "-y", text]
+    environment = os.environ | {"SINKSTUDY_RESULTS": str(folder), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    ended = subprocess.run(command, env=environment, cwd=NOTEBOOKS, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    cells = nbformat.read(folder / "out.ipynb", as_version=4).cells
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    tables = folder / Path(given["model"]).name / "07-ablation"
+    metrics = {row["name"]: row for row in json.loads((tables / "metrics.json").read_text())}
+    printed = "".join(output.text for output in outputs if output.get("name") == "stdout")
+    return metrics, pd.read_csv(tables / "effects.csv"), printed
+
+
+def test_pictures_of_a_folder(tmp_path: Path):
+    """Of two sizes, with a tower that packs them; without answers the model's own is what has to stay."""
+    (tmp_path / "pictures").mkdir()
+    for seed in range(6):
+        pixels = np.random.default_rng(seed).integers(0, 256, ((64, 32), (32, 64))[seed % 2] + (3,), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "pictures" / f"{seed}.png")
+    how = {"images_dir": str(tmp_path / "pictures"), "prompt": "what is the texture", "criterion": "percentile"}
+    metrics, effects, printed = run(tmp_path, "qwen2_5_vl", threshold=90.0, **how)
+    assert "calm: not known for these pictures" in printed and "things: not known for these pictures" in printed
+    assert set(effects.measure) == {"agreement", "own_logp"} and set(effects.questions) == {"generic", "all"}
+    own = effects[(effects.measure == "agreement") & (effects.which == "itself") & (effects.n > 0)]
+    assert {"sinks", "top 2 %"} == set(own.group) and (own.value <= 0).all()
+    assert not any(claim["metric"].format(model="tiny") in metrics for claim in LEDGER)  # nobody knows what is right
+
+
+def test_a_model_without_sinks(tmp_path: Path):
+    """All the ledger's metrics are there, empty."""
+    how = {"model": "lab-llava", "criterion": "absolute", "threshold": 1e6, "limit": 5, "few": 5}
+    metrics, effects, printed = run(tmp_path, "lab-llava", **how)
+    assert "lab-llava has no sinks" in printed
+    for claim in LEDGER:
+        row = metrics[claim["metric"].format(model="lab-llava")]
+        assert (row["value"], row["n"]) == (None, 0)
+    assert set(effects[effects.n > 0].group) == {"top 2 %", "calm", "things"}
+
+
+def test_a_public_benchmark(tmp_path: Path):
+    """Its categories are the types of question."""
+    for name, rows in FILES["MME"].items():
+        file = tmp_path / "data" / "MME" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(rows), file)
+    metrics, effects, printed = run(tmp_path, "llava", benchmark="MME", data_dir=str(tmp_path / "data"), min_pictures=1)
+    assert set(effects.measure) == {"accuracy", "logp"}
+    assert "things: not known for these pictures" in printed
+    assert set(effects.questions) == {"count", "code_reasoning", "all"}
