@@ -21,10 +21,11 @@ def pytest_configure(config: pytest.Config) -> None:
     if not getattr(config.option, "nbval", False):
         return
     config.option.nbval_current_env = True  # the kernel is this very Python
-    config.option.nbval_cell_timeout = 900.0
+    config.option.nbval_cell_timeout = 1800.0
     config.option.nbval_sanitize_with = str(ROOT / "nbval.cfg")
     os.environ["PYTHONPATH"] = str(ROOT)
     os.environ["PYTHONHASHSEED"] = "0"
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the engine has it
     os.environ["HF_HUB_OFFLINE"] = "1"
     if "SINKSTUDY_RESULTS" not in os.environ:
         scratch = tempfile.TemporaryDirectory(prefix="sinkstudy-results-")

@@ -275,6 +275,8 @@ def _kernel_environment(work: Path, values: dict[str, Any]) -> None:
     os.environ["SINKSTUDY_RESULTS"] = str(work / "results")
     os.environ["PYTHONPATH"] = str(ROOT)
     os.environ["PYTHONHASHSEED"] = "0"
+    # threads that wait for one another sleep: on a shared machine spinning takes several times as long as the work
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if values.get("model") in lab_models():
         os.environ["HF_HUB_OFFLINE"] = "1"  # the embedded models need no network
 
