@@ -1,22 +1,16 @@
 """Chapter 07 on models, pictures and questions that are not the lab's: it runs, and says what it leaves out."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-import nbformat
-import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
-from PIL import Image
 
-from sinkstudy.paths import DATA, NOTEBOOKS, ROOT
+from sinkstudy.paths import DATA
 from tests.benchmarks.test_data import FILES
-from tests.model import architectures
+from tests.model import architectures, chapters
 
 LEDGER = [c for c in yaml.safe_load((DATA / "claims.yml").read_text())["claims"] if c["chapter"] == "07-ablation"]
 
@@ -26,25 +20,15 @@ def run(folder: Path, name: str, **parameters) -> tuple[dict, pd.DataFrame, str]
     if name in architectures.ARCHITECTURES:
         architectures.write(folder / "tiny", name)
     given = {"model": str(folder / "tiny"), "controls": [], "doses": [1, 3], "max_new_tokens": 2} | parameters
-    text = "\n".join(f"{key}: {json.dumps(value)}" for key, value in given.items())
-    command = [sys.executable, "-m", "papermill", NOTEBOOKS / "07-ablation.ipynb", folder / "out.ipynb", "-y", text]
-    environment = os.environ | {"SINKSTUDY_RESULTS": str(folder), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    ended = subprocess.run(command, env=environment, cwd=NOTEBOOKS, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    cells = nbformat.read(folder / "out.ipynb", as_version=4).cells
-    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    chapters.execute("07-ablation", folder, **given)
     tables = folder / Path(given["model"]).name / "07-ablation"
     metrics = {row["name"]: row for row in json.loads((tables / "metrics.json").read_text())}
-    printed = "".join(output.text for output in outputs if output.get("name") == "stdout")
-    return metrics, pd.read_csv(tables / "effects.csv"), printed
+    return metrics, pd.read_csv(tables / "effects.csv"), chapters.printed(folder)
 
 
 def test_pictures_of_a_folder(tmp_path: Path):
     """Of two sizes, with a tower that packs them; without answers the model's own is what has to stay."""
-    (tmp_path / "pictures").mkdir()
-    for seed in range(6):
-        pixels = np.random.default_rng(seed).integers(0, 256, ((64, 32), (32, 64))[seed % 2] + (3,), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "pictures" / f"{seed}.png")
+    chapters.write_pictures(tmp_path / "pictures", [(64, 32), (32, 64)] * 3)
     how = {"images_dir": str(tmp_path / "pictures"), "prompt": "what is the texture", "criterion": "percentile"}
     metrics, effects, printed = run(tmp_path, "qwen2_5_vl", threshold=90.0, **how)
     assert "calm: not known for these pictures" in printed and "things: not known for these pictures" in printed

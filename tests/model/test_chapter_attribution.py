@@ -1,9 +1,6 @@
 """Chapter 06 on models and pictures that are not the lab's: tiny random models, a folder of pictures."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +8,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from sinkstudy.paths import NOTEBOOKS, ROOT
-from tests.model import architectures
+from tests.model import architectures, chapters
 
 FEW = {"limit": 3, "checked": 2, "steps": 2, "draws": 2, "orders": 1, "controls": [], "max_new_tokens": 2}
 
@@ -27,12 +23,7 @@ def test_other_models_and_pictures(name, folder, tmp_path: Path):
         pixels = random.integers(0, 256, (48, 32, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / "pictures" / f"{i}.png")
     given = FEW | {"model": str(tmp_path / f"tiny-{name}"), "images_dir": str(tmp_path / "pictures") if folder else ""}
-    text = "\n".join(f"{key}: {json.dumps(value)}" for key, value in given.items())
-    chapter, page = NOTEBOOKS / "06-attribution.ipynb", tmp_path / "out.ipynb"
-    command = [sys.executable, "-m", "papermill", chapter, page, "-y", text]
-    environment = os.environ | {"SINKSTUDY_RESULTS": str(tmp_path), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    ended = subprocess.run(command, env=environment, cwd=NOTEBOOKS, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr[-3000:]
+    chapters.execute("06-attribution", tmp_path, **given)
     tables = tmp_path / f"tiny-{name}" / "06-attribution"
     metrics = {row["name"]: row for row in json.loads((tables / "metrics.json").read_text())}
     ratio = metrics[f"tiny-{name}.attribution.top_2_percent_over_random.all"]

@@ -1,37 +1,22 @@
 """Chapter 09 on models and data that are not the lab's: tiny random models, files of the public data sets' schemas."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-import nbformat
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sinkstudy.paths import NOTEBOOKS, ROOT
 from tests.benchmarks.test_data import FILES
-from tests.model import architectures
+from tests.model import architectures, chapters
+from tests.model.chapters import printed
 
 
 def run(folder: Path, name: str, notebook: str = "09-benchmarks", **parameters) -> Path:
     """Execute a chapter on the tiny model `name`; returns the folder of its tables, beside it `out.ipynb`."""
     architectures.write(folder / f"tiny-{name}", name)
     given = {"model": str(folder / f"tiny-{name}"), "max_new_tokens": 3} | parameters
-    text = "\n".join(f"{key}: {json.dumps(value)}" for key, value in given.items())
-    command = [sys.executable, "-m", "papermill", NOTEBOOKS / f"{notebook}.ipynb", folder / "out.ipynb", "-y", text]
-    environment = os.environ | {"SINKSTUDY_RESULTS": str(folder), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    ended = subprocess.run(command, env=environment, cwd=NOTEBOOKS, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr[-3000:]
+    chapters.execute(notebook, folder, **given)
     return folder / f"tiny-{name}" / notebook
-
-
-def printed(folder: Path) -> str:
-    page = nbformat.read(folder / "out.ipynb", as_version=4)
-    outputs = [output for cell in page.cells for output in cell.get("outputs", [])]
-    return "".join(output.text for output in outputs if output.get("name") == "stdout")
 
 
 def test_public_files(tmp_path: Path):

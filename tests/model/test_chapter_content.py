@@ -1,9 +1,6 @@
 """Chapter 05 on a model that is not the lab's: what the ledger asks for is written, whatever the pictures."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +9,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from sinkstudy.paths import DATA, NOTEBOOKS, ROOT
-from tests.model import architectures
+from sinkstudy.paths import DATA
+from tests.model import architectures, chapters
 
 LEDGER = yaml.safe_load((DATA / "claims.yml").read_text(encoding="utf-8"))["claims"]
 ASKED = [claim["metric"] for claim in LEDGER if claim["chapter"] == "05-content"]
@@ -30,11 +27,7 @@ def model(tmp_path_factory) -> Path:
 def run(model: Path, folder: Path, **parameters) -> tuple[Path, pd.DataFrame]:
     """Execute the chapter; returns the folder of its tables and its metrics."""
     given = {"model": str(model), "controls": [], "threshold": 1.2, "fit": 60, "limit": 12, "draws": 2} | parameters
-    text = "\n".join(f"{key}: {json.dumps(value)}" for key, value in given.items())
-    command = [sys.executable, "-m", "papermill", NOTEBOOKS / "05-content.ipynb", folder / "out.ipynb", "-y", text]
-    environment = os.environ | {"SINKSTUDY_RESULTS": str(folder), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    ended = subprocess.run(command, env=environment, cwd=NOTEBOOKS, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr[-3000:]
+    chapters.execute("05-content", folder, **given)
     tables = folder / "tiny-qwen" / "05-content"
     return tables, pd.DataFrame(json.loads((tables / "metrics.json").read_text())).set_index("name")
 

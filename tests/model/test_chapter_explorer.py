@@ -14,7 +14,8 @@ from PIL import Image
 
 from sinkstudy import capture, evaluate, models, study
 from sinkstudy.paths import RESULTS
-from tests.model.test_chapter_benchmarks import printed, run
+from tests.model.chapters import printed
+from tests.model.test_chapter_benchmarks import run
 
 PICTURE, QUESTION = 2, 1
 
