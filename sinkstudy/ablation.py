@@ -14,7 +14,7 @@ The first two work on visual tokens: where several patches make one of them, it 
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -213,16 +213,45 @@ def hidden(
     """
     if visible_to not in ("nobody", "visual"):
         raise ValueError(f"hidden tokens are visible to 'nobody' or 'visual', not {visible_to!r}")
-    gone = torch.zeros(inputs["input_ids"].shape, dtype=torch.bool)  # [images, tokens of what is read first]
-    visual = torch.zeros_like(gone)
-    for layout, mask in zip(lvlm.layout(inputs), masks, strict=True):
+    gone, visual = places(lvlm.layout(inputs), inputs, masks, others)
+    with narrowed(lvlm, inputs, lambda: (gone, visual), visible_to):
+        yield
+
+
+def places(
+    layouts: Sequence[ImageLayout], inputs: BatchFeature, masks: Sequence[torch.Tensor], others: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the visual tokens of a group stand, or all others that read patches; and all: both bool [images, tokens].
+
+    Raises:
+        ValueError: a mask, bool [patches], that does not fit its image.
+    """
+    group = torch.zeros(inputs["input_ids"].shape, dtype=torch.bool)
+    visual = torch.zeros_like(group)
+    for layout, mask in zip(layouts, masks, strict=True):
         inside = layout.lift(mask, "any")
         if others:
             inside = ~inside & layout.lift(torch.ones_like(mask), "any")
-        gone[layout.row, layout.visual] = inside
+        group[layout.row, layout.visual] = inside
         visual[layout.row, layout.visual] = True
+    return group, visual
+
+
+@contextmanager
+def narrowed(
+    lvlm: LVLM,
+    inputs: BatchFeature,
+    where: Callable[[], tuple[torch.Tensor, torch.Tensor]],
+    visible_to: Literal["nobody", "visual"] = "nobody",
+) -> Iterator[None]:
+    """`hidden` for places that need not be known before the decoder reads them.
+
+    Args:
+        where: gives the tokens to hide and all visual tokens, both bool [images, tokens of `inputs`].
+    """
 
     def narrow(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        gone, visual = where()
         rows = inputs.rows if isinstance(inputs, Prefixes) else torch.arange(len(gone))
         mask = kwargs["attention_mask"]  # [batch or 1, 1 or heads, queries, keys], bool or added; None: causal
         n, cache = kwargs["hidden_states"].shape[1], kwargs.get("past_key_values")

@@ -38,15 +38,19 @@ ANSWERS = DATA / "cache" / "answers"
 
 
 class Prefixes(BatchFeature):
-    """Model inputs of the prefixes of some images, [images, tokens], or of one whole prompt.
+    """Model inputs of the prefixes of some images, [images, tokens], or of whole prompts.
 
     `image_ids` names the images. `rows`, long [rows], says at any time which of them each row of the decoder's batch is
-    about: 0, 1, .. while it reads the prefixes, and later that of each question.
+    about: 0, 1, .. while it reads the prefixes, and later that of each question. `questions` are those of whole
+    prompts, a row each, and None for prefixes.
     """
 
-    def __init__(self, data: Mapping[str, Any], image_ids: Sequence[str]) -> None:
+    def __init__(
+        self, data: Mapping[str, Any], image_ids: Sequence[str], questions: Sequence[str] | None = None
+    ) -> None:
         super().__init__(dict(data))
         self.image_ids = list(image_ids)
+        self.questions = None if questions is None else list(questions)
         self.rows = torch.arange(len(self.image_ids))
 
 
@@ -66,6 +70,9 @@ class Intervention:
     question and answer are read. Where the tower is kept, only those of its layers that feed a connector show what
     they should to a hook.
 
+    With `asks`, what it does to an image depends on the question, so nothing is shared between questions: `inputs` are
+    whole prompts [questions, tokens], padded on the left, with their `questions`.
+
     Name and `parameters` (plain values) stand for the intervention in the cache of answers, which cannot see code:
     whatever changes answers must change them.
 
@@ -77,6 +84,7 @@ class Intervention:
     around: Callable[[LVLM, Prefixes], AbstractContextManager] = lambda lvlm, inputs: nullcontext()
     parameters: Mapping[str, Any] = field(default_factory=dict)
     keeps: Literal["nothing", "tower", "prefix"] = "tower"
+    asks: bool = False
 
     def __post_init__(self) -> None:
         if self.keeps not in ("nothing", "tower", "prefix"):
@@ -244,11 +252,22 @@ def _answer(
     place = {row: i for i, of_image in enumerate(wanted.values()) for row in of_image}
     tower: dict[int, torch.Tensor] = {}
     untouched = None
+    image_of = {row: image for image, of_image in wanted.items() for row in of_image}
     for how, lacking in missing:
         rows = [row for of_image in lacking.values() for row in of_image]
+        if how.asks:
+            by_length = sorted(rows, key=lambda row: len(texts[row]))
+            for start in range(0, len(rows), batch_size):
+                chunk = by_length[start : start + batch_size]
+                asked, about = [texts[row] for row in chunk], [image_of[row] for row in chunk]
+                inputs = Prefixes(lvlm.inputs([pictures[image] for image in about], asked), about, asked)
+                with how.around(lvlm, inputs):
+                    yield from zip([how] * len(chunk), chunk, *_generate(lvlm, inputs, max_new_tokens))
+            continue
         if prefix is None:
             for row in rows:
-                inputs = Prefixes(lvlm.inputs([pictures[image] for image in wanted], [texts[row]]), wanted)
+                whole = lvlm.inputs([pictures[image] for image in wanted], [texts[row]])
+                inputs = Prefixes(whole, wanted, [texts[row]])
                 with _tower_once(lvlm, tower, how.keeps), how.around(lvlm, inputs):
                     yield from zip([how], [row], *_generate(lvlm, inputs, max_new_tokens))
             continue

@@ -53,13 +53,12 @@ def need(lvlm: LVLM, batch_size: int = 1) -> Need:
     decoder = layer(batch_size, prompt, text.hidden_size, text.intermediate_size, heads)
 
     pixels = inputs["pixel_values"]
-    width = getattr(vision, "embed_dim", vision.hidden_size)  # hidden_size of Qwen2-VL's tower is the decoder's
     heads = getattr(vision, "num_heads", None) or vision.num_attention_heads
     if lvlm.spec.packed:  # [patches, pixels of a patch]
         tiles, tokens = 1, len(pixels)
     else:  # [.., 3, height, width]
         tiles, tokens = pixels[..., 0, 0, 0].numel(), lvlm.n_prefix + lvlm.grid[0] * lvlm.grid[1]
-    tower = layer(batch_size * tiles, tokens, width, 4 * width, heads)
+    tower = layer(batch_size * tiles, tokens, lvlm.vision_width, 4 * lvlm.vision_width, heads)
     return Need(weights, cache, max(decoder, tower))
 
 

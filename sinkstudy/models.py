@@ -235,6 +235,12 @@ class LVLM:
         return _n_prefix(self.model.config.vision_config)
 
     @property
+    def vision_width(self) -> int:
+        """Width of the tower's hidden states."""
+        vision = self.model.config.vision_config
+        return getattr(vision, "embed_dim", vision.hidden_size)  # hidden_size of Qwen2-VL's tower is the decoder's
+
+    @property
     def grid(self) -> tuple[int, int]:
         """(rows, columns) of the patches of a tile; token `n_prefix + row * columns + column` is the patch.
 
@@ -474,9 +480,7 @@ class LVLM:
         def writer(layer: int) -> Callable:
             return lambda module, args, out: like(after(out.reshape(-1, out.shape[-1]), layer), out)
 
-        vision = self.model.config.vision_config
-        width = getattr(vision, "embed_dim", vision.hidden_size)  # hidden_size of Qwen2-VL's tower is the decoder's
-        handles = []
+        width, handles = self.vision_width, []
         try:
             for layer, module in self.connectors.items():
                 if before is not None:

@@ -75,6 +75,15 @@ def reordered(
     if to not in ("front", "end") or ids not in ("travel", "renumber"):
         raise ValueError(f"to is 'front' or 'end' and ids 'travel' or 'renumber', not {to!r} and {ids!r}")
     layouts = lvlm.layout(inputs)
+    with _judging(lvlm, layouts, chosen) as masks, moving(lvlm, layouts, masks, to, ids):
+        yield
+
+
+@contextmanager
+def moving(
+    lvlm: LVLM, layouts: list[ImageLayout], masks: Sequence[torch.Tensor], to: str = "front", ids: str = "travel"
+) -> Iterator[None]:
+    """`reordered` for masks that need not be there before the decoder reads the images: then `masks` has them."""
 
     def move(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if not _reads_images(kwargs, layouts):
@@ -96,12 +105,11 @@ def reordered(
             kwargs["position_ids"] = _travelled(kwargs.get("position_ids"), place)
         return args, kwargs
 
-    with _judging(lvlm, layouts, chosen) as masks:
-        hook = lvlm.decoder.register_forward_pre_hook(move, with_kwargs=True)
-        try:
-            yield
-        finally:
-            hook.remove()
+    hook = lvlm.decoder.register_forward_pre_hook(move, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _reads_images(kwargs: dict[str, Any], layouts: list[ImageLayout]) -> bool:
