@@ -26,8 +26,8 @@ from sinkstudy.paths import METHODS, atomic
 
 SCENES = 16_384
 SEEDS = (0, 1, 2)
-ALIGN = tuning.Settings(steps=80, batch_size=32, lr=1e-3, weight_decay=0.05)
-TUNE = tuning.Settings(steps=200, batch_size=24, lr=1e-3, weight_decay=0.05)
+ALIGN = tuning.Settings(steps=80, batch_size=32, lr=2e-3, weight_decay=0.05)
+TUNE = tuning.Settings(steps=240, batch_size=24, lr=2e-3, weight_decay=0.05)
 ARMS = {"lab-llava-sinks": ("one", "matched", "two", "random"), "lab-qwen2vl": ("one", "two", "random")}
 
 
