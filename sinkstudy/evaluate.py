@@ -53,6 +53,10 @@ class Prefixes(BatchFeature):
         self.questions = None if questions is None else list(questions)
         self.rows = torch.arange(len(self.image_ids))
 
+    def __reduce__(self) -> tuple:
+        """Between processes too, all comes along."""
+        return Prefixes, (self.data, self.image_ids, self.questions)
+
 
 @dataclass(frozen=True)
 class Intervention:

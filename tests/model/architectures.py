@@ -29,7 +29,7 @@ NAMED = {  # the processors ask the tokenizer for these
     "end_image_token": "<eoi>",
 }
 CHAT = (
-    "{% for m in messages %}user : {% for c in m['content'] %}"
+    "{% for m in messages %}{{ m['role'] }} : {% for c in m['content'] %}"
     "{% if c['type'] == 'image' %}IMAGE {% else %}{{ c['text'] }} {% endif %}{% endfor %}{% endfor %}"
     "{% if add_generation_prompt %}assistant :{% endif %}"
 )

@@ -27,7 +27,7 @@ from sinkstudy.lab.registers import CLIPVisionWithRegistersConfig
 
 WORDS = "<pad> <s> </s> <unk> <image> user : assistant what is the texture how many red blue yes no".split()
 CHAT = (
-    "{% for m in messages %}user : {% for c in m['content'] %}"
+    "{% for m in messages %}{{ m['role'] }} : {% for c in m['content'] %}"
     "{% if c['type'] == 'image' %}<image> {% else %}{{ c['text'] }} {% endif %}{% endfor %}{% endfor %}"
     "{% if add_generation_prompt %}assistant :{% endif %}"
 )

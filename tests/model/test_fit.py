@@ -191,7 +191,7 @@ from tests.model.test_fit import *
 for collate in drawn, labelled:
     fit(Net(), DATA, "{tmp_path}/two" + collate.__name__, replace(SETTINGS, batch_size=2), collate)
 """)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     done = subprocess.run(launch, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for collate in drawn, labelled:
