@@ -224,9 +224,9 @@ class ReW(Method):
     the model is DIYSink, and "softmax" and "sigmoid" with 1/2. Which encoder and which activation the paper has is not
     known.
 
-    What a weight can reach is limited (2604.03316): the decoder's layers normalise what they read, so the first one
-    reads the same of a token whatever its weight > 0. Weights act through the residual stream alone: beside a token
-    with a large weight, what the layers add to it is small.
+    What a weight can reach is limited (2604.03316): every layer of the decoder normalises what it reads, so the first
+    one reads the same of a token whatever its weight > 0, up to the epsilon of its norm. Weights act through the
+    residual stream alone: what the layers add to a token is small beside a large weight and large beside a small one.
 
     Args:
         diysink: folder of the trained DIYSink, which becomes the model's and is frozen.
@@ -270,6 +270,10 @@ class ReW(Method):
         nn.init.zeros_(self.router[2].weight)
         nn.init.zeros_(self.router[2].bias)
         self.vectors: dict[str, torch.Tensor] = {}
+
+    def train(self, mode: bool = True) -> Self:
+        """Stays as it is: what is frozen computes in training as later, without dropout, and R has none."""
+        return super().train(False)
 
     @torch.no_grad()
     def encode(self, questions: Sequence[str]) -> torch.Tensor:

@@ -100,6 +100,7 @@ def test_weights_multiply_the_features(lvlm, images):
 
 
 def test_only_the_router_learns(lvlm, images):
+    lvlm.model.requires_grad_(True)  # as an earlier stage of the training leaves it
     method, inputs = rew(lvlm), asked(lvlm, images)
     labels = inputs["input_ids"].clone()
     labels[:, :-2] = -100
@@ -198,6 +199,9 @@ def test_sentence_encoder(lvlm, tmp_path):
     expected = mean / np.linalg.norm(mean, axis=1, keepdims=True)
     np.testing.assert_allclose(method.encode(ASKED), expected, atol=1e-5)
     assert not any(p.requires_grad for p in method.encoder.parameters())
+    before = method.encode(ASKED)
+    method.train().vectors.clear()
+    assert torch.equal(method.encode(ASKED), before)  # without its dropout
     (tmp_path / "model.safetensors").rename(tmp_path / "kept")
     torch.save(load_file(tmp_path / "kept"), tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="sentence encoder .* cannot be loaded"):
