@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import pandas as pd
@@ -82,6 +82,32 @@ class Method(nn.Module):
             weights = {k: v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in self.changed().items()}
             save_file(weights, temporary / "weights.safetensors")
             (temporary / "method.json").write_text(json.dumps(known | more, indent=1) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def described(folder: str | Path) -> dict[str, Any]:
+        """What `save` wrote about a method: kind, base, revision, settings, and more.
+
+        Raises:
+            ValueError: the folder holds no method.
+        """
+        try:
+            return json.loads((Path(folder) / "method.json").read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError):
+            raise ValueError(f"{folder} is no folder of a trained method: it has no readable method.json") from None
+
+    @classmethod
+    def open(cls, lvlm: LVLM, folder: str | Path) -> Self:
+        """The method of a folder that `save` wrote, on a model.
+
+        Raises:
+            ValueError: the folder holds no method, or one of another kind, or the model is another.
+        """
+        known = cls.described(folder)
+        if known["kind"] != cls.kind:
+            raise ValueError(f"{folder} holds a method of the kind {known['kind']!r}, not {cls.kind!r}")
+        method = cls(lvlm, **known["settings"])
+        method.read(folder)
+        return method
 
     def read(self, folder: Path) -> None:
         """Take the weights of a folder that `save` wrote.
