@@ -7,6 +7,7 @@ with `method.json` and `weights.safetensors`, without the model's untouched weig
 
 import hashlib
 import json
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from sinkstudy import sinks
 from sinkstudy.evaluate import Intervention, Prefixes
 from sinkstudy.models import LVLM
 from sinkstudy.paths import atomic
@@ -82,3 +84,18 @@ def digest(weights: dict[str, torch.Tensor]) -> str:
     for name, tensor in weights.items():
         sha256.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return sha256.hexdigest()
+
+
+def sink_rule(criterion: str, threshold: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What a sink is: norms, float [.., patches] -> bool [.., patches].
+
+    Args:
+        criterion: a name of `sinks.NORM_CRITERIA`.
+        threshold: the criterion's.
+
+    Raises:
+        ValueError: an unknown criterion.
+    """
+    if criterion not in sinks.NORM_CRITERIA:
+        raise ValueError(f"unknown criterion {criterion!r}; known: {', '.join(sinks.NORM_CRITERIA)}")
+    return lambda norms: sinks.NORM_CRITERIA[criterion](norms, threshold)
