@@ -26,9 +26,10 @@ class Gates(Method):
     The gate of layer l is LayerNorm, two linear layers with 64 neurons between them, and softmax, on the hidden state
     of the prompt's last token after layer l: (rho_sinks, rho_others), with sum 1. In layer l + 1 the keys of the
     visual tokens are multiplied by the rho of their group, before they enter the cache; those of text stay. A gate
-    begins at (0.5, 0.5) for every input. GELU between the linear layers is our choice; the source's is not known.
+    begins at (0.5, 0.5) for every input. All this is from a secondary account of the paper. GELU between the linear
+    layers is our choice; the paper's is not known to us.
 
-    The source's beginning halves the keys of all visual tokens, so it is not the untouched model. With `normalised`
+    The paper's beginning halves the keys of all visual tokens, so it is not the untouched model. With `normalised`
     keys are multiplied by 2 rho, and it is.
 
     In training the prompt ends in front of a row's first label: only there can a gate read the question and not the
@@ -102,7 +103,7 @@ class Gates(Method):
         scale = 2.0 if self.settings["normalised"] else 1.0
 
         def by(layer: int, hidden: torch.Tensor) -> torch.Tensor:
-            last = hidden[torch.arange(len(ends)), ends.to(hidden.device)]  # [rows, width]
+            last = hidden[torch.arange(len(ends)), ends]  # [rows, width]
             return scale * self.gates[str(layer - 1)](last.float())
 
         with routing.scaled_keys(self.lvlm, inputs, self.rule, by, [layer + 1 for layer in self.settings["layers"]]):
@@ -113,7 +114,7 @@ class Gates(Method):
 
         The backward pass would compute layers anew when the gates are no longer there.
         """
-        if self.lvlm.decoder.is_gradient_checkpointing:
+        if self.lvlm.decoder.is_activation_checkpointing:
             raise ValueError("gates do not go with gradient checkpointing: call gradient_checkpointing_disable()")
         with self.around(inputs, labels):
             return self.model(**inputs, labels=labels).loss
