@@ -14,11 +14,11 @@ from typing import Literal
 import torch
 from torch import nn
 
-from sinkstudy import capture, routing, sinks
+from sinkstudy import capture, routing
 from sinkstudy.ablation import narrowed, places
 from sinkstudy.evaluate import Prefixes
 from sinkstudy.models import LVLM, ImageLayout
-from sinkstudy.tuning import Method
+from sinkstudy.tuning import Method, sink_rule
 
 Show = Literal["both", "sinks", "others"]
 
@@ -81,20 +81,20 @@ class DIYSink(OneConnector):
         seed: int = 0,
         decoder: bool = True,
     ) -> None:
-        if criterion not in sinks.NORM_CRITERIA:
-            raise ValueError(f"unknown criterion {criterion!r}; known: {', '.join(sinks.NORM_CRITERIA)}")
+        rule = sink_rule(criterion, threshold)
         if split not in ("sinks", "random"):
             raise ValueError(f"split is 'sinks' or 'random', not {split!r}")
         super().__init__(lvlm, seed=seed, decoder=decoder)
         known = {"criterion": criterion, "threshold": threshold, "split": split}
         self.settings = known | {"seed": seed, "decoder": decoder}
+        self.rule = rule
         self.sink = copy.deepcopy(lvlm.connector)
         renew(lvlm, self.sink)
         self.show: Show = "both"
 
     def chosen(self, norms: torch.Tensor, layout: ImageLayout) -> torch.Tensor:
         """The patches that the sinks' connector reads: norms, float [patches] -> bool [patches]."""
-        mask = sinks.NORM_CRITERIA[self.settings["criterion"]](norms, self.settings["threshold"])
+        mask = self.rule(norms)
         return random_split(mask, norms, layout) if self.settings["split"] == "random" else mask
 
     @contextmanager

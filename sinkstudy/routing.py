@@ -173,31 +173,63 @@ def gated(
     Args:
         layers: decoder layers, from 0, negative ones from the end; all by default.
     """
+    with scaled_keys(lvlm, inputs, chosen, lambda layer, hidden: torch.tensor([[chosen_by, others_by]]), layers):
+        yield
+
+
+@contextmanager
+def scaled_keys(
+    lvlm: LVLM,
+    inputs: BatchFeature,
+    chosen: Chosen,
+    by: Callable[[int, torch.Tensor], torch.Tensor],
+    layers: Sequence[int] | None = None,
+) -> Iterator[None]:
+    """`gated` with factors that may follow from what a layer reads.
+
+    Args:
+        by: the layer, from 0, and the hidden states [images, tokens, width] that it reads -> float [images or 1, 2], by
+            what the keys of the chosen visual tokens of an image, and those of its others, are multiplied. It is asked
+            whenever the layer reads the images: once, or for every token of an answer where there is no cache.
+        layers: as in `gated`.
+    """
     layouts = lvlm.layout(inputs)
-    scales: list[torch.Tensor] = []  # [batch, tokens] during the pass that reads the images, otherwise none
+    groups: list[torch.Tensor] = []  # [images, tokens] during the pass that reads the images, otherwise none
+    scales: dict[int, torch.Tensor] = {}  # layer -> [images, tokens], likewise
 
     def prepare(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        groups.clear()
         scales.clear()
         if _reads_images(kwargs, layouts):
-            by = torch.ones(kwargs["inputs_embeds"].shape[:2])
+            group = torch.zeros(kwargs["inputs_embeds"].shape[:2], dtype=torch.long)  # 1: chosen, 2: others
             for layout, mask in zip(layouts, masks, strict=True):
-                by[layout.row, layout.visual] = torch.where(layout.lift(mask, "any"), chosen_by, others_by)
-            scales.append(by)
+                group[layout.row, layout.visual] = torch.where(layout.lift(mask, "any"), 1, 2)
+            groups.append(group)
 
-    def scale(module: nn.Module, args: tuple, keys: torch.Tensor) -> torch.Tensor | None:
-        if not scales:
+    def weigh(layer: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if groups:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            factors = nn.functional.pad(by(layer, hidden), (1, 0), value=1.0)  # [images or 1, 3]
+            group = groups[0].to(factors.device)
+            scales[layer] = factors.expand(len(group), -1).gather(1, group)
+
+    def scale(layer: int, module: nn.Module, args: tuple, keys: torch.Tensor) -> torch.Tensor | None:
+        if layer not in scales:
             return None
-        by = scales[0].to(keys)
-        tokens_first = keys.shape[1] == by.shape[1]  # Gemma's norm of keys sees [batch, heads, tokens, width]
-        return keys * (by.view(*by.shape, *[1] * (keys.ndim - 2)) if tokens_first else by[:, None, :, None])
+        factor = scales[layer].to(keys)
+        tokens_first = keys.shape[1] == factor.shape[1]  # Gemma's norm of keys sees [batch, heads, tokens, width]
+        shape = (*factor.shape, *[1] * (keys.ndim - 2)) if tokens_first else (len(factor), 1, -1, 1)
+        return keys * factor.view(shape)
 
-    blocks = list(range(len(lvlm.decoder_layers))) if layers is None else layers
+    blocks = range(len(lvlm.decoder_layers)) if layers is None else layers
     with _judging(lvlm, layouts, chosen) as masks, ExitStack() as hooks:
         hooks.callback(lvlm.decoder.register_forward_pre_hook(prepare, with_kwargs=True).remove)
-        for layer in blocks:
-            attention = lvlm.decoder_layers[layer].get_submodule(lvlm.spec.decoder_attention)
+        for layer in (range(len(lvlm.decoder_layers))[layer] for layer in blocks):
+            block = lvlm.decoder_layers[layer]
+            attention = block.get_submodule(lvlm.spec.decoder_attention)
             keys = getattr(attention, "k_norm", None) or attention.k_proj  # a norm would undo what is done before it
-            hooks.callback(keys.register_forward_hook(scale).remove)
+            hooks.callback(block.register_forward_pre_hook(partial(weigh, layer), with_kwargs=True).remove)
+            hooks.callback(keys.register_forward_hook(partial(scale, layer)).remove)
         yield
 
 

@@ -1,4 +1,4 @@
-"""Two connectors on a tiny random instance of every architecture, against the model's own parts put together by hand."""
+"""Two connectors on a tiny instance of every architecture, against the model's own parts put together by hand."""
 
 import copy
 
