@@ -137,7 +137,7 @@ class Collate:
             for row, sample in enumerate(samples):
                 self._mark(labels[row], batch["input_ids"][row], sample)
         batch, labels = self._cut(batch, labels, samples)
-        inputs = Prefixes(batch, [str(s.image) for s in samples], [s.turns[0][0] for s in samples])
+        inputs = Prefixes(batch, [s.id for s in samples], [s.turns[0][0] for s in samples])
         return {"inputs": inputs.to(dtype=self.dtype), "labels": labels}
 
     def _closed(self, sample: Sample) -> list[tuple[str, str]]:

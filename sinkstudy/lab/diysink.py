@@ -1,14 +1,16 @@
-"""DIYSink and its controls on the lab models, trained from nothing: `sinkstudy lab diysink`.
+"""DIYSink, its rivals and their controls on the lab models, trained from nothing: `sinkstudy lab diysink`.
 
-Every arm starts from a finished lab model whose connector is thrown away, and goes through the paper's two stages:
-captions behind a frozen decoder, then questions with connectors and decoder. All arms see the same pictures and
+Every arm of DIYSink starts from a finished lab model whose connector is thrown away, and goes through the paper's two
+stages: captions behind a frozen decoder, then questions with connectors and decoder. All arms see the same pictures and
 questions in the same order and take the same number of steps; those with two connectors divide the steps of the first
-stage between them. What is kept stands in `data/methods/<model>/<arm>-<seed>`.
+stage between them. The soft router is trained on each finished pair of connectors. Gates and adapters are trained on
+the untouched lab model, with the same questions. What is kept stands in `data/methods/<model>/<arm>-<seed>`.
 """
 
 from __future__ import annotations
 
 import copy
+import random
 import time
 from dataclasses import replace
 
@@ -17,17 +19,24 @@ import torch
 from torch import nn
 
 from sinkstudy import models, tuning
+from sinkstudy.conversations import Collate, Sample
 from sinkstudy.diysink import DIYSink, OneConnector, matched_width
+from sinkstudy.gates import Gates, LoRA, n_parameters
 from sinkstudy.lab import language, training
+from sinkstudy.lab import questions as q
 from sinkstudy.lab import tower as tower_module
 from sinkstudy.lab.corpus import Corpus, training_pictures
 from sinkstudy.lab.train import CACHE
+from sinkstudy.lab.world import render
 from sinkstudy.paths import METHODS, atomic
+from sinkstudy.routers import ReW, balanced
 
 SCENES = 16_384
 SEEDS = (0, 1, 2)
 ALIGN = tuning.Settings(steps=80, batch_size=32, lr=2e-3, weight_decay=0.05)
 TUNE = tuning.Settings(steps=240, batch_size=24, lr=2e-3, weight_decay=0.05)
+ROUTER = tuning.Settings(steps=60, batch_size=20, lr=1e-2)  # the paper's: 120 samples ten times
+RIVALS = tuning.Settings(steps=120, batch_size=32, lr=3e-3)
 ARMS = {"lab-llava-sinks": ("one", "matched", "two", "random"), "lab-qwen2vl": ("one", "two", "random")}
 
 
@@ -148,6 +157,57 @@ def connectors(method: OneConnector) -> list[nn.Module]:
     return [method.lvlm.connector, *([method.sink] if isinstance(method, DIYSink) else [])]
 
 
+def asked(pictures, n: int, seed: int) -> pd.DataFrame:
+    """Questions about the first n training pictures, one each, every family as often: `type` and `sample`.
+
+    A quarter of those that have options is asked with them.
+    """
+    rng, rows = random.Random(seed), []
+    for i, facts in enumerate(q.facts(render("train", 0, n, pictures=False))):
+        families = (q.ask(facts, family, rng) for family in rng.sample(list(q.TYPES), len(q.TYPES)))
+        one = next(found for found in families if found is not None)
+        text, answer = one.text, one.answer
+        if len(one.options) >= 4 and rng.random() < 0.25:
+            text, answer = q.choice_form(one, rng)
+        picture = torch.from_numpy(pictures[i].copy())
+        rows.append({"type": one.type, "sample": Sample(str(i), picture, ((text, answer),))})
+    return pd.DataFrame(rows)
+
+
+def train_rival(base: str, arm: str, seed: int, pictures) -> None:
+    """Soft routing ("rew"), "gates", or "adapters" with as many parameters; a finished one is not repeated.
+
+    Raises:
+        ValueError: an unknown arm.
+    """
+    folder, settings = METHODS / base / f"{arm}-{seed}", replace(ROUTER if arm == "rew" else RIVALS, seed=seed)
+    if folder.exists():
+        print(f"{folder.name}: finished earlier", flush=True)
+        return
+    started, lvlm = time.monotonic(), models.load(base)
+    match arm:
+        case "rew":
+            method = ReW(lvlm, diysink=METHODS / base / f"two-{seed}", seed=seed)
+        case "gates":
+            method = Gates(lvlm, normalised=True, seed=seed)
+        case "adapters":
+            method = LoRA(lvlm, parameters=n_parameters(Gates(models.load(base))), seed=seed)
+        case _:
+            raise ValueError(f"unknown arm {arm!r}: rew, gates or adapters")
+    method.requires_grad_(False)
+    for parameter in method.changed().values():
+        parameter.requires_grad_(True)
+    samples = asked(pictures, settings.steps * settings.batch_size, seed)
+    if arm == "rew":
+        samples = balanced(samples, 120, seed)
+    log = tuning.fit(method, samples["sample"].tolist(), CACHE / f"{base}.{folder.name}", settings, Collate(lvlm),
+                     about={"method": method.kind, **method.settings})
+    method.save(folder, steps=settings.steps, parameters=n_parameters(method))
+    with atomic(folder / "training.csv") as file:
+        log.to_csv(file, index=False, float_format="%.5g")
+    print(f"{folder.name}: trained in {time.monotonic() - started:.0f} s", flush=True)
+
+
 def main(bases: list[str]) -> None:
     """All arms and seeds on the lab models `bases`."""
     training.threads()
@@ -156,3 +216,5 @@ def main(bases: list[str]) -> None:
         for seed in SEEDS:
             for arm in ARMS[base]:
                 shop.train(arm, seed)
+            for arm in ("rew", "gates", "adapters"):
+                train_rival(base, arm, seed, shop.pictures)
