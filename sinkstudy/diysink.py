@@ -8,7 +8,8 @@ connectors between which as many random tokens are divided.
 
 import copy
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 
 from sinkstudy import capture, routing
 from sinkstudy.ablation import narrowed, places
-from sinkstudy.evaluate import Prefixes
+from sinkstudy.evaluate import Intervention, Prefixes
 from sinkstudy.models import LVLM, ImageLayout
 from sinkstudy.tuning import Method, sink_rule
 
@@ -98,18 +99,23 @@ class DIYSink(OneConnector):
         return random_split(mask, norms, layout) if self.settings["split"] == "random" else mask
 
     @contextmanager
-    def around(self, inputs: Prefixes, weights: torch.Tensor | None = None) -> Iterator[None]:
+    def around(
+        self, inputs: Prefixes, weights: torch.Tensor | None = None, show: Show | None = None
+    ) -> Iterator[None]:
         """A context in which the model reads `inputs` with two connectors.
 
         Args:
             weights: float [images, 2], of the tokens of the sinks and of the others; ones by default.
+            show: in place of the attribute.
         """
-        lvlm, layouts = self.lvlm, self.lvlm.layout(inputs)
+        lvlm, layouts, show = self.lvlm, self.lvlm.layout(inputs), show or self.show
         masks: list[torch.Tensor] = []  # bool [patches] of each image, from the connector's pass on
+        hidden: list[torch.Tensor] = []  # and then what nobody sees, and all visual tokens
 
         def merge(module: nn.Module, args: tuple, ordinary: torch.Tensor) -> torch.Tensor:
             norms = capture.token_norms(args[0].reshape(-1, lvlm.vision_width)).detach().cpu()  # [patches of the batch]
             masks[:] = [self.chosen(norms[layout.connector], layout) for layout in layouts]
+            hidden[:] = out_of_sight()
             flat = ordinary.reshape(-1, ordinary.shape[-1])  # [tokens of the batch, width]
             image, other = torch.zeros(2, len(flat), dtype=torch.long)
             for i, (layout, mask) in enumerate(zip(layouts, masks, strict=True)):
@@ -128,15 +134,27 @@ class DIYSink(OneConnector):
             for layout in layouts:
                 n = int(group[layout.row, layout.visual].sum())
                 first = torch.arange(len(layout.visual)) < n
-                group[layout.row, layout.visual] = first if self.show == "others" else ~first
+                group[layout.row, layout.visual] = first if show == "others" else ~first
             return group, visual
 
         with ExitStack() as hooks:
             hooks.callback(lvlm.connector.register_forward_hook(merge).remove)
             hooks.enter_context(routing.moving(lvlm, layouts, masks, ids="renumber"))
-            if self.show != "both":
-                hooks.enter_context(narrowed(lvlm, inputs, out_of_sight))
+            if show != "both":
+                hooks.enter_context(narrowed(lvlm, inputs, lambda: tuple(hidden)))
             yield
+
+    def intervention(
+        self, name: str, show: Show = "both", weights: tuple[float, float] | None = None
+    ) -> Intervention:
+        """The method for `evaluate`, with the same weights (sinks, others) for every question if given."""
+
+        def around(lvlm: LVLM, inputs: Prefixes) -> AbstractContextManager:
+            of_images = None if weights is None else torch.tensor([weights] * len(inputs.image_ids))
+            return self.around(inputs, of_images, show)
+
+        known = super().intervention(name, show=show, weights_of_blocks=weights)
+        return replace(known, around=around)
 
 
 def random_split(mask: torch.Tensor, norms: torch.Tensor, layout: ImageLayout) -> torch.Tensor:
