@@ -150,7 +150,7 @@ class DIYSink(OneConnector):
         """The method for `evaluate`, with the same weights (sinks, others) for every question if given."""
 
         def around(lvlm: LVLM, inputs: Prefixes) -> AbstractContextManager:
-            of_images = None if weights is None else torch.tensor([weights] * len(inputs.image_ids))
+            of_images = None if weights is None else torch.tensor([weights] * len(inputs.image_ids), device=lvlm.device)
             return self.around(inputs, of_images, show)
 
         known = super().intervention(name, show=show, weights_of_blocks=weights)

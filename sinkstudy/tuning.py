@@ -9,6 +9,7 @@ several with `accelerate launch`.
 """
 
 import hashlib
+import importlib
 import json
 import math
 import shutil
@@ -36,7 +37,7 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
-from sinkstudy import sinks
+from sinkstudy import models, sinks
 from sinkstudy.evaluate import Intervention, Prefixes
 from sinkstudy.models import LVLM
 from sinkstudy.paths import atomic
@@ -122,6 +123,29 @@ class Method(nn.Module):
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(found[name])
+
+
+KINDS = {  # by `kind`: module and class
+    "one-connector": ("sinkstudy.diysink", "OneConnector"),
+    "diysink": ("sinkstudy.diysink", "DIYSink"),
+    "rew": ("sinkstudy.routers", "ReW"),
+    "lsg": ("sinkstudy.gates", "Gates"),
+    "lora": ("sinkstudy.gates", "LoRA"),
+}
+
+
+def load(folder: str | Path, *, device: str = "cpu", dtype: str | torch.dtype = "float32") -> Method:
+    """Load a method that `Method.save` wrote, with the model that it was trained on; see `models.load`.
+
+    Raises:
+        ValueError: no such folder, an unknown kind, weights of another model, or as `models.load`.
+    """
+    known = Method.described(folder)
+    if known["kind"] not in KINDS:
+        raise ValueError(f"{folder} holds a method of unknown kind {known['kind']!r}; known: {', '.join(KINDS)}")
+    module, name = KINDS[known["kind"]]
+    lvlm = models.load(known["base"], device=device, dtype=dtype, revision=known["revision"])
+    return getattr(importlib.import_module(module), name).open(lvlm, folder).eval().requires_grad_(False)
 
 
 def digest(weights: dict[str, torch.Tensor]) -> str:
