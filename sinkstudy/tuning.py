@@ -85,29 +85,29 @@ class Method(nn.Module):
             save_file(weights, temporary / "weights.safetensors")
             (temporary / "method.json").write_text(json.dumps(known | more, indent=1) + "\n", encoding="utf-8")
 
-    @staticmethod
-    def described(folder: str | Path) -> dict[str, Any]:
-        """What `save` wrote about a method: kind, base, revision, settings, and more.
+    @classmethod
+    def described(cls, folder: str | Path) -> dict[str, Any]:
+        """What `save` wrote about a method of this kind: base, revision, settings, and more.
 
         Raises:
-            ValueError: the folder holds no method.
+            ValueError: the folder holds no method, or one of another kind.
         """
         try:
-            return json.loads((Path(folder) / "method.json").read_text(encoding="utf-8"))
+            known = json.loads((Path(folder) / "method.json").read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError):
             raise ValueError(f"{folder} is no folder of a trained method: it has no readable method.json") from None
+        if known["kind"] != cls.kind:
+            raise ValueError(f"{folder} holds a method of the kind {known['kind']!r}, not {cls.kind!r}")
+        return known
 
     @classmethod
     def open(cls, lvlm: LVLM, folder: str | Path) -> Self:
         """The method of a folder that `save` wrote, on a model.
 
         Raises:
-            ValueError: the folder holds no method, or one of another kind, or the model is another.
+            ValueError: the folder holds no method, or one of another kind, or its weights do not fit the model.
         """
-        known = cls.described(folder)
-        if known["kind"] != cls.kind:
-            raise ValueError(f"{folder} holds a method of the kind {known['kind']!r}, not {cls.kind!r}")
-        method = cls(lvlm, **known["settings"])
+        method = cls(lvlm, **cls.described(folder)["settings"])
         method.read(folder)
         return method
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from conftest import write_tiny_llava
-from sinkstudy import models, routers
+from sinkstudy import models, routers, tuning
 from sinkstudy.diysink import DIYSink
 from sinkstudy.evaluate import Prefixes, evaluate
 from sinkstudy.lab import benchmarks
@@ -64,8 +64,7 @@ def logits(method, inputs: Prefixes, *args) -> torch.Tensor:
 
 
 def test_begins_as_diysink(lvlm, images):
-    method = rew(lvlm, (0.0, 0.0), activation="2softmax")
-    inputs = asked(lvlm, images)
+    method, inputs = routers.ReW(lvlm, diysink=Path(lvlm.name) / "diysink"), asked(lvlm, images)
     assert torch.equal(method.weights(ASKED), torch.ones(3, 2))
     assert torch.equal(logits(method, inputs), logits(method.diysink, inputs))
 
@@ -298,6 +297,23 @@ def test_a_planted_rule_is_learned(lvlm, images):
     assert losses[-1] < 0.1 * losses[0]
     unseen = method.weights(questions[6:])
     assert unseen[0, 0] > 1.3 > 0.7 > unseen[0, 1] and unseen[1, 1] > 1.3 > 0.7 > unseen[1, 0]
+
+
+def test_trained_by_fit(lvlm, images, tmp_path):
+    """R alone changes and is kept."""
+    method, questions = rew(lvlm, (0.0, 0.0)), [*ASKED, "no"]
+
+    def collate(samples: list[int], places: list[int]) -> dict:
+        inputs = asked(lvlm, images, [questions[i] for i in samples])
+        labels = inputs["input_ids"].clone()
+        labels[:, :-1] = -100
+        return {"inputs": inputs, "labels": labels}
+
+    before = {name: p.clone() for name, p in method.named_parameters()}
+    curve = tuning.fit(method, range(4), tmp_path / "fit", tuning.Settings(steps=4, batch_size=2, lr=1e-2), collate)
+    moved = {name for name, p in method.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == set(method.changed()) and len(curve) == 4
+    assert load_file(tmp_path / "fit" / "trained.safetensors").keys() == moved
 
 
 # ------------------------------------------------------------------------------------------------- asking the model
