@@ -9,6 +9,7 @@ several with `accelerate launch`.
 """
 
 import hashlib
+import importlib
 import json
 import math
 import shutil
@@ -36,6 +37,7 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
+from sinkstudy import models
 from sinkstudy.evaluate import Intervention, Prefixes
 from sinkstudy.models import LVLM
 from sinkstudy.paths import atomic
@@ -97,6 +99,31 @@ class Method(nn.Module):
                 parameter.copy_(found[name])
 
 
+KINDS = {  # by `kind`: module and class
+    "one-connector": ("sinkstudy.diysink", "OneConnector"),
+    "diysink": ("sinkstudy.diysink", "DIYSink"),
+}
+
+
+def load(folder: str | Path, *, device: str = "cpu", dtype: str | torch.dtype = "float32") -> Method:
+    """Load a method that `Method.save` wrote, with the model that it was trained on; see `models.load`.
+
+    Raises:
+        ValueError: no such folder, an unknown kind, weights of another model, or as `models.load`.
+    """
+    file = Path(folder) / "method.json"
+    if not file.is_file():
+        raise ValueError(f"{folder} holds no trained method: there is no method.json")
+    known = json.loads(file.read_text(encoding="utf-8"))
+    if known["kind"] not in KINDS:
+        raise ValueError(f"{folder} holds a method of unknown kind {known['kind']!r}; known: {', '.join(KINDS)}")
+    module, name = KINDS[known["kind"]]
+    lvlm = models.load(known["base"], device=device, dtype=dtype, revision=known["revision"])
+    method = getattr(importlib.import_module(module), name)(lvlm, **known["settings"])
+    method.read(folder)
+    return method.eval().requires_grad_(False)
+
+
 def digest(weights: dict[str, torch.Tensor]) -> str:
     """SHA-256 of named tensors."""
     sha256 = hashlib.sha256()
@@ -145,6 +172,12 @@ class Settings:
                 raise ValueError(f"{name} is {value}, but has to be above 0")
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"warmup is {self.warmup}, but is a share of the steps, from 0 to 1")
+
+    def that_matter(self, processes: int) -> dict[str, Any]:
+        """What the weights depend on: how a step's samples are divided is of no matter, only their number is."""
+        without = ("batch_size", "accumulate", "checkpoint_steps", "workers")
+        per_step = self.batch_size * self.accumulate * processes
+        return {k: v for k, v in asdict(self).items() if k not in without} | {"samples per step": per_step}
 
 
 def fit(
@@ -213,9 +246,9 @@ def fit(
     per_step = settings.batch_size * settings.accumulate * processes.num_processes
     arguments.max_steps = steps = settings.steps or math.ceil(settings.epochs * len(dataset) / per_step)
 
-    known = {k: v for k, v in asdict(settings).items() if k not in ("batch_size", "accumulate", "epochs")}
-    known = {k: v for k, v in known.items() if k not in ("checkpoint_steps", "workers")} | {"steps": steps}
-    known |= {"samples": len(dataset), "samples per step": per_step, "about": dict(about or {})}
+    known = settings.that_matter(processes.num_processes) | {"steps": steps}
+    known |= {"samples": len(dataset), "about": dict(about or {})}
+    del known["epochs"]  # the number of steps says it
     known["parameters"] = hashlib.sha256(str([(k, list(p.shape)) for k, p in trained.items()]).encode()).hexdigest()
     known = json.loads(json.dumps(known))
     mark, curve, checkpoints = folder / "trained.safetensors", folder / "training.csv", Path(arguments.output_dir)
