@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -85,6 +86,67 @@ def check_fresh() -> None:
     if stale:
         raise engine.UserError(f"out of date: {', '.join(stale)}")
     typer.echo("every executed notebook is up to date")
+
+
+@app.command()
+def diysink(
+    model: Annotated[str, typer.Argument(help="Lab model, folder with config.json, or hub id owner/name.")],
+    stage: Annotated[str, typer.Option(help="pretrain-sinks, pretrain-others or pretrain; then tune.")],
+    data: Annotated[Path, typer.Option(help="Samples in LLaVA's format, JSON.")],
+    images: Annotated[Path, typer.Option(help="Folder of their pictures.")],
+    out: Annotated[Path, typer.Option(help="Folder for the trained method.")],
+    connectors: Annotated[list[Path] | None, typer.Option(help="For tune: the folder of a stage before it.")] = None,
+    method: Annotated[
+        str, typer.Option(help="two-connectors, one-connector, matched-width or random-split.")
+    ] = "two-connectors",
+    criterion: Annotated[str, typer.Option(help="What a sink is.")] = "above_median",
+    threshold: Annotated[float, typer.Option(help="Its threshold.")] = 3.0,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate; 1e-3, for tune 2e-5.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Samples that a process sees at once.")] = 8,
+    accumulate: Annotated[
+        int | None, typer.Option(help="Batches in a step; by default so many that it has 256 samples, for tune 128.")
+    ] = None,
+    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1,
+    steps: Annotated[int | None, typer.Option(help="Steps, in place of epochs.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the new connectors and the order of the samples.")] = 0,
+    longest: Annotated[int, typer.Option(help="Tokens of a sample, its picture included; the rest is cut off.")] = 2048,
+    lora: Annotated[int | None, typer.Option(min=1, help="For tune: rank of updates of the decoder.")] = None,
+    freeze_decoder: Annotated[bool, typer.Option("--freeze-decoder", help="For tune: connectors alone.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default a GPU if there is one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16, the default on a GPU.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub model.")] = None,
+    checkpoint_steps: Annotated[int, typer.Option(help="Steps between two checkpoints.")] = 100,
+    workers: Annotated[int, typer.Option(help="Processes that prepare samples beside the training.")] = 0,
+) -> None:
+    """Train DIYSink, or a control, on a model: one stage.
+
+    A killed training goes on from its last checkpoint. On several GPUs: accelerate launch -m sinkstudy.cli diysink ..
+    """
+    with_malloc()
+    import torch
+
+    from sinkstudy import stages
+
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
+    if device == "auto" or dtype not in ("float32", "bfloat16"):
+        raise engine.UserError(f"training is on one device and in float32 or bfloat16, not on {device} in {dtype}")
+    model = str(Path(model).resolve()) if model not in engine.lab_models() and Path(model).is_dir() else model
+    try:
+        job = stages.Job(
+            model, method, stage, data, images, tuple(connectors or ()), criterion, threshold,
+            decoder=not freeze_decoder, lora=lora, longest=longest, revision=revision,
+        )  # fmt: skip
+        how = stages.settings(
+            stage, batch_size=batch_size, accumulate=accumulate, lr=lr, epochs=epochs, steps=steps, seed=seed,
+            bf16=dtype == "bfloat16", checkpoint_steps=checkpoint_steps, workers=workers,
+        )  # fmt: skip
+        stages.run(job, how, out, device=device, dtype=dtype)
+    except (ValueError, FloatingPointError) as problem:
+        raise engine.UserError(str(problem)) from None
 
 
 @lab.command("train")

@@ -48,11 +48,15 @@ class OneConnector(Method):
         yield
 
     def changed(self) -> dict[str, nn.Parameter]:
-        """The connectors, and the decoder if it is trained."""
+        """The connectors, and the decoder with its head if it is trained."""
         parts = {"connector": self.lvlm.connector}
         if self.settings["decoder"]:
-            parts["decoder"] = self.lvlm.decoder
-        of_model = {f"{part}.{name}": p for part, module in parts.items() for name, p in module.named_parameters()}
+            parts |= {"decoder": self.lvlm.decoder, "head": self.model.get_output_embeddings()}
+        of_model = {}
+        for part, module in parts.items():
+            for name, p in module.named_parameters():
+                if all(p is not other for other in of_model.values()):  # a head may be the embeddings
+                    of_model[f"{part}.{name}"] = p
         return super().changed() | of_model
 
 

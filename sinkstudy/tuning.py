@@ -212,6 +212,12 @@ class Settings:
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"warmup is {self.warmup}, but is a share of the steps, from 0 to 1")
 
+    def that_matter(self, processes: int) -> dict[str, Any]:
+        """What the weights depend on: how a step's samples are divided is of no matter, only their number is."""
+        without = ("batch_size", "accumulate", "checkpoint_steps", "workers")
+        per_step = self.batch_size * self.accumulate * processes
+        return {k: v for k, v in asdict(self).items() if k not in without} | {"samples per step": per_step}
+
 
 def fit(
     module: nn.Module,
@@ -279,9 +285,9 @@ def fit(
     per_step = settings.batch_size * settings.accumulate * processes.num_processes
     arguments.max_steps = steps = settings.steps or math.ceil(settings.epochs * len(dataset) / per_step)
 
-    known = {k: v for k, v in asdict(settings).items() if k not in ("batch_size", "accumulate", "epochs")}
-    known = {k: v for k, v in known.items() if k not in ("checkpoint_steps", "workers")} | {"steps": steps}
-    known |= {"samples": len(dataset), "samples per step": per_step, "about": dict(about or {})}
+    known = settings.that_matter(processes.num_processes) | {"steps": steps}
+    known |= {"samples": len(dataset), "about": dict(about or {})}
+    del known["epochs"]  # the number of steps says it
     known["parameters"] = hashlib.sha256(str([(k, list(p.shape)) for k, p in trained.items()]).encode()).hexdigest()
     known = json.loads(json.dumps(known))
     mark, curve, checkpoints = folder / "trained.safetensors", folder / "training.csv", Path(arguments.output_dir)
