@@ -51,7 +51,7 @@ class Method(nn.Module):
     of what it trains (`requires_grad`), and whatever a stage may have changed is kept.
     """
 
-    kind: ClassVar[str]
+    kind: ClassVar[str] = ""
     asks: ClassVar[bool] = False  # whether what is done to an image depends on the question, see `Intervention`
 
     def __init__(self, lvlm: LVLM, **settings: Any) -> None:
@@ -87,7 +87,7 @@ class Method(nn.Module):
 
     @classmethod
     def described(cls, folder: str | Path) -> dict[str, Any]:
-        """What `save` wrote about a method of this kind: base, revision, settings, and more.
+        """What `save` wrote about a method of this kind, here of any: kind, base, revision, settings, and more.
 
         Raises:
             ValueError: the folder holds no method, or one of another kind.
@@ -96,7 +96,7 @@ class Method(nn.Module):
             known = json.loads((Path(folder) / "method.json").read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError):
             raise ValueError(f"{folder} is no folder of a trained method: it has no readable method.json") from None
-        if known["kind"] != cls.kind:
+        if known["kind"] != (cls.kind or known["kind"]):
             raise ValueError(f"{folder} holds a method of the kind {known['kind']!r}, not {cls.kind!r}")
         return known
 

@@ -201,7 +201,7 @@ def test_connectors_of_another_training(train, data, tmp_path: Path):
 
 
 def test_load(tmp_path: Path):
-    with pytest.raises(ValueError, match="holds no trained method"):
+    with pytest.raises(ValueError, match="no readable method.json"):
         tuning.load(tmp_path)
     (tmp_path / "method.json").write_text('{"kind": "x"}')
     with pytest.raises(ValueError, match="unknown kind 'x'; known: one-connector, diysink"):
