@@ -95,9 +95,7 @@ def train(
 
     A killed training goes on from its last checkpoint.
     """
-    if any(os.environ.get(key) != value for key, value in MALLOC.items()):
-        command = [sys.executable, "-m", "sinkstudy.cli", *sys.argv[1:]]
-        os.execve(sys.executable, command, os.environ | MALLOC)
+    with_malloc()
     from sinkstudy.lab import train as training
 
     known = [*training.MODELS, "emergence"]
@@ -106,6 +104,30 @@ def train(
         if name not in known:
             raise engine.UserError(f"'{name}' cannot be trained: choose from {', '.join(known)} or all")
     training.main(wanted)
+
+
+@lab.command("diysink")
+def lab_diysink(
+    names: Annotated[list[str] | None, typer.Argument(help="Lab models; by default all that have arms.")] = None,
+) -> None:
+    """Train DIYSink and its controls on lab models, several seeds of each, from nothing.
+
+    A killed training goes on from its last checkpoint.
+    """
+    with_malloc()
+    from sinkstudy.lab import diysink
+
+    for name in names or []:
+        if name not in diysink.ARMS:
+            raise engine.UserError(f"'{name}' has no arms: choose from {', '.join(diysink.ARMS)}")
+    diysink.main(names or list(diysink.ARMS))
+
+
+def with_malloc() -> None:
+    """Start the command again with the allocator's settings, if it was started without."""
+    if any(os.environ.get(key) != value for key, value in MALLOC.items()):
+        command = [sys.executable, "-m", "sinkstudy.cli", *sys.argv[1:]]
+        os.execve(sys.executable, command, os.environ | MALLOC)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""DIYSink's two connectors (2510.08510, "To Sink or Not to Sink"): one for the tower's sinks, one for all other patches.
+"""DIYSink's two connectors (2510.08510, "To Sink or Not to Sink"): one for the tower's sinks, one for other patches.
 
 The visual tokens of both stand behind each other, those of the sinks first, and take position ids in that order. Either
 block can be left out, as stage 1 of the training and hard routing do, and each can have a weight, as soft routing does.
@@ -9,7 +9,7 @@ connectors between which as many random tokens are divided.
 import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
@@ -48,7 +48,9 @@ class OneConnector(Method):
 
     def changed(self) -> dict[str, nn.Parameter]:
         """The connectors, and the decoder if it is trained."""
-        parts = {"connector": self.lvlm.connector, **({"decoder": self.lvlm.decoder} if self.settings["decoder"] else {})}
+        parts = {"connector": self.lvlm.connector}
+        if self.settings["decoder"]:
+            parts["decoder"] = self.lvlm.decoder
         of_model = {f"{part}.{name}": p for part, module in parts.items() for name, p in module.named_parameters()}
         return super().changed() | of_model
 
@@ -57,8 +59,8 @@ class DIYSink(OneConnector):
     """Two connectors, both new: the model's own place keeps that of the ordinary patches.
 
     Args:
-        criterion, threshold: what a sink is, a name of `sinks.NORM_CRITERIA` and its threshold; judged on the norms of
-            the patches as the connector reads them.
+        criterion, threshold: what a sink is, see `tuning.sink_rule`; judged on the norms of the patches as the
+            connector reads them.
         split: "sinks"; or "random", the control: as many visual tokens of the picture, drawn at random.
 
     Attributes:
@@ -83,7 +85,8 @@ class DIYSink(OneConnector):
         if split not in ("sinks", "random"):
             raise ValueError(f"split is 'sinks' or 'random', not {split!r}")
         super().__init__(lvlm, seed=seed, decoder=decoder)
-        self.settings = {"criterion": criterion, "threshold": threshold, "split": split, "seed": seed, "decoder": decoder}
+        known = {"criterion": criterion, "threshold": threshold, "split": split}
+        self.settings = known | {"seed": seed, "decoder": decoder}
         self.rule = rule
         self.sink = copy.deepcopy(lvlm.connector)
         renew(lvlm, self.sink)

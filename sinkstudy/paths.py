@@ -11,6 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "data"
 MODELS = DATA / "models"
+METHODS = DATA / "methods"
 RESULTS = ROOT / "results"
 NOTEBOOKS = ROOT / "notebooks"
 BOOK = ROOT / "book"

@@ -3,18 +3,38 @@
 A method changes a vision-language model and has parameters of its own; it may train parts of the model too. It is used
 like those of `routing`: `around` is a context in which the model computes with it. What was trained is kept as a folder
 with `method.json` and `weights.safetensors`, without the model's untouched weights.
+
+`fit` trains any module that computes its own loss, with the `Trainer` of transformers: on a CPU, on one GPU, or on
+several with `accelerate launch`.
 """
 
 import hashlib
 import json
-from collections.abc import Callable
+import math
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+import pandas as pd
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.optim import Optimizer
+from torch.utils.data import Dataset, SequentialSampler, default_collate
+from tqdm import tqdm
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    get_cosine_schedule_with_warmup,
+)
 
 from sinkstudy import sinks
 from sinkstudy.evaluate import Intervention, Prefixes
@@ -99,3 +119,341 @@ def sink_rule(criterion: str, threshold: float) -> Callable[[torch.Tensor], torc
     if criterion not in sinks.NORM_CRITERIA:
         raise ValueError(f"unknown criterion {criterion!r}; known: {', '.join(sinks.NORM_CRITERIA)}")
     return lambda norms: sinks.NORM_CRITERIA[criterion](norms, threshold)
+
+
+# ------------------------------------------------------------------------------------------------- training
+@dataclass(frozen=True)
+class Settings:
+    """How `fit` trains: AdamW, a linear warm-up, then a cosine to zero.
+
+    Attributes:
+        steps: of the optimizer; None: as many as `epochs` passes over the data need, rounded up.
+        batch_size: samples that one process sees at once.
+        accumulate: such batches of each process in a step of the optimizer.
+        warmup: share of the steps.
+        weight_decay: of the weights with two or more dimensions.
+        clip: the largest norm of the gradient.
+        bf16: whether matrix products are in bfloat16 where the hardware has it. What is trained is float32 meanwhile.
+        checkpoint_steps: steps between two checkpoints.
+        workers: processes that read and prepare samples beside the training.
+
+    Raises:
+        ValueError: a number out of its range.
+    """
+
+    steps: int | None = None
+    epochs: float = 1
+    batch_size: int = 16
+    accumulate: int = 1
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    warmup: float = 0.03
+    clip: float = 1.0
+    seed: int = 0
+    bf16: bool = True
+    checkpoint_steps: int = 100
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "epochs", "batch_size", "accumulate", "lr", "clip", "checkpoint_steps"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} is {value}, but has to be above 0")
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"warmup is {self.warmup}, but is a share of the steps, from 0 to 1")
+
+
+def fit(
+    module: nn.Module,
+    dataset: Sequence,
+    folder: str | Path,
+    settings: Settings,
+    collate: Callable[[list, list[int]], dict[str, Any]] | None = None,
+    *,
+    optimizers: Callable[[list[tuple[str, nn.Parameter]]], list[Optimizer]] | None = None,
+    about: Mapping[str, Any] | None = None,
+) -> pd.DataFrame:
+    """Train the parameters of a module that ask for gradients.
+
+    A killed training goes on from its last checkpoint when it is called again, and ends with the weights that it would
+    have had. A finished one is not repeated: its weights are read. Both hold for the same settings only; with others,
+    it is trained anew. With several processes (`accelerate launch`), each calls this function; a step then sees as many
+    times more samples.
+
+    Args:
+        module: `module(**batch)` is the loss, a scalar. If the batch has `labels`, the loss is taken as a mean over
+            those that are not -100, and batches and processes that share a step are weighted by their number.
+        dataset: `dataset[i]` for i below `len(dataset)`. Each epoch goes through it in an order of its own, which
+            follows from the seed.
+        folder: gets `training.csv` and `trained.safetensors`, and `checkpoints` meanwhile.
+        collate: (samples, places) -> batch. The place of a sample counts the samples drawn before it in the whole
+            training, in all processes, so what a module draws at random can follow from it: it is place //
+            len(dataset) epochs and place // (samples of a step) steps after the start. By default torch's collate of
+            the samples.
+        optimizers: makes the optimizers of named parameters, each with its own learning rate; `lr` and `weight_decay`
+            of the settings are not used then.
+        about: further plain values that the weights depend on, such as where the module and the data came from.
+
+    Returns:
+        A row for each step: `step` (from 1), `loss` (of the step, before its update), `gradient` (its norm before
+        clipping) and `lr`.
+
+    Raises:
+        ValueError: no data, or no parameter that asks for gradients; a GPU that is not this process's own.
+        FloatingPointError: the loss is not finite.
+    """
+    folder, trained = Path(folder), {name: p for name, p in module.named_parameters() if p.requires_grad}
+    if not trained or not len(dataset):
+        raise ValueError("no parameter asks for gradients" if not trained else "there are no samples to train on")
+    device = next(iter(trained.values())).device
+    arguments = TrainingArguments(
+        output_dir=folder / "checkpoints",
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulate,
+        max_grad_norm=settings.clip,
+        seed=settings.seed,
+        save_steps=settings.checkpoint_steps,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        dataloader_num_workers=settings.workers,
+        dataloader_pin_memory=False,  # which takes a batch for a plain dictionary
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to="none",
+        use_cpu=device.type == "cpu",
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are several processes, never nn.DataParallel
+    if device.type == "cuda" and device != arguments.device:
+        raise ValueError(f"this process trains on {arguments.device}, not on {device}: choose by CUDA_VISIBLE_DEVICES")
+    processes = arguments.distributed_state
+    per_step = settings.batch_size * settings.accumulate * processes.num_processes
+    arguments.max_steps = steps = settings.steps or math.ceil(settings.epochs * len(dataset) / per_step)
+
+    known = {k: v for k, v in asdict(settings).items() if k not in ("batch_size", "accumulate", "epochs")}
+    known = {k: v for k, v in known.items() if k not in ("checkpoint_steps", "workers")} | {"steps": steps}
+    known |= {"samples": len(dataset), "samples per step": per_step, "about": dict(about or {})}
+    known["parameters"] = hashlib.sha256(str([(k, list(p.shape)) for k, p in trained.items()]).encode()).hexdigest()
+    known = json.loads(json.dumps(known))
+    mark, curve, checkpoints = folder / "trained.safetensors", folder / "training.csv", Path(arguments.output_dir)
+    found = _metadata(mark)
+    begun = checkpoints / "settings.json"
+    begun_with = json.loads(begun.read_text()) if begun.exists() else None
+    processes.wait_for_everyone()  # all have looked before one changes anything
+    if found == known:
+        _take(trained, mark)
+        if processes.is_main_process:
+            shutil.rmtree(checkpoints, ignore_errors=True)
+            print(f"{folder}: trained earlier with these settings, read", file=sys.stderr)
+        return pd.read_csv(curve)
+    if processes.is_main_process:
+        for other in (found, begun_with):
+            if other not in (None, known):
+                differs = ", ".join(k for k in known if other.get(k) != known[k])
+                print(f"{folder}: was trained with other settings ({differs}), is trained anew", file=sys.stderr)
+        if begun_with != known:
+            shutil.rmtree(checkpoints, ignore_errors=True)
+        for path in checkpoints.glob("checkpoint-*"):
+            if not (path / _WHOLE).exists():
+                shutil.rmtree(path)
+        with atomic(begun) as temporary:
+            temporary.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+    processes.wait_for_everyone()
+
+    modes = {part: part.training for part in module.modules()}
+    dtypes = {name: p.dtype for name, p in trained.items()}
+    for p in trained.values():  # steps are too small for half precision
+        p.data = p.data.float()
+    try:
+        made = (optimizers or _adamw(settings))(list(trained.items()))
+        optimizer = made[0] if len(made) == 1 else Together(made)
+        schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(settings.warmup * steps), steps)
+        trainer = _Trainer(
+            module,
+            arguments,
+            train_dataset=_Draws(dataset, settings.seed, steps * per_step),
+            data_collator=_Collate(collate),
+            optimizers=(optimizer, schedule),
+            callbacks=[_Progress(folder.name)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        half = any(p.dtype in (torch.bfloat16, torch.float16) for p in module.parameters())
+        bf16 = half or (settings.bf16 and _has_bf16(device))
+        trainer.trained, trainer.autocast = trained, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+        whole = sorted(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+        trainer.train(resume_from_checkpoint=str(whole[-1]) if whole else None)
+        if processes.is_main_process:
+            rows = [row for row in trainer.state.log_history if "loss" in row]
+            names = {"step": "step", "loss": "loss", "grad_norm": "gradient", "learning_rate": "lr"}
+            mark.unlink(missing_ok=True)  # of other settings; it must not stand beside the new curve
+            with atomic(curve) as temporary:
+                pd.DataFrame(rows)[list(names)].rename(columns=names).to_csv(temporary, index=False)
+            with atomic(mark) as temporary:
+                save_file(_weights(trained), temporary, {"settings": json.dumps(known)})
+            shutil.rmtree(checkpoints)
+        processes.wait_for_everyone()
+    finally:
+        for name, p in trained.items():
+            p.data, p.grad = p.data.to(dtypes[name]), None
+        for part, mode in modes.items():
+            part.training = mode
+    return pd.read_csv(curve)
+
+
+class Together(Optimizer):
+    """Several optimizers as one."""
+
+    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
+        self.optimizers = list(optimizers)
+        super().__init__([group for optimizer in self.optimizers for group in optimizer.param_groups], {})
+
+    def step(self, closure: None = None) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+
+_WHOLE = "whole"  # an empty file in a checkpoint that all processes have written
+
+
+class _Trainer(Trainer):
+    """Keeps what is trained and nothing else, and takes samples in the order in which they are drawn."""
+
+    trained: dict[str, nn.Parameter]
+    autocast: AbstractContextManager
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = True  # so that labels are counted: over all batches and processes of a step
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return inputs  # on the device already; Trainer would make new `Prefixes`, without their names
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        with self.autocast:
+            loss = model(**inputs)
+        if num_items_in_batch is None:
+            return loss
+        return loss * inputs["labels"].ne(-100).sum() * self.args.world_size / num_items_in_batch  # DDP takes the mean
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise FloatingPointError(f"the loss at step {self.state.global_step} is {logs['loss']}")
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if self.args.should_save:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            save_file(_weights(self.trained), Path(output_dir) / "trained.safetensors")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        _take(self.trained, Path(resume_from_checkpoint) / "trained.safetensors")
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            written = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            (written / _WHOLE).touch()
+            for path in written.parent.glob("checkpoint-*"):
+                if path != written:
+                    shutil.rmtree(path)
+
+
+class _Progress(TrainerCallback):
+    """A bar with rate, time left and loss on stderr; where that is no terminal, a line every half minute."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar = tqdm(
+            desc=self.name,
+            total=state.max_steps,
+            initial=state.global_step,
+            unit="step",
+            file=sys.stderr,
+            mininterval=0.1 if sys.stderr.isatty() else 30,
+            disable=not state.is_world_process_zero,
+        )
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        if "loss" in logs:
+            self.bar.set_postfix(loss=f"{logs['loss']:.4g}", refresh=False)
+            self.bar.update()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.close()
+
+
+class _Draws(Dataset):
+    """All draws of a training: (sample, place), epoch after epoch."""
+
+    def __init__(self, dataset: Sequence, seed: int, length: int) -> None:
+        self.dataset, self.seed, self.length = dataset, seed, length
+        self.epoch, self.order = -1, np.empty(0, int)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, place: int) -> tuple[Any, int]:
+        epoch, at = divmod(place, len(self.dataset))
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset))
+        return self.dataset[int(self.order[at])], place
+
+
+class _Collate:
+    """A collate function for `_Draws`, as a class so that other processes can get it too."""
+
+    def __init__(self, collate: Callable[[list, list[int]], dict[str, Any]] | None) -> None:
+        self.collate = collate
+
+    def __call__(self, draws: list[tuple[Any, int]]) -> dict[str, Any]:
+        samples, places = map(list, zip(*draws, strict=True))
+        return default_collate(samples) if self.collate is None else self.collate(samples, places)
+
+
+def _adamw(settings: Settings) -> Callable[[list[tuple[str, nn.Parameter]]], list[Optimizer]]:
+    def make(named: Iterable[tuple[str, nn.Parameter]]) -> list[Optimizer]:
+        parts = {settings.weight_decay: [p for _, p in named if p.dim() >= 2]}
+        parts[0.0] = parts.get(0.0, []) + [p for _, p in named if p.dim() < 2]
+        groups = [{"params": parameters, "weight_decay": decay} for decay, parameters in parts.items() if parameters]
+        return [torch.optim.AdamW(groups, lr=settings.lr, fused=True)]
+
+    return make
+
+
+def _has_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def _weights(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    return {name: p.detach().cpu().contiguous() for name, p in parameters.items()}
+
+
+def _metadata(file: Path) -> dict[str, Any] | None:
+    """The settings of a finished training; None if there is none."""
+    if not file.exists():
+        return None
+    with safe_open(file, "pt") as weights:
+        return json.loads(weights.metadata()["settings"])
+
+
+def _take(parameters: Mapping[str, nn.Parameter], file: Path) -> None:
+    with torch.no_grad():
+        for name, tensor in load_file(file).items():
+            parameters[name].copy_(tensor)

@@ -53,22 +53,28 @@ def assemble(tower, decoder: PreTrainedModel, codec: Codec, pixels: torch.Tensor
     model.model.language_model.load_state_dict(decoder.model.state_dict())
     model.tie_weights()
     model.set_attn_implementation("lab_matmul")
-    connector = model.model.get_submodule(kind.connector)
-    mlp = kind.mlp(connector)
-    first, second = (module for module in mlp.modules() if isinstance(module, nn.Linear))
     with torch.no_grad():
         patches = tower_module.features(tower, tower_module.states(tower, pixels)).to(model.device)
-        tokens = kind.read(connector, patches).flatten(0, 1)  # [n · visual tokens, width]
-        norms = tokens.norm(dim=-1)
-        ordinary = tokens[norms <= norms.quantile(0.9)]
-        mean = ordinary.mean(0)
-        scale = (ordinary - mean).square().mean().sqrt()
-        first.weight.normal_(std=first.in_features**-0.5).div_(scale)
-        first.bias.copy_(-first.weight @ mean)
-        second.weight.normal_(std=second.in_features**-0.5)
-        words = model.get_input_embeddings().weight.norm(dim=-1).median()
-        second.weight.mul_(words / mlp(ordinary).norm(dim=-1).median())
+    start(model, model.model.get_submodule(kind.connector), patches)
     return model
+
+
+@torch.no_grad()
+def start(model: PreTrainedModel, connector: nn.Module, patches: torch.Tensor) -> None:
+    """Give a connector of the model random weights at the scale of `patches` [n, 144, width], see `assemble`."""
+    kind = family(model.config)
+    mlp = kind.mlp(connector)
+    first, second = (module for module in mlp.modules() if isinstance(module, nn.Linear))
+    tokens = kind.read(connector, patches).flatten(0, 1)  # [n · visual tokens, width]
+    norms = tokens.norm(dim=-1)
+    ordinary = tokens[norms <= norms.quantile(0.9)]
+    mean = ordinary.mean(0)
+    scale = (ordinary - mean).square().mean().sqrt()
+    first.weight.normal_(std=first.in_features**-0.5).div_(scale)
+    first.bias.copy_(-first.weight @ mean)
+    second.weight.normal_(std=second.in_features**-0.5)
+    words = model.get_input_embeddings().weight.norm(dim=-1).median()
+    second.weight.mul_(words / mlp(ordinary).norm(dim=-1).median())
 
 
 def next_word_loss(hidden: torch.Tensor, embedding: torch.Tensor, labels: torch.Tensor) -> tuple:
@@ -148,6 +154,11 @@ class ImageStage:
         self.run = compiled(model.model.language_model.forward)
         self.say = torch.tensor(corpus.codec.encode("assistant :"))
 
+    def visual(self, patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the decoder reads, [n, visual tokens, width], and which of it nobody sees, bool [n, visual tokens]."""
+        connector = self.model.model.get_submodule(self.family.connector)
+        return self.family.mlp(connector)(self.family.read(connector, patches)), None
+
     def loss(self, rows: torch.Tensor, seed: int) -> tuple[torch.Tensor, dict]:
         """On the pictures `rows`, with questions drawn by `seed`."""
         n, corpus, model = len(rows), self.corpus, self.model.model
@@ -162,15 +173,17 @@ class ImageStage:
         pixels = tower_module.normalise(torch.from_numpy(self.pictures[rows.numpy()]).to(device))
         head, ids = self.head.expand(n, -1).to(device), torch.cat([self.tail.expand(n, -1), ids], 1).to(device)
         labels, positions = labels.to(device), self.positions.to(device)
-        tower, connector = (model.get_submodule(part) for part in (self.family.tower, self.family.connector))
+        tower = model.get_submodule(self.family.tower)
         with autocast():
             with torch.no_grad():
                 patches = tower_module.features(tower, tower_module.states(tower, pixels))
-            visual = self.family.mlp(connector)(self.family.read(connector, patches))
+            visual, unseen = self.visual(patches)
+            if unseen is not None:  # the whole prefix: tokens of `head`, of the picture, of `tail`
+                unseen = F.pad(unseen, (head.shape[1], self.slots[0] - head.shape[1] - unseen.shape[1]))
             embeds = torch.cat([words(head), visual.to(words.weight.dtype), words(ids)], 1)
             hidden = self.run(
                 inputs_embeds=embeds, position_ids=positions.expand(*positions.shape[:-2], n, -1), use_cache=False,
-                slots=self.slots, attention_mask=torch.zeros(1, 1, 1, 1))[0]  # unused: the slots decide
+                slots=self.slots, pad=unseen, attention_mask=torch.zeros(1, 1, 1, 1))[0]  # unused: the slots decide
         hidden = hidden[:, self.slots[0]:]
         end = labels.shape[1]
         loss, accuracy = next_word_loss(hidden[:, :end], self.model.lm_head.weight, labels)

@@ -1,0 +1,158 @@
+"""DIYSink and its controls on the lab models, trained from nothing: `sinkstudy lab diysink`.
+
+Every arm starts from a finished lab model whose connector is thrown away, and goes through the paper's two stages:
+captions behind a frozen decoder, then questions with connectors and decoder. All arms see the same pictures and
+questions in the same order and take the same number of steps; those with two connectors divide the steps of the first
+stage between them. What is kept stands in `data/methods/<model>/<arm>-<seed>`.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import replace
+
+import pandas as pd
+import torch
+from torch import nn
+
+from sinkstudy import models, tuning
+from sinkstudy.diysink import DIYSink, OneConnector, matched_width
+from sinkstudy.lab import language, training
+from sinkstudy.lab import tower as tower_module
+from sinkstudy.lab.corpus import Corpus, training_pictures
+from sinkstudy.lab.train import CACHE
+from sinkstudy.paths import METHODS, atomic
+
+SCENES = 16_384
+SEEDS = (0, 1, 2)
+ALIGN = tuning.Settings(steps=80, batch_size=32, lr=1e-3, weight_decay=0.05)
+TUNE = tuning.Settings(steps=200, batch_size=24, lr=1e-3, weight_decay=0.05)
+ARMS = {"lab-llava-sinks": ("one", "matched", "two", "random"), "lab-qwen2vl": ("one", "two", "random")}
+
+
+class Stage(language.ImageStage):
+    """Captions or questions for a model with one or two connectors, as `DIYSink.around` computes it."""
+
+    def __init__(self, method: OneConnector, corpus: Corpus, pictures, target: str):
+        super().__init__(method.lvlm.model, corpus, pictures, target)
+        self.method = method
+        lvlm = method.lvlm
+        self.layout = lvlm.layout(lvlm.inputs([torch.from_numpy(pictures[0].copy())], [""]))[0]
+
+    def visual(self, patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        visual, _ = super().visual(patches)
+        method = self.method
+        if not isinstance(method, DIYSink):
+            return visual, None
+        norms = patches.float().norm(dim=-1).cpu()
+        of_sinks = torch.stack([self.layout.lift(method.chosen(of, self.layout), "any") for of in norms])
+        of_sinks = of_sinks.to(visual.device)
+        sink = self.family.mlp(method.sink)(self.family.read(method.sink, patches))
+        visual = torch.where(of_sinks[..., None], sink, visual)
+        order = (~of_sinks).long().argsort(dim=1, stable=True)
+        visual = visual.gather(1, order[..., None].expand_as(visual))
+        if method.show == "both":
+            return visual, None
+        of_sinks = of_sinks.gather(1, order)
+        return visual, of_sinks if method.show == "others" else ~of_sinks
+
+
+class _Training(nn.Module):
+    """A stage as `tuning.fit` trains it: pictures and a step -> loss."""
+
+    def __init__(self, stage: Stage):
+        super().__init__()
+        self.stage, self.method = stage, stage.method
+
+    def forward(self, rows: torch.Tensor, step: int) -> torch.Tensor:
+        return self.stage.loss(rows, seed=SCENES + step)[0]
+
+
+class Workshop:
+    """A lab model and what all its arms share: corpus, pictures, the compiled decoder."""
+
+    def __init__(self, base: str):
+        self.lvlm = models.load(base)
+        self.lvlm.model.set_attn_implementation("lab_matmul")
+        self.corpus, self.pictures = Corpus(SCENES), training_pictures(CACHE, SCENES)
+        self.connector = copy.deepcopy(self.lvlm.connector)
+        self.decoder = copy.deepcopy(self.lvlm.decoder.state_dict())
+        tower = self.lvlm.vision
+        some = tower_module.normalise(torch.from_numpy(self.pictures[:128].copy()))
+        with torch.no_grad():
+            self.patches = tower_module.features(tower, tower_module.states(tower, some))
+
+    def method(self, arm: str, seed: int) -> OneConnector:
+        """An arm before its training: tower and decoder as they were, connectors new.
+
+        Raises:
+            ValueError: an unknown arm.
+        """
+        self.lvlm.model.set_submodule(self.lvlm.spec.connector, copy.deepcopy(self.connector))
+        self.lvlm.decoder.load_state_dict(self.decoder)
+        match arm:
+            case "one":
+                method = OneConnector(self.lvlm, seed=seed)
+            case "matched":
+                method = OneConnector(self.lvlm, width=matched_width(self.connector), seed=seed)
+            case "two" | "random":
+                method = DIYSink(self.lvlm, split="sinks" if arm == "two" else "random", seed=seed)
+            case _:
+                raise ValueError(f"unknown arm {arm!r}: one, matched, two or random")
+        torch.manual_seed(seed)
+        for connector in connectors(method):
+            language.start(self.lvlm.model, connector, self.patches)
+        return method
+
+    def fit(self, method: OneConnector, name: str, target: str, settings: tuning.Settings,
+            trained: list[nn.Module]) -> pd.DataFrame:
+        """One stage: captions ("caption") or questions ("questions")."""
+        method.requires_grad_(False)
+        for part in trained:
+            part.requires_grad_(True)
+        rate, decay = settings.lr, settings.weight_decay
+        log = tuning.fit(
+            _Training(Stage(method, self.corpus, self.pictures, target)), range(SCENES), CACHE / name, settings,
+            lambda rows, places: {"rows": torch.tensor(rows), "step": places[0] // settings.batch_size},
+            optimizers=lambda named: training.optimizers(named, rate, decay, rate),
+            about={"method": method.kind, **method.settings})
+        return log.assign(stage=name.rsplit(".", 1)[1])
+
+    def train(self, arm: str, seed: int) -> None:
+        """Both stages of an arm, and its weights to `data/methods`; a finished one is not repeated."""
+        folder = METHODS / self.lvlm.name / f"{arm}-{seed}"
+        if folder.exists():
+            print(f"{folder.name}: finished earlier", flush=True)
+            return
+        started = time.monotonic()
+        method, logs = self.method(arm, seed), []
+        name = f"{self.lvlm.name}.{arm}-{seed}"
+        align, tune = (replace(settings, seed=seed) for settings in (ALIGN, TUNE))
+        if isinstance(method, DIYSink):
+            half = replace(align, steps=align.steps // 2)
+            for show, connector in (("sinks", method.sink), ("others", self.lvlm.connector)):
+                method.show = show
+                logs.append(self.fit(method, f"{name}.{show}", "caption", half, [connector]))
+            method.show = "both"
+        else:
+            logs.append(self.fit(method, f"{name}.align", "caption", align, [self.lvlm.connector]))
+        logs.append(self.fit(method, f"{name}.tune", "questions", tune, [*connectors(method), self.lvlm.decoder]))
+        method.save(folder, steps={"align": align.steps, "tune": tune.steps})
+        with atomic(folder / "training.csv") as file:
+            pd.concat(logs).to_csv(file, index=False, float_format="%.5g")
+        print(f"{folder.name}: trained in {time.monotonic() - started:.0f} s", flush=True)
+
+
+def connectors(method: OneConnector) -> list[nn.Module]:
+    return [method.lvlm.connector, *([method.sink] if isinstance(method, DIYSink) else [])]
+
+
+def main(bases: list[str]) -> None:
+    """All arms and seeds on the lab models `bases`."""
+    training.threads()
+    for base in bases:
+        shop = Workshop(base)
+        for seed in SEEDS:
+            for arm in ARMS[base]:
+                shop.train(arm, seed)
