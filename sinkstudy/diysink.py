@@ -64,8 +64,8 @@ class DIYSink(OneConnector):
     """Two connectors, both new: the model's own place keeps that of the ordinary patches.
 
     Args:
-        criterion, threshold: what a sink is, a name of `sinks.NORM_CRITERIA` and its threshold; judged on the norms of
-            the patches as the connector reads them.
+        criterion, threshold: what a sink is, see `tuning.sink_rule`; judged on the norms of the patches as the
+            connector reads them.
         split: "sinks"; or "random", the control: as many visual tokens of the picture, drawn at random.
 
     Attributes:

@@ -188,9 +188,10 @@ def scaled_keys(
     """`gated` with factors that may follow from what a layer reads.
 
     Args:
-        by: the layer, from 0, and the hidden states [images, tokens, width] that it reads -> float [images or 1, 2], by
-            what the keys of the chosen visual tokens of an image, and those of its others, are multiplied. It is asked
-            whenever the layer reads the images: once, or for every token of an answer where there is no cache.
+        by: the layer, as in `layers`, and the hidden states [images, tokens, width] that it reads -> float
+            [images or 1, 2], by what the keys of the chosen visual tokens of an image, and those of its others, are
+            multiplied. It is asked whenever the layer reads the images: once, or for every token of an answer where
+            there is no cache.
         layers: as in `gated`.
     """
     layouts = lvlm.layout(inputs)
@@ -224,7 +225,7 @@ def scaled_keys(
     blocks = range(len(lvlm.decoder_layers)) if layers is None else layers
     with _judging(lvlm, layouts, chosen) as masks, ExitStack() as hooks:
         hooks.callback(lvlm.decoder.register_forward_pre_hook(prepare, with_kwargs=True).remove)
-        for layer in (range(len(lvlm.decoder_layers))[layer] for layer in blocks):
+        for layer in blocks:
             block = lvlm.decoder_layers[layer]
             attention = block.get_submodule(lvlm.spec.decoder_attention)
             keys = getattr(attention, "k_norm", None) or attention.k_proj  # a norm would undo what is done before it

@@ -15,7 +15,7 @@ from PIL import Image
 from sinkstudy import models, routing
 from sinkstudy.evaluate import evaluate
 from sinkstudy.gates import Gates, LoRA, n_parameters, prompt_ends, ranks
-from sinkstudy.tuning import sink_rule
+from sinkstudy.tuning import Settings, fit, sink_rule
 
 close = dict(atol=2e-5, rtol=1e-4)
 SIZES = [(48, 32), (32, 64), (64, 64)]  # (width, height)
@@ -298,6 +298,25 @@ def test_planted_rule(llava, sinks_first):
     assert min(len(high), len(low)) > 3 and high.mean() > 0.7 and low.mean() < 0.3
 
 
+@pytest.mark.parametrize("kind", ["lsg", "lora"])
+def test_fit_trains_what_is_the_methods_own(llava, tmp_path, kind):
+    """By the project's own training, and twice with the same weights."""
+    whole, labels = answered(llava, llava.inputs(pictures(), QUESTIONS), [[30, 31], [32], [33]])
+    untouched = copy.deepcopy(llava.model.state_dict())
+    ends = []
+    for again in ("a", "b"):
+        own = models.load(llava.name)
+        torch.manual_seed(len(ends))  # what was drawn before does not matter
+        method = Gates(own, **RULE) if kind == "lsg" else LoRA(own, parameters=1000)
+        settings = Settings(steps=3, batch_size=1, lr=1e-2, bf16=False)
+        curve = fit(method, [0], tmp_path / again, settings, lambda rows, places: {"inputs": whole, "labels": labels})
+        assert curve.loss.iloc[-1] < curve.loss.iloc[0]
+        left = {name.replace(".base_layer", ""): x for name, x in own.model.state_dict().items() if "lora_" not in name}
+        assert left.keys() == untouched.keys() and all(torch.equal(untouched[name], x) for name, x in left.items())
+        ends.append({name: p.detach().clone() for name, p in method.changed().items()})
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
 def test_saved_and_read(llava, tmp_path):
     inputs, gates = llava.inputs(pictures(), QUESTIONS), shaken(llava, layers=[1])
     for parameter in gates.changed().values():
@@ -324,7 +343,7 @@ def test_bad_choices(llava):
     with pytest.raises(ValueError, match="row 1: labels begin before"):
         labels[1, whole["input_ids"][1] == llava.image_token_id] = 4
         gates(whole, labels)
-    llava.model.gradient_checkpointing_enable()
+    llava.model.activation_checkpointing_enable()
     with pytest.raises(ValueError, match="checkpointing"):
         gates(whole, labels)
 
