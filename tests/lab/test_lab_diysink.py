@@ -1,0 +1,89 @@
+"""The lab's own training of DIYSink computes what the method computes; what is shipped is what the recipe says."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from sinkstudy import models, tuning
+from sinkstudy.diysink import DIYSink
+from sinkstudy.evaluate import Prefixes
+from sinkstudy.lab import diysink, language
+from sinkstudy.lab.corpus import Corpus
+from sinkstudy.lab.world import render
+from sinkstudy.paths import METHODS
+
+SCENES = 8
+
+
+@pytest.fixture(scope="module")
+def corpus() -> Corpus:
+    return Corpus(SCENES)
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return render("train", 0, SCENES).images.numpy()
+
+
+@pytest.mark.parametrize("show", ["both", "sinks", "others"])
+@pytest.mark.parametrize("base", diysink.ARMS)
+def test_packed_stage_is_the_method(base, show, corpus, pictures, monkeypatch):
+    """Captions: a loss over many pictures at once, and the method's own forward pass over each."""
+    monkeypatch.setattr(language, "autocast", nullcontext)
+    monkeypatch.setattr(language, "compiled", lambda function: function)
+    method = DIYSink(models.load(base))
+    lvlm = method.lvlm
+    stage = diysink.Stage(method, corpus, pictures, "caption")
+    lvlm.model.set_attn_implementation("lab_matmul")
+    method.show = show
+    rows = torch.arange(4)
+    with torch.no_grad():
+        packed, _ = stage.loss(rows, seed=0)
+        losses, words = [], []
+        lvlm.model.set_attn_implementation("sdpa")
+        for row in rows.tolist():
+            caption = corpus.caption[row][1:]
+            caption = caption[caption >= 0]
+            asked = lvlm.inputs([torch.from_numpy(pictures[row])], [""])
+            before = asked["input_ids"][0]
+            said = corpus.codec.encode("assistant :")
+            before = before[: len(before) - len(said)]  # the chat format without its empty question
+            ids = torch.cat([before, torch.tensor(said), caption])[None]
+            labels = torch.cat([torch.full((len(before) + len(said),), -100), caption])[None]
+            more = {k: v for k, v in asked.items() if k not in ("input_ids", "attention_mask", "mm_token_type_ids")}
+            if "mm_token_type_ids" in asked:
+                more["mm_token_type_ids"] = (ids == lvlm.image_token_id).int()
+            inputs = Prefixes({"input_ids": ids, "attention_mask": torch.ones_like(ids), **more}, ["a"], [""])
+            losses.append(method(inputs, labels).item() * len(caption))
+            words.append(len(caption))
+    assert packed.item() == pytest.approx(sum(losses) / sum(words), rel=1e-4)
+
+
+def test_arms_differ_only_in_what_they_should(corpus, pictures, monkeypatch):
+    """Same start of the decoder; two connectors have as many parameters as the wide one, within one neuron."""
+    monkeypatch.setattr(diysink, "Corpus", lambda n: corpus)
+    monkeypatch.setattr(diysink, "training_pictures", lambda folder, n: pictures)
+    shop = diysink.Workshop("lab-llava-sinks")
+    sizes, decoders = {}, []
+    for arm in ("one", "matched", "two", "random"):
+        method = shop.method(arm, seed=1)
+        sizes[arm] = sum(p.numel() for p in method.changed().values())
+        decoders.append({k: v.clone() for k, v in method.lvlm.decoder.state_dict().items()})
+        with torch.no_grad():  # what one arm learns must not reach the next
+            for p in method.changed().values():
+                p.add_(1.0)
+    assert all(torch.equal(decoders[0][k], of[k]) for of in decoders[1:] for k in decoders[0])
+    assert sizes["one"] < sizes["matched"] <= sizes["two"] == sizes["random"]
+    first = next(iter(shop.connector.parameters()))
+    assert sizes["two"] - sizes["matched"] < 2 * first.shape[-1] + 2
+
+
+@pytest.mark.parametrize("folder", sorted(METHODS.glob("*/*-*")), ids=lambda of: f"{of.parent.name}/{of.name}")
+def test_shipped_methods(folder):
+    """Each loads, on the model it names, with the seed that its folder names, and was trained to the end."""
+    method = tuning.load(folder)
+    known = tuning.Method.described(folder)
+    assert method.lvlm.name == folder.parent.name == known["base"]
+    assert known["settings"]["seed"] == int(folder.name.rsplit("-", 1)[1])
+    assert all(p.isfinite().all() for p in method.changed().values())
