@@ -21,7 +21,7 @@ from sinkstudy.lab import benchmarks
 THRESHOLD = 1.15  # leaves some patches of a random tower on either side
 ASKED = ["how many", "what is the texture red", "yes"]
 TINY = routers.Wording(
-    image="what is the texture", simple=("red",), complex=("blue", "yes"), question="{question} no", holistic=("many",),
+    image="what is the texture", simple=("red", "no"), complex=("blue", "yes"), question="{question} no", holistic=("many",),
     local=("how",),
 )  # fmt: skip
 
@@ -42,7 +42,7 @@ def lvlm(base) -> models.LVLM:
 
 def rew(lvlm: models.LVLM, router: tuple[float, float] | None = None, **settings) -> routers.ReW:
     """With weights (1 + router) for every question, or with random ones that depend on it."""
-    method = routers.ReW(lvlm, diysink=Path(lvlm.name) / "diysink", **{"activation": "free"} | settings)
+    method = routers.ReW(lvlm, **{"diysink": Path(lvlm.name) / "diysink", "activation": "free"} | settings)
     torch.manual_seed(1)
     with torch.no_grad():
         if router is None:
@@ -237,8 +237,12 @@ def test_saved_and_read_back(lvlm, base, tmp_path, images):
 def test_belongs_to_its_diysink(lvlm, base, tmp_path):
     method = rew(lvlm)
     method.save(tmp_path / "rew")
-    DIYSink(lvlm, threshold=THRESHOLD, seed=7).save(tmp_path / "other")
-    other = routers.ReW(models.load(str(base)), diysink=tmp_path / "other")
+    trained_on = DIYSink.open(models.load(str(base)), base / "diysink")
+    with torch.no_grad():
+        next(trained_on.sink.parameters()).mul_(2)
+    trained_on.save(tmp_path / "other")
+    other = rew(models.load(str(base)), diysink=tmp_path / "other")
+    assert other.settings == method.settings and other.diysink.settings == method.diysink.settings
     with pytest.raises(ValueError, match="belongs to another DIYSink"):
         other.read(tmp_path / "rew")
     assert other.intervention("rew").parameters != method.intervention("rew").parameters
@@ -326,13 +330,13 @@ def test_the_model_decides_by_its_own_answers(lvlm, images):
 
     def logp(image: str, question: str) -> dict[str, float]:
         last = logits(diysink, Prefixes(lvlm.inputs([pictures[image]], [question]), [image]))[0, -1].log_softmax(-1)
-        words = ("red", "blue", "yes", "many", "how")
+        words = ("red", "no", "blue", "yes", "many", "how")
         return dict(zip(words, last[tokenizer.convert_tokens_to_ids(words)].tolist(), strict=True))
 
     assert found.index.tolist() == list("abcd")
     for row in table.itertuples():
         of_image, of_question = logp(row.image_id, "what is the texture"), logp(row.image_id, f"{row.question} no")
-        simple = of_image["red"] - max(of_image["blue"], of_image["yes"])
+        simple = max(of_image["red"], of_image["no"]) - max(of_image["blue"], of_image["yes"])
         holistic = of_question["many"] - of_question["how"]
         assert found.simple[row.id] == pytest.approx(simple, abs=2e-4)
         assert found.holistic[row.id] == pytest.approx(holistic, abs=2e-4)
