@@ -58,17 +58,22 @@ def hand_norms(lvlm, picture) -> torch.Tensor:
     return states[-2][0, 1:].norm(dim=-1)
 
 
-def by_hand(lvlm, benchmark, context) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probability of each right answer's word without and with a context: one pass a question."""
+def by_hand(lvlm, benchmark, context) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """One pass a question, without and with a context: log-probability of the right answer's word, twice, and
+    [questions, 2] whether an answer of one word is right; whatever is not no counts as yes in POPE."""
     table, pictures = benchmark
-    before, after = [], []
+    before, after, right = [], [], []
     for row, text in zip(table.itertuples(), prompts(table, "POPE", "lab"), strict=True):
         inputs = lvlm.inputs([pictures[row.image_id]], [text])
         token = lvlm.processor.tokenizer.convert_tokens_to_ids(row.answer)
-        before.append(lvlm.model(**inputs).logits[0, -1].log_softmax(-1)[token].item())
+        plain = lvlm.model(**inputs).logits[0, -1].log_softmax(-1)
         with context(inputs, row.image_id):
-            after.append(lvlm.model(**inputs).logits[0, -1].log_softmax(-1)[token].item())
-    return np.array(before), np.array(after)
+            changed = lvlm.model(**inputs).logits[0, -1].log_softmax(-1)
+        before.append(plain[token].item())
+        after.append(changed[token].item())
+        words = [lvlm.processor.tokenizer.decode([of.argmax().item()]) for of in (plain, changed)]
+        right.append([("no" if word == "no" else "yes") == row.answer for word in words])
+    return np.array(before), np.array(after), np.array(right)
 
 
 def logp(rows: pd.DataFrame) -> dict[str, float]:
@@ -88,9 +93,15 @@ def test_a_method_is_what_its_name_says(llava, benchmark, method):
         norms = hand_norms(llava, picture)
         own = norms > norms.quantile(0.8)
         groups[name] = norms, own, sinks.random_like(own, seed=3 + i)
-    before, after = by_hand(llava, benchmark, lambda inputs, name: expected(method, llava, inputs, *groups[name]))
+    before, after, right = by_hand(
+        llava, benchmark, lambda inputs, name: expected(method, llava, inputs, *groups[name])
+    )
     found = {"baseline": before.mean(), "method": after.mean(), "difference": (after - before).mean()}
     assert logp(rows) == pytest.approx(found, abs=1e-4)
+    shares = 100 * right.mean(0)
+    found_right = rows[rows.measure == "right"].set_index("what").value.to_dict()
+    wanted = {"baseline": shares[0], "method": shares[1], "difference": shares[1] - shares[0]}
+    assert found_right == pytest.approx(wanted)
     assert np.abs(after - before).max() > 1e-3
     assert set(rows.pictures) == {4} and set(rows.questions) == {8} and set(rows.group) == {"sinks"}
     low, high = rows[(rows.measure == "logp") & (rows.what == "difference")][["low", "high"]].to_numpy()[0]
@@ -110,7 +121,7 @@ def test_registers_take_the_neurons_of_the_sinks(llava, benchmark):
         def context(inputs, name):
             return routing.registered(llava, inputs, [first[name]] if "passed" in method else None, neurons=found)
 
-        before, after = by_hand(llava, benchmark, context)
+        before, after, _ = by_hand(llava, benchmark, context)
         assert logp(rows)["difference"] == pytest.approx((after - before).mean(), abs=1e-4)
         assert np.abs(after - before).max() > 1e-3
 
