@@ -250,7 +250,7 @@ def test_the_readmes_lines_move_sinks_of_a_loaded_model(capsys):
 
 
 def test_the_readmes_commands_are_known(monkeypatch):
-    commands = re.findall(r"^sinkstudy (route .*)$", (paths.ROOT / "README.md").read_text(), re.MULTILINE)
+    commands = re.findall(r"^.venv/bin/sinkstudy (route .*)$", (paths.ROOT / "README.md").read_text(), re.MULTILINE)
     asked = []
     monkeypatch.setattr(cli, "_route", lambda *arguments: asked.append(arguments))
     monkeypatch.setattr(engine, "check_device", lambda device: None)
