@@ -13,6 +13,8 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 lab = typer.Typer(no_args_is_help=True, help="The lab: the embedded world and its models.")
 app.add_typer(lab, name="lab")
 
+CHAPTER = "10-training-free"  # whose parameters `route` has
+
 # glibc gives freed memory back to the system at every training step, which makes a CPU up to seven times slower.
 # It reads these settings when a process starts.
 MALLOC = {
@@ -58,6 +60,78 @@ def run_command(
     if update_notebooks:
         engine.update_notebooks(only or [])
     typer.echo(f"run {run} is up to date: book/runs/{run}, results/{run}")
+
+
+@app.command()
+def route(
+    model: Annotated[str, typer.Argument(help="Lab model, folder with config.json, or hub id owner/name.")],
+    method: Annotated[str | None, typer.Option(help="Name of the method; without it, all are listed.")] = None,
+    benchmark: Annotated[str, typer.Option(help="pope, mme or mmstar; of public data any that is known.")] = "pope",
+    limit: Annotated[int | None, typer.Option(help="Pictures of each category; without it all.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps or auto (all GPUs).")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Questions in one forward pass.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub model.")] = None,
+    data_dir: Annotated[str | None, typer.Option(help="Public data: a folder with one of parquet files each.")] = None,
+    hub: Annotated[bool | None, typer.Option("--hub", help="Public data from the hub, at pinned revisions.")] = None,
+    weight: Annotated[float | None, typer.Option(help="Of the methods features and keys.")] = None,
+    k: Annotated[int | None, typer.Option(help="Patches of keep-top-k, neurons of test-time-registers.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of all that is random.")] = None,
+) -> None:
+    """Measure one training-free method on one benchmark, beside the untouched model.
+
+    Options that are not given have chapter 10's values. Answers are kept, so a killed command goes on where it was.
+    """
+    if method is None:
+        from sinkstudy.route import METHODS
+
+        for name, known in METHODS.items():
+            typer.echo(f"{name}: {known.words}" + (f" (--{known.option})" if known.option else ""))
+        return
+    options = {"limit": limit, "device": device, "dtype": dtype, "batch_size": batch_size, "revision": revision}
+    options |= {"data_dir": data_dir, "hub": hub, "seed": seed}
+    given = {key: value for key, value in options.items() if value is not None}
+    plan = engine.check_parameters([CHAPTER], model, given)[CHAPTER]
+    values = engine.defaults(CHAPTER) | {"limit": 0} | plan
+    try:
+        _route(method, benchmark, values, weight, k)
+    except ValueError as problem:
+        raise engine.UserError(str(problem)) from problem
+
+
+def _route(method: str, benchmark: str, values: dict, weight: float | None, k: int | None) -> None:
+    from sinkstudy import evaluate, models, paths, report, stats
+    from sinkstudy import route as routes
+
+    value, public = routes.option(method, weight, k), bool(values["data_dir"] or values["hub"])
+    model, check = values["model"], routes.METHODS[method].check
+    found = routes.data(model in paths.lab_models(), benchmark, values["data_dir"], values["hub"], values["limit"])
+    engine.check_memory({CHAPTER: values})
+    if check is not None:
+        check(models.outline(model, revision=values["revision"]))
+    lvlm = models.load(model, **{key: values[key] for key in ("device", "dtype", "revision")})
+    typer.echo(f"{found[0]}: {len(found[1])} questions about {len(found[2])} pictures, twice", err=True)
+    of = {key: values[key] for key in ("criterion", "threshold", "max_new_tokens", "batch_size", "seed")}
+    rows = routes.effect(lvlm, method, value, *found, public=public, cache=evaluate.ANSWERS, **of)
+    rows = rows.assign(model=paths.slug(model), revision=lvlm.revision or "", dtype=values["dtype"],
+                       limit=values["limit"])
+    words = [method, *([] if weight is None and k is None else [f"{value:g}"])]
+    name = "-".join([rows.data[0], found[0].lower(), *words])
+    target = paths.results_dir(paths.slug(model), "route") / f"{name}.csv"
+    with paths.atomic(target) as temporary:
+        rows.to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")
+    first = rows.iloc[0]
+    rule = f"{values['criterion']} {values['threshold']:g}"
+    stand_for = rule if first.group == "sinks" else f"the 2 % of highest norm, for lack of any by {rule}"
+    typer.echo(f"{model} on {found[0]} ({first.data}): {first.questions} questions about {first.pictures} pictures")
+    typer.echo(f"{' '.join(words)}: {routes.METHODS[method].words}. Sinks: {stand_for}")
+    for (measure, unit), part in rows.groupby(["measure", "unit"], sort=False):
+        label = {"right": "right answers", "logp": "log-probability of the right answer"}[measure]
+        fmt = ".1f" if measure == "right" else ".2g"
+        shown = [f"{row.what} {report.shown(stats.Interval(row.value, row.low, row.high, row.pictures), sign + fmt)}"
+                 for row, sign in zip(part.itertuples(), ("", "", "+"), strict=True)]
+        typer.echo(f"{label}, {unit}: {', '.join(shown)}")
+    typer.echo(f"written: {target}")
 
 
 @app.command()

@@ -538,6 +538,24 @@ def load(
     )
 
 
+def wrap(model: PreTrainedModel, processor: ProcessorMixin) -> LVLM:
+    """A model that the transformers library has loaded, with its processor, as the study's functions take it.
+
+    The model stays as it is, on its device.
+
+    Raises:
+        ValueError: unknown architecture or vision layout, or no processor for pictures and text.
+    """
+    name, config = model.config.name_or_path or type(model).__name__, model.config
+    spec = _spec(name, config.model_type)
+    if type(model).__name__ != spec.model_class:
+        raise ValueError(f"{name}: load it as {spec.model_class}, not as {type(model).__name__}")
+    if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
+        raise ValueError(f"{name}: a {type(processor).__name__} is no processor for pictures and text (AutoProcessor)")
+    _check_layout(name, config)
+    return LVLM(model, processor, name, getattr(config, "_commit_hash", None), spec)
+
+
 def outline(name: str, *, dtype: str | torch.dtype = "float32", revision: str | None = None) -> LVLM:
     """The model as `load` gives it but without weights, on torch's meta device: names and shapes, no memory.
 
@@ -560,15 +578,20 @@ def _configuration(name: str, revision: str | None) -> tuple[Spec, PretrainedCon
         raise ValueError(f"{name} is a folder and has no revision {revision!r}; revisions are for models of the hub")
     with _reading(name):
         known, _ = PretrainedConfig.get_config_dict(source, revision=revision or None)
-    if known.get("model_type") not in SPECS:
-        raise ValueError(
-            f"{name}: architecture {known.get('model_type')!r} is not known; known: {', '.join(SPECS)}. "
-            "A text-only model has no patches to study; how to add another one: book/architectures.md"
-        )
+    spec = _spec(name, known.get("model_type"))
     with _reading(name):
         config = AutoConfig.from_pretrained(source, revision=revision or None)
     _check_layout(name, config)
-    return SPECS[known["model_type"]], config
+    return spec, config
+
+
+def _spec(name: str, model_type: str | None) -> Spec:
+    if model_type not in SPECS:
+        raise ValueError(
+            f"{name}: architecture {model_type!r} is not known; known: {', '.join(SPECS)}. "
+            "A text-only model has no patches to study; how to add another one: book/architectures.md"
+        )
+    return SPECS[model_type]
 
 
 def _processor(name: str, spec: Spec, revision: str | None) -> ProcessorMixin:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sinkstudy import capture
 from sinkstudy.models import LVLM
 
 Neurons = Mapping[int, torch.Tensor]  # {vision layer: long [neurons]}
@@ -84,6 +85,32 @@ def strongest(scores: torch.Tensor, k: int, last_layer: int) -> dict[int, torch.
     return _by_layer(best // scores.shape[1], best % scores.shape[1])
 
 
+def register_neurons(
+    lvlm: LVLM, pictures: Sequence[Any], masks: torch.Tensor, k: int = 10, batch_size: int = 16
+) -> dict[int, torch.Tensor]:
+    """The k neurons that write a group's norm: mean |activation| on its patches less that on the others.
+
+    They are looked for in the layers up to the one where the group's norm over the picture's median has come half the
+    way from 1 to its largest value. Jiang et al. (2506.08010) take the plain mean on outliers, and a last layer by
+    hand; 10 is their number in CLIP-B/16.
+
+    Args:
+        pictures: as for `LVLM.inputs`, of one number of patches.
+        masks: the group, bool [pictures, patches].
+
+    Raises:
+        ValueError: an empty group, pictures of different sizes, or fewer than k neurons in those layers.
+    """
+    if not masks.any() or masks.all():
+        raise ValueError("register neurons are found by a group of patches and the others: one of the two is empty")
+    norms = capture.trace_tower(lvlm, pictures, batch_size)[0]  # [pictures, layers, patches]
+    over_median = norms / norms.quantile(0.5, dim=-1, keepdim=True)
+    ratio = torch.stack([of_layer[masks].mean() for of_layer in over_median.unbind(1)])[: lvlm.feature_layer + 1]
+    last = int((ratio >= (1 + ratio.max()) / 2).nonzero()[0])
+    active = mean_activations(lvlm, pictures, {"group": masks, "others": ~masks}, batch_size=batch_size)
+    return strongest(active["group"] - active["others"], k, last)
+
+
 def random_neurons(neurons: Neurons, n: int, seed: int) -> dict[int, torch.Tensor]:
     """As many other neurons of the same layers, drawn at random from the n that each layer has.
 
@@ -134,21 +161,33 @@ def setting(
             handle.remove()
 
 
-@contextmanager
-def moved_to_register(lvlm: LVLM, neurons: Neurons) -> Iterator[None]:
-    """Move what neurons write to a token that is added behind the patches of every tile and that nobody reads.
-
-    The added token enters the first layer as zeros. There each of the neurons takes the activation of the largest
-    magnitude that it has anywhere in the tile, and everywhere else 0; before the connector the token is left out
-    again. Jiang et al. (2506.08010), who call it a test-time register. Inside the context the tower's hidden states
-    have one token more in each tile, so `ImageLayout.vision` does not hold for more than one tile.
-
-    Raises:
-        ValueError: for towers that see all images as one sequence (Qwen) or merge patches before the connector
-            (InternVL): they take no further token.
-    """
+def check_takes_register(lvlm: LVLM) -> None:
+    """Raise ValueError for towers that see all images as one sequence (Qwen) or merge patches before the connector
+    (InternVL): they take no further token."""
     if lvlm.spec.packed or lvlm.spec.order != "rows":
         raise ValueError(f"{lvlm.name}: this tower takes no added token; silence the neurons instead (`setting`)")
+
+
+@contextmanager
+def moved_to_register(lvlm: LVLM, neurons: Neurons, passed: torch.Tensor | None = None) -> Iterator[None]:
+    """Move what neurons write to a token that is added behind the patches of every tile: a test-time register.
+
+    The added token enters the first layer as zeros. There each of the neurons takes the activation of the largest
+    magnitude that it has anywhere in the tile, and everywhere else 0. Before the connector the token is left out
+    again, so that nobody reads it, or takes the place of some patches. Jiang et al. (2506.08010). Inside the context
+    the tower's hidden states have one token more in each tile, so `ImageLayout.vision` does not hold for more than one
+    tile.
+
+    Args:
+        lvlm: the model.
+        neurons: which.
+        passed: patches in whose place the connector reads their tile's register: rows of its input as
+            `ImageLayout.connector` has them, long [n]; none by default.
+
+    Raises:
+        ValueError: as `check_takes_register`.
+    """
+    check_takes_register(lvlm)
 
     def append(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -167,7 +206,12 @@ def moved_to_register(lvlm: LVLM, neurons: Neurons) -> Iterator[None]:
         return move
 
     def leave_out(module: nn.Module, args: tuple) -> tuple:
-        return (args[0][:, :-1], *args[1:])
+        hidden, register = args[0][:, :-1], args[0][:, -1:]  # [tiles, patches, width], [tiles, 1, width]
+        if passed is not None:
+            there = torch.zeros(hidden.shape[0] * hidden.shape[1], dtype=torch.bool, device=hidden.device)
+            there[passed.to(hidden.device)] = True
+            hidden = torch.where(there.view(*hidden.shape[:2], 1), register, hidden)
+        return (hidden, *args[1:])
 
     handles = [lvlm.vision_layers[0].register_forward_pre_hook(append, with_kwargs=True)]
     try:

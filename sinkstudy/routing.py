@@ -8,10 +8,10 @@ Which patches are meant (`chosen`) is given for each image, bool [patches]; or j
 patches as the connector reads them, by a function: norms, float [patches] of one image -> bool [patches]. A visual
 token that reads several patches is meant if any of them is.
 
-To leave tokens out, or all others, see `ablation.hidden`.
+To leave tokens out, or all but some, see `ablation.hidden`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from sinkstudy import capture, sinks
 from sinkstudy.ablation import Masks, digest, of_images
 from sinkstudy.evaluate import Intervention, Prefixes
 from sinkstudy.models import LVLM, ImageLayout
+from sinkstudy.neurons import moved_to_register
 
 Chosen = Sequence[torch.Tensor] | Callable[[torch.Tensor], torch.Tensor]
 
@@ -338,6 +339,34 @@ def _check_shares(*shares: float) -> None:
         raise ValueError(f"p, rho and least are shares from 0 to 1, not {wrong[0]}")
 
 
+@contextmanager
+def registered(
+    lvlm: LVLM,
+    inputs: BatchFeature,
+    chosen: Sequence[torch.Tensor] | None = None,
+    *,
+    neurons: Mapping[int, Sequence[int]],
+) -> Iterator[None]:
+    """A test-time register in the vision tower (Jiang et al., 2506.08010), see `neurons.moved_to_register`.
+
+    Args:
+        chosen: patches in whose place the language model gets the register, bool [patches] of each image; without
+            them it gets nothing of it.
+        neurons: whose activation moves there: {vision layer: neurons}, see `neurons.register_neurons`.
+
+    Raises:
+        ValueError: for a tower that takes no added token, or a mask that does not fit its image.
+    """
+    passed = None
+    if chosen is not None:
+        layouts = lvlm.layout(inputs)
+        for layout, mask in zip(layouts, chosen, strict=True):
+            layout.lift(mask, "any")  # raises where it does not fit
+        passed = torch.cat([layout.connector[mask] for layout, mask in zip(layouts, chosen, strict=True)])
+    with moved_to_register(lvlm, {layer: torch.as_tensor(of) for layer, of in neurons.items()}, passed):
+        yield
+
+
 def intervention(
     name: str, method: Callable[..., AbstractContextManager], masks: Masks | None = None, **how: Any
 ) -> Intervention:
@@ -345,8 +374,8 @@ def intervention(
 
     Args:
         name: of the intervention.
-        method: `reordered`, `reweighted`, `gated` or `redistributed`.
-        masks: `chosen` for each image, by its id; none for `redistributed`.
+        method: `reordered`, `reweighted`, `gated`, `redistributed` or `registered`.
+        masks: `chosen` for each image, by its id; none for `redistributed`, or a register that is not passed on.
         how: the method's further arguments, plain values.
 
     Raises:
@@ -358,4 +387,4 @@ def intervention(
         return method(lvlm, inputs, *own, **how)
 
     parameters = {"method": method.__name__, **how} | ({} if masks is None else {"masks": digest(masks)})
-    return Intervention(name, around, parameters, keeps="tower")
+    return Intervention(name, around, parameters, keeps="nothing" if method is registered else "tower")

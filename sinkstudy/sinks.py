@@ -44,6 +44,18 @@ def percentile(norms: torch.Tensor, q: float = 98.0, pooled: bool = False) -> to
     return norms > threshold
 
 
+def top_k(norms: torch.Tensor, k: int) -> torch.Tensor:
+    """The k tokens of the highest norms of each image, all where it has fewer; of equal ones, k in all.
+
+    Raises:
+        ValueError: k below 1.
+    """
+    if k < 1:
+        raise ValueError(f"k is 1 at least, not {k}")
+    best = norms.topk(min(k, norms.shape[-1]), dim=-1).indices
+    return torch.zeros_like(norms, dtype=torch.bool).scatter_(-1, best, True)
+
+
 def above_median(norms: torch.Tensor, ratio: float = 3.0) -> torch.Tensor:
     """norm >= ratio x the median norm of the image's tokens."""
     return norms >= ratio * norms.quantile(0.5, dim=-1, keepdim=True)

@@ -9,6 +9,7 @@ import pandas as pd
 from PIL import Image, UnidentifiedImageError
 
 from sinkstudy import benchmarks, models, paths
+from sinkstudy.benchmarks.parquet import Picture
 from sinkstudy.lab import benchmarks as lab_benchmarks
 from sinkstudy.lab import questions as lab
 from sinkstudy.lab import world
@@ -150,6 +151,11 @@ def benchmark(name: str, data_dir: str, hub: bool, limit: int) -> tuple[pd.DataF
         return table, dict(zip(table.image_id, table["image"], strict=True))
     pixels, place = lab_benchmarks.pictures(table)
     return table, {image: pixels[i] for image, i in zip(table.image_id, place, strict=True)}
+
+
+def opened(picture: Any) -> Any:
+    """A picture as `LVLM.inputs` takes it: one in a parquet file is read, any other stays as it is."""
+    return picture.open() if isinstance(picture, Picture) else picture
 
 
 def family(lvlm: LVLM, public: bool) -> str:

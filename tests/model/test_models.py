@@ -1,5 +1,6 @@
 """The adapter: parts of a model, inputs, visual positions, and clear errors."""
 
+import copy
 import json
 
 import httpx
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 
 from sinkstudy import models
 from sinkstudy.capture import trace
@@ -78,6 +79,27 @@ def test_unequal_numbers(tiny, images):
 def test_unknown_model(name):
     with pytest.raises(ValueError, match="unknown model"):
         models.load(name)
+
+
+def test_a_loaded_model_is_wrapped(tiny, images):
+    own = models.wrap(tiny.model, tiny.processor)
+    assert (own.spec, own.grid, own.n_prefix) == (tiny.spec, tiny.grid, tiny.n_prefix) and own.model is tiny.model
+    inputs = tiny.inputs(images[:1], ["how many"])
+    assert torch.equal(own.inputs(images[:1], ["how many"]).input_ids, inputs.input_ids)
+
+
+def test_what_cannot_be_wrapped(tiny):
+    config = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8)
+    with pytest.raises(ValueError, match="architecture 'llama' is not known"):
+        models.wrap(LlamaForCausalLM(config), tiny.processor)
+    with pytest.raises(ValueError, match="load it as LlavaForConditionalGeneration, not as LlavaModel"):
+        models.wrap(tiny.model.model, tiny.processor)
+    with pytest.raises(ValueError, match="is no processor for pictures and text"):
+        models.wrap(tiny.model, tiny.processor.tokenizer)
+    several = copy.deepcopy(tiny.model)
+    several.config.vision_feature_layer = [-2, -1]
+    with pytest.raises(ValueError, match="is not a single layer"):
+        models.wrap(several, tiny.processor)
 
 
 def test_hub_id_passes():

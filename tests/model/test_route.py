@@ -1,0 +1,259 @@
+"""`sinkstudy route`: every method of the table, the command with its errors, and the README's lines."""
+
+import re
+
+import architectures
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from sinkstudy import ablation, cli, engine, evaluate, models, neurons, paths, route, routing, sinks, study
+from sinkstudy.benchmarks import prompts
+from tests.benchmarks.test_data import FILES
+
+YES_NO = ("yes", "no")
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory) -> models.LVLM:
+    folder = tmp_path_factory.mktemp("llava")
+    architectures.write(folder, "llava")
+    return models.load(str(folder))
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> tuple[pd.DataFrame, dict]:
+    """POPE's columns: two questions about each of four pictures, in words that the tiny model knows."""
+    random = np.random.default_rng(0)
+    pictures = {name: random.integers(0, 256, (3, 32, 32), dtype=np.uint8) for name in "abcd"}
+    rows = [{"id": f"{name}{i}", "image_id": name, "question": text, "answer": YES_NO[i], "category": "random"}
+            for name in pictures for i, text in enumerate(("how many", "what is the texture"))]
+    return pd.DataFrame(rows), pictures
+
+
+def expected(method, lvlm, inputs, norms, own, random):
+    """The context of a method, called by hand."""
+    contexts = {
+        "front": lambda: routing.reordered(lvlm, inputs, [own], "front", "travel"),
+        "front-renumber": lambda: routing.reordered(lvlm, inputs, [own], "front", "renumber"),
+        "end": lambda: routing.reordered(lvlm, inputs, [own], "end", "travel"),
+        "random-front": lambda: routing.reordered(lvlm, inputs, [random], "front", "travel"),
+        "sinks-only": lambda: ablation.hidden(lvlm, inputs, [~own]),
+        "others-only": lambda: ablation.hidden(lvlm, inputs, [own]),
+        "keep-top-k": lambda: ablation.hidden(lvlm, inputs, [norms < norms.sort().values[-4]]),
+        "features": lambda: routing.reweighted(lvlm, inputs, [own], 0.5, 1.0),
+        "keys": lambda: routing.gated(lvlm, inputs, [own], 0.0, 1.0),
+    }
+    return contexts[method]()
+
+
+def hand_norms(lvlm, picture) -> torch.Tensor:
+    inputs = lvlm.inputs([picture], [""])
+    states = lvlm.vision(inputs["pixel_values"], output_hidden_states=True).hidden_states
+    return states[-2][0, 1:].norm(dim=-1)
+
+
+def by_hand(lvlm, benchmark, context) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """One pass a question, without and with a context: log-probability of the right answer's word, twice, and
+    [questions, 2] whether an answer of one word is right; whatever is not no counts as yes in POPE."""
+    table, pictures = benchmark
+    before, after, right = [], [], []
+    for row, text in zip(table.itertuples(), prompts(table, "POPE", "lab"), strict=True):
+        inputs = lvlm.inputs([pictures[row.image_id]], [text])
+        token = lvlm.processor.tokenizer.convert_tokens_to_ids(row.answer)
+        plain = lvlm.model(**inputs).logits[0, -1].log_softmax(-1)
+        with context(inputs, row.image_id):
+            changed = lvlm.model(**inputs).logits[0, -1].log_softmax(-1)
+        before.append(plain[token].item())
+        after.append(changed[token].item())
+        words = [lvlm.processor.tokenizer.decode([of.argmax().item()]) for of in (plain, changed)]
+        right.append([("no" if word == "no" else "yes") == row.answer for word in words])
+    return np.array(before), np.array(after), np.array(right)
+
+
+def logp(rows: pd.DataFrame) -> dict[str, float]:
+    return rows[rows.measure == "logp"].set_index("what").value.to_dict()
+
+
+HOW = {"criterion": "percentile", "threshold": 80.0, "seed": 3, "max_new_tokens": 1, "cache": None}
+
+
+@pytest.mark.parametrize("method", [m for m in route.METHODS if m != "var" and "registers" not in m])
+@torch.no_grad()
+def test_a_method_is_what_its_name_says(llava, benchmark, method):
+    """Log-probabilities of the table against one pass a question under the context called by hand."""
+    rows = route.effect(llava, method, route.option(method), "POPE", *benchmark, **HOW)
+    groups = {}
+    for i, (name, picture) in enumerate(benchmark[1].items()):
+        norms = hand_norms(llava, picture)
+        own = norms > norms.quantile(0.8)
+        groups[name] = norms, own, sinks.random_like(own, seed=3 + i)
+    before, after, right = by_hand(
+        llava, benchmark, lambda inputs, name: expected(method, llava, inputs, *groups[name])
+    )
+    found = {"baseline": before.mean(), "method": after.mean(), "difference": (after - before).mean()}
+    assert logp(rows) == pytest.approx(found, abs=1e-4)
+    shares = 100 * right.mean(0)
+    found_right = rows[rows.measure == "right"].set_index("what").value.to_dict()
+    wanted = {"baseline": shares[0], "method": shares[1], "difference": shares[1] - shares[0]}
+    assert found_right == pytest.approx(wanted)
+    assert np.abs(after - before).max() > 1e-3
+    assert set(rows.pictures) == {4} and set(rows.questions) == {8} and set(rows.group) == {"sinks"}
+    low, high = rows[(rows.measure == "logp") & (rows.what == "difference")][["low", "high"]].to_numpy()[0]
+    assert low < found["difference"] < high
+
+
+@torch.no_grad()
+def test_registers_take_the_neurons_of_the_sinks(llava, benchmark):
+    pictures = benchmark[1]
+    norms = torch.stack([hand_norms(llava, picture) for picture in pictures.values()])
+    own = norms > norms.quantile(0.8, dim=1, keepdim=True)
+    found = neurons.register_neurons(llava, list(pictures.values()), own, k=5)
+    first = {name: norms[i] == norms[i].max() for i, name in enumerate(pictures)}
+    for method in ("test-time-registers", "test-time-registers-passed"):
+        rows = route.effect(llava, method, 5, "POPE", *benchmark, **HOW)
+
+        def context(inputs, name):
+            return routing.registered(llava, inputs, [first[name]] if "passed" in method else None, neurons=found)
+
+        before, after, _ = by_hand(llava, benchmark, context)
+        assert logp(rows)["difference"] == pytest.approx((after - before).mean(), abs=1e-4)
+        assert np.abs(after - before).max() > 1e-3
+
+
+@torch.no_grad()
+def test_var_is_about_the_dimension_that_the_first_token_lights(benchmark, tmp_path, monkeypatch):
+    architectures.write(tmp_path, "llava")
+    lvlm = models.load(str(tmp_path))
+    first = lvlm.inputs([benchmark[1]["a"]], [""])["input_ids"][0, 0]
+    lvlm.model.get_input_embeddings().weight.data[first, 3] = 1000
+    case = route.Case(lvlm, benchmark[1], {}, {}, {}, 4)
+    made = route.METHODS["var"].make(case, None)
+    assert made.parameters["dimensions"][0] == 3
+    assert made.parameters["tau"] == pytest.approx(20 * (32 / 4096) ** 0.5)
+    monkeypatch.setattr(route, "sink_dimensions", lambda *_: [])
+    with pytest.raises(ValueError, match="VAR has nothing to move"):
+        route.METHODS["var"].make(case, None)
+
+
+def test_without_sinks_the_tail_stands_for_them(llava, benchmark):
+    of = route.norms(llava, benchmark[1], batch_size=3)
+    for name, picture in benchmark[1].items():
+        torch.testing.assert_close(of[name], hand_norms(llava, picture))
+    name, own, random = route.groups(of, "absolute", 1e9)
+    assert name == "top 2 %" and all(mask.sum() == 1 and of[key][mask] == of[key].max() for key, mask in own.items())
+    assert all(mask.sum() == 1 and not (mask & own[key]).any() for key, mask in random.items())
+    half = sorted(of[key].max().item() for key in of)[1:]
+    assert route.groups(of, "absolute", half[1]).name == "sinks"  # one in two pictures
+    assert route.groups(of, "absolute", half[2]).name == "top 2 %"  # one in four
+
+
+# ------------------------------------------------------------------------------------------------- the command
+def call(*arguments: str):
+    return CliRunner().invoke(cli.app, ["route", *arguments])
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("SINKSTUDY_RESULTS", str(tmp_path / "results"))
+    monkeypatch.setattr(evaluate, "ANSWERS", tmp_path / "answers")
+    return tmp_path
+
+
+def test_the_command_writes_what_it_prints_and_answers_once(elsewhere, monkeypatch):
+    arguments = ("lab-llava-sinks", "--method", "sinks-only", "--benchmark", "MME", "--limit", "1")
+    ended = call(*arguments)
+    assert ended.exit_code == 0, ended.exception
+    rows = pd.read_csv(elsewhere / "results" / "lab-llava-sinks" / "route" / "lab-mme-sinks-only.csv")
+    right = rows[rows.measure == "right"].set_index("what")
+    assert right.value["difference"] == pytest.approx(right.value["method"] - right.value["baseline"], abs=1e-3)
+    assert right.high["difference"] < 0 and set(rows.limit) == {1} and set(rows.data) == {"lab"}
+    printed = ended.stdout.replace("−", "-")
+    assert f"difference {right.value['difference']:+.1f} [{right.low['difference']:+.1f}" in printed
+    assert f"{rows.questions[0]} questions about {rows.pictures[0]} pictures" in printed
+    table, pictures = study.benchmark("MME", "", False, 1)
+    assert rows.questions[0] == len(table) and rows.pictures[0] == len(pictures) < len(table)
+    monkeypatch.setattr(evaluate, "_generate", None)  # what is answered is not asked again
+    assert call(*arguments).stdout == ended.stdout
+    assert call(*arguments, "--seed", "1").exit_code == 0
+    assert call(*arguments, "--limit", "2").exception is not None
+
+
+def test_the_command_on_public_files(elsewhere):
+    architectures.write(elsewhere / "tiny", "llava")
+    for name, rows in FILES["POPE"].items():
+        file = elsewhere / "data" / "POPE" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(rows), file)
+    ended = call(str(elsewhere / "tiny"), "--method", "keep-top-k", "--k", "2", "--data-dir", str(elsewhere / "data"))
+    assert ended.exit_code == 0, ended.exception
+    rows = pd.read_csv(elsewhere / "results" / "tiny" / "route" / "public-pope-keep-top-k-2.csv")
+    assert set(rows.option_value) == {2} and set(rows.data) == {"public"} and set(rows.measure) == {"right", "logp"}
+
+
+LAB = ["lab-llava"]
+BAD = {
+    "method": (LAB + ["--method", "back"], "unknown method 'back'; known: front, front-renumber"),
+    "model": (["lab-lava", "--method", "front"], "unknown model 'lab-lava'"),
+    "benchmark": (LAB + ["--method", "front", "--benchmark", "gqa"], "unknown benchmark 'gqa'; those of the lab are"),
+    "no public data": (["owner/name", "--method", "front"], "the lab's benchmarks are for lab models: --hub or"),
+    "no folder": (LAB + ["--method", "front", "--data-dir", "nowhere"], "'data_dir': there is no file or folder"),
+    "not in the folder": (LAB + ["--method", "front", "--data-dir", "data"], "no data of POPE: there is no folder"),
+    "device": (LAB + ["--method", "front", "--device", "tpu"], "unknown device 'tpu'"),
+    "dtype": (LAB + ["--method", "front", "--dtype", "int3"], "unknown dtype 'int3'"),
+    "limit": (LAB + ["--method", "front", "--limit", "0"], "parameter 'limit' is 1 at least"),
+    "batch size": (LAB + ["--method", "front", "--batch-size", "0"], "parameter 'batch_size' is 1 at least"),
+    "revision": (LAB + ["--method", "front", "--revision", "v1"], "lab-llava is a folder and has no revision"),
+    "weight": (LAB + ["--method", "front", "--weight", "2"], "the method front takes no weight"),
+    "k": (LAB + ["--method", "keep-top-k", "--k", "0"], "k is 1 at least, and 0 is not"),
+    "tower": (["lab-qwen2vl", "--method", "test-time-registers"], "lab-qwen2vl: this tower takes no added token"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_is_wrong_is_said_before_a_model_is_loaded(elsewhere, monkeypatch, case):
+    monkeypatch.setattr(models, "load", None)
+    arguments, message = BAD[case]
+    problem = call(*arguments).exception
+    assert isinstance(problem, engine.UserError) and message in str(problem) and "\n" not in str(problem)
+    assert not (elsewhere / "results").exists()
+
+
+def test_methods_are_listed():
+    listed = call("lab-llava").stdout.splitlines()
+    assert [line.split(":")[0] for line in listed] == list(route.METHODS)
+
+
+# ------------------------------------------------------------------------------------------------- the README
+def test_the_readmes_lines_move_sinks_of_a_loaded_model(capsys):
+    """Its code as it stands, on a lab model that transformers loads; the answer is the one of the study's own way."""
+    code = re.findall(r"```python\n(.*?)```", (paths.ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(code) == 1
+    own = models.load("lab-llava-sinks")
+    picture = study.pictures("", 1)[0][0]
+    image = Image.fromarray(np.asarray(picture).transpose(1, 2, 0))
+    given = {"model": own.model, "processor": own.processor, "image": image}
+    exec(code[0], given)
+    inputs = own.inputs([picture], ["What is in the picture?"])
+    mask = hand_norms(own, picture) >= 3 * hand_norms(own, picture).median()
+    assert 0 < mask.sum() < 20
+    with torch.no_grad(), routing.reordered(own, inputs, [mask]):
+        tokens = own.model.generate(**inputs, max_new_tokens=16)
+    assert torch.equal(given["output"], tokens)
+    assert capsys.readouterr().out.strip() == own.processor.batch_decode(tokens, skip_special_tokens=True)[0].strip()
+    assert not own.decoder._forward_pre_hooks
+
+
+def test_the_readmes_commands_are_known(monkeypatch):
+    commands = re.findall(r"^.venv/bin/sinkstudy (route .*)$", (paths.ROOT / "README.md").read_text(), re.MULTILINE)
+    asked = []
+    monkeypatch.setattr(cli, "_route", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(engine, "check_device", lambda device: None)
+    for command in commands:
+        assert CliRunner().invoke(cli.app, command.split()).exit_code == 0
+    assert len(asked) == 2 and all(method in route.METHODS for method, *_ in asked)
