@@ -103,7 +103,8 @@ def test_counts_and_words(checkout: Commands, shown: Path):
     )
     glued = " ".join(outputs(checkout.page("12-across-models"), "application/papermill.record/text/plain"))
     assert "In 2 of the 6 cells does the interval lie above zero: front (travel) in lab-llava and owner--big." in glued
-    assert "; two connectors in lab-llava and owner--big'" in glued  # not run: the former on some benchmarks
+    missing = ["front (travel)", "random to front (travel)", "two connectors"]  # each on some benchmark
+    assert "; ".join(f"{method} in lab-llava and owner--big" for method in missing) in glued
 
 
 def outputs(page, kind: str) -> list[str]:
