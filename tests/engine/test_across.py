@@ -55,14 +55,20 @@ def shown(checkout: Commands) -> Path:
     route = checkout.root / "results/lab-llava/route/front.csv"
     route.parent.mkdir()
     route.write_text("question,answer\nwhat,yes\n")
+    done = {"model": "lab-llava", "group": "sinks", "method": "features", "option": "weight", "option_value": 0.5}
+    done |= {"benchmark": "POPE", "data": "public", "measure": "right", "pictures": PICTURES}
+    numbers = {"baseline": (90, 85, 95), "method": (92, 87, 97), "difference": (2, 1, 3)}
+    rows = [done | {"what": what, "value": v, "low": low, "high": high} for what, (v, low, high) in numbers.items()]
+    pd.DataFrame(rows).to_csv(route.with_name("features.csv"), index=False)
     checkout.call("run", "--only", "12")
     return checkout.root / "results" / "lab-llava" / "12-across-models"
 
 
 def test_cells(checkout: Commands, shown: Path):
     cells = pd.read_csv(shown / "cells.csv", keep_default_na=False).set_index(["model", "method", "benchmark"])
-    assert len(cells) == 2 * 3 * 3  # models, methods, benchmarks
+    assert len(cells) == 2 * 4 * 4  # models, methods, benchmarks
     expected = {
+        ("lab-llava", "features", "POPE (public)"): ("2.0", "better", "lab-llava"),
         ("lab-llava", "front", "POPE"): ("5.0", "better", "lab-llava"),
         ("lab-llava", "front", "MME"): ("0.0", "no change", "lab-llava"),
         ("lab-llava", "random to front", "POPE"): ("-1.0", "worse", "lab-llava"),
@@ -77,33 +83,34 @@ def test_cells(checkout: Commands, shown: Path):
             (float(found.value), found.state, found.run) == (float(value), state, run)
         ), key
     others = cells.drop(index=list(expected))
-    assert len(others) == 11 and set(others.state) == {"not run"}
+    assert len(others) == 24 and set(others.state) == {"not run"}
     page = checkout.page("12-across-models")
     table = next(text for text in outputs(page, "text/plain") if "two connectors" in text)
-    assert table.count("not run") == 11 and table.count("not applicable") == 1 and table.count("no change") == 1
+    assert table.count("not run") == 24 and table.count("not applicable") == 1 and table.count("no change") == 1
 
 
 def test_counts_and_words(checkout: Commands, shown: Path):
     metrics = {row["name"]: row["value"] for row in json.loads((shown / "metrics.json").read_text())}
     assert metrics == {
-        "cells.run": 6,
-        "cells.not_run": 11,
-        "cells.better": 2,
-        "cells.better.holm": 2,
+        "cells.run": 7,
+        "cells.not_run": 24,
+        "cells.better": 3,
+        "cells.better.holm": 3,
         "cells.worse": 2,
         "cells.worse.holm": 0,
-        "cells.no_change": 1,  # -1 has p = 0.03 of six; -3, without spread, is widened to cover 0
+        "cells.no_change": 1,  # -1 has p = 0.03 of seven; -3, without spread, is widened to cover 0
     }
     printed = "".join(
         output.get("text", "") for cell in checkout.page("12-across-models").cells for output in cell.get("outputs", [])
     )
     assert printed == (
-        "read: another/11-diysink, lab-llava/10-training-free, owner--big/10-training-free\n"
+        "read: another/11-diysink, lab-llava/10-training-free, lab-llava/route, owner--big/10-training-free\n"
         "not read, for want of columns: lab-llava/route/front.csv\n"
     )
     glued = " ".join(outputs(checkout.page("12-across-models"), "application/papermill.record/text/plain"))
-    assert "In 2 of the 6 cells does the interval lie above zero: front (travel) in lab-llava and owner--big." in glued
-    missing = ["front (travel)", "random to front (travel)", "two connectors"]  # each on some benchmark
+    assert "In 3 of the 7 cells does the interval lie above zero: front (travel) in lab-llava and owner--big;" in glued
+    # not run on some benchmark:
+    missing = ["front (travel)", "random to front (travel)", "features (weight 0.5)", "two connectors"]
     assert "; ".join(f"{method} in lab-llava and owner--big" for method in missing) in glued
 
 
