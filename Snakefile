@@ -1,7 +1,9 @@
 # One rule: source notebook -> executed notebook (and, beside it, the tables under results/).
 #
-# No input files and no times of files: what makes an executed notebook out of date is its fingerprint, digests of the
-# notebook's text, its parameters, the modules it imports and the model and data files its parameters name.
+# Times of files play no part: what makes an executed notebook out of date is its fingerprint, digests of the notebook's
+# text, its parameters, the modules it imports and the model, data and result files its parameters name. Input files are
+# there for the order alone: a notebook that reads the results of others comes after them (and ends at once if they did
+# not change).
 # `sinkstudy run` passes the run's name and parameters; plain `snakemake --cores 1` brings the default run up to date.
 # On a cluster: the same file with Snakemake's executor plugins, for example `--executor slurm`.
 import json
@@ -19,6 +21,12 @@ rule all:
 
 
 rule notebook:
+    input:
+        lambda w: [
+            f"book/runs/{w.run}/{other}.ipynb"
+            for other in engine.read_by(w.notebook, w.run, PLAN[w.notebook])
+            if other in PLAN
+        ],
     output:
         # kept until the new one is whole
         update("book/runs/{run}/{notebook}.ipynb"),

@@ -2,10 +2,12 @@
 
 Snakemake (see the `Snakefile`) decides what runs; what makes an executed notebook out of date is its
 *fingerprint*: SHA-256 digests of the notebook's own text, of its parameters, of the `sinkstudy` modules that it
-imports, and of the model and data files that its parameters name. Times of files play no part.
+imports, and of the model, data and result files that its parameters name. Times of files play no part.
 
-A notebook declares what it reads through its parameters: every string in them that is the name of a lab model or
-a path of the project (`data/models/lab-llava`, `data/paper.csv`) stands for the content of those files.
+A notebook declares what it reads through its parameters: every string in them that is the name of a lab model, a
+path of the project (`data/models/lab-llava`, `data/paper.csv`) or a pattern under data/ or results/
+(`results/*/10-free/*.csv`) stands for the content of those files. A notebook that reads results of others in its run is
+executed after them.
 """
 
 import ast
@@ -22,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -135,7 +138,17 @@ def declared(values: dict[str, Any]) -> tuple[list[Path], list[Path]]:
             models += [path for path in _files(folder) if path.name != "README.md"]  # but the model card
         elif "/" in name.strip("/") and folder.exists():
             data += _files(folder)
+        elif "*" in name and name.startswith((f"{DATA.name}/", f"{RESULTS.name}/")):
+            data += [file for path in ROOT.glob(name) for file in _files(path)]
     return models, data
+
+
+def read_by(notebook: str, run: str, parameters: dict[str, Any]) -> list[str]:
+    """The notebooks whose results in `run` the parameters of `notebook` name: they have to be executed before it."""
+    named = [Path(text).parts for value in (defaults(notebook) | parameters).values() for text in _texts(value)]
+    folders = [parts[:3] for parts in named if parts[:1] == (RESULTS.name,) and len(parts) > 2]
+    others = [name for name in notebooks() if name != notebook]
+    return [name for name in others if any(fnmatch(run, of) and fnmatch(name, what) for _, of, what in folders)]
 
 
 def _texts(value: Any) -> list[str]:

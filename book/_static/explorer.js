@@ -1,6 +1,6 @@
 // The explorer of chapter 12: the maps of a run's models, patch by patch.
 //
-// `window.sinkstudyExplorer` holds the data; results/<run>/12-explorer/explorer.js, which the chapter writes, sets it.
+// `window.sinkstudyExplorer` holds the data; results/<run>/13-explorer/explorer.js, which the chapter writes, sets it.
 // Everything is drawn from one `state`: a choice changes the state and calls `draw`. No library, no request.
 (() => {
   "use strict";

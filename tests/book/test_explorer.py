@@ -1,4 +1,4 @@
-"""The explorer of chapter 12 in a real browser: what it shows is what its data say, and every hand can use it."""
+"""The explorer of chapter 13 in a real browser: what it shows is what its data say, and every hand can use it."""
 
 import base64
 import json
@@ -12,12 +12,12 @@ from sinkstudy.paths import RESULTS
 from tests.book.conftest import CONTRAST, PATIENCE
 
 RUN = "lab-llava"
-PAGE = f"book/runs/{RUN}/12-explorer.html"
+PAGE = f"book/runs/{RUN}/13-explorer.html"
 
 
 @pytest.fixture(scope="module")
 def data() -> dict:
-    text = (RESULTS / RUN / "12-explorer" / "explorer.js").read_text()
+    text = (RESULTS / RUN / "13-explorer" / "explorer.js").read_text()
     return json.loads(text.removeprefix("window.sinkstudyExplorer = ").rstrip(";\n"))
 
 

@@ -38,6 +38,8 @@ def test_nbval_compares(tmp_path: Path):
     store(tmp_path / "notebooks/01-equal-but-for-time-and-path.ipynb", STREAM, "42")
     store(tmp_path / "notebooks/02-number-in-a-line.ipynb", STREAM.replace("0.0312", "0.0313"), "42")
     store(tmp_path / "notebooks/03-result.ipynb", STREAM, "41")
+    store(tmp_path / "notebooks/04-all-runs.ipynb", STREAM, "'results/*/01/a.csv'")  # what would differ is not compared
+    (tmp_path / "results/owner--other/01").mkdir(parents=True)
 
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rA", "--nbval", "notebooks"]
     environment = {key: value for key, value in os.environ.items() if key != "SINKSTUDY_RESULTS"}
@@ -47,7 +49,9 @@ def test_nbval_compares(tmp_path: Path):
     assert "PASSED notebooks/01-equal" in ended.stdout
     assert "FAILED notebooks/02-number" in ended.stdout
     assert "FAILED notebooks/03-result" in ended.stdout
-    assert not (tmp_path / "results").exists()  # the kernels' tables went elsewhere
+    assert "SKIPPED [1] notebooks/04-all-runs" in ended.stdout
+    results = [path.name for path in (tmp_path / "results").iterdir()]
+    assert results == ["owner--other"]  # the kernels' tables went elsewhere
 
 
 def test_stored_notebooks_have_been_run():

@@ -61,6 +61,46 @@ def test_data_results_and_parameters(project: Project):
     assert not any("injected-parameters" in c.metadata.get("tags", []) for c in project.page("01-first").cells)
 
 
+THIRD = """
+from sinkstudy.paths import ROOT, results_dir
+read = sorted(path for pattern in tables for path in ROOT.glob(pattern))
+text = "".join(f"{path.relative_to(ROOT).parts[1]} {path.read_text().split()[-1]}\\n" for path in read)
+(results_dir("lab-llava", "00-all") / "all.txt").write_text(text)
+(ROOT / "journal.txt").open("a").write("00-all\\n")
+"""
+READS = 'model = "lab-llava"\ntables = ["results/*/01-*/a.csv", "results/*/extra/*.csv", "data/*.txt"]'
+
+
+def test_results_of_other_notebooks_are_sources(project: Project):
+    """Named 00, so that nothing but what it reads puts it behind 01."""
+    project.notebook("00-all", THIRD, parameters=READS)
+    project.write("pause", "1")
+    everything = ["00-all", "01-first", "02-second"]
+    made = project.root / "results/lab-llava/00-all/all.txt"
+
+    assert project.executed("--jobs", "3") == everything  # as in a fresh clone: no table was there
+    assert (project.root / "journal.txt").read_text().split().index("00-all") > 0
+    assert made.read_text() == "lab-llava 6\n"
+    assert project.executed("--jobs", "3") == []
+
+    project.write("pause", "0")
+    project.write("sinkstudy/beta.py", "TWO = 3\n")
+    assert project.executed("--jobs", "3") == ["00-all", "01-first"]
+    assert made.read_text() == "lab-llava 9\n"
+    project.notebook("01-first", FIRST + "\nprint('the same tables')")
+    assert project.executed() == ["01-first"]
+
+    project.write("results/owner--other/01-first/a.csv", "value\n7\n")  # another run, and what no notebook wrote
+    project.write("results/owner--other/extra/b.csv", "8")
+    project.write("results/owner--other/02-second/a.csv", "nobody reads this")
+    assert project.call("check-fresh", code=1) == "sinkstudy: out of date: lab-llava/00-all\n"
+    assert project.executed("--only", "00") == ["00-all"]
+    assert made.read_text() == "lab-llava 9\nowner--other 7\nowner--other 8\n"
+    project.write("data/c.txt", "11")
+    assert project.executed() == ["00-all"]
+    assert project.executed() == []
+
+
 def test_bare_snakemake_and_check_fresh(project: Project):
     import subprocess
     import sys

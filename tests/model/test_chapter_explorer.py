@@ -1,4 +1,4 @@
-"""Chapter 12: the numbers it hands to the explorer against other ways to them, and other models and pictures."""
+"""Chapter 13: the numbers it hands to the explorer against other ways to them, and other models and pictures."""
 
 import base64
 import io
@@ -32,7 +32,7 @@ def unpacked(packed: dict) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def shown() -> dict:
-    return data(RESULTS / "lab-llava" / "12-explorer")
+    return data(RESULTS / "lab-llava" / "13-explorer")
 
 
 @pytest.fixture(scope="module", params=[0, 1])
@@ -130,7 +130,7 @@ def test_pictures_of_a_folder_and_merged_patches(tmp_path):
     for name, size in (("a", (48, 64)), ("b", (64, 32))):
         (tmp_path / "pictures").mkdir(exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(tmp_path / "pictures" / f"{name}.png")
-    folder = run(tmp_path, "qwen2_vl", "12-explorer", images_dir=str(tmp_path / "pictures"), prompt="how many")
+    folder = run(tmp_path, "qwen2_vl", "13-explorer", images_dir=str(tmp_path / "pictures"), prompt="how many")
     assert "no facts are known of these pictures" in printed(tmp_path)
     found = data(folder)
     assert {"tiny-qwen2_vl", "lab-llava"} & {model["name"].rpartition("/")[2] for model in found["models"]} == {

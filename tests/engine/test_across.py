@@ -1,0 +1,128 @@
+"""Chapter 12 on planted tables of several runs: what it shows, what it prefers, what it calls not run."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from tests.engine.conftest import Commands
+
+PICTURES = 100
+COLUMNS = ["model", "group", "method", "way", "benchmark", "measure", "value", "low", "high", "n"]
+
+
+def effects(root: Path, folder: str, rows: list[tuple]) -> None:
+    """Write a table of (model, method, way, benchmark, value, low, high)."""
+    tidy = [
+        (model, "sinks", *what, "right", *numbers, PICTURES)
+        for model, *what, value, low, high in rows
+        for numbers in [(value, low, high)]
+    ]
+    tidy += [(*row[:5], "logp", 9.0, 8.0, 10.0, PICTURES) for row in tidy]  # another measure, of no interest here
+    file = root / "results" / folder
+    file.parent.mkdir(parents=True)
+    pd.DataFrame(tidy, columns=COLUMNS).to_csv(file, index=False)
+
+
+@pytest.fixture(scope="module")
+def shown(checkout: Commands) -> Path:
+    """The chapter's folder of results."""
+    front, random = ("front", "travel"), ("random to front", "travel")
+    effects(
+        checkout.root,
+        "lab-llava/10-training-free/effects.csv",
+        [
+            ("lab-llava", *front, "POPE", 5, 4, 6),
+            ("lab-llava", *front, "MME", 0, 0, 0),
+            ("lab-llava", *front, "mean", 2.5, 2, 3),  # a mean is no cell
+            ("lab-llava", *random, "POPE", -1, -1.9, -0.1),
+            ("lab-llava", *random, "MME", 0.5, -1, 2),
+            ("owner--big", *front, "POPE", -7, -9, -5),  # as a control; its own run says otherwise
+            ("owner--big", *random, "POPE", None, None, None),
+        ],
+    )
+    effects(checkout.root, "owner--big/10-training-free/effects.csv", [("owner--big", *front, "POPE", 8, 7, 9)])
+    effects(
+        checkout.root,
+        "another/11-diysink/effects.csv",
+        [
+            ("lab-llava", *front, "POPE", 1, 0, 2),  # the default run has it
+            ("lab-llava", "two connectors", "", "MMStar", -3, -3, -3),
+        ],
+    )
+    effects(checkout.root, "lab-llava/09-benchmarks/effects.csv", [("lab-llava", "no method", "", "POPE", 1, 0, 2)])
+    route = checkout.root / "results/lab-llava/route/front.csv"
+    route.parent.mkdir()
+    route.write_text("question,answer\nwhat,yes\n")
+    done = {"model": "lab-llava", "group": "sinks", "method": "features", "option": "weight", "option_value": 0.5}
+    done |= {"benchmark": "POPE", "data": "public", "measure": "right", "pictures": PICTURES}
+    numbers = {"baseline": (90, 85, 95), "method": (92, 87, 97), "difference": (2, 1, 3)}
+    rows = [done | {"what": what, "value": v, "low": low, "high": high} for what, (v, low, high) in numbers.items()]
+    pd.DataFrame(rows).to_csv(route.with_name("features.csv"), index=False)
+    checkout.call("run", "--only", "12")
+    return checkout.root / "results" / "lab-llava" / "12-across-models"
+
+
+def test_cells(checkout: Commands, shown: Path):
+    cells = pd.read_csv(shown / "cells.csv", keep_default_na=False).set_index(["model", "method", "benchmark"])
+    assert len(cells) == 2 * 4 * 4  # models, methods, benchmarks
+    expected = {
+        ("lab-llava", "features", "POPE (public)"): ("2.0", "better", "lab-llava"),
+        ("lab-llava", "front", "POPE"): ("5.0", "better", "lab-llava"),
+        ("lab-llava", "front", "MME"): ("0.0", "no change", "lab-llava"),
+        ("lab-llava", "random to front", "POPE"): ("-1.0", "worse", "lab-llava"),
+        ("lab-llava", "random to front", "MME"): ("0.5", "not clear", "lab-llava"),
+        ("lab-llava", "two connectors", "MMStar"): ("-3.0", "worse", "another"),
+        ("owner--big", "front", "POPE"): ("8.0", "better", "owner--big"),
+        ("owner--big", "random to front", "POPE"): ("", "not applicable", "lab-llava"),
+    }
+    for key, (value, state, run) in expected.items():
+        found = cells.loc[key]
+        assert (str(found.value), found.state, found.run) == (value, state, run) or (
+            (float(found.value), found.state, found.run) == (float(value), state, run)
+        ), key
+    others = cells.drop(index=list(expected))
+    assert len(others) == 24 and set(others.state) == {"not run"}
+    page = checkout.page("12-across-models")
+    table = next(text for text in outputs(page, "text/plain") if "two connectors" in text)
+    assert table.count("not run") == 24 and table.count("not applicable") == 1 and table.count("no change") == 1
+
+
+def test_counts_and_words(checkout: Commands, shown: Path):
+    metrics = {row["name"]: row["value"] for row in json.loads((shown / "metrics.json").read_text())}
+    assert metrics == {
+        "cells.run": 7,
+        "cells.not_run": 24,
+        "cells.better": 3,
+        "cells.better.holm": 3,
+        "cells.worse": 2,
+        "cells.worse.holm": 0,
+        "cells.no_change": 1,  # -1 has p = 0.03 of seven; -3, without spread, is widened to cover 0
+    }
+    printed = "".join(
+        output.get("text", "") for cell in checkout.page("12-across-models").cells for output in cell.get("outputs", [])
+    )
+    assert printed == (
+        "read: another/11-diysink, lab-llava/10-training-free, lab-llava/route, owner--big/10-training-free\n"
+        "not read, for want of columns: lab-llava/route/front.csv\n"
+    )
+    glued = " ".join(outputs(checkout.page("12-across-models"), "application/papermill.record/text/plain"))
+    assert "In 3 of the 7 cells does the interval lie above zero: front (travel) in lab-llava and owner--big;" in glued
+    # not run on some benchmark:
+    missing = ["front (travel)", "random to front (travel)", "features (weight 0.5)", "two connectors"]
+    assert "; ".join(f"{method} in lab-llava and owner--big" for method in missing) in glued
+
+
+def outputs(page, kind: str) -> list[str]:
+    return [
+        output["data"][kind]
+        for cell in page.cells
+        for output in cell.get("outputs", [])
+        if kind in output.get("data", {})
+    ]
+
+
+def test_nothing_to_read(checkout: Commands):
+    printed = checkout.call("run", "--only", "12", "--name", "empty", "-p", 'effects=["results/none/*.csv"]', code=1)
+    assert "no table of effects is there (results/none/*.csv): 'sinkstudy run --only 10' makes one" in printed
