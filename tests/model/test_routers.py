@@ -21,8 +21,8 @@ from sinkstudy.lab import benchmarks
 THRESHOLD = 1.15  # leaves some patches of a random tower on either side
 ASKED = ["how many", "what is the texture red", "yes"]
 TINY = routers.Wording(
-    image="what is the texture", simple=("red", "no"), complex=("blue", "yes"), question="{question} no", holistic=("many",),
-    local=("how",),
+    image="what is the texture", simple=("red", "no"), complex=("blue", "yes"),
+    question="{question} no", holistic=("many",), local=("how",),
 )  # fmt: skip
 
 
