@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from architectures import TEXT, TOWER
+from architectures import ARCHITECTURES, TEXT, TOWER, write
 from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -84,6 +84,20 @@ def tiny_siglip(tmp_path_factory) -> models.LVLM:
     folder = tmp_path_factory.mktemp("tiny-siglip")
     write_tiny_llava(folder, "siglip")
     return models.load(str(folder))
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def folder(request, tmp_path_factory) -> str:
+    """A tiny random model of every architecture, on disk."""
+    folder = tmp_path_factory.mktemp(request.param)
+    write(folder, request.param)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def lvlm(folder) -> models.LVLM:
+    """The same, loaded."""
+    return models.load(folder)
 
 
 @pytest.fixture(scope="session")

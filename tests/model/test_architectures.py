@@ -3,7 +3,6 @@
 import json
 from types import SimpleNamespace
 
-import architectures
 import numpy as np
 import pytest
 import torch
@@ -17,13 +16,6 @@ from sinkstudy.capture import attention_received, attention_rows, hidden_states,
 close = dict(atol=1e-5, rtol=1e-4)
 SIZES = [(48, 32), (32, 64), (64, 64)]  # (width, height), which the Qwen processors leave as they are
 QUESTIONS = ["how many", "what is the texture", "what is the texture red blue yes no"]
-
-
-@pytest.fixture(scope="module", params=architectures.ARCHITECTURES)
-def lvlm(request, tmp_path_factory) -> models.LVLM:
-    folder = tmp_path_factory.mktemp(request.param)
-    architectures.write(folder, request.param)
-    return models.load(str(folder))
 
 
 @pytest.fixture(scope="module")

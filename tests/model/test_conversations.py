@@ -5,24 +5,15 @@ import pickle
 import re
 from pathlib import Path
 
-import architectures
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from sinkstudy import models
 from sinkstudy.conversations import Collate, Sample, fitting, read
 from sinkstudy.evaluate import Prefixes
 
 TURNS = [("what is the texture", "red blue"), ("how many", "yes"), ("is the red", "no red")]
-
-
-@pytest.fixture(scope="module", params=architectures.ARCHITECTURES)
-def lvlm(request, tmp_path_factory) -> models.LVLM:
-    folder = tmp_path_factory.mktemp(request.param)
-    architectures.write(folder, request.param)
-    return models.load(str(folder))
 
 
 @pytest.fixture(scope="module")

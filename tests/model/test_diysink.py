@@ -2,7 +2,6 @@
 
 import copy
 
-import architectures
 import numpy as np
 import pytest
 import torch
@@ -16,13 +15,6 @@ close = dict(atol=3e-5, rtol=1e-4)
 SIZES = [(48, 32), (32, 64), (64, 64)]  # (width, height)
 QUESTIONS = ["how many", "what is the texture", "what is the texture red blue yes no"]
 RULE = dict(criterion="percentile", threshold=94.0)  # one patch of sixteen, at least
-
-
-@pytest.fixture(scope="module", params=architectures.ARCHITECTURES)
-def folder(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(request.param)
-    architectures.write(folder, request.param)
-    return str(folder)
 
 
 def made(folder: str, **how) -> DIYSink:

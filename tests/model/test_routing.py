@@ -26,13 +26,6 @@ def TWO(norms: torch.Tensor) -> torch.Tensor:  # noqa: N802
 
 
 
-@pytest.fixture(scope="module", params=architectures.ARCHITECTURES)
-def lvlm(request, tmp_path_factory) -> models.LVLM:
-    folder = tmp_path_factory.mktemp(request.param)
-    architectures.write(folder, request.param)
-    return models.load(str(folder))
-
-
 @pytest.fixture(scope="module")
 def inputs(lvlm):
     random = np.random.default_rng(0)
