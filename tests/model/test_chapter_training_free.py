@@ -1,0 +1,26 @@
+"""Chapter 10 on public files: pictures are read from them, and what a tower cannot do is left out."""
+
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.benchmarks.test_data import FILES
+from tests.model import architectures, chapters
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_public_files(tmp_path: Path, name: str):
+    for file, rows in FILES["POPE"].items():
+        (tmp_path / "data" / "POPE" / file).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data" / "POPE" / file)
+    architectures.write(tmp_path / "tiny", name)
+    given = {"model": str(tmp_path / "tiny"), "controls": [], "data_dir": str(tmp_path / "data"), "doses": [1]}
+    chapters.execute("10-training-free", tmp_path, **given, limit=1, max_new_tokens=2)
+    assert "not run: MME, MMStar" in chapters.printed(tmp_path)
+    effects = pd.read_csv(tmp_path / "tiny" / "10-training-free" / "effects.csv")
+    done = set(effects[effects.n > 0].method)
+    assert {"front", "without", "only", "keys"} <= done
+    assert ("register" in done) == (name == "llava")
