@@ -5,7 +5,6 @@ connectors and decoder together on conversations. Each stage writes the folder o
 """
 
 import hashlib
-import json
 import math
 import os
 import shutil
@@ -23,6 +22,7 @@ from sinkstudy import conversations, models, tuning
 from sinkstudy.diysink import DIYSink, OneConnector, matched_width
 from sinkstudy.models import LVLM
 from sinkstudy.paths import atomic
+from sinkstudy.tuning import Method
 
 PRETRAIN = {  # the stages before "tune": what the decoder sees, and whose weights are trained
     "two-connectors": {"pretrain-sinks": ("sinks", "sink."), "pretrain-others": ("others", "connector.")},
@@ -193,8 +193,7 @@ def _sha256(file: Path) -> str:
 
 def _trained(folder: Path) -> dict[str, Any] | None:
     """How a folder's method was trained; None if there is none."""
-    file = Path(folder) / "method.json"
-    return json.loads(file.read_text(encoding="utf-8")).get("training") if file.exists() else None
+    return Method.described(folder).get("training") if (Path(folder) / "method.json").exists() else None
 
 
 def _leave(work: Path, out: Path) -> None:

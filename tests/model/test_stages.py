@@ -1,5 +1,6 @@
 """The command `sinkstudy diysink`: all stages to the end on tiny models, one of them killed on the way."""
 
+import importlib
 import json
 import os
 import signal
@@ -201,6 +202,8 @@ def test_connectors_of_another_training(train, data, tmp_path: Path):
 
 
 def test_load(tmp_path: Path):
+    for kind, (module, name) in tuning.KINDS.items():
+        assert getattr(importlib.import_module(module), name).kind == kind
     with pytest.raises(ValueError, match="no readable method.json"):
         tuning.load(tmp_path)
     (tmp_path / "method.json").write_text('{"kind": "x"}')
