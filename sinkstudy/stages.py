@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, LoraModel
 from safetensors.torch import load_file
 
 from sinkstudy import conversations, models, tuning
@@ -146,8 +145,8 @@ def check(job: Job, out: Path) -> dict[str, Path]:
     return {stage: found[stage] for stage in wanted}
 
 
-def start(lvlm: LVLM, job: Job, seed: int, before: Mapping[str, Path]) -> tuple[OneConnector, LoraModel | None]:
-    """The method as a stage finds it, with gradients for what the stage trains, and the decoder's updates if any."""
+def start(lvlm: LVLM, job: Job, seed: int, before: Mapping[str, Path]) -> tuple[OneConnector, Any]:
+    """The method as a stage finds it, with gradients for what it trains; peft's `LoraModel` if asked for."""
     common = {"seed": seed, "decoder": job.stage == "tune" and job.decoder}
     if "pretrain-sinks" in PRETRAIN[job.method]:
         split = "random" if job.method == "random-split" else "sinks"
@@ -172,6 +171,8 @@ def start(lvlm: LVLM, job: Job, seed: int, before: Mapping[str, Path]) -> tuple[
         parameter.requires_grad_(name.startswith(prefix))
     if not job.lora:
         return method, None
+    from peft import LoraConfig, LoraModel  # only now: the import takes long
+
     how = LoraConfig(r=job.lora, lora_alpha=2 * job.lora, lora_dropout=0.05, target_modules="all-linear")
     return method, LoraModel(lvlm.decoder, how, "default")
 
