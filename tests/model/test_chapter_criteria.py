@@ -3,9 +3,11 @@
 import json
 from pathlib import Path
 
+import pandas as pd
+import pytest
 import yaml
 
-from sinkstudy.paths import DATA
+from sinkstudy.paths import DATA, RESULTS
 from tests.model import architectures, chapters
 
 
@@ -28,3 +30,14 @@ def test_pictures_of_a_folder(tmp_path: Path):
     ratio = metrics["tiny.neurons.silenced.norm_ratio"]
     assert ratio["n"] == 4 and 0 < ratio["low"] <= ratio["value"] <= ratio["high"]  # of five pictures, one found them
     assert metrics["tiny.neurons.silenced.accuracy"]["n"] == 0
+
+
+@pytest.mark.parametrize("model", ["lab-llava-sinks", "lab-qwen2vl"])
+def test_probes_agree_with_those_of_the_chapter_on_content(model: str):
+    """The same quantity on twice the pictures, other draws and another way to the vectors: intervals overlap."""
+    there = json.loads((RESULTS / "lab-llava/05-content/metrics.json").read_text())
+    expected = next(row for row in there if row["name"] == f"{model}.probe.global.sinks_minus_random")
+    table = pd.read_csv(RESULTS / "lab-llava/08-criteria/headlines.csv").set_index(["model", "rule", "headline"])
+    found = table.loc[(model, "above_median 3", "probe")]
+    assert found.low < expected["high"] and expected["low"] < found.high
+    assert found.n > 100
