@@ -37,7 +37,7 @@ ALIGN = tuning.Settings(steps=80, batch_size=32, lr=2e-3, weight_decay=0.05)
 TUNE = tuning.Settings(steps=240, batch_size=24, lr=2e-3, weight_decay=0.05)
 ROUTER = tuning.Settings(steps=60, batch_size=20, lr=1e-2)  # the paper's: 120 samples ten times
 RIVALS = tuning.Settings(steps=120, batch_size=32, lr=3e-3)
-ARMS = {"lab-llava-sinks": ("one", "matched", "two", "random"), "lab-qwen2vl": ("one", "two", "random")}
+ARMS = {"lab-llava-sinks": ("one", "matched", "two", "random"), "lab-qwen2vl": ("one", "two")}
 
 
 class Stage(language.ImageStage):
