@@ -3,6 +3,7 @@
 STAMP := .venv/installed-$(shell cat requirements.lock pyproject.toml | cksum | cut -d' ' -f1)
 BIN := .venv/bin
 JOBS ?= 1
+WORKERS ?= 2
 
 .PHONY: book test bench lint clean check-fresh setup
 
@@ -11,10 +12,12 @@ book: $(STAMP)
 	$(BIN)/sinkstudy book
 
 # Notebooks are executed once here, by nbval; the pages for the browser tests show the stored outputs it compares.
+# Two processes of one thread each: a file of tests, or a notebook, stays in one process.
+test: export OMP_NUM_THREADS = 1
 test: $(STAMP)
 	$(BIN)/sinkstudy book --stored
-	$(BIN)/python -m pytest tests
-	$(BIN)/python -m pytest --nbval notebooks
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --nbval notebooks
 
 bench: $(STAMP)
 	$(BIN)/python bench/run.py

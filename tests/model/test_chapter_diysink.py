@@ -1,4 +1,4 @@
-"""Chapter 11 on a model of one's own, with methods that were never trained: its counts are those of a plain evaluation."""
+"""Chapter 11 on a model of one's own, with methods that were not trained: it counts as a plain evaluation does."""
 
 import json
 from pathlib import Path
