@@ -171,16 +171,24 @@ def diysink(
     out: Annotated[Path, typer.Option(help="Folder for the trained method.")],
     connectors: Annotated[list[Path] | None, typer.Option(help="For tune: the folder of a stage before it.")] = None,
     method: Annotated[
-        str, typer.Option(help="two-connectors, one-connector, matched-width or random-split.")
+        str,
+        typer.Option(
+            help="two-connectors, one-connector, matched-width, random-split, soft-router, gates or adapters."
+        ),
     ] = "two-connectors",
     criterion: Annotated[str, typer.Option(help="What a sink is.")] = "above_median",
     threshold: Annotated[float, typer.Option(help="Its threshold.")] = 3.0,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate; 1e-3, for tune 2e-5.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate; 1e-3, for tune 2e-5, soft router 1e-2.")] = None,
     batch_size: Annotated[int, typer.Option(help="Samples that a process sees at once.")] = 8,
     accumulate: Annotated[
         int | None, typer.Option(help="Batches in a step; by default so many that it has 256 samples, for tune 128.")
     ] = None,
-    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1,
+    epochs: Annotated[
+        float | None, typer.Option(help="Passes over the data; 1, soft router 10, gates and adapters 2.")
+    ] = None,
+    encoder: Annotated[
+        str, typer.Option(help="Of the questions, for the soft router: own, or a sentence encoder's hub id.")
+    ] = "own",
     steps: Annotated[int | None, typer.Option(help="Steps, in place of epochs.")] = None,
     seed: Annotated[int, typer.Option(help="Of the new connectors and the order of the samples.")] = 0,
     longest: Annotated[int, typer.Option(help="Tokens of a sample, its picture included; the rest is cut off.")] = 2048,
@@ -212,10 +220,10 @@ def diysink(
     try:
         job = stages.Job(
             model, method, stage, data, images, tuple(connectors or ()), criterion, threshold,
-            decoder=not freeze_decoder, lora=lora, longest=longest, revision=revision,
+            decoder=not freeze_decoder, lora=lora, longest=longest, revision=revision, encoder=encoder,
         )  # fmt: skip
         how = stages.settings(
-            stage, batch_size=batch_size, accumulate=accumulate, lr=lr, epochs=epochs, steps=steps, seed=seed,
+            method, stage, batch_size=batch_size, accumulate=accumulate, lr=lr, epochs=epochs, steps=steps, seed=seed,
             bf16=dtype == "bfloat16", checkpoint_steps=checkpoint_steps, workers=workers,
         )  # fmt: skip
         stages.run(job, how, out, device=device, dtype=dtype)

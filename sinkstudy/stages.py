@@ -1,7 +1,8 @@
 """DIYSink's training on a model of one's own, stage by stage (2510.08510): the command `sinkstudy diysink`.
 
 First each connector alone on captions, with only its own tokens shown, while tower and decoder stay as they are; then
-connectors and decoder together on conversations. Each stage writes the folder of a method (`tuning.Method.save`).
+connectors and decoder together on conversations; then, if wanted, a soft router (`routers.ReW`). Gates and their
+control (`gates`) have one stage, on conversations. Each stage writes the folder of a method (`tuning.Method.save`).
 """
 
 import hashlib
@@ -19,8 +20,10 @@ from safetensors.torch import load_file
 
 from sinkstudy import conversations, models, tuning
 from sinkstudy.diysink import DIYSink, OneConnector, matched_width
+from sinkstudy.gates import Gates, LoRA, n_parameters
 from sinkstudy.models import LVLM
 from sinkstudy.paths import atomic
+from sinkstudy.routers import ReW
 from sinkstudy.tuning import Method
 
 PRETRAIN = {  # the stages before "tune": what the decoder sees, and whose weights are trained
@@ -28,6 +31,9 @@ PRETRAIN = {  # the stages before "tune": what the decoder sees, and whose weigh
     "one-connector": {"pretrain": ("both", "connector.")},
 }
 PRETRAIN |= {"random-split": PRETRAIN["two-connectors"], "matched-width": PRETRAIN["one-connector"]}
+# nothing but their own parameters is trained: a router of two trained connectors, gates of the model, their control
+ALONE = ("soft-router", "gates", "adapters")
+PRETRAIN |= {method: {} for method in ALONE}
 
 
 @dataclass(frozen=True)
@@ -37,10 +43,12 @@ class Job:
     Attributes:
         model: as `models.load` takes it.
         method: a name of `PRETRAIN`; "matched-width" is one connector with as many parameters as two have, and
-            "random-split" two connectors between which random tokens are divided.
+            "random-split" two connectors between which random tokens are divided; for those of `ALONE` see `ReW`,
+            `Gates` and `LoRA`.
         stage: one of the method's, or "tune".
         data, images: see `conversations.read`.
-        connectors: for "tune", the folders of the stages before it.
+        connectors: for "tune", the folders of the stages before it; for "soft-router" that of the trained DIYSink.
+        encoder: of the questions, for "soft-router", see `ReW`.
         criterion, threshold: what a sink is, see `DIYSink`.
         decoder: whether "tune" trains the decoder.
         lora: rank of low-rank updates of the decoder's linear layers (LoRA, 2106.09685), which are trained in place of
@@ -63,6 +71,7 @@ class Job:
     lora: int | None = None
     longest: int = 2048
     revision: str | None = None
+    encoder: str = "own"
 
     def __post_init__(self) -> None:
         if self.method not in PRETRAIN:
@@ -74,22 +83,35 @@ class Job:
             raise ValueError(f"{self.stage} trains one new connector alone: connectors and the decoder are for tune")
         if self.lora and not self.decoder:
             raise ValueError("the decoder is either frozen or trained by LoRA")
+        if self.method in ALONE and (self.lora or not self.decoder):
+            raise ValueError(f"{self.method} never trains the decoder's weights: leave out --lora and --freeze-decoder")
+        if self.method in ALONE and len(self.connectors) != (self.method == "soft-router"):
+            wanted = "the folder of one trained DIYSink" if self.method == "soft-router" else "none"
+            raise ValueError(f"{self.method} takes connectors: {wanted} (--connectors)")
 
 
-def settings(stage: str, *, batch_size: int, accumulate: int | None, lr: float | None, **more: Any) -> tuning.Settings:
-    """The paper's for a stage, which are TinyLLaVA's: one epoch, no weight decay, 3 % warm-up, then a cosine.
+def settings(
+    method: str, stage: str, *, batch_size: int, accumulate: int | None, lr: float | None, epochs: float | None,
+    **more: Any,
+) -> tuning.Settings:  # fmt: skip
+    """The papers' for a stage: no weight decay, 3 % warm-up, then a cosine.
 
     Args:
         batch_size: samples that a process sees at once.
-        accumulate: such batches in a step; by default as many as make 256 samples of captions, 128 of conversations,
-            in all processes together.
-        lr: by default 1e-3 for captions, 2e-5 for conversations.
+        accumulate: such batches in a step; by default as many as make 256 samples of captions, 128 of conversations
+            (TinyLLaVA's) or 20 for the soft router, in all processes together.
+        lr: by default 1e-3 for captions, 2e-5 for conversations, 1e-2 for the soft router, 1e-3 for gates and
+            adapters (ours; their paper's is not known).
+        epochs: by default 1; 10 for the soft router, 2 for gates and adapters.
     """
-    samples, rate = (128, 2e-5) if stage == "tune" else (256, 1e-3)
+    samples, rate, passes = (256, 1e-3, 1) if stage != "tune" else (128, 2e-5, 1)
+    if method in ALONE:
+        samples, rate, passes = (20, 1e-2, 10) if method == "soft-router" else (128, 1e-3, 2)
     if accumulate is None:
         accumulate = math.ceil(samples / batch_size / _processes())
     more = {k: v for k, v in more.items() if v is not None}
-    return tuning.Settings(batch_size=batch_size, accumulate=accumulate, lr=rate if lr is None else lr, **more)
+    rate, passes = rate if lr is None else lr, passes if epochs is None else epochs
+    return tuning.Settings(batch_size=batch_size, accumulate=accumulate, lr=rate, epochs=passes, **more)
 
 
 def run(job: Job, how: tuning.Settings, out: Path, *, device: str, dtype: str) -> None:
@@ -130,7 +152,7 @@ def check(job: Job, out: Path) -> dict[str, Path]:
     models.find(job.model)
     if out.exists() and not (out / "method.json").exists():
         raise ValueError(f"{out} is there and is no method: choose another folder")
-    if job.stage != "tune":
+    if job.stage != "tune" or job.method in ALONE:
         return {}
     wanted, found = PRETRAIN[job.method], {}
     for folder in job.connectors:
@@ -145,8 +167,14 @@ def check(job: Job, out: Path) -> dict[str, Path]:
     return {stage: found[stage] for stage in wanted}
 
 
-def start(lvlm: LVLM, job: Job, seed: int, before: Mapping[str, Path]) -> tuple[OneConnector, Any]:
+def start(lvlm: LVLM, job: Job, seed: int, before: Mapping[str, Path]) -> tuple[Method, Any]:
     """The method as a stage finds it, with gradients for what it trains; peft's `LoraModel` if asked for."""
+    if job.method in ALONE:
+        method = _alone(lvlm, job, seed)
+        method.requires_grad_(False)
+        for parameter in method.changed().values():
+            parameter.requires_grad_(True)
+        return method, None
     common = {"seed": seed, "decoder": job.stage == "tune" and job.decoder}
     if "pretrain-sinks" in PRETRAIN[job.method]:
         split = "random" if job.method == "random-split" else "sinks"
@@ -175,6 +203,13 @@ def start(lvlm: LVLM, job: Job, seed: int, before: Mapping[str, Path]) -> tuple[
 
     how = LoraConfig(r=job.lora, lora_alpha=2 * job.lora, lora_dropout=0.05, target_modules="all-linear")
     return method, LoraModel(lvlm.decoder, how, "default")
+
+
+def _alone(lvlm: LVLM, job: Job, seed: int) -> Method:
+    if job.method == "soft-router":
+        return ReW(lvlm, diysink=job.connectors[0], encoder=job.encoder, seed=seed)
+    gates = Gates(lvlm, criterion=job.criterion, threshold=job.threshold, seed=seed)
+    return gates if job.method == "gates" else LoRA(lvlm, parameters=n_parameters(gates), seed=seed)
 
 
 def _processes() -> int:

@@ -210,3 +210,24 @@ def test_load(tmp_path: Path):
     (tmp_path / "method.json").write_text('{"kind": "x"}')
     with pytest.raises(ValueError, match="unknown kind 'x'; known: one-connector, diysink"):
         tuning.load(tmp_path)
+
+
+def test_what_is_trained_alone(train, model, data, tmp_path: Path):
+    """Router, gates and adapters: one stage each, which moves their own parameters and keeps nothing else."""
+    pair = tmp_path / "pair"
+    diysink.DIYSink(models.load(str(model)), threshold=1.02).save(pair)
+    kept = {"soft-router": "router.", "gates": "gates.", "adapters": "layers."}
+    for method, prefix in kept.items():
+        out, more = tmp_path / method, ["--connectors", str(pair)] if method == "soft-router" else []
+        train(model, data, out, "tune", *SHORT, "--threshold", "1.02", "--method", method, *more)
+        assert all(name.startswith(prefix) for name in weights(out))
+        last = [p for name, p in weights(out).items() if "lora_B" in name or name.endswith(("2.weight", "3.weight"))]
+        assert last and any((p != 0).any() for p in last)  # zero before training
+        assert tuning.load(out).kind == tuning.Method.described(out)["kind"]
+
+
+@pytest.mark.parametrize(("more", "message"), [
+    (["--method", "soft-router"], "one trained DIYSink"), (["--method", "gates", "--lora", "4"], "never trains")])
+def test_alone_refuses(train, model, data, tmp_path: Path, more, message):
+    with pytest.raises(UserError, match=message):
+        train(model, data, tmp_path / "out", "tune", *SHORT, *more)
