@@ -248,8 +248,10 @@ def test_controls_of_the_study_hold_in_the_committed_results(number):
 
 
 def test_chapters_write_the_metrics_that_the_ledger_names():
+    """For one model at least: what is trained is not there for all."""
     table = claims.verdicts()
-    not_run = table[(table.model == "lab-llava") & (table.verdict == "not run")].claim
+    absent = (table.verdict == "not run").groupby(table.claim).all()
+    not_run = absent.index[absent]
     chapters = {claim["id"]: claim["chapter"] for claim in claims.load()["claims"]}
     late = [claim for claim in not_run if (claims.RESULTS / "lab-llava" / chapters[claim]).is_dir()]
     assert not late, "the chapter has results, but not the metric of these claims"
