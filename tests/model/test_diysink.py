@@ -214,3 +214,13 @@ def test_what_was_trained_comes_back(tiny, images, questions, tmp_path):
 def test_bad_settings(tiny, how, message):
     with pytest.raises(ValueError, match=message):
         DIYSink(tiny, **how)
+
+
+def test_refuses_gradient_checkpointing(tiny, images, questions):
+    method = DIYSink(models.load(tiny.name), **RULE)
+    inputs = Prefixes(method.lvlm.inputs(images, questions), list("abc"), questions)
+    method.lvlm.decoder.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="gradient_checkpointing_disable"):
+        method(inputs, inputs["input_ids"])
+    with torch.no_grad(), method.around(inputs):
+        assert logits(method.lvlm, inputs).isfinite().all()
