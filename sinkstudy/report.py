@@ -254,7 +254,7 @@ def provenance(lvlm: Any, parameters: Mapping[str, Any]) -> HTML:
     """What made this page: model, weights, precision, device, seed, parameters and versions, as an HTML table.
 
     It holds no times, so two runs on one machine agree; versions and device differ between machines, hence the
-    tag `NBVAL_IGNORE_OUTPUT` on its cell.
+    tag `nbval-ignore-output` on its cell.
 
     Args:
         lvlm: what `models.load` returned.
