@@ -2,17 +2,19 @@
 # The stamp's name carries the content of the lock file: another lock, another stamp, pip runs again.
 STAMP := .venv/installed-$(shell cat requirements.lock pyproject.toml | cksum | cut -d' ' -f1)
 BIN := .venv/bin
-JOBS ?= 1
+JOBS ?= 2
 WORKERS ?= 2
 
 .PHONY: book test bench lint clean check-fresh setup
 
+# Two processes of one thread each, here and in `test`: the models are small, and two threads hardly help one of them.
+book: export OMP_NUM_THREADS = 1
 book: $(STAMP)
 	$(BIN)/sinkstudy run --jobs $(JOBS)
 	$(BIN)/sinkstudy book
 
 # Notebooks are executed once here, by nbval; the pages for the browser tests show the stored outputs it compares.
-# Two processes of one thread each: a file of tests, or a notebook, stays in one process.
+# A file of tests, or a notebook, stays in one process.
 test: export OMP_NUM_THREADS = 1
 test: $(STAMP)
 	$(BIN)/sinkstudy book --stored
