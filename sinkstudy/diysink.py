@@ -125,7 +125,8 @@ class DIYSink(OneConnector):
         def merge(module: nn.Module, args: tuple, ordinary: torch.Tensor) -> torch.Tensor:
             norms = capture.token_norms(args[0].reshape(-1, lvlm.vision_width)).detach().cpu()  # [patches of the batch]
             masks[:] = [self.chosen(norms[layout.connector], layout) for layout in layouts]
-            hidden[:] = out_of_sight()
+            if show != "both":
+                hidden[:] = out_of_sight()
             flat = ordinary.reshape(-1, ordinary.shape[-1])  # [tokens of the batch, width]
             image, other = torch.zeros(2, len(flat), dtype=torch.long)
             for i, (layout, mask) in enumerate(zip(layouts, masks, strict=True)):

@@ -47,7 +47,7 @@ class Method(nn.Module):
     """A trained change of a vision-language model.
 
     A subclass has a `kind`, keeps in `settings` the plain values that its constructor takes by name, behind the model,
-    and says in `around` what it does. Its parameters are what `trained` finds: a stage of training asks for gradients
+    and says in `around` what it does. What training may change is what `changed` finds: a stage asks for gradients
     of what it trains (`requires_grad`), and whatever a stage may have changed is kept.
     """
 
