@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from transformers import BatchFeature
 
@@ -176,8 +177,6 @@ class LoRA(Method):
             for target in targets
             if rank
         }
-        from peft import LoraConfig, inject_adapter_in_model  # only now: it takes seconds
-
         torch.manual_seed(seed)
         config = LoraConfig(target_modules=list(of_target), rank_pattern=of_target, alpha_pattern=of_target)
         inject_adapter_in_model(config, lvlm.decoder)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, LoraModel
 from safetensors.torch import load_file
 
 from sinkstudy import conversations, models, tuning
@@ -167,7 +168,7 @@ def check(job: Job, out: Path) -> dict[str, Path]:
     return {stage: found[stage] for stage in wanted}
 
 
-def start(lvlm: LVLM, job: Job, seed: int, before: Mapping[str, Path]) -> tuple[Method, Any]:
+def start(lvlm: LVLM, job: Job, seed: int, before: Mapping[str, Path]) -> tuple[Method, LoraModel | None]:
     """The method as a stage finds it, with gradients for what it trains; peft's `LoraModel` if asked for."""
     if job.method in ALONE:
         method = _alone(lvlm, job, seed)
@@ -199,8 +200,6 @@ def start(lvlm: LVLM, job: Job, seed: int, before: Mapping[str, Path]) -> tuple[
         parameter.requires_grad_(name.startswith(prefix))
     if not job.lora:
         return method, None
-    from peft import LoraConfig, LoraModel  # only now: the import takes long
-
     how = LoraConfig(r=job.lora, lora_alpha=2 * job.lora, lora_dropout=0.05, target_modules="all-linear")
     return method, LoraModel(lvlm.decoder, how, "default")
 
