@@ -173,7 +173,7 @@ def diysink(
     method: Annotated[
         str,
         typer.Option(
-            help="two-connectors, one-connector, matched-width, random-split, soft-router, gates or adapters."
+            help="two-connectors, one-connector, matched-width, random-split, in-place, soft-router, gates or adapters."
         ),
     ] = "two-connectors",
     criterion: Annotated[str, typer.Option(help="What a sink is.")] = "above_median",
@@ -262,9 +262,9 @@ def lab_diysink(
     from sinkstudy.lab import diysink
 
     for name in names or []:
-        if name not in diysink.ARMS:
-            raise engine.UserError(f"'{name}' has no arms: choose from {', '.join(diysink.ARMS)}")
-    diysink.main(names or list(diysink.ARMS))
+        if name not in diysink.BASES:
+            raise engine.UserError(f"'{name}' has no arms: choose from {', '.join(diysink.BASES)}")
+    diysink.main(names or list(diysink.BASES))
 
 
 def with_malloc() -> None:

@@ -2,8 +2,8 @@
 
 The visual tokens of both stand behind each other, those of the sinks first, and take position ids in that order. Either
 block can be left out, as stage 1 of the training and hard routing do, and each can have a weight, as soft routing does.
-Three controls have the same training: one new connector (`OneConnector`), one with as many parameters as two, and two
-connectors between which as many random tokens are divided.
+Four controls have the same training: one new connector (`OneConnector`), one with as many parameters as two, two
+connectors between which as many random tokens are divided, and two whose tokens stay in their places.
 """
 
 import copy
@@ -67,6 +67,8 @@ class DIYSink(OneConnector):
         criterion, threshold: what a sink is, see `tuning.sink_rule`; judged on the norms of the patches as the
             connector reads them.
         split: "sinks"; or "random", the control: as many visual tokens of the picture, drawn at random.
+        front: whether the tokens of the sinks stand in front of the others. Where they stay in their places, the
+            control, what two connectors do is told apart from what the place does.
 
     Attributes:
         show: "both", or only the "sinks" or the "others"; what is not shown, no token of the decoder can see.
@@ -83,6 +85,7 @@ class DIYSink(OneConnector):
         criterion: str = "above_median",
         threshold: float = 3.0,
         split: Literal["sinks", "random"] = "sinks",
+        front: bool = True,
         seed: int = 0,
         decoder: bool = True,
     ) -> None:
@@ -90,7 +93,7 @@ class DIYSink(OneConnector):
         if split not in ("sinks", "random"):
             raise ValueError(f"split is 'sinks' or 'random', not {split!r}")
         super().__init__(lvlm, seed=seed, decoder=decoder)
-        known = {"criterion": criterion, "threshold": threshold, "split": split}
+        known = {"criterion": criterion, "threshold": threshold, "split": split, "front": front}
         self.settings = known | {"seed": seed, "decoder": decoder}
         self.rule = rule
         self.sink = copy.deepcopy(lvlm.connector)
@@ -140,17 +143,19 @@ class DIYSink(OneConnector):
             return both.view_as(ordinary)
 
         def out_of_sight() -> tuple[torch.Tensor, torch.Tensor]:
-            """Behind the reordering: an image's sinks are its first visual tokens."""
+            """Behind the reordering, if there is one: an image's sinks are then its first visual tokens."""
             group, visual = places(layouts, inputs, masks)
             for layout in layouts:
-                n = int(group[layout.row, layout.visual].sum())
-                first = torch.arange(len(layout.visual)) < n
-                group[layout.row, layout.visual] = first if show == "others" else ~first
+                of_sinks = group[layout.row, layout.visual]
+                if self.settings["front"]:
+                    of_sinks = torch.arange(len(of_sinks)) < int(of_sinks.sum())
+                group[layout.row, layout.visual] = of_sinks if show == "others" else ~of_sinks
             return group, visual
 
         with ExitStack() as hooks:
             hooks.callback(lvlm.connector.register_forward_hook(merge).remove)
-            hooks.enter_context(routing.moving(lvlm, layouts, masks, ids="renumber"))
+            if self.settings["front"]:
+                hooks.enter_context(routing.moving(lvlm, layouts, masks, ids="renumber"))
             if show != "both":
                 hooks.enter_context(narrowed(lvlm, inputs, lambda: tuple(hidden)))
             yield

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, LoraModel
-from safetensors.torch import load_file
 
 from sinkstudy import conversations, models, tuning
 from sinkstudy.diysink import DIYSink, OneConnector, matched_width
@@ -31,7 +30,8 @@ PRETRAIN = {  # the stages before "tune": what the decoder sees, and whose weigh
     "two-connectors": {"pretrain-sinks": ("sinks", "sink."), "pretrain-others": ("others", "connector.")},
     "one-connector": {"pretrain": ("both", "connector.")},
 }
-PRETRAIN |= {"random-split": PRETRAIN["two-connectors"], "matched-width": PRETRAIN["one-connector"]}
+PRETRAIN |= dict.fromkeys(("random-split", "in-place"), PRETRAIN["two-connectors"])
+PRETRAIN |= {"matched-width": PRETRAIN["one-connector"]}
 # nothing but their own parameters is trained: a router of two trained connectors, gates of the model, their control
 ALONE = ("soft-router", "gates", "adapters")
 PRETRAIN |= {method: {} for method in ALONE}
@@ -44,8 +44,8 @@ class Job:
     Attributes:
         model: as `models.load` takes it.
         method: a name of `PRETRAIN`; "matched-width" is one connector with as many parameters as two have, and
-            "random-split" two connectors between which random tokens are divided; for those of `ALONE` see `ReW`,
-            `Gates` and `LoRA`.
+            "random-split" two connectors between which random tokens are divided, and "in-place" two whose tokens stay
+            in their places; for those of `ALONE` see `ReW`, `Gates` and `LoRA`.
         stage: one of the method's, or "tune".
         data, images: see `conversations.read`.
         connectors: for "tune", the folders of the stages before it; for "soft-router" that of the trained DIYSink.
@@ -178,14 +178,14 @@ def start(lvlm: LVLM, job: Job, seed: int, before: Mapping[str, Path]) -> tuple[
         return method, None
     common = {"seed": seed, "decoder": job.stage == "tune" and job.decoder}
     if "pretrain-sinks" in PRETRAIN[job.method]:
-        split = "random" if job.method == "random-split" else "sinks"
-        method = DIYSink(lvlm, criterion=job.criterion, threshold=job.threshold, split=split, **common)
+        common |= {"split": "random" if job.method == "random-split" else "sinks", "front": job.method != "in-place"}
+        method = DIYSink(lvlm, criterion=job.criterion, threshold=job.threshold, **common)
     else:
         width = matched_width(lvlm.connector) if job.method == "matched-width" else None
         method = OneConnector(lvlm, width=width, **common)
     own = method.changed()
     for stage, folder in before.items():
-        weights = load_file(folder / "weights.safetensors")
+        weights = tuning.kept(folder)
         with torch.no_grad():
             for name in own:
                 if name.startswith(PRETRAIN[job.method][stage][1]):

@@ -76,12 +76,19 @@ class Method(nn.Module):
         parameters = {"kind": self.kind, **self.settings, **more, "weights": digest(self.changed())}
         return Intervention(name, lambda lvlm, inputs: self.around(inputs), parameters, "tower", self.asks)
 
-    def save(self, folder: Path, **more: Any) -> None:
-        """Write the method to a folder, all at once; `more` plain values to remember, such as how it was trained."""
+    def save(self, folder: Path, *, eight_bits: bool = False, **more: Any) -> None:
+        """Write the method to a folder, all at once; `more` plain values to remember, such as how it was trained.
+
+        Args:
+            eight_bits: whether matrices are kept as `rounded` gives them, in half the space; else all in bfloat16.
+        """
         known = {"kind": self.kind, "base": self.lvlm.name, "revision": self.lvlm.revision, "settings": self.settings}
+        weights = {k: v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in self.changed().items()}
+        for name, matrix in self.changed().items() if eight_bits else ():
+            if matrix.ndim > 1:
+                weights[name], weights[name + SCALE] = rounded(matrix.detach().cpu())
         with atomic(folder) as temporary:
             temporary.mkdir()
-            weights = {k: v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in self.changed().items()}
             save_file(weights, temporary / "weights.safetensors")
             (temporary / "method.json").write_text(json.dumps(known | more, indent=1) + "\n", encoding="utf-8")
 
@@ -117,12 +124,40 @@ class Method(nn.Module):
         Raises:
             ValueError: they are not those of such a method on such a model.
         """
-        found, own = load_file(Path(folder) / "weights.safetensors"), self.changed()
+        found, own = kept(folder), self.changed()
         if found.keys() != own.keys() or any(found[k].shape != own[k].shape for k in own):
             raise ValueError(f"{folder} does not hold the weights of {self.kind} on {self.lvlm.name}")
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(found[name])
+
+
+SCALE = ":scale"  # behind a matrix's name
+
+
+def rounded(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A matrix in eight bits: whole numbers from -127 to 127, and what one of them is worth in each row.
+
+    Args:
+        matrix: float [rows, ..]; a row is what belongs to one output.
+
+    Returns:
+        int8 [rows, ..] and bfloat16 [rows]. Their product is off by half a scale at most, and by as much as bfloat16
+        rounds (1 in 256) for the largest of a row.
+    """
+    flat = matrix.float().flatten(1)
+    scale = (flat.abs().amax(1) / 127).bfloat16()
+    whole = (flat / scale.float().clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round().clamp(-127, 127)
+    return whole.to(torch.int8).view(matrix.shape), scale
+
+
+def kept(folder: str | Path) -> dict[str, torch.Tensor]:
+    """The weights that `Method.save` wrote to a folder, by their names there; those in eight bits as float32."""
+    found = load_file(Path(folder) / "weights.safetensors")
+    scales = {name.removesuffix(SCALE): found.pop(name) for name in list(found) if name.endswith(SCALE)}
+    for name, scale in scales.items():
+        found[name] = (found[name].flatten(1).float() * scale.float()[:, None]).view(found[name].shape)
+    return found
 
 
 KINDS = {  # by `kind`: module and class

@@ -37,7 +37,8 @@ ALIGN = tuning.Settings(steps=80, batch_size=32, lr=2e-3, weight_decay=0.05)
 TUNE = tuning.Settings(steps=240, batch_size=24, lr=2e-3, weight_decay=0.05)
 ROUTER = tuning.Settings(steps=60, batch_size=20, lr=1e-2)  # the paper's: 120 samples ten times
 RIVALS = tuning.Settings(steps=120, batch_size=32, lr=3e-3)
-ARMS = {"lab-llava-sinks": ("one", "matched", "two", "random"), "lab-qwen2vl": ("one", "two")}
+BASES = ("lab-llava-sinks", "lab-qwen2vl")
+ARMS = ("one", "matched", "two", "random", "kept")
 
 
 class Stage(language.ImageStage):
@@ -59,11 +60,12 @@ class Stage(language.ImageStage):
         of_sinks = of_sinks.to(visual.device)
         sink = self.family.mlp(method.sink)(self.family.read(method.sink, patches))
         visual = torch.where(of_sinks[..., None], sink, visual)
-        order = (~of_sinks).long().argsort(dim=1, stable=True)
-        visual = visual.gather(1, order[..., None].expand_as(visual))
+        if method.settings["front"]:
+            order = (~of_sinks).long().argsort(dim=1, stable=True)
+            visual = visual.gather(1, order[..., None].expand_as(visual))
+            of_sinks = of_sinks.gather(1, order)
         if method.show == "both":
             return visual, None
-        of_sinks = of_sinks.gather(1, order)
         return visual, of_sinks if method.show == "others" else ~of_sinks
 
 
@@ -105,10 +107,11 @@ class Workshop:
                 method = OneConnector(self.lvlm, seed=seed)
             case "matched":
                 method = OneConnector(self.lvlm, width=matched_width(self.connector), seed=seed)
-            case "two" | "random":
-                method = DIYSink(self.lvlm, split="sinks" if arm == "two" else "random", seed=seed)
+            case "two" | "random" | "kept":
+                split, front = "random" if arm == "random" else "sinks", arm != "kept"
+                method = DIYSink(self.lvlm, split=split, front=front, seed=seed)
             case _:
-                raise ValueError(f"unknown arm {arm!r}: one, matched, two or random")
+                raise ValueError(f"unknown arm {arm!r}: {', '.join(ARMS)}")
         torch.manual_seed(seed)
         for connector in connectors(method):
             language.start(self.lvlm.model, connector, self.patches)
@@ -147,7 +150,7 @@ class Workshop:
         else:
             logs.append(self.fit(method, f"{name}.align", "caption", align, [self.lvlm.connector]))
         logs.append(self.fit(method, f"{name}.tune", "questions", tune, [*connectors(method), self.lvlm.decoder]))
-        method.save(folder, steps={"align": align.steps, "tune": tune.steps})
+        method.save(folder, eight_bits=True, steps={"align": align.steps, "tune": tune.steps})
         with atomic(folder / "training.csv") as file:
             pd.concat(logs).to_csv(file, index=False, float_format="%.5g")
         print(f"{folder.name}: trained in {time.monotonic() - started:.0f} s", flush=True)
@@ -214,7 +217,7 @@ def main(bases: list[str]) -> None:
     for base in bases:
         shop = Workshop(base)
         for seed in SEEDS:
-            for arm in ARMS[base]:
+            for arm in ARMS:
                 shop.train(arm, seed)
             for arm in ("rew", "gates", "adapters"):
                 train_rival(base, arm, seed, shop.pictures)

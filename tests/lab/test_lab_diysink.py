@@ -27,13 +27,14 @@ def pictures():
 
 
 @pytest.mark.parametrize("show", ["both", "sinks", "others"])
-@pytest.mark.parametrize("base", [*diysink.ARMS, "lab-llava"])
-def test_packed_stage_is_the_method(base, show, corpus, pictures, monkeypatch):
+@pytest.mark.parametrize("front", [True, False], ids=["front", "kept"])
+@pytest.mark.parametrize("base", [*diysink.BASES, "lab-llava"])
+def test_packed_stage_is_the_method(base, front, show, corpus, pictures, monkeypatch):
     """Captions: a loss over many pictures at once, and the method's own forward pass over each."""
     monkeypatch.setattr(language, "autocast", nullcontext)
     monkeypatch.setattr(language, "compiled", lambda function: function)
-    rule = {} if base in diysink.ARMS else {"criterion": "percentile", "threshold": 98.0}  # it has no sinks
-    method = DIYSink(models.load(base), **rule)
+    rule = {} if base in diysink.BASES else {"criterion": "percentile", "threshold": 98.0}  # it has no sinks
+    method = DIYSink(models.load(base), **rule, front=front)
     lvlm = method.lvlm
     stage = diysink.Stage(method, corpus, pictures, "caption")
     lvlm.model.set_attn_implementation("lab_matmul")
@@ -67,7 +68,7 @@ def test_arms_differ_only_in_what_they_should(corpus, pictures, monkeypatch):
     monkeypatch.setattr(diysink, "training_pictures", lambda folder, n: pictures)
     shop = diysink.Workshop("lab-llava-sinks")
     sizes, decoders = {}, []
-    for arm in ("one", "matched", "two", "random"):
+    for arm in diysink.ARMS:
         method = shop.method(arm, seed=1)
         sizes[arm] = sum(p.numel() for p in method.changed().values())
         decoders.append({k: v.clone() for k, v in method.lvlm.decoder.state_dict().items()})
@@ -75,7 +76,7 @@ def test_arms_differ_only_in_what_they_should(corpus, pictures, monkeypatch):
             for p in method.changed().values():
                 p.add_(1.0)
     assert all(torch.equal(decoders[0][k], of[k]) for of in decoders[1:] for k in decoders[0])
-    assert sizes["one"] < sizes["matched"] <= sizes["two"] == sizes["random"]
+    assert sizes["one"] < sizes["matched"] <= sizes["two"] == sizes["random"] == sizes["kept"]
     first = next(iter(shop.connector.parameters()))
     assert sizes["two"] - sizes["matched"] < 2 * first.shape[-1] + 2
 

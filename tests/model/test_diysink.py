@@ -1,13 +1,14 @@
 """Two connectors on a tiny instance of every architecture, against the model's own parts put together by hand."""
 
 import copy
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from sinkstudy import capture, models, routing, sinks
+from sinkstudy import capture, models, routing, sinks, tuning
 from sinkstudy.diysink import DIYSink, OneConnector, linear_pair, matched_width, widen
 from sinkstudy.evaluate import Prefixes
 
@@ -65,12 +66,15 @@ def by_hand(method: DIYSink, inputs: Prefixes, weights=(1.0, 1.0)) -> torch.Tens
         both[at] = seen[0][at] * weights[0]
         of_sinks.append(mask)
     put = lambda tokens, layer: both if layer == lvlm.feature_layer else tokens  # noqa: E731
-    with lvlm.editing(after=put), routing.reordered(lvlm, inputs, of_sinks, ids="renumber"):
+    front = method.settings["front"]
+    order = routing.reordered(lvlm, inputs, of_sinks, ids="renumber") if front else nullcontext()
+    with lvlm.editing(after=put), order:
         return logits(lvlm, inputs)
 
 
-def test_every_block_comes_from_its_own_connector(folder):
-    method = made(folder)
+@pytest.mark.parametrize("front", [True, False], ids=["front", "kept"])
+def test_every_block_comes_from_its_own_connector(folder, front):
+    method = made(folder, front=front)
     inputs = asked(method.lvlm)
     real = inputs["attention_mask"].bool()
     with method.around(inputs):
@@ -99,10 +103,11 @@ def test_equal_connectors_are_sinks_to_the_front(folder):
     assert torch.equal(logits(lvlm, inputs), plain)
 
 
+@pytest.mark.parametrize("front", [True, False], ids=["front", "kept"])
 @pytest.mark.parametrize("show", ["sinks", "others"])
-def test_what_is_not_shown_does_not_matter(folder, show):
+def test_what_is_not_shown_does_not_matter(folder, show, front):
     """The connector of the block that is left out may put out anything."""
-    method = made(folder)
+    method = made(folder, front=front)
     if method.lvlm.spec.anyres and show == "sinks":
         pytest.skip("a visual token may read patches of both blocks there")
     inputs, lvlm = asked(method.lvlm), method.lvlm
@@ -207,6 +212,38 @@ def test_what_was_trained_comes_back(tiny, images, questions, tmp_path):
         assert torch.equal(logits(other.lvlm, inputs), wanted)
     with pytest.raises(ValueError, match="does not hold"):
         OneConnector(models.load(tiny.name)).read(tmp_path / "one")
+
+
+def near(matrix: torch.Tensor) -> torch.Tensor:
+    """How far eight bits may be off, for each row: half a step, and the rounding of the step."""
+    largest = matrix.flatten(1).abs().amax(1)
+    return largest / 127 / 2 * 1.01 + largest / 512
+
+
+def test_eight_bits():
+    """Rows of very different sizes, zeros among them."""
+    matrix = torch.randn(40, 3, 5) * torch.logspace(-6, 3, 40)[:, None, None]
+    matrix[7] = 0
+    whole, scale = tuning.rounded(matrix)
+    assert whole.dtype == torch.int8 and whole.shape == matrix.shape and scale.shape == (40,)
+    error = (whole * scale.float()[:, None, None] - matrix).abs().amax((1, 2))
+    assert (error <= near(matrix)).all() and (error > 0).sum() == 39
+
+
+def test_kept_in_eight_bits(tiny, tmp_path):
+    """Half the space; every matrix within half a step, what is no matrix as bfloat16 has it."""
+    method = made(tiny.name)
+    method.save(tmp_path / "eight", eight_bits=True)
+    method.save(tmp_path / "sixteen")
+    eight, sixteen = ((tmp_path / name / "weights.safetensors").stat().st_size for name in ("eight", "sixteen"))
+    assert eight < 0.75 * sixteen  # tiny matrices have few columns for a scale
+    found = DIYSink.open(models.load(tiny.name), tmp_path / "eight").changed()
+    for name, own in method.changed().items():
+        if own.ndim > 1:
+            error = (found[name] - own).detach().flatten(1).abs().amax(1)
+            assert (error <= near(own)).all() and error.max() > 0, name
+        else:
+            assert torch.equal(found[name], own.bfloat16().float()), name
 
 
 @pytest.mark.parametrize(("how", "message"), [

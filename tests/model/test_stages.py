@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from sinkstudy import cli, diysink, models, tuning
+from sinkstudy import cli, diysink, models, stages, tuning
 from sinkstudy.engine import UserError
 from sinkstudy.paths import ROOT
 
@@ -140,6 +140,17 @@ def test_one_connector(train, data, method: str, tmp_path: Path):
         own = sum(p.numel() for p in models.load(str(model)).connector.parameters())
         trained = sum(p.numel() for p in found.values())
         assert 0.95 < trained / (2 * own) <= 1
+
+
+@pytest.mark.parametrize(("method", "split", "front"), [
+    ("two-connectors", "sinks", True), ("random-split", "random", True), ("in-place", "sinks", False)])
+def test_two_connectors_and_their_controls(model, data, method: str, split: str, front: bool, tmp_path: Path):
+    job = stages.Job(str(model), method, "pretrain-sinks", data / "data.json", data)
+    made, _ = stages.start(models.load(str(model)), job, 0, {})
+    made.save(tmp_path / "one")
+    kept = tuning.load(tmp_path / "one").settings
+    assert (kept["split"], kept["front"]) == (split, front)
+    assert {name.split(".")[0] for name, p in made.changed().items() if p.requires_grad} == {"sink"}
 
 
 def test_low_rank_updates_end_in_the_weights(train, data, tmp_path: Path):
