@@ -116,7 +116,8 @@ def _route(method: str, benchmark: str, values: dict, weight: float | None, k: i
     rows = rows.assign(model=paths.slug(model), revision=lvlm.revision or "", dtype=values["dtype"],
                        limit=values["limit"])
     words = [method, *([] if weight is None and k is None else [f"{value:g}"])]
-    name = "-".join([rows.data[0], found[0].lower(), *words])
+    part = [f"{key}-{values[key]}" for key in ("limit", "seed") if values[key]]  # all pictures, seed 0
+    name = "-".join([rows.data[0], found[0].lower(), *words, *part])
     target = paths.results_dir(paths.slug(model), "route") / f"{name}.csv"
     with paths.atomic(target) as temporary:
         rows.to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")

@@ -116,11 +116,9 @@ class DIYSink(OneConnector):
             show: in place of the attribute.
 
         Raises:
-            ValueError: the decoder checkpoints its gradients. The backward pass would compute layers anew when the
-                context has ended, so with other tokens in sight.
+            ValueError: the decoder checkpoints its gradients, see `refuse_checkpointing`.
         """
-        if torch.is_grad_enabled() and self.lvlm.decoder.is_activation_checkpointing:
-            raise ValueError("DIYSink does not go with gradient checkpointing: call gradient_checkpointing_disable()")
+        self.refuse_checkpointing()
         lvlm, layouts, show = self.lvlm, self.lvlm.layout(inputs), show or self.show
         masks: list[torch.Tensor] = []  # bool [patches] of each image, from the connector's pass on
         hidden: list[torch.Tensor] = []  # and then what nobody sees, and all visual tokens

@@ -81,6 +81,12 @@ def defaults(notebook: str) -> dict[str, Any]:
     return found
 
 
+def least_limit(notebook: str) -> int:
+    """The smallest value of the parameter `limit`: 0 where the comment behind it says that this means all, else 1."""
+    lines = [line for cell in _cells(notebook) for line in _text(cell).splitlines() if line.startswith("limit =")]
+    return 0 if any("0: all" in line for line in lines) else 1
+
+
 def fingerprint(notebook: str, parameters: dict[str, Any]) -> dict[str, str]:
     """SHA-256 of all that the outputs of `notebook` under `parameters` follow from, by kind."""
     values = defaults(notebook) | parameters
@@ -462,6 +468,8 @@ def check_parameters(wanted: list[str], model: str, parameters: dict[str, Any]) 
     plan = {}
     for notebook, values in known.items():
         fitted = {key: _fit(key, value, values[key]) for key, value in given.items() if key in values}
+        if fitted.get("limit", 1) < (least := least_limit(notebook)):
+            raise UserError(f"parameter 'limit' is {least} at least in {notebook}, and {fitted['limit']} is not")
         plan[notebook] = {key: value for key, value in fitted.items() if value != values[key]}
     return plan
 
@@ -484,8 +492,8 @@ def _fit(key: str, value: Any, default: Any) -> Any:
         return check_model(value)
     if key == "device":
         check_device(value)
-    if key == "batch_size" and value < 1 or key == "limit" and value < min(1, default):
-        raise UserError(f"parameter '{key}' is {min(1, default) if key == 'limit' else 1} at least, and {value} is not")
+    if key == "batch_size" and value < 1:
+        raise UserError(f"parameter 'batch_size' is 1 at least, and {value} is not")
     if key == "dtype" and value not in DTYPES:
         raise UserError(f"unknown dtype '{value}': one of {', '.join(DTYPES)}")
     example = next(iter(_texts(default)), "")  # shows what kind of text the parameter holds

@@ -110,12 +110,8 @@ class Gates(Method):
             yield
 
     def forward(self, inputs: Prefixes, labels: torch.Tensor) -> torch.Tensor:
-        """As `Method.forward`; raises ValueError too if the decoder checkpoints its activations.
-
-        The backward pass would compute layers anew when the gates are no longer there.
-        """
-        if self.lvlm.decoder.is_activation_checkpointing:
-            raise ValueError("gates do not go with activation checkpointing: call activation_checkpointing_disable()")
+        """As `Method.forward`; raises ValueError too as `refuse_checkpointing`."""
+        self.refuse_checkpointing()
         with self.around(inputs, labels):
             return self.model(**inputs, labels=labels).loss
 

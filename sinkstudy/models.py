@@ -28,7 +28,7 @@ from transformers import (
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 from transformers.vision_utils import get_vision_window_index
 
-from sinkstudy.lab import registers  # noqa: F401  (makes the register tower known to AutoModel)
+from sinkstudy import registers  # noqa: F401  (makes the register tower known to AutoModel)
 from sinkstudy.paths import MODELS, hub_commit, lab_models
 
 

@@ -14,7 +14,7 @@ import torch
 
 from sinkstudy import ablation, benchmarks, capture, neurons, routing, sinks, stats, study
 from sinkstudy.ablation import Masks
-from sinkstudy.evaluate import ANSWERS, NONE, Intervention, evaluate
+from sinkstudy.evaluate import ANSWERS, NONE, Intervention
 from sinkstudy.models import LVLM
 
 LOOKED_AT = 64  # pictures at most by which neurons are found; a quarter of them for the decoder's dimensions
@@ -277,15 +277,11 @@ def effect(
     of = norms(lvlm, pictures, batch_size)
     group, own, random = groups(of, criterion, threshold, seed)
     how = METHODS[method].make(Case(lvlm, pictures, of, own, random, batch_size), value)
-    asked = table.assign(question=benchmarks.prompts(table, benchmark, study.family(lvlm, public)))
-    settings = {"images": pictures, "max_new_tokens": max_new_tokens, "batch_size": batch_size, "cache": cache}
-    said = evaluate(lvlm, asked, [NONE, how], **settings)
-    answers = {}
-    for name, part in said.groupby("intervention", sort=False):
-        logp = [row.get(f"logp_{row['answer']}", float("nan")) for row in part.to_dict("records")]
-        answers[name] = {"right": 100.0 * benchmarks.right(part, benchmark).to_numpy(dtype=float), "logp": logp}
+    settings = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "cache": cache}
+    said = study.answers(lvlm, benchmark, table, pictures, [NONE, how], public=public, **settings)
+    answers = {name: part.reset_index(drop=True) for name, part in said.groupby("intervention")}
     before, after = answers[NONE.name], answers[how.name]
-    interval = {"clusters": table.image_id, "method": "percentile", "missing": "drop", "seed": seed}
+    interval = {"clusters": before.image_id, "method": "percentile", "missing": "drop", "seed": seed}
     rows = []
     for measure, unit in (("right", "%"), ("logp", "nats")):
         found = {

@@ -1,15 +1,16 @@
-"""What the chapters begin with: pictures, questions about them, and the model beside its controls."""
+"""What chapters have in common: pictures, questions about them, the model beside its controls, and its answers."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from PIL import Image, UnidentifiedImageError
 
-from sinkstudy import benchmarks, models, paths
+from sinkstudy import benchmarks, models, paths, stats
 from sinkstudy.benchmarks.parquet import Picture
+from sinkstudy.evaluate import Intervention, evaluate
 from sinkstudy.lab import benchmarks as lab_benchmarks
 from sinkstudy.lab import questions as lab
 from sinkstudy.lab import world
@@ -153,6 +154,20 @@ def benchmark(name: str, data_dir: str, hub: bool, limit: int) -> tuple[pd.DataF
     return table, {image: pixels[i] for image, i in zip(table.image_id, place, strict=True)}
 
 
+def load_benchmarks(
+    names: Sequence[str], data_dir: str, hub: bool, limit: int
+) -> tuple[dict[str, pd.DataFrame], dict[str, dict[str, Any]]]:
+    """`benchmark` for each name: tables, and pictures, of those that are there.
+
+    Raises:
+        ValueError: none of them is.
+    """
+    found = {name: of for name in names if (of := benchmark(name, data_dir, hub, limit)) is not None}
+    if not found:
+        raise ValueError(f"none of {', '.join(names)} is there: data_dir {data_dir!r} needs a folder for each of them")
+    return {name: of[0] for name, of in found.items()}, {name: of[1] for name, of in found.items()}
+
+
 def opened(picture: Any) -> Any:
     """A picture as `LVLM.inputs` takes it: one in a parquet file is read, any other stays as it is."""
     return picture.open() if isinstance(picture, Picture) else picture
@@ -161,3 +176,48 @@ def opened(picture: Any) -> Any:
 def family(lvlm: LVLM, public: bool) -> str:
     """Whose prompts a model is asked with: the lab's own on the lab's data, otherwise those of its family."""
     return benchmarks.FAMILIES.get(lvlm.model.config.model_type, "llava") if public else "lab"
+
+
+def answers(
+    lvlm: LVLM,
+    benchmark: str,
+    table: pd.DataFrame,
+    pictures: Mapping[str, Any],
+    interventions: Sequence[Intervention],
+    *,
+    public: bool,
+    **settings: Any,
+) -> pd.DataFrame:
+    """A model's answers to a benchmark, asked in the words of `family` and judged by the benchmark's official rule.
+
+    Args:
+        benchmark, table, pictures: its name, and what `benchmark` gives for it.
+        settings: further ones of `evaluate`.
+
+    Returns:
+        The rows of `evaluate`, with `benchmark`; `picture`, the image's id behind the benchmark's name; `right`, 100 or
+        0; and `logp`, the log-probability (nats) of the true answer's first token, NaN where first tokens do not tell
+        the possible answers apart.
+
+    Raises:
+        ValueError: as `evaluate`.
+    """
+    asked = table.assign(question=benchmarks.prompts(table, benchmark, family(lvlm, public)))
+    said = evaluate(lvlm, asked, interventions, images=pictures, **settings)
+    said["right"] = pd.concat(
+        [100.0 * benchmarks.right(of, benchmark) for _, of in said.groupby("intervention", sort=False)]
+    )
+    said["logp"] = [row.get(f"logp_{row['answer']}", float("nan")) for row in said.to_dict("records")]
+    return said.assign(benchmark=benchmark, picture=benchmark + " " + said.image_id.astype(str))
+
+
+def mean(said: pd.DataFrame, measure: str, seed: int = 0) -> stats.Interval:
+    """Mean of a column of `answers`, each benchmark counting alike, with its 95 % bootstrap interval over pictures.
+
+    Rows without a value do not count. The interval is the percentiles'.
+    """
+    said = said.dropna(subset=measure)
+    if said.empty:
+        return stats.mean_interval([float("nan")], missing="drop")
+    weights = len(said) / said.benchmark.nunique() / said.benchmark.map(said.benchmark.value_counts())
+    return stats.mean_interval(said[measure] * weights, clusters=said.picture, method="percentile", seed=seed)

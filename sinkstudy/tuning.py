@@ -67,6 +67,15 @@ class Method(nn.Module):
         with self.around(inputs):
             return self.model(**inputs, labels=labels).loss
 
+    def refuse_checkpointing(self) -> None:
+        """Raise a ValueError if the decoder checkpoints its gradients.
+
+        The backward pass would compute layers anew when the context of `around` has ended, so without the method.
+        """
+        if torch.is_grad_enabled() and self.lvlm.decoder.is_activation_checkpointing:
+            raise ValueError(f"{self.kind} does not go with gradient checkpointing: "
+                             "call activation_checkpointing_disable() of the model")  # fmt: skip
+
     def changed(self) -> dict[str, nn.Parameter]:
         """What training may change, by its name in this module; no tensor twice."""
         return {name: p for name, p in self.named_parameters() if not name.startswith("model.")}

@@ -26,9 +26,9 @@ from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedModel, Qwen2VLVisionConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel as Qwen2VLVisionModel
 
-from sinkstudy.lab.registers import CLIPVisionModelWithRegisters, CLIPVisionWithRegistersConfig
 from sinkstudy.lab.training import autocast
 from sinkstudy.lab.world import GRID, PATCH, SIDE
+from sinkstudy.registers import CLIPVisionModelWithRegisters, CLIPVisionWithRegistersConfig
 
 WIDTH, LAYERS, HEADS = 128, 8, 2
 KINDS = ("plain", "sinks", "registers", "no-cls", "qwen2vl")

@@ -16,7 +16,7 @@ BAD = {
     "missing path": (["-p", "data=data/none.csv"], "parameter 'data': there is no file or folder data/none.csv"),
     "unknown device": (["--device", "tpu"], "unknown device 'tpu': cpu, cuda, cuda:1, ..., mps or auto"),
     "unknown dtype": (["--dtype", "int3"], "unknown dtype 'int3': one of float32, bfloat16, float16"),
-    "no picture": (["--limit", "0"], "parameter 'limit' is 1 at least, and 0 is not"),
+    "no picture": (["--limit", "0"], "parameter 'limit' is 1 at least in 01-first, and 0 is not"),
     "empty batch": (["--batch-size", "0"], "parameter 'batch_size' is 1 at least, and 0 is not"),
     "revision of a folder": (["--revision", "v1"], "lab-llava is a folder and has no revision 'v1'"),
     "unknown notebook": (["--only", "07"], "no notebook begins with '07'; there are: 01-first, 02-second"),
@@ -69,6 +69,14 @@ def test_options_reach_the_notebooks_that_have_them(project: Project):
     project.call("run", "owner/name", "--revision", "v1", "--batch-size", "2")
     assert project.page("01-first", run="owner--name").cells[-1].outputs[0].text == "owner/name 2 v1\n"
     assert project.page("02-second", run="owner--name").cells[-1].outputs[0].text == "owner/name\n"
+
+
+def test_no_limit_where_the_notebook_knows_it(project: Project):
+    project.notebook("02-second", "print(limit)", parameters='model = "lab-llava"\nlimit = 3  # pictures; 0: all')
+    project.call("run", "--only", "02", "--limit", "0", "--name", "all")
+    assert project.page("02-second", run="all").cells[-1].outputs[0].text == "0\n"
+    printed = project.call("run", "--only", "02", "--limit", "-1", code=1)
+    assert printed == "sinkstudy: parameter 'limit' is 0 at least in 02-second, and -1 is not\n"
 
 
 def test_unknown_command_fails(project: Project):

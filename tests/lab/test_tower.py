@@ -11,8 +11,8 @@ from transformers.models.qwen2_vl import modeling_qwen2_vl
 
 from sinkstudy.lab import tower as t
 from sinkstudy.lab.emergence import PATCHES, Follower, log_spaced
-from sinkstudy.lab.registers import CLIPVisionModelWithRegisters
 from sinkstudy.lab.world import render
+from sinkstudy.registers import CLIPVisionModelWithRegisters
 
 HEADS = 2
 

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from sinkstudy import models
-from sinkstudy.lab.registers import CLIPVisionWithRegistersConfig
+from sinkstudy.registers import CLIPVisionWithRegistersConfig
 
 WORDS = "<pad> <s> </s> <unk> <image> user : assistant what is the texture how many red blue yes no".split()
 CHAT = (

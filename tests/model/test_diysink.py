@@ -256,8 +256,8 @@ def test_bad_settings(tiny, how, message):
 def test_refuses_gradient_checkpointing(tiny, images, questions):
     method = DIYSink(models.load(tiny.name), **RULE)
     inputs = Prefixes(method.lvlm.inputs(images, questions), list("abc"), questions)
-    method.lvlm.decoder.gradient_checkpointing_enable()
-    with pytest.raises(ValueError, match="gradient_checkpointing_disable"):
+    method.lvlm.decoder.activation_checkpointing_enable()
+    with pytest.raises(ValueError, match="activation_checkpointing_disable"):
         method(inputs, inputs["input_ids"])
     with torch.no_grad(), method.around(inputs):
         assert logits(method.lvlm, inputs).isfinite().all()

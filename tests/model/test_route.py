@@ -169,7 +169,7 @@ def test_the_command_writes_what_it_prints_and_answers_once(elsewhere, monkeypat
     arguments = ("lab-llava-sinks", "--method", "sinks-only", "--benchmark", "MME", "--limit", "1")
     ended = call(*arguments)
     assert ended.exit_code == 0, ended.exception
-    rows = pd.read_csv(elsewhere / "results" / "lab-llava-sinks" / "route" / "lab-mme-sinks-only.csv")
+    rows = pd.read_csv(elsewhere / "results" / "lab-llava-sinks" / "route" / "lab-mme-sinks-only-limit-1.csv")
     right = rows[rows.measure == "right"].set_index("what")
     assert right.value["difference"] == pytest.approx(right.value["method"] - right.value["baseline"], abs=1e-3)
     assert right.high["difference"] < 0 and set(rows.limit) == {1} and set(rows.data) == {"lab"}
@@ -206,7 +206,7 @@ BAD = {
     "not in the folder": (LAB + ["--method", "front", "--data-dir", "data"], "no data of POPE: there is no folder"),
     "device": (LAB + ["--method", "front", "--device", "tpu"], "unknown device 'tpu'"),
     "dtype": (LAB + ["--method", "front", "--dtype", "int3"], "unknown dtype 'int3'"),
-    "limit": (LAB + ["--method", "front", "--limit", "0"], "parameter 'limit' is 1 at least"),
+    "limit": (LAB + ["--method", "front", "--limit", "-1"], "parameter 'limit' is 0 at least"),
     "batch size": (LAB + ["--method", "front", "--batch-size", "0"], "parameter 'batch_size' is 1 at least"),
     "revision": (LAB + ["--method", "front", "--revision", "v1"], "lab-llava is a folder and has no revision"),
     "weight": (LAB + ["--method", "front", "--weight", "2"], "the method front takes no weight"),

@@ -2,11 +2,13 @@
 
 import architectures
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
 
-from sinkstudy import study
+from sinkstudy import benchmarks, models, stats, study
+from sinkstudy.evaluate import NONE, evaluate
 from sinkstudy.lab import questions as lab
 from sinkstudy.lab import world
 
@@ -80,3 +82,30 @@ def test_a_revision_is_the_models_and_not_the_controls(monkeypatch):
     with pytest.raises(LookupError):
         study.load("owner/name", [], None, revision="v1")
     assert asked == {"owner/name": "v1"}
+
+
+def test_mean_of_benchmarks():
+    """By hand: the mean of the benchmarks' means; a row without a value counts nowhere."""
+    rows = pd.DataFrame({
+        "benchmark": ["POPE"] * 4 + ["MME"] * 2, "picture": list("aabbcd"),
+        "right": [100.0, 0.0, 100.0, 100.0, 0.0, np.nan]})
+    found = study.mean(rows, "right")
+    assert found.value == pytest.approx((75 + 0) / 2) and found.n == 3
+    assert found.low < found.value < found.high
+    one = study.mean(rows[rows.benchmark == "POPE"], "right", seed=3)
+    own = stats.mean_interval([50.0, 100.0], method="percentile", seed=3)
+    assert one.value == own.value and (one.low, one.high) == (own.low, own.high)
+    assert np.isnan(study.mean(rows.iloc[5:], "right").value)
+
+
+def test_answers_are_judged_and_their_logp_is_the_true_ones():
+    """Against `evaluate` and the benchmark's rule, called directly."""
+    lvlm = models.load("lab-llava-sinks")
+    table, shown = study.benchmark("MMStar", "", False, 2)
+    said = study.answers(lvlm, "MMStar", table, shown, [NONE], public=False, cache=None)
+    asked = table.assign(question=benchmarks.prompts(table, "MMStar", "lab"))
+    direct = evaluate(lvlm, asked, [NONE], images=shown, cache=None)
+    assert said.prediction.equals(direct.prediction)
+    assert said.right.tolist() == (100.0 * (direct.prediction.str.strip().str[:1] == table.answer)).tolist()
+    assert said["logp"].tolist() == [direct[f"logp_{a}"][i] for i, a in enumerate(table.answer)]
+    assert said.picture.tolist() == [f"MMStar {i}" for i in table.image_id]

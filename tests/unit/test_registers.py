@@ -10,7 +10,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from sinkstudy.lab.registers import CLIPVisionModelWithRegisters, CLIPVisionWithRegistersConfig
+from sinkstudy.registers import CLIPVisionModelWithRegisters, CLIPVisionWithRegistersConfig
 
 SIZES = dict(
     hidden_size=16,
