@@ -15,11 +15,11 @@ from typing import Literal
 import torch
 from torch import nn
 
-from sinkstudy import capture, routing
+from sinkstudy import capture, routing, sinks
 from sinkstudy.ablation import narrowed, places
 from sinkstudy.evaluate import Intervention, Prefixes
 from sinkstudy.models import LVLM, ImageLayout
-from sinkstudy.tuning import Method, sink_rule
+from sinkstudy.tuning import Method
 
 Show = Literal["both", "sinks", "others"]
 
@@ -64,7 +64,7 @@ class DIYSink(OneConnector):
     """Two connectors, both new: the model's own place keeps that of the ordinary patches.
 
     Args:
-        criterion, threshold: what a sink is, see `tuning.sink_rule`; judged on the norms of the patches as the
+        criterion, threshold: what a sink is, see `sinks.rule`; judged on the norms of the patches as the
             connector reads them.
         split: "sinks"; or "random", the control: as many visual tokens of the picture, drawn at random.
         front: whether the tokens of the sinks stand in front of the others. Where they stay in their places, the
@@ -89,7 +89,7 @@ class DIYSink(OneConnector):
         seed: int = 0,
         decoder: bool = True,
     ) -> None:
-        rule = sink_rule(criterion, threshold)
+        rule = sinks.rule(criterion, threshold)
         if split not in ("sinks", "random"):
             raise ValueError(f"split is 'sinks' or 'random', not {split!r}")
         super().__init__(lvlm, seed=seed, decoder=decoder)

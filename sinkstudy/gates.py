@@ -12,10 +12,10 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from transformers import BatchFeature
 
-from sinkstudy import routing
+from sinkstudy import routing, sinks
 from sinkstudy.evaluate import Prefixes
 from sinkstudy.models import LVLM
-from sinkstudy.tuning import Method, sink_rule
+from sinkstudy.tuning import Method
 
 HIDDEN = 64  # neurons of a gate
 
@@ -40,7 +40,7 @@ class Gates(Method):
     Args:
         layers: those after which a gate reads, from 0, negative ones from the end; by default all but the last, behind
             which there are no keys.
-        criterion, threshold: what a sink is, see `tuning.sink_rule`; judged on the norms of the patches as the
+        criterion, threshold: what a sink is, see `sinks.rule`; judged on the norms of the patches as the
             connector reads them.
         normalised: whether the gates begin at the untouched model.
         seed: of the gates' first weights.
@@ -73,7 +73,7 @@ class Gates(Method):
         super().__init__(
             lvlm, layers=layers, criterion=criterion, threshold=threshold, normalised=normalised, seed=seed
         )
-        self.rule = sink_rule(criterion, threshold)
+        self.rule = sinks.rule(criterion, threshold)
         torch.manual_seed(seed)
         width = lvlm.model.config.get_text_config().hidden_size
         self.gates = nn.ModuleDict()  # in float32 whatever the model's dtype is, for small steps to count

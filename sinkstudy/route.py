@@ -61,11 +61,14 @@ def groups(
 
     Args:
         of: norms, float [patches] of each picture.
-        criterion: a key of `sinks.NORM_CRITERIA`.
-        threshold: of that rule.
+        criterion, threshold: what a sink is, see `sinks.rule`.
         seed: of the draw.
+
+    Raises:
+        ValueError: an unknown criterion.
     """
-    found = {key: sinks.NORM_CRITERIA[criterion](n, threshold) for key, n in of.items()}
+    rule = sinks.rule(criterion, threshold)
+    found = {key: rule(n) for key, n in of.items()}
     enough = sum(int(mask.sum()) for mask in found.values()) >= 0.5 * len(found)
     chosen = found if enough else {key: sinks.percentile(n, 98) for key, n in of.items()}
     random = {key: sinks.random_like(mask, seed=seed + i) for i, (key, mask) in enumerate(chosen.items())}

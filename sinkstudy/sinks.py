@@ -85,6 +85,21 @@ NORM_CRITERIA: dict[str, Callable[..., torch.Tensor]] = {  # by name; each takes
 }
 
 
+def rule(criterion: str, threshold: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What a sink is: norms, float [.., patches] -> bool [.., patches].
+
+    Args:
+        criterion: a name of `NORM_CRITERIA`.
+        threshold: the criterion's.
+
+    Raises:
+        ValueError: an unknown criterion.
+    """
+    if criterion not in NORM_CRITERIA:
+        raise ValueError(f"unknown criterion {criterion!r}; known: {', '.join(NORM_CRITERIA)}")
+    return lambda norms: NORM_CRITERIA[criterion](norms, threshold)
+
+
 def max_median_ratio(norms: torch.Tensor) -> torch.Tensor:
     """Largest norm over median norm of each image: [.., tokens] -> float [..]."""
     return norms.amax(-1) / norms.quantile(0.5, dim=-1)

@@ -197,16 +197,19 @@ def answers(
     Returns:
         The rows of `evaluate`, with `benchmark`; `picture`, the image's id behind the benchmark's name; `right`, 100 or
         0; and `logp`, the log-probability (nats) of the true answer's first token, NaN where first tokens do not tell
-        the possible answers apart.
+        the possible answers apart. What a benchmark asks twice, as POPE does, is answered once.
 
     Raises:
         ValueError: as `evaluate`.
     """
     asked = table.assign(question=benchmarks.prompts(table, benchmark, family(lvlm, public)))
-    said = evaluate(lvlm, asked, interventions, images=pictures, **settings)
-    said["right"] = pd.concat(
-        [100.0 * benchmarks.right(of, benchmark) for _, of in said.groupby("intervention", sort=False)]
-    )
+    asked = asked.drop(columns="image", errors="ignore")
+    where = ["image_id", "question"]
+    once = evaluate(lvlm, asked.drop_duplicates(where), interventions, images=pictures, **settings)
+    new = once[[*where, *once.columns.difference(asked.columns)]]
+    parts = [asked.merge(of, on=where, how="left") for _, of in new.groupby("intervention", sort=False)]
+    said = pd.concat(parts, ignore_index=True)
+    said["right"] = pd.concat([100.0 * benchmarks.right(of, benchmark) for _, of in said.groupby("intervention")])
     said["logp"] = [row.get(f"logp_{row['answer']}", float("nan")) for row in said.to_dict("records")]
     return said.assign(benchmark=benchmark, picture=benchmark + " " + said.image_id.astype(str))
 

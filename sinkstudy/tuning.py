@@ -37,7 +37,7 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
-from sinkstudy import models, sinks
+from sinkstudy import models
 from sinkstudy.evaluate import Intervention, Prefixes
 from sinkstudy.models import LVLM
 from sinkstudy.paths import atomic
@@ -198,21 +198,6 @@ def digest(weights: dict[str, torch.Tensor]) -> str:
     for name, tensor in weights.items():
         sha256.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return sha256.hexdigest()
-
-
-def sink_rule(criterion: str, threshold: float) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What a sink is: norms, float [.., patches] -> bool [.., patches].
-
-    Args:
-        criterion: a name of `sinks.NORM_CRITERIA`.
-        threshold: the criterion's.
-
-    Raises:
-        ValueError: an unknown criterion.
-    """
-    if criterion not in sinks.NORM_CRITERIA:
-        raise ValueError(f"unknown criterion {criterion!r}; known: {', '.join(sinks.NORM_CRITERIA)}")
-    return lambda norms: sinks.NORM_CRITERIA[criterion](norms, threshold)
 
 
 # ------------------------------------------------------------------------------------------------- training

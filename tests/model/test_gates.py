@@ -12,10 +12,10 @@ import torch
 import transformers
 from PIL import Image
 
-from sinkstudy import models, routing
+from sinkstudy import models, routing, sinks
 from sinkstudy.evaluate import evaluate
 from sinkstudy.gates import Gates, LoRA, n_parameters, prompt_ends, ranks
-from sinkstudy.tuning import Settings, fit, sink_rule
+from sinkstudy.tuning import Settings, fit
 
 close = dict(atol=2e-5, rtol=1e-4)
 SIZES = [(48, 32), (32, 64), (64, 64)]  # (width, height)
@@ -266,7 +266,7 @@ def planted(lvlm, seed, n, rules):
     asked, answers, kinds = [], [], []
     for kind, question in enumerate(QUESTIONS[:2]):
         inputs = lvlm.inputs(images, [question] * n)
-        said = [logits(lvlm, inputs, routing.gated(lvlm, inputs, sink_rule(**RULE), *by, layers=[1])) for by in rules]
+        said = [logits(lvlm, inputs, routing.gated(lvlm, inputs, sinks.rule(**RULE), *by, layers=[1])) for by in rules]
         said = [words + of_rule[:, -1, words:].argmax(-1) for of_rule in said]
         for i in (said[0] != said[1]).nonzero()[:, 0].tolist():
             asked.append((images[i], question))
@@ -366,7 +366,7 @@ def test_lora_begins_at_the_untouched_model_and_leaves_its_parts_in_place(lvlm):
                 one.weight.data += two.lora_B["default"].weight.data @ two.lora_A["default"].weight.data
     assert not torch.allclose(logits(own, inputs)[:, -1], logits(lvlm, inputs)[:, -1], atol=1e-2)
     here = real(inputs)
-    for contexts in ([None, None], [routing.gated(x, inputs, sink_rule(**RULE), 2.0, 0.5) for x in (own, by_hand)]):
+    for contexts in ([None, None], [routing.gated(x, inputs, sinks.rule(**RULE), 2.0, 0.5) for x in (own, by_hand)]):
         ours, expected = (logits(x, inputs, context) for x, context in zip((own, by_hand), contexts, strict=True))
         torch.testing.assert_close(ours[here], expected[here], atol=1e-4, rtol=1e-3)
     assert {name for name, p in own.model.named_parameters() if p.requires_grad} == {

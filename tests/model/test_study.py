@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sinkstudy import benchmarks, models, stats, study
+from sinkstudy import ablation, benchmarks, models, stats, study
 from sinkstudy.evaluate import NONE, evaluate
 from sinkstudy.lab import questions as lab
 from sinkstudy.lab import world
@@ -96,6 +96,28 @@ def test_mean_of_benchmarks():
     own = stats.mean_interval([50.0, 100.0], method="percentile", seed=3)
     assert one.value == own.value and (one.low, one.high) == (own.low, own.high)
     assert np.isnan(study.mean(rows.iloc[5:], "right").value)
+
+
+def test_what_is_asked_twice_is_answered_once(monkeypatch):
+    """POPE asks about what is there in each of its three parts. Every row gets its answer, under each intervention."""
+    lvlm, numbers = models.load("lab-llava-sinks"), []
+
+    def counting(lvlm, table, *more, **how):
+        numbers.append(len(table))
+        return evaluate(lvlm, table, *more, **how)
+
+    monkeypatch.setattr(study, "evaluate", counting)
+    table, shown = study.benchmark("POPE", "", False, 2)
+    sinks_off = ablation.hide("off", {i: torch.arange(144) < 100 for i in shown})
+    said = study.answers(lvlm, "POPE", table, shown, [NONE, sinks_off], public=False, cache=None)
+    assert numbers == [len(table[["image_id", "question"]].drop_duplicates())] and numbers[0] < len(table)
+    asked = table.assign(question=benchmarks.prompts(table, "POPE", "lab"))
+    direct = evaluate(lvlm, asked, [NONE, sinks_off], images=shown, cache=None)
+    assert said.intervention.equals(direct.intervention) and said.id.equals(direct.id)
+    assert said.prediction.equals(direct.prediction)
+    columns = ["logp_yes", "logp_no"]
+    np.testing.assert_allclose(said[columns], direct[columns], atol=1e-4)
+    assert said["first"].equals(direct["first"])
 
 
 def test_answers_are_judged_and_their_logp_is_the_true_ones():
