@@ -582,11 +582,16 @@ def update_notebooks(only: Iterable[str] = ()) -> None:
 def render(*, stored: bool = False) -> bool:
     """Render `_build/html` if a page, an executed notebook or anything else shown has changed; say whether it did.
 
+    Executed pages of the default run whose notebook is gone, renamed say, are deleted: other pages have their labels.
+
     `stored`: where the default run is out of date, show the outputs stored in `notebooks/` instead of asking for a
     run (for tests of the pages). Raises UserError if a page is missing or Jupyter Book warns.
     """
     import yaml
 
+    for name in executed(DEFAULT_MODEL):
+        if name not in notebooks():
+            (RUNS / DEFAULT_MODEL / f"{name}.ipynb").unlink()
     for name in notebooks() if stored else ():
         if not is_fresh(DEFAULT_MODEL, name, {}):
             with atomic(RUNS / DEFAULT_MODEL / f"{name}.ipynb") as target:

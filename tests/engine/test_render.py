@@ -93,3 +93,21 @@ def test_render(project: Project):
     project.write("sinkstudy/pages.py", PAGES)
     assert "was not rendered without a warning" in project.call("book", code=1)
     assert "was not rendered without a warning" in project.call("book", code=1)  # not taken for a whole book
+
+
+def test_renamed_notebook(project: Project):
+    """The page of the old name goes, so no label stands twice; a page of another run stays."""
+    project.write("_config.yml", CONFIG)
+    project.write("_toc.yml", TOC)
+    project.write("book/intro.md", "# Intro\n")
+    (project.root / "book/dot.png").write_bytes(DOT)
+    project.notebook("01-first", "print(limit)")
+    project.notebook("02-second", "print(seed)", prose=PROSE)
+    project.call("run")
+    project.call("run", "owner/other", "--only", "02")
+    (project.root / "notebooks/02-second.ipynb").rename(project.root / "notebooks/03-third.ipynb")
+    project.write("_toc.yml", TOC.replace("02-second", "03-third"))
+    project.call("run")
+    assert "the book is rendered" in project.call("book")
+    assert not (project.root / "book/runs/lab-llava/02-second.ipynb").exists()
+    assert (project.root / "book/runs/owner--other/02-second.ipynb").exists()
