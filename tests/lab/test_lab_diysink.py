@@ -5,13 +5,15 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from sinkstudy import models, tuning
-from sinkstudy.diysink import DIYSink
-from sinkstudy.evaluate import Prefixes
+from sinkstudy import models, routing, sinks, study, tuning
+from sinkstudy.diysink import DIYSink, OneConnector
+from sinkstudy.evaluate import NONE, Intervention, Prefixes
+from sinkstudy.gates import Gates, LoRA
 from sinkstudy.lab import diysink, language
 from sinkstudy.lab.corpus import Corpus
 from sinkstudy.lab.world import render
 from sinkstudy.paths import METHODS
+from sinkstudy.routers import ReW
 
 SCENES = 8
 
@@ -79,6 +81,40 @@ def test_arms_differ_only_in_what_they_should(corpus, pictures, monkeypatch):
     assert sizes["one"] < sizes["matched"] <= sizes["two"] == sizes["random"] == sizes["kept"]
     first = next(iter(shop.connector.parameters()))
     assert sizes["two"] - sizes["matched"] < 2 * first.shape[-1] + 2
+
+
+@pytest.mark.parametrize("base", ["lab-llava", "lab-qwen2vl"])
+def test_every_trained_method_runs(base, tmp_path):
+    """Also where the default rule finds no sinks: at its start, each answers as what it starts from."""
+    rule = {"criterion": "percentile", "threshold": 98.0}
+    table, shown = study.benchmark("MMStar", "", False, 1)
+
+    def said(lvlm, how):
+        answers = study.answers(lvlm, "MMStar", table, shown, [how], public=False, cache=None, max_new_tokens=4)
+        return torch.tensor(answers["logp"])
+
+    def with_own_connector(method):  # in both places, if there are two
+        own = models.load(base).connector.state_dict()
+        for connector in diysink.connectors(method):
+            connector.load_state_dict(own)
+        return method
+
+    moved = Intervention("it", lambda lvlm, inputs: routing.reordered(lvlm, inputs, sinks.rule(**rule), ids="renumber"))
+    plain, front = said(models.load(base), NONE), said(models.load(base), moved)
+    pair = with_own_connector(DIYSink(models.load(base), **rule))
+    pair.save(tmp_path / "pair")
+    kept = tuning.load(tmp_path / "pair")
+    starts = [
+        (Gates(models.load(base), normalised=True, **rule), plain),
+        (LoRA(models.load(base), parameters=2000), plain),
+        (with_own_connector(OneConnector(models.load(base))), plain),
+        (with_own_connector(DIYSink(models.load(base), **rule, front=False)), plain),
+        (pair, front),
+        (ReW(models.load(base), diysink=tmp_path / "pair"), said(kept.lvlm, kept.intervention("it"))),
+    ]
+    assert len(plain) >= 6 and not torch.allclose(plain, front, atol=1e-3)
+    for method, expected in starts:
+        torch.testing.assert_close(said(method.lvlm, method.intervention("it")), expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("folder", sorted(METHODS.glob("*/*-*")), ids=lambda of: f"{of.parent.name}/{of.name}")
