@@ -468,7 +468,7 @@ def check_parameters(wanted: list[str], model: str, parameters: dict[str, Any]) 
     plan = {}
     for notebook, values in known.items():
         fitted = {key: _fit(key, value, values[key]) for key, value in given.items() if key in values}
-        if fitted.get("limit", 1) < (least := least_limit(notebook)):
+        if "limit" in fitted and fitted["limit"] < (least := least_limit(notebook)):
             raise UserError(f"parameter 'limit' is {least} at least in {notebook}, and {fitted['limit']} is not")
         plan[notebook] = {key: value for key, value in fitted.items() if value != values[key]}
     return plan
@@ -589,9 +589,8 @@ def render(*, stored: bool = False) -> bool:
     """
     import yaml
 
-    for name in executed(DEFAULT_MODEL):
-        if name not in notebooks():
-            (RUNS / DEFAULT_MODEL / f"{name}.ipynb").unlink()
+    for name in set(executed(DEFAULT_MODEL)) - set(notebooks()):
+        (RUNS / DEFAULT_MODEL / f"{name}.ipynb").unlink()
     for name in notebooks() if stored else ():
         if not is_fresh(DEFAULT_MODEL, name, {}):
             with atomic(RUNS / DEFAULT_MODEL / f"{name}.ipynb") as target:

@@ -237,6 +237,11 @@ def shown(interval: stats.Interval, fmt: str | None = None) -> str:
     return text.replace("-", "−")
 
 
+def shown_p(p: float) -> str:
+    """A p-value with three digits behind the point, or "< 0.001"; a dash if there is none."""
+    return "–" if np.isnan(p) else f"{p:.3f}" if p >= 0.0005 else "< 0.001"
+
+
 def phrase(interval: stats.Interval, reference: float, above: str, below: str, unclear: str, missing: str) -> str:
     """The words that an interval allows, so that prose follows from the numbers.
 

@@ -92,10 +92,12 @@ class Method(nn.Module):
             eight_bits: whether matrices are kept as `rounded` gives them, in half the space; else all in bfloat16.
         """
         known = {"kind": self.kind, "base": self.lvlm.name, "revision": self.lvlm.revision, "settings": self.settings}
-        weights = {k: v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in self.changed().items()}
-        for name, matrix in self.changed().items() if eight_bits else ():
-            if matrix.ndim > 1:
-                weights[name], weights[name + SCALE] = rounded(matrix.detach().cpu())
+        weights = {}
+        for name, parameter in self.changed().items():
+            if eight_bits and parameter.ndim > 1:
+                weights[name], weights[name + SCALE] = rounded(parameter.detach().cpu())
+            else:
+                weights[name] = parameter.detach().to("cpu", torch.bfloat16).contiguous()
         with atomic(folder) as temporary:
             temporary.mkdir()
             save_file(weights, temporary / "weights.safetensors")
@@ -152,7 +154,7 @@ def rounded(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     Returns:
         int8 [rows, ..] and bfloat16 [rows]. Their product is off by half a scale at most, and by as much as bfloat16
-        rounds (1 in 256) for the largest of a row.
+        rounds (1 in 512) for the largest of a row.
     """
     flat = matrix.float().flatten(1)
     scale = (flat.abs().amax(1) / 127).bfloat16()

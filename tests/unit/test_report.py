@@ -236,3 +236,9 @@ def test_plain_log_labels_read_as_numbers():
     assert {"0.5", "1", "2", "5", "10"} <= set(labels)
     assert not any(label.get_text() for label in ax.get_xticklabels(minor=True))
     plt.close(fig)
+
+
+@pytest.mark.parametrize(("p", "text"), [
+    (1.0, "1.000"), (0.0314, "0.031"), (0.0005, "0.001"), (0.00049, "< 0.001"), (0.0, "< 0.001"), (float("nan"), "–")])
+def test_shown_p(p: float, text: str):
+    assert report.shown_p(p) == text
