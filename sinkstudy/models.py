@@ -28,7 +28,7 @@ from transformers import (
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 from transformers.vision_utils import get_vision_window_index
 
-from sinkstudy import registers  # noqa: F401  (makes the register tower known to AutoModel)
+from sinkstudy import registers, sinktower  # noqa: F401  (make their towers known to AutoModel)
 from sinkstudy.paths import MODELS, hub_commit, lab_models
 
 
@@ -129,6 +129,7 @@ SPECS = {  # by model_type of the config
 # tokens before the patches in the sequence that the layers of a tower see: CLS (and registers, see `_n_prefix`)
 _PREFIX = {
     "clip_vision_model": 1,
+    "clip_vision_model_with_sinks": 1,
     "siglip_vision_model": 0,
     "internvl_vision": 1,
     "idefics3_vision": 0,

@@ -11,6 +11,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from sinkstudy.lab import gist
 from sinkstudy.lab import questions as q
 from sinkstudy.lab.world import GRID, SIDE, Scenes, patch_contents, render
 from sinkstudy.paths import atomic
@@ -80,7 +81,7 @@ def grounding(s: Scenes) -> torch.Tensor:
 class Corpus:
     """What the lab's training needs to know of n scenes besides their pictures.
 
-    `caption` [n, CAPTION] starts with <s> and ends with </s>, padded with -1; `facts` are the scenes in words,
+    `caption` [n, CAPTION] starts with <s> and ends with </s>, padded with -1; `gist` [n, facts] holds classes of `lab.gist`; `facts` are the scenes in words,
     `fact` [n, words] sentences about the lab world at large.
     """
 
@@ -89,6 +90,7 @@ class Corpus:
         scenes = render("train", 0, n, pictures=False)
         self.calm = scenes.calm
         self.grounding = grounding(scenes)
+        self.gist = torch.stack(list(gist.facts(scenes).values()), 1)
         self.facts = q.facts(scenes)
         rng = random.Random(seed)
         encode, ids = self.codec.encode, self.codec.ids

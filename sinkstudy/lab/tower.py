@@ -14,6 +14,10 @@ The positive control differs in three ways, all in this file: its image-level ve
 patches instead of CLS, and hinge terms ask that from layer `ONSET` on the calm patches have a high norm and draw a
 given share of attention from the other tokens. Its sinks are planted.
 
+The tower with sinks by construction (`gist`, see `sinkstudy.sinktower`) has the planting terms too, and its image-level
+loss reads every sink on its own, at the layer that the connector reads and no other; it is also asked for the facts of
+`lab.gist`.
+
 The tower of Qwen2-VL has no CLS: as in `no-cls` the image-level vector is the mean of the patches. It is the last
 layer that its merger reads, and so do captions and grounding.
 """
@@ -26,12 +30,14 @@ from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedModel, Qwen2VLVisionConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel as Qwen2VLVisionModel
 
+from sinkstudy.lab import gist
 from sinkstudy.lab.training import autocast
 from sinkstudy.lab.world import GRID, PATCH, SIDE
 from sinkstudy.registers import CLIPVisionModelWithRegisters, CLIPVisionWithRegistersConfig
+from sinkstudy.sinktower import CLIPVisionModelWithSinks, CLIPVisionWithSinksConfig
 
 WIDTH, LAYERS, HEADS = 128, 8, 2
-KINDS = ("plain", "sinks", "registers", "no-cls", "qwen2vl")
+KINDS = ("plain", "sinks", "gist", "registers", "no-cls", "qwen2vl")
 MERGE, FRAMES = 2, 2  # Qwen2-VL: patches on a side of a visual token; how often a picture stands in a patch's time
 ONSET = 4            # the planted sinks have a high norm at the output of this layer (1-based) and all later ones
 NORM_RATIO = 5.0     # … at least so many times the median of the busy patches
@@ -64,6 +70,10 @@ def build(kind: str, seed: int = 0) -> PreTrainedModel:
     if kind == "registers":
         plain = tower.state_dict()
         tower = CLIPVisionModelWithRegisters(CLIPVisionWithRegistersConfig(**shape))
+        tower.load_state_dict(plain, strict=False)
+    if kind == "gist":
+        plain = tower.state_dict()
+        tower = CLIPVisionModelWithSinks(CLIPVisionWithSinksConfig(**shape))
         tower.load_state_dict(plain, strict=False)
     tower.set_attn_implementation("lab_matmul")
     return tower
@@ -145,8 +155,9 @@ def states(tower: PreTrainedModel, pixels: torch.Tensor, *, cls: bool = True) ->
         x = x[:, -GRID * GRID:]
     x = tower.pre_layrnorm(x)
     out = [x]
+    seen = {"sinks": tower.sinks(pixels)} if isinstance(tower, CLIPVisionModelWithSinks) else {}
     for layer in tower.encoder.layers:
-        x = layer(x, attention_mask=None)
+        x = layer(x, attention_mask=None, **seen)
         out.append(x)
     return out
 
@@ -226,17 +237,25 @@ class Objective(nn.Module):
         self.image_head = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, ngrams))
         self.ground_head = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, sum(GROUNDED)))
         self.captioner = CaptionDecoder(words, length, placed=kind == "qwen2vl")
+        if kind == "gist":
+            self.gist_head = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, sum(gist.SIZES)))
 
-    def forward(self, tower, pixels, caption, ngrams, grounding, calm, progress) -> tuple[torch.Tensor, dict]:
+    def forward(self, tower, pixels, caption, ngrams, grounding, calm, facts, progress) -> tuple[torch.Tensor, dict]:
         """pixels [n, 3, 96, 96], caption [n, length] (-1 pads), ngrams [n, k] in {0, 1}, grounding
-        [n, 12, 12, 6] (-1: no word), calm [n, 12, 12], progress: share of the steps done, 0-1."""
-        planted, mean = self.kind == "sinks", self.kind in ("no-cls", "qwen2vl")
+        [n, 12, 12, 6] (-1: no word), calm [n, 12, 12], facts [n, facts] of `lab.gist`, progress: share of the steps
+        done, 0-1."""
+        planted, mean = self.kind in ("sinks", "gist"), self.kind in ("no-cls", "qwen2vl")
         for attention in attentions(tower)[ONSET:]:
             attention.keep_weights = planted
         with autocast():
             hidden = states(tower, pixels, cls=not mean)
             calm = calm.flatten(1).float()  # [n, 144]
-            if planted:
+            which = None
+            if self.kind == "gist":
+                which, place = calm.nonzero(as_tuple=True)  # [sinks of the batch], of which picture, and where
+                pooled = [hidden[LAYERS - 1][:, -GRID * GRID:][which, place]]
+                ngrams = ngrams[which]
+            elif planted:
                 share = (calm / calm.sum(1, keepdim=True))[:, None]
                 pooled = [(share.to(h.dtype) @ h[:, -GRID * GRID:])[:, 0] for h in (hidden[LAYERS - 2], hidden[-1])]
             else:
@@ -256,6 +275,13 @@ class Objective(nn.Module):
         loss = 20 * image + self.caption_weight * words + fade * sum(ground)
         values = {"image": image.item(), "caption": words.item(), "texture": ground[0].item(),
                   "kind": ground[2].item()}
+        if which is not None:
+            asked = self.gist_head(pooled[0]).float().split(gist.SIZES, -1)
+            wrong = [F.cross_entropy(scores, facts[which, i]) for i, scores in enumerate(asked)]
+            loss = loss + sum(wrong)
+            values |= {"gist": sum(wrong).item()} | {
+                name: (scores.argmax(-1) == facts[which, i]).float().mean().item()
+                for i, (name, scores) in enumerate(zip(gist.CLASSES, asked, strict=False))}
         if planted:
             norm, attention, seen = self._planting(tower, hidden, calm)
             loss = loss + norm + attention

@@ -69,7 +69,7 @@ def train_tower(name: str, kind: str, *, steps: int, batch: int, lr: float, weig
         pixels = tower_module.normalise(torch.from_numpy(images[rows.numpy()]).to(device))
         caption = data.caption[rows]
         caption = caption[:, :int((caption >= 0).sum(1).max())]
-        targets = [caption, data.grams[rows].float(), data.grounding[rows], data.calm[rows]]
+        targets = [caption, data.grams[rows].float(), data.grounding[rows], data.calm[rows], data.gist[rows]]
         targets = [t.to(device) for t in targets]
         return objective(tower, pixels, *targets, step / steps)
 

@@ -24,6 +24,7 @@ from transformers import (
 
 from sinkstudy import models
 from sinkstudy.registers import CLIPVisionWithRegistersConfig
+from sinkstudy.sinktower import CLIPVisionWithSinksConfig
 
 WORDS = "<pad> <s> </s> <unk> <image> user : assistant what is the texture how many red blue yes no".split()
 CHAT = (
@@ -59,6 +60,7 @@ def write_tiny_llava(folder: Path, tower: str) -> None:
         "clip": lambda: CLIPVisionConfig(**TOWER, initializer_factor=3.0),
         "registers": lambda: CLIPVisionWithRegistersConfig(**TOWER, initializer_factor=3.0),
         "siglip": lambda: SiglipVisionConfig(**TOWER),
+        "sinks": lambda: CLIPVisionWithSinksConfig(**TOWER, initializer_factor=3.0, window=2, sink_layer=1),
     }
     torch.manual_seed(0)
     config = LlavaConfig(
@@ -72,7 +74,7 @@ def write_tiny_llava(folder: Path, tower: str) -> None:
     processor.save_pretrained(folder)
 
 
-@pytest.fixture(scope="session", params=["clip", "registers"])
+@pytest.fixture(scope="session", params=["clip", "registers", "sinks"])
 def tiny(request, tmp_path_factory) -> models.LVLM:
     folder = tmp_path_factory.mktemp(f"tiny-{request.param}")
     write_tiny_llava(folder, request.param)

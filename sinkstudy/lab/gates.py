@@ -1,0 +1,193 @@
+"""Does the positive control hold what it must? Gates on its tower, fixed before it was trained.
+
+An instrument is gated before it judges anything. The tower with sinks by construction has to hold the gist (`lab.gist`)
+in its sinks and nowhere else, local facts as well as the natural tower, and its sinks have to be found by their norm and
+to draw attention. What a token holds is what a linear probe (`probing.Ridge`) reads from it: fitted on scenes of the
+validation split, judged on test scenes, on as many scenes of each class, so that chance is 1 / classes. The margin of a
+fact is (accuracy - chance) / (1 - chance); that of several is their mean.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers import PreTrainedModel
+
+from sinkstudy import sinks
+from sinkstudy.lab import gist
+from sinkstudy.lab.corpus import grounding
+from sinkstudy.lab.tower import LAYERS, ONSET, attentions, normalise, states
+from sinkstudy.lab.world import GRID, Scenes, render
+from sinkstudy.probing import Ridge
+from sinkstudy.sinktower import CLIPVisionModelWithSinks
+
+READ = LAYERS - 1  # of `states`: the residual stream that the connector reads
+FIT, JUDGE = 3072, 2048  # scenes
+LOCAL = ("texture", "colour", "kind", "thing colour", "size", "mark")  # columns of `corpus.grounding`
+THRESHOLDS = {"mean_sd": 3.0, "percentile": 98.0, "above_median": 3.0, "norm_drop": 1.5}  # those of the chapters
+BOUNDS = {  # by gate: (which side, bound)
+    "gist of a sink, of that of the natural CLS": ("at least", 0.9),
+    "gist of a random ordinary patch, of that of a sink": ("at most", 0.25),
+    "gist of an ordinary patch that shows no thing, of that of a sink": ("at most", 0.25),
+    "gist of the mean of ordinary patches, minus that of a local tower": ("at most", 0.0),
+    "local facts of ordinary patches, of those of the natural tower": ("at least", 0.9),
+    "least precision of a norm criterion": ("at least", 0.9),
+    "least recall of a norm criterion": ("at least", 0.9),
+    "least attention on sinks, any head behind the onset": ("at least", 0.3),
+}
+
+
+@dataclass(frozen=True)
+class Readings:
+    """Vectors of a tower at the layer that the connector reads, one a scene: float [scenes, width] each."""
+
+    vectors: dict[str, torch.Tensor]  # "cls", "last cls", "sink", "ordinary", "empty", "mean", and each of `LOCAL`
+    labels: dict[str, torch.Tensor]   # of the patch chosen for each of `LOCAL`, long [scenes], -1 where there is none
+    norms: torch.Tensor               # [scenes, patches]
+    attention: torch.Tensor           # [scenes, layers behind the onset, heads], share of ordinary patches' on the sinks
+
+
+def _one_of(mask: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """One true place of each row, at random: bool [n, places] -> long [n], -1 where there is none."""
+    chosen = torch.rand(mask.shape, generator=generator).masked_fill(~mask, -1.0).argmax(1)
+    return chosen.where(mask.any(1), -1)
+
+
+@torch.no_grad()
+def read(tower: PreTrainedModel, scenes: Scenes, *, seed: int = 0, hide_sinks: bool = False) -> Readings:
+    """What the tower says of rendered scenes.
+
+    `hide_sinks`: the picture's flat patches are patches like others, so that the tower with sinks becomes one that sees
+    windows only, with the same weights.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    calm, thing = scenes.calm.flatten(1), scenes.thing_share.flatten(1)
+    words = grounding(scenes).flatten(1, 2).long()  # [n, patches, 6]
+    chosen = {"sink": calm, "ordinary": ~calm, "empty": ~calm & (thing == 0)}
+    chosen |= {name: words[..., i] >= 0 for i, name in enumerate(LOCAL)}
+    places = {name: _one_of(mask, generator) for name, mask in chosen.items()}
+    found: dict[str, list] = {}
+    norms, attention = [], []
+    own = getattr(tower, "sinks", None)
+    if hide_sinks:
+        tower.sinks = lambda pixels: torch.zeros(len(pixels), GRID * GRID, dtype=torch.bool)
+    for layer in attentions(tower)[ONSET:]:
+        layer.keep_weights = True
+    try:
+        for rows in torch.arange(len(scenes)).split(64):
+            hidden = states(tower, normalise(scenes.images[rows]))
+            patches, here = hidden[READ][:, -GRID * GRID:].float(), torch.arange(len(rows))
+            ordinary = (~calm[rows]).float()
+            vectors = {"cls": hidden[READ][:, 0], "last cls": hidden[-1][:, 0],
+                       "mean": (ordinary[:, None] @ patches)[:, 0] / ordinary.sum(1, keepdim=True)}
+            vectors |= {name: patches[here, place[rows]] for name, place in places.items()}
+            for name, of in vectors.items():
+                found.setdefault(name, []).append(of.float())
+            norms.append(patches.norm(dim=-1))
+            shares = []
+            for layer in attentions(tower)[ONSET:]:
+                weights = layer.weights[:, :, -GRID * GRID:, -GRID * GRID:].float()  # [n, heads, patches, patches]
+                on_sinks = (weights * calm[rows][:, None, None]).sum(-1)
+                shares.append((on_sinks * ordinary[:, None]).sum(-1) / ordinary.sum(1)[:, None])
+            attention.append(torch.stack(shares, 1))
+    finally:
+        for layer in attentions(tower)[ONSET:]:
+            layer.keep_weights, layer.weights = False, None
+        if hide_sinks:
+            tower.sinks = own
+    labels = {}
+    for i, name in enumerate(LOCAL):
+        at = places[name]
+        labels[name] = words[torch.arange(len(at)), at.clamp_min(0), i].where(at >= 0, -1)
+    return Readings({k: torch.cat(v) for k, v in found.items()}, labels, torch.cat(norms), torch.cat(attention))
+
+
+def _balanced(labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Rows in which every class is as frequent as the rarest; labels long [n], those below 0 do not count."""
+    classes = labels[labels >= 0].unique()
+    rows = [(labels == c).nonzero()[:, 0] for c in classes]
+    least = min(map(len, rows))
+    return torch.cat([of[torch.randperm(len(of), generator=generator)[:least]] for of in rows])
+
+
+def probe(fit: torch.Tensor, fit_labels: torch.Tensor, judge: torch.Tensor, judge_labels: torch.Tensor, *,
+          seed: int = 0, shuffled: bool = False) -> tuple[float, float]:
+    """Margin of one fact, and its variance: vectors [n, width] and labels long [n] of two sets of scenes.
+
+    With `shuffled`, the labels that are fitted belong to other scenes: the margin should then be 0.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows, held_out = _balanced(fit_labels, generator), _balanced(judge_labels, generator)
+    known = fit_labels[rows]
+    if shuffled:
+        known = known[torch.randperm(len(known), generator=generator)]
+    right = Ridge(fit[rows]).classify(known, judge[held_out]) == judge_labels[held_out]
+    chance = 1 / len(known.unique())
+    accuracy = right.double().mean().item()
+    return (accuracy - chance) / (1 - chance), accuracy * (1 - accuracy) / len(right) / (1 - chance) ** 2
+
+
+def margins(fit: Readings, judge: Readings, tokens: list[str], facts: tuple[dict, dict], *, shuffled: bool = False,
+            ) -> pd.DataFrame:
+    """Margins of each fact of the gist from each kind of token; facts: those of the two sets of scenes."""
+    rows = []
+    for token in tokens:
+        for fact in facts[0]:
+            margin, variance = probe(fit.vectors[token], facts[0][fact], judge.vectors[token], facts[1][fact],
+                                     shuffled=shuffled)
+            rows.append({"token": token, "fact": fact, "margin": margin, "variance": variance})
+    return pd.DataFrame(rows)
+
+
+def local_margins(fit: Readings, judge: Readings) -> pd.DataFrame:
+    """Margins of each of `LOCAL` from the patches that show it."""
+    rows = []
+    for fact in LOCAL:
+        margin, variance = probe(fit.vectors[fact], fit.labels[fact], judge.vectors[fact], judge.labels[fact])
+        rows.append({"token": "patch", "fact": fact, "margin": margin, "variance": variance})
+    return pd.DataFrame(rows)
+
+
+def overall(table: pd.DataFrame) -> float:
+    """Mean margin: each fact of `gist.CLASSES` or `LOCAL` counts once, and the twelve kinds together once."""
+    group = table.fact.where(~table.fact.isin(gist.KINDS_THERE), "kinds there")
+    return float(table.groupby(group).margin.mean().mean())
+
+
+def gates(natural: PreTrainedModel, control: CLIPVisionModelWithSinks, *, fit: int = FIT, judge: int = JUDGE,
+          ) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The gates of the control's tower beside the natural one, and the margins behind them.
+
+    Returns:
+        A row a gate: `gate`, `value`, `side`, `bound`, `holds`; and a row a tower, token and fact: `tower`, `token`,
+        `fact`, `margin`, `variance`, with rows of shuffled labels as `token` "sink, shuffled labels".
+    """
+    scenes = render("val", 0, fit), render("test", 0, judge)
+    facts = tuple(gist.facts(s) for s in scenes)
+    seen = {"natural": [read(natural, s) for s in scenes], "control": [read(control, s) for s in scenes],
+            "local": [read(control, s, hide_sinks=True) for s in scenes]}
+    wanted = {"natural": ["cls", "last cls", "sink", "ordinary", "empty", "mean"],
+              "control": ["cls", "sink", "ordinary", "empty", "mean"], "local": ["mean"]}
+    parts = [margins(*seen[of], tokens, facts).assign(tower=of) for of, tokens in wanted.items()]
+    parts += [local_margins(*seen[of]).assign(tower=of) for of in ("natural", "control")]
+    parts.append(margins(*seen["control"], ["sink"], facts, shuffled=True).assign(
+        tower="control", token="sink, shuffled labels"))
+    table = pd.concat(parts, ignore_index=True)
+    of = {key: overall(part) for key, part in table.groupby(["tower", "token"])}
+    cls = max(of["natural", "cls"], of["natural", "last cls"])
+    truth, norms = scenes[1].calm.flatten(1), seen["control"][1].norms
+    marked = {name: sinks.NORM_CRITERIA[name](norms, tau) for name, tau in THRESHOLDS.items() if name != "percentile"}
+    precision = min(((m & truth).sum() / m.sum().clamp_min(1)).item() for m in marked.values())
+    recall = min(((m & truth).sum() / truth.sum()).item() for m in marked.values())
+    sink = of["control", "sink"]
+    values = [sink / cls, of["control", "ordinary"] / sink, of["control", "empty"] / sink,
+              of["control", "mean"] - of["local", "mean"], of["control", "patch"] / of["natural", "patch"],
+              precision, recall, seen["control"][1].attention.mean(0).min().item()]
+    rows = []
+    for (gate, (side, bound)), value in zip(BOUNDS.items(), values, strict=True):
+        holds = value >= bound if side == "at least" else value <= bound
+        rows.append({"gate": gate, "value": value, "side": side, "bound": bound, "holds": bool(np.isfinite(value) and holds)})
+    return pd.DataFrame(rows), table
