@@ -384,15 +384,7 @@ def _continuation(
 
 def _generate(lvlm: LVLM, inputs: Mapping[str, Any], max_new_tokens: int) -> tuple[list[str], torch.Tensor]:
     """Greedy answers, and log-probabilities of their first token [questions, vocabulary], float32 on the CPU."""
-    out = lvlm.model.generate(
-        **inputs,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        pad_token_id=lvlm.processor.tokenizer.pad_token_id,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
+    out = lvlm.generate(inputs, max_new_tokens)
     tokens = out.sequences[:, inputs["input_ids"].shape[1] :]
     texts = [text.strip() for text in lvlm.processor.batch_decode(tokens, skip_special_tokens=True)]
     return texts, out.logits[0].float().log_softmax(-1).cpu()
@@ -577,7 +569,7 @@ def _fingerprint(lvlm: LVLM) -> str:
         lvlm.device.type,
         [part.config._attn_implementation for part in (lvlm.vision, lvlm.decoder)],
         {k: v for k, v in lvlm.model.config.to_dict().items() if k != "_name_or_path"},
-        lvlm.model.generation_config.to_dict(),
+        lvlm.ends,
         processor.image_processor.to_dict(),
         processor.tokenizer.backend_tokenizer.to_str(),
     ]

@@ -8,8 +8,9 @@ A *patch* is one square of the picture that the vision tower sees as one token; 
 of the decoder's input that an image fills. `LVLM.layout` says which patch ends in which position.
 """
 
+import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,9 @@ from transformers import (
     PreTrainedModel,
     ProcessorMixin,
 )
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+from transformers.utils import cached_file
 from transformers.vision_utils import get_vision_window_index
 
 from sinkstudy import registers  # noqa: F401  (makes the register tower known to AutoModel)
@@ -312,6 +315,43 @@ class LVLM:
         )
         batch.pop("labels", None)
         return batch
+
+    @property
+    def ends(self) -> list[int]:
+        """Ids of the tokens that end an answer: those of the checkpoint's generation settings, or the tokenizer's."""
+        ends = self.model.generation_config.eos_token_id
+        ends = self.processor.tokenizer.eos_token_id if ends is None else ends
+        return [] if ends is None else list(ends) if isinstance(ends, (list, tuple)) else [ends]
+
+    def generate(self, inputs: Mapping[str, Any], max_new_tokens: int) -> GenerateDecoderOnlyOutput:
+        """Greedy answers by the library's own `generate`, with the logits of each step.
+
+        The settings are the study's, so that answers of all models, alone and behind a shared prefix, are made alike:
+        greedy, one answer, a growing cache of keys and values. Of the checkpoint's own settings only `ends` count, and
+        padding is the tokenizer's; penalties, suppressed words, beams, samples, stop strings, caches of other kinds do
+        not.
+
+        Args:
+            inputs: of `inputs`, or what continues a cache.
+        """
+        ends, kept = self.ends, self.model.generation_config
+        padding = self.processor.tokenizer.pad_token_id
+        settings = transformers.GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+            bos_token_id=kept.bos_token_id,
+            eos_token_id=ends or None,
+            pad_token_id=padding if padding is not None else next(iter(ends), None),
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        self.model.generation_config = settings  # what `settings` leave open would come from there
+        try:
+            return self.model.generate(**inputs, generation_config=settings)
+        finally:
+            self.model.generation_config = kept
 
     def see(self, inputs: BatchFeature) -> None:
         """Send the images of a batch through tower and connector, without the decoder, for hooks to watch."""
@@ -629,6 +669,7 @@ def _weights(
         model, report = getattr(transformers, spec.model_class).from_pretrained(
             find(name),
             config=config,
+            generation_config=_special_tokens(find(name), revision, config),
             revision=revision or None,
             dtype=dtype,
             attn_implementation="sdpa",
@@ -653,6 +694,18 @@ def _weights(
             hint = ": the names are those of another model class or version"
         raise ValueError(f"{name}: the checkpoint {'; it '.join(problems)}{hint}. Nothing is filled with random values")
     return model
+
+
+def _special_tokens(source: str, revision: str | None, config: PretrainedConfig) -> transformers.GenerationConfig:
+    """The ids of begin, end and padding in a checkpoint's generation settings, and nothing else of these."""
+    file = cached_file(
+        source, "generation_config.json", revision=revision or None, _raise_exceptions_for_missing_entries=False
+    )
+    of = transformers.GenerationConfig.from_model_config(config).to_dict()
+    if file is not None:
+        of |= json.loads(Path(file).read_text(encoding="utf-8"))
+    kept = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return transformers.GenerationConfig(**{key: of.get(key) for key in kept})
 
 
 def _several(names: Sequence[str]) -> str:
