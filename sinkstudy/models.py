@@ -34,6 +34,7 @@ from transformers.vision_utils import get_vision_window_index
 
 from sinkstudy import registers  # noqa: F401  (makes the register tower known to AutoModel)
 from sinkstudy.paths import MODELS, hub_commit, lab_models
+from sinkstudy.pictures import opened
 
 
 @dataclass(frozen=True)
@@ -286,7 +287,8 @@ class LVLM:
         """Model inputs for one question per image, padded on the left, on the model's device.
 
         Args:
-            images: PIL images, or arrays or tensors uint8 [3, height, width]; n of them, of any sizes.
+            images: n of them, of any sizes, each as `pictures.opened` takes it: PIL images, arrays or tensors uint8
+                [3, height, width], paths, or what is opened when it is needed.
             questions: n plain questions, without the chat format.
 
         Returns:
@@ -305,7 +307,7 @@ class LVLM:
         prompts = [self.prompt(question) for question in questions]
         bos = self.processor.tokenizer.bos_token
         batch = self.processor(
-            images=[[image] for image in images],
+            images=[[opened(image)] for image in images],
             text=prompts,
             padding=True,
             padding_side="left",
