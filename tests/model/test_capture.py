@@ -68,7 +68,9 @@ def test_all_rows(tiny, inputs, reference):
         attention_rows(tiny, "decoder", rows="all") as decoder,
     ):
         output = run(tiny, inputs)
-    torch.testing.assert_close(output.logits[real], reference["decoder"].logits[real], **close)
+    assert torch.equal(output.logits, run(tiny, inputs).logits)  # being watched changes nothing, to the bit
+    expected = reference["decoder"].logits[real]  # eager adds in another order: float32's error grows with the size
+    torch.testing.assert_close(output.logits[real], expected, atol=1e-5 * expected.abs().max().item(), rtol=1e-5)
     for layer in range(3):
         torch.testing.assert_close(vision[layer][0], reference["vision"].attentions[layer], **close)
         expected = reference["decoder"].attentions[layer].transpose(1, 2)[real]  # [real queries, heads, keys]
@@ -283,9 +285,9 @@ def test_trace_stops_at_the_end_token(tiny, images, monkeypatch):
     torch.testing.assert_close(first.output_attention, first.last_attention)
 
     def with_end(model, **kwargs):
-        sequences = generate(model, **kwargs).clone()
-        sequences[0, -4] = 2  # </s> as the first token of the first answer
-        return sequences
+        out = generate(model, **kwargs)
+        out.sequences[0, -4] = 2  # </s> as the first token of the first answer
+        return out
 
     monkeypatch.setattr(type(tiny.model), "generate", with_end)
     monkeypatch.setattr(tiny.model.generation_config, "eos_token_id", [2])
