@@ -90,7 +90,7 @@ def test_defaults_fit_and_every_notebook_checks_itself():
 
 
 def test_plain_papermill_is_no_way_around():
-    """The cells up to the check, with a value in between, in a process of their own: it ends before a model is loaded."""
+    """The cells up to the check, with a value in between, in a process of their own: it ends before work begins."""
     cells = nbformat.read(paths.NOTEBOOKS / "03-propagation.ipynb", as_version=4).cells
     code = [cell.source for cell in cells if cell.cell_type == "code"][:2]
     lines = code[1].split("parameters.check(globals())")[0] + "parameters.check(globals())"
