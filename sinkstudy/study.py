@@ -134,6 +134,10 @@ def benchmark(name: str, data_dir: str, hub: bool, limit: int) -> tuple[pd.DataF
         table = LAB[name]()
     else:
         return None
+    if "images" in table and (several := table["images"].map(len) > 1).any():
+        left_out = f"{name}: {several.sum()} of {len(table)} questions show several pictures and are left out"
+        print(f"{left_out}, since a prompt here has one", file=sys.stderr)
+        table = table[~several].reset_index(drop=True)
     if limit:
         number = table.groupby("category").image_id.transform(lambda images: pd.factorize(images)[0])
         table = table[number < limit].reset_index(drop=True)
