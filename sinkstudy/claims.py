@@ -382,7 +382,7 @@ def judged_metric(numbers: pd.DataFrame, claim: Mapping[str, Any], model: str) -
 
 
 def _judged(claim: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
-    """Word, p and pictures needed. Where the interval says nothing, p is that of the word that the estimate points to."""
+    """Word, p and pictures needed. If the interval says nothing, p is that of the word that the estimate points to."""
     value, low, high, df = (row[key] for key in ("value", "low", "high", "df"))
     verdict, rules = word(low, high, claim), regions(claim)
     if verdict in rules:

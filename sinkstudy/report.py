@@ -238,7 +238,10 @@ def shown(interval: stats.Interval, fmt: str | None = None) -> str:
     if not np.isfinite(value):
         return "–"
     fmt = fmt or (".0f" if abs(value) >= 9.5 else ".2f" if abs(value) >= 0.3 else ".2g")
-    text = f"{value:{fmt}} ({'no interval' if n > 1 else 'one picture'})" if not np.isfinite(low) else f"{value:{fmt}} [{low:{fmt}}, {high:{fmt}}]"
+    if np.isfinite(low):
+        text = f"{value:{fmt}} [{low:{fmt}}, {high:{fmt}}]"
+    else:
+        text = f"{value:{fmt}} ({'no interval' if n > 1 else 'one picture'})"
     return text.replace("-", "−")
 
 

@@ -250,7 +250,7 @@ def mean_of_seeds(said: pd.DataFrame, seeds: Sequence[Any], measure: str) -> tup
 
 
 def _widened(found: stats.Interval, said: pd.DataFrame, measure: str) -> stats.Interval:
-    """By the rule of three where no picture of several benchmarks differs in a share; of one, `claims.widen` sees it."""
+    """By the rule of three, if no picture of several benchmarks differs in a share; for one there is `claims.widen`."""
     sizes = said.groupby("benchmark").picture.nunique()
     if measure != "right" or len(sizes) < 2 or found.low != found.high:
         return found
