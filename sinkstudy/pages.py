@@ -171,14 +171,14 @@ def matrix(ledger: Mapping[str, list[dict]], judged: pd.DataFrame) -> str:
             words = [cells.loc[(claim["id"], model)] for model in models]
             shown = [_verdict(w.verdict, figure(w.run, claim["chapter"], claim["figure"])) for w in words]
             rows.append([f'<a href="#claim-{claim["id"]}">{_short(claim["id"])}</a>', *shown])
-    return list_table(rows, "verdict-matrix", [28] + [18] * len(models))
+    return list_table(rows, "verdict-matrix", [34] + [18] * len(models))
 
 
 # ---- verdicts, one by one
 
 
 def verdict_summary(ledger: Mapping[str, list[dict]], judged: pd.DataFrame) -> str:
-    """How many claims came out how: a sentence, and a table with a row for each model."""
+    """How many claims came out how: a sentence, and a table with a row for each word."""
     works = {claim["source"] for claim in ledger["claims"]}
     settled = judged[judged.verdict.isin(claims.JUDGED)].claim.nunique()
     text = f"The ledger holds {len(ledger['claims'])} claims from {len(works)} work{'s' * (len(works) > 1)}. "
@@ -186,10 +186,11 @@ def verdict_summary(ledger: Mapping[str, list[dict]], judged: pd.DataFrame) -> s
     both = judged.groupby("claim").verdict.agg(set)
     disputed = int(sum({"supported", "opposite sign"} <= found for found in both))
     text += f"; {disputed or 'none'} came out both ways, supported in one model and of opposite sign in another.\n\n"
-    counts = pd.crosstab(judged.model, judged.verdict).reindex(index=judged.model.unique(), columns=claims.VERDICTS)
-    rows = [["model", *(_verdict(word) for word in claims.VERDICTS)]]
-    rows += [[f"`{model}`", *(str(int(n)) for n in counts.loc[model].fillna(0))] for model in counts.index]
-    return text + list_table(rows, "verdict-counts") if len(rows) > 1 else text + "No run has been made."
+    models = list(judged.model.unique())
+    counts = pd.crosstab(judged.verdict, judged.model).reindex(index=claims.VERDICTS, columns=models, fill_value=0)
+    rows = [["", *(f"`{model}`" for model in models)]]
+    rows += [[_verdict(word), *(str(n) for n in counts.loc[word])] for word in claims.VERDICTS]
+    return text + (list_table(rows, "verdict-counts") if models else "No run has been made.")
 
 
 def verdict_tables(ledger: Mapping[str, list[dict]], judged: pd.DataFrame) -> str:
