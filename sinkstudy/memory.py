@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import psutil
 import torch
-from PIL import Image
 
 from sinkstudy import models
 from sinkstudy.models import LVLM
@@ -43,8 +42,7 @@ def need(lvlm: LVLM, batch_size: int = 1) -> Need:
         return residual + 3 * 4 * images * heads * min(tokens, ROWS) * tokens
 
     vision = lvlm.model.config.vision_config
-    size = PICTURE if lvlm.processor.image_processor.do_resize else (vision.image_size, vision.image_size)
-    inputs = lvlm.inputs([Image.new("RGB", size)], [""])
+    inputs = lvlm.inputs([models.blank(lvlm, PICTURE)], [""])
     prompt = inputs["input_ids"].shape[1]
     text = lvlm.model.config.get_text_config()
     heads = text.num_attention_heads
@@ -78,7 +76,7 @@ def free(device: str) -> int:
 
 
 def check(model: str, *, device: str = "cpu", dtype: str = "float32", revision: str = "", batch_size: int = 1) -> None:
-    """Make sure that a model can be read and fits, without reading its weights.
+    """Make sure that a model can be read, is whole and fits, without reading its weights.
 
     Raises:
         ValueError: as `models.load`; or the estimate of `need` is more than is `free`.
@@ -98,6 +96,7 @@ def check(model: str, *, device: str = "cpu", dtype: str = "float32", revision: 
             f"{_gigabytes(needed.cache + needed.activations)} for a batch of {batch_size}), and {where} "
             f"{_gigabytes(there)} free: try {', or '.join(filter(None, less))}"
         )
+    models.check_weights(model, revision)
 
 
 def _gigabytes(count: int) -> str:

@@ -8,7 +8,9 @@ A *patch* is one square of the picture that the vision tower sees as one token; 
 of the decoder's input that an image fills. `LVLM.layout` says which patch ends in which position.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,20 +18,23 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from safetensors import SafetensorError
+from PIL import Image
 from torch import nn
 from transformers import (
-    AutoConfig,
+    CONFIG_MAPPING,
     BatchFeature,
     PretrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
 )
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+from transformers.utils import cached_file
 from transformers.vision_utils import get_vision_window_index
 
 from sinkstudy import registers  # noqa: F401  (makes the register tower known to AutoModel)
 from sinkstudy.paths import MODELS, hub_commit, lab_models
+from sinkstudy.pictures import opened
 
 
 @dataclass(frozen=True)
@@ -282,7 +287,8 @@ class LVLM:
         """Model inputs for one question per image, padded on the left, on the model's device.
 
         Args:
-            images: PIL images, or arrays or tensors uint8 [3, height, width]; n of them, of any sizes.
+            images: n of them, of any sizes, each as `pictures.opened` takes it: PIL images, arrays or tensors uint8
+                [3, height, width], paths, or what is opened when it is needed.
             questions: n plain questions, without the chat format.
 
         Returns:
@@ -292,12 +298,16 @@ class LVLM:
         Raises:
             ValueError: if the numbers of images and questions differ.
         """
+        return self._prepared(images, questions).to(self.device, dtype=self.model.dtype)
+
+    def _prepared(self, images: Sequence[Any], questions: Sequence[str]) -> BatchFeature:
+        """`inputs` as the processor makes them, in float32 on the CPU."""
         if len(images) != len(questions):
             raise ValueError(f"one question per image: got {len(images)} images and {len(questions)} questions")
         prompts = [self.prompt(question) for question in questions]
         bos = self.processor.tokenizer.bos_token
         batch = self.processor(
-            images=[[image] for image in images],
+            images=[[opened(image)] for image in images],
             text=prompts,
             padding=True,
             padding_side="left",
@@ -306,7 +316,44 @@ class LVLM:
             return_tensors="pt",
         )
         batch.pop("labels", None)
-        return batch.to(self.device, dtype=self.model.dtype)
+        return batch
+
+    @property
+    def ends(self) -> list[int]:
+        """Ids of the tokens that end an answer: those of the checkpoint's generation settings, or the tokenizer's."""
+        ends = self.model.generation_config.eos_token_id
+        ends = self.processor.tokenizer.eos_token_id if ends is None else ends
+        return [] if ends is None else list(ends) if isinstance(ends, (list, tuple)) else [ends]
+
+    def generate(self, inputs: Mapping[str, Any], max_new_tokens: int) -> GenerateDecoderOnlyOutput:
+        """Greedy answers by the library's own `generate`, with the logits of each step.
+
+        The settings are the study's, so that answers of all models, alone and behind a shared prefix, are made alike:
+        greedy, one answer, a growing cache of keys and values. Of the checkpoint's own settings only `ends` count, and
+        padding is the tokenizer's; penalties, suppressed words, beams, samples, stop strings, caches of other kinds do
+        not.
+
+        Args:
+            inputs: of `inputs`, or what continues a cache.
+        """
+        ends, kept = self.ends, self.model.generation_config
+        padding = self.processor.tokenizer.pad_token_id
+        settings = transformers.GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+            bos_token_id=kept.bos_token_id,
+            eos_token_id=ends or None,
+            pad_token_id=padding if padding is not None else next(iter(ends), None),
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        self.model.generation_config = settings  # what `settings` leave open would come from there
+        try:
+            return self.model.generate(**inputs, generation_config=settings)
+        finally:
+            self.model.generation_config = kept
 
     def see(self, inputs: BatchFeature) -> None:
         """Send the images of a batch through tower and connector, without the decoder, for hooks to watch."""
@@ -512,30 +559,25 @@ def load(
 
     Raises:
         ValueError: unknown model, architecture, dtype or vision layout, a revision of a folder, a device that is not
-            there or does not compute in that dtype, files that are absent or damaged, or no network where one is
-            needed.
+            there or does not compute in that dtype, files that are absent or damaged, weights that are absent,
+            left over, of another shape or not finite, or no network where one is needed.
     """
     dtype = _dtype(dtype)
     check_device(device, dtype)
-    spec, _ = _configuration(name, revision)
+    spec, config = _configuration(name, revision)
     # a progress bar in a notebook is a widget, and a page with a widget asks another host for its scripts
     transformers.utils.logging.disable_progress_bar()
-    with _reading(name):
-        model = getattr(transformers, spec.model_class).from_pretrained(
-            find(name),
-            revision=revision or None,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            device_map=None if device == "cpu" else device,  # straight to the device, without a copy in main memory
-            use_safetensors=True,
-        )
-    return LVLM(
+    model = _weights(name, spec, config, revision, dtype, None if device == "cpu" else device)
+    _check_finite(name, model)
+    lvlm = LVLM(
         model=model.eval().requires_grad_(False),
         processor=_processor(name, spec, revision),
         name=name,
         revision=hub_commit(name, revision),
         spec=spec,
     )
+    _check_processor(lvlm)
+    return lvlm
 
 
 def wrap(model: PreTrainedModel, processor: ProcessorMixin) -> LVLM:
@@ -553,6 +595,7 @@ def wrap(model: PreTrainedModel, processor: ProcessorMixin) -> LVLM:
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise ValueError(f"{name}: a {type(processor).__name__} is no processor for pictures and text (AutoProcessor)")
     _check_layout(name, config)
+    _check_finite(name, model)
     return LVLM(model, processor, name, getattr(config, "_commit_hash", None), spec)
 
 
@@ -565,10 +608,12 @@ def outline(name: str, *, dtype: str | torch.dtype = "float32", revision: str | 
         ValueError: as `load`, but for device and weights.
     """
     spec, config = _configuration(name, revision)
-    with torch.device("meta"):
+    with torch.device("meta"), _reading(name):
         model = getattr(transformers, spec.model_class)(config)
     processor = _processor(name, spec, revision)
-    return LVLM(model.to(_dtype(dtype)).eval(), processor, name, hub_commit(name, revision), spec)
+    lvlm = LVLM(model.to(_dtype(dtype)).eval(), processor, name, hub_commit(name, revision), spec)
+    _check_processor(lvlm)
+    return lvlm
 
 
 def _configuration(name: str, revision: str | None) -> tuple[Spec, PretrainedConfig]:
@@ -579,10 +624,107 @@ def _configuration(name: str, revision: str | None) -> tuple[Spec, PretrainedCon
     with _reading(name):
         known, _ = PretrainedConfig.get_config_dict(source, revision=revision or None)
     spec = _spec(name, known.get("model_type"))
+    if method := (known.get("quantization_config") or {}).get("quant_method"):
+        raise ValueError(f"{name}: its weights are quantised ({method}); the study needs the unquantised checkpoint")
     with _reading(name):
-        config = AutoConfig.from_pretrained(source, revision=revision or None)
+        config = CONFIG_MAPPING[known["model_type"]].from_dict(_without_switches(known))
     _check_layout(name, config)
     return spec, config
+
+
+# What says how a model was last used, not what it is: training with gradient checkpointing leaves use_cache off.
+_SWITCHES = ("use_cache", "output_attentions", "output_hidden_states", "return_dict", "gradient_checkpointing")
+
+
+def _without_switches(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration as read from a file, parts included, without `_SWITCHES`: they then have their defaults."""
+    return {
+        key: _without_switches(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in _SWITCHES
+    }
+
+
+def check_weights(name: str, revision: str | None = None) -> None:
+    """Make sure that a model's files hold its weights, by names and shapes; the weights themselves are not read.
+
+    Raises:
+        ValueError: as `load`.
+    """
+    spec, config = _configuration(name, revision)
+    _weights(name, spec, config, revision, torch.float32, "meta")
+
+
+# What a checkpoint may hold beyond the model: buffers that older versions of transformers saved, and the pooling head
+# of a vision tower, which no vision-language model here has.
+_LEFT_OVER = re.compile(r"position_ids$|rotary_emb\.inv_freq$|masked_bias$|vision\w*\.(\w+\.)*head\.")
+
+
+def _weights(
+    name: str, spec: Spec, config: PretrainedConfig, revision: str | None, dtype: torch.dtype, device_map: str | None
+) -> PreTrainedModel:
+    """The model with its weights straight on the device, without a copy in main memory.
+
+    transformers gives what a checkpoint lacks random values, and passes over what it has too much; both are refused.
+    """
+    with _reading(name):
+        model, report = getattr(transformers, spec.model_class).from_pretrained(
+            find(name),
+            config=config,
+            generation_config=_special_tokens(find(name), revision, config),
+            revision=revision or None,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            device_map=device_map,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that they are reported
+        )
+    missing = sorted(report["missing_keys"])
+    left_over = sorted(key for key in report["unexpected_keys"] if not _LEFT_OVER.search(key))
+    problems = [f"lacks {_several(missing)}"] if missing else []
+    problems += [f"has {_several(left_over)}, of which the model knows nothing"] if left_over else []
+    problems += [
+        f"has {key} as {list(there)} where the model has {list(wanted)}"
+        for key, there, wanted in sorted(report["mismatched_keys"])[:1]
+    ]
+    if problems:
+        hint = ""
+        if any(key.startswith("base_model.") or "lora_" in key for key in report["unexpected_keys"]):
+            hint = ": these are weights of an adapter, which has to be merged into its base first (merge_and_unload)"
+        elif missing and left_over:
+            hint = ": the names are those of another model class or version"
+        raise ValueError(f"{name}: the checkpoint {'; it '.join(problems)}{hint}. Nothing is filled with random values")
+    return model
+
+
+def _special_tokens(source: str, revision: str | None, config: PretrainedConfig) -> transformers.GenerationConfig:
+    """The ids of begin, end and padding in a checkpoint's generation settings, and nothing else of these."""
+    file = cached_file(
+        source, "generation_config.json", revision=revision or None, _raise_exceptions_for_missing_entries=False
+    )
+    of = transformers.GenerationConfig.from_model_config(config).to_dict()
+    if file is not None:
+        of |= json.loads(Path(file).read_text(encoding="utf-8"))
+    kept = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return transformers.GenerationConfig(**{key: of.get(key) for key in kept})
+
+
+def _several(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{len(names)} weights such as {names[0]}"
+
+
+def _check_finite(name: str, model: PreTrainedModel) -> None:
+    for key, values in [*model.named_parameters(), *model.named_buffers()]:
+        if values.is_floating_point() and values.numel() and not values.is_meta:
+            low, high = values.aminmax()  # either is NaN where a value is
+            # a buffer may hold -inf as a mask
+            if low.isnan() or (isinstance(values, nn.Parameter) and not (low.isfinite() and high.isfinite())):
+                dtype = str(values.dtype).removeprefix("torch.")
+                raise ValueError(
+                    f"{name}: {key} holds values that are NaN or infinite in {dtype}: the checkpoint "
+                    "is damaged, or needs another dtype (bfloat16 or float32 in place of float16)"
+                )
 
 
 def _spec(name: str, model_type: str | None) -> Spec:
@@ -602,13 +744,43 @@ def _processor(name: str, spec: Spec, revision: str | None) -> ProcessorMixin:
         )
 
 
+def blank(lvlm: LVLM, size: tuple[int, int] = (640, 480)) -> Image.Image:
+    """A grey picture of (width, height) pixels, or of the only size that the model takes."""
+    if lvlm.processor.image_processor.do_resize:
+        return Image.new("RGB", size, "grey")
+    rows, columns = _tile_grid(lvlm.model.config) if not lvlm.spec.packed else (12, 12)
+    patch = lvlm.model.config.vision_config.patch_size
+    return Image.new("RGB", (columns * patch, rows * patch), "grey")
+
+
+def _check_processor(lvlm: LVLM) -> None:
+    """Ask about a picture, on the CPU and without the model's weights: what processor and chat format make of it."""
+    try:
+        inputs = lvlm._prepared([blank(lvlm)], ["a"])
+        visual = int((inputs["input_ids"] == lvlm.image_token_id).sum())
+        if visual:
+            lvlm.layout(inputs)
+    except Exception as error:  # a processor's own, of any kind, where an entry of its files is absent or wrong
+        said = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise ValueError(
+            f"{lvlm.name}: its processor does not prepare a picture and a question ({said}): an entry of "
+            "processor_config.json, preprocessor_config.json or tokenizer_config.json is absent or wrong"
+        ) from error
+    if not visual:
+        raise ValueError(
+            f"{lvlm.name}: no image token (id {lvlm.image_token_id}) is in a prompt with a picture: its chat format "
+            "drops the picture, or processor and model have different image tokens"
+        )
+
+
 @contextmanager
 def _reading(name: str) -> Iterator[None]:
     """Tells in one line what transformers has to say about files that are absent, damaged or out of reach."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{name} cannot be read: {str(error).strip().splitlines()[0]}") from error
+    except Exception as error:  # whatever a damaged or foreign file provokes: KeyError, TypeError, a strict config ..
+        said = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise ValueError(f"{name} cannot be read: {said}") from error
 
 
 def find(name: str) -> str:
