@@ -8,9 +8,11 @@ Every function is seeded: the same data give the same interval and the same p-va
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
+import scipy.optimize
 import scipy.stats
 from numpy.typing import ArrayLike
 from statsmodels.stats.contingency_tables import mcnemar
@@ -207,10 +209,11 @@ def seeds_interval(
 
     All seeds see the same images, so the two levels are crossed and their variances add: that of the seeds' means,
     divided by the number of seeds, and that of the images' means over seeds, within each stratum. What is left when
-    both are taken out is in both sums, so the interval is somewhat too wide, never too narrow. Its degrees of freedom
-    are Satterthwaite's (1946): hardly more than seeds − 1 where seeds rule, many where images do. A bootstrap that
-    draws three seeds out of three instead has ten different draws, and is too narrow by a third of the variance and
-    by t against z; a t interval over the seeds' means alone speaks of these images and of no others.
+    both are taken out is in both sums, so the interval is rather too wide than too narrow. Its quantile is that of
+    Cochran and Cox (1950), the mean of the parts' own quantiles of t, weighted by their variances: with few seeds it
+    keeps its level, which Satterthwaite's degrees of freedom do not quite. A bootstrap that draws three seeds out of
+    three instead has ten different draws, and is too narrow by a third of the variance and by t against z; a t
+    interval over the seeds' means alone speaks of these images and of no others.
 
     Args:
         values: [rows, seeds], the same rows under each seed; for a paired comparison, differences.
@@ -219,7 +222,8 @@ def seeds_interval(
         level: coverage, 0–1.
 
     Returns:
-        The mean with `n` the number of images, and the degrees of freedom. Rows that lack a value under any seed are
+        The mean with `n` the number of images, and the degrees of freedom of the t that has this quantile: seeds − 1
+        where images do not matter, many where seeds do not. Rows that lack a value under any seed are
         left out. With one seed nothing says how another training would have come out: low, high and the degrees of
         freedom are NaN. Without rows all is NaN and `n` is 0.
 
@@ -248,9 +252,12 @@ def seeds_interval(
     variance = sum(of for of, _ in parts)
     if variance <= (1e-12 * value) ** 2:  # neither a seed nor an image moves it
         return Interval(value, value, value, len(sizes)), float("nan")
-    df = float(variance**2 / sum(of**2 / free for of, free in parts))
-    half = float(scipy.stats.t.ppf((1 + level) / 2, df) * np.sqrt(variance))
-    return Interval(value, value - half, value + half, len(sizes)), df
+    student = partial(scipy.stats.t.ppf, (1 + level) / 2)
+    quantile = sum(of * student(free) for of, free in parts) / variance
+    frees = [free for _, free in parts]
+    df = scipy.optimize.brentq(lambda free: student(free) - quantile, min(frees), max(frees))
+    half = float(quantile * np.sqrt(variance))
+    return Interval(value, value - half, value + half, len(sizes)), float(df)
 
 
 def rule_of_three(n: float, *, level: float = 0.95) -> float:
