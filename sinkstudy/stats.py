@@ -255,7 +255,7 @@ def seeds_interval(
     student = partial(scipy.stats.t.ppf, (1 + level) / 2)
     quantile = sum(of * student(free) for of, free in parts) / variance
     frees = [free for _, free in parts]
-    df = scipy.optimize.brentq(lambda free: student(free) - quantile, min(frees), max(frees))
+    df = scipy.optimize.brentq(lambda free: student(free) - quantile, 0.9 * min(frees), 1.1 * max(frees))
     half = float(quantile * np.sqrt(variance))
     return Interval(value, value - half, value + half, len(sizes)), float(df)
 

@@ -139,7 +139,12 @@ def headline_of(results, row, **more):
 @pytest.mark.parametrize(
     ("row", "number", "verdict", "sure"),
     [
-        ((3.0, 2.5, 3.5, 99, ""), "3.00 [2.50, 3.50] times, n = 99: ", "✓ supported", ", sure, p < 0.001 after correction"),
+        (
+            (3.0, 2.5, 3.5, 99, ""),
+            "3.00 [2.50, 3.50] times, n = 99: ",
+            "✓ supported",
+            ", sure, p < 0.001 after correction",
+        ),
         (
             (1.6, 1.2, 2.0, 20, ""),
             "1.60 [1.20, 2.00] times, n = 20: ",

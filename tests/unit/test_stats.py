@@ -360,6 +360,14 @@ def test_seeds_of_one_training_without_rows_and_with_gaps():
     assert seeds_interval(np.full((4, 3), 7.0))[0] == (7.0, 7.0, 7.0, 4)
 
 
+def test_one_source_of_chance_alone_has_its_own_degrees_of_freedom():
+    """To the last digit the quantile may lie beside that of the one part that varies."""
+    for n in range(2, 40):
+        values = np.random.default_rng(n).normal(size=(n, 1))
+        assert seeds_interval(np.tile(values, (1, 2)))[1] == pytest.approx(n - 1, rel=1e-6)
+        assert seeds_interval(np.tile(values.T, (3, 1)))[1] == pytest.approx(n - 1, rel=1e-6)
+
+
 def test_rule_of_three_is_the_binomial_tail_and_power_that_of_the_z_test():
     assert scipy.stats.binom.cdf(0, 40, rule_of_three(40)) == pytest.approx(0.05)
     from statsmodels.stats.power import NormalIndPower
