@@ -8,14 +8,16 @@ A *patch* is one square of the picture that the vision tower sees as one token; 
 of the decoder's input that an image fills. `LVLM.layout` says which patch ends in which position.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import transformers
+from PIL import Image
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -26,9 +28,13 @@ from transformers import (
     ProcessorMixin,
 )
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+from transformers.utils.peft_utils import find_adapter_config_file
 from transformers.vision_utils import get_vision_window_index
 
-from sinkstudy import registers  # noqa: F401  (makes the register tower known to AutoModel)
+from sinkstudy import (
+    checkpoints,
+    registers,  # noqa: F401  (makes the register tower known to AutoModel)
+)
 from sinkstudy.paths import MODELS, hub_commit, lab_models
 
 
@@ -290,10 +296,12 @@ class LVLM:
             [n, 3, height, width], elsewhere as the architecture has it; and what else the model takes.
 
         Raises:
-            ValueError: if the numbers of images and questions differ.
+            ValueError: if the numbers of images and questions differ, or for a picture that the model does not take.
         """
         if len(images) != len(questions):
             raise ValueError(f"one question per image: got {len(images)} images and {len(questions)} questions")
+        for image in images:
+            self.check_size(*(image.size if isinstance(image, Image.Image) else (image.shape[2], image.shape[1])))
         prompts = [self.prompt(question) for question in questions]
         bos = self.processor.tokenizer.bos_token
         batch = self.processor(
@@ -306,7 +314,29 @@ class LVLM:
             return_tensors="pt",
         )
         batch.pop("labels", None)
-        return batch.to(self.device, dtype=self.model.dtype)
+        device = "cpu" if self.device.type == "meta" else self.device  # an outline has inputs of real values
+        return batch.to(device, dtype=self.model.dtype)
+
+    def check_size(self, width: int, height: int) -> None:
+        """Make sure that the model takes pictures of so many pixels; only one whose processor resizes takes all.
+
+        Raises:
+            ValueError: it does not.
+        """
+        if getattr(self.processor.image_processor, "do_resize", True):
+            return
+        vision = self.model.config.vision_config
+        if self.spec.packed:
+            step = vision.patch_size * self.merge
+            takes, fits = f"sides of whole {step}", width % step == height % step == 0
+        else:
+            high, wide = _pair(vision.image_size)
+            takes, fits = f"{wide} x {high}", (width, height) == (wide, high)
+        if not fits:
+            raise ValueError(
+                f"{self.name} takes pictures of {takes} pixels, since its processor resizes none; this one has "
+                f"{width} x {height}: resize the pictures, or take another model"
+            )
 
     def see(self, inputs: BatchFeature) -> None:
         """Send the images of a batch through tower and connector, without the decoder, for hooks to watch."""
@@ -511,31 +541,23 @@ def load(
     Weights are read from safetensors only, and no code of the model's own is run.
 
     Raises:
-        ValueError: unknown model, architecture, dtype or vision layout, a revision of a folder, a device that is not
-            there or does not compute in that dtype, files that are absent or damaged, or no network where one is
-            needed.
+        ValueError: as `outline`; a device that is not there or does not compute in that dtype, or weights that are NaN
+            or infinite.
     """
     dtype = _dtype(dtype)
     check_device(device, dtype)
-    spec, _ = _configuration(name, revision)
-    # a progress bar in a notebook is a widget, and a page with a widget asks another host for its scripts
-    transformers.utils.logging.disable_progress_bar()
-    with _reading(name):
-        model = getattr(transformers, spec.model_class).from_pretrained(
-            find(name),
-            revision=revision or None,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            device_map=None if device == "cpu" else device,  # straight to the device, without a copy in main memory
-            use_safetensors=True,
-        )
-    return LVLM(
-        model=model.eval().requires_grad_(False),
-        processor=_processor(name, spec, revision),
-        name=name,
-        revision=hub_commit(name, revision),
-        spec=spec,
+    known = outline(name, dtype=dtype, revision=revision)
+    model = _read(
+        name,
+        find(name),
+        known.model.config,
+        revision=revision or None,
+        dtype=dtype,
+        device_map=None if device == "cpu" else device,  # straight to the device, without a copy in main memory
+        use_safetensors=True,
     )
+    checkpoints.check_values(name, model.named_parameters(), dtype)
+    return replace(known, model=model.eval().requires_grad_(False), revision=hub_commit(name, revision))
 
 
 def wrap(model: PreTrainedModel, processor: ProcessorMixin) -> LVLM:
@@ -552,23 +574,38 @@ def wrap(model: PreTrainedModel, processor: ProcessorMixin) -> LVLM:
         raise ValueError(f"{name}: load it as {spec.model_class}, not as {type(model).__name__}")
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise ValueError(f"{name}: a {type(processor).__name__} is no processor for pictures and text (AutoProcessor)")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(f"{name}: its weights are not there (torch's meta device): load it with from_pretrained")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(f"{name} has an adapter that is not merged: {checkpoints.MERGE}")
+    if getattr(model, "hf_quantizer", None) or not all(p.is_floating_point() for p in model.parameters()):
+        raise ValueError(f"{name} is quantised: {checkpoints.PLAIN}")
     _check_layout(name, config)
-    return LVLM(model, processor, name, getattr(config, "_commit_hash", None), spec)
+    checkpoints.check_values(name, model.named_parameters(), model.dtype)
+    lvlm = LVLM(model, processor, name, getattr(config, "_commit_hash", None), spec)
+    _check_prompt(lvlm)
+    return lvlm
 
 
 def outline(name: str, *, dtype: str | torch.dtype = "float32", revision: str | None = None) -> LVLM:
     """The model as `load` gives it but without weights, on torch's meta device: names and shapes, no memory.
 
-    Only the configuration and the processor's files are read, or downloaded.
+    Configuration, processor and the headers of the weights' files are read, or downloaded, and checked.
 
     Raises:
-        ValueError: as `load`, but for device and weights.
+        ValueError: unknown model, architecture, dtype or vision layout, a revision of a folder, an adapter, a quantised
+            model, weights that are not those of the configuration, a processor that makes no prompt of a picture and a
+            question or another one than the model reads, files that are absent or damaged, or no network where one is
+            needed.
     """
     spec, config = _configuration(name, revision)
-    with torch.device("meta"):
-        model = getattr(transformers, spec.model_class)(config)
-    processor = _processor(name, spec, revision)
-    return LVLM(model.to(_dtype(dtype)).eval(), processor, name, hub_commit(name, revision), spec)
+    with _reading(name):
+        weights = checkpoints.headers(find(name), revision)
+    model = _read(name, None, config, state_dict=weights, dtype=_dtype(dtype), device_map={"": "meta"})
+    model.tie_weights()  # also what is stored twice
+    known = LVLM(model.eval(), _processor(name, spec, revision), name, hub_commit(name, revision), spec)
+    _check_prompt(known)
+    return known
 
 
 def _configuration(name: str, revision: str | None) -> tuple[Spec, PretrainedConfig]:
@@ -577,12 +614,55 @@ def _configuration(name: str, revision: str | None) -> tuple[Spec, PretrainedCon
     if revision and Path(source).is_dir():
         raise ValueError(f"{name} is a folder and has no revision {revision!r}; revisions are for models of the hub")
     with _reading(name):
+        adapter = find_adapter_config_file(source, revision=revision or None)
+    if adapter:  # the library would put it on top of the weights, whether they hold it already or not
+        raise ValueError(f"{name} is an adapter ({checkpoints.ADAPTER} is in it), no model: {checkpoints.MERGE}")
+    with _reading(name):
         known, _ = PretrainedConfig.get_config_dict(source, revision=revision or None)
     spec = _spec(name, known.get("model_type"))
-    with _reading(name):
+    for key, value in _entries(known):
+        if key in ("quantization_config", "compression_config") and value:
+            how = value.get("quant_method", "by its config.json") if isinstance(value, dict) else value
+            raise ValueError(f"{name} is quantised ({how}): {checkpoints.PLAIN}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name}: its config.json has {key} = {value}, which is no number")
+    with _reading(name, "its config.json does not fit: "):
         config = AutoConfig.from_pretrained(source, revision=revision or None)
+    for part in (config, *(getattr(config, key) for key in config.sub_configs)):
+        # what a forward pass returns is the study's to say, whatever it was when the model was saved
+        part.output_attentions, part.output_hidden_states, part.return_dict = False, False, True
     _check_layout(name, config)
     return spec, config
+
+
+def _entries(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The entries of a configuration, with those of its parts."""
+    for key, value in values.items():
+        yield key, value
+        if isinstance(value, dict):
+            yield from _entries(value)
+
+
+def _read(name: str, source: str | None, config: PretrainedConfig, **how: Any) -> PreTrainedModel:
+    """A model by `from_pretrained`, refused unless its weights are those of the configuration, all and no others."""
+    level = transformers.utils.logging.get_verbosity()
+    # a progress bar in a notebook is a widget, and a page with a widget asks another host for its scripts
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # its report is the one that is checked here
+    try:
+        with _reading(name, "its weights do not fit its config.json: "):
+            model, report = getattr(transformers, SPECS[config.model_type].model_class).from_pretrained(
+                source,
+                config=config,
+                attn_implementation="sdpa",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are in the report
+                **how,
+            )
+    finally:
+        transformers.utils.logging.set_verbosity(level)
+    checkpoints.check_names(name, model, report)
+    return model
 
 
 def _spec(name: str, model_type: str | None) -> Spec:
@@ -595,20 +675,59 @@ def _spec(name: str, model_type: str | None) -> Spec:
 
 
 def _processor(name: str, spec: Spec, revision: str | None) -> ProcessorMixin:
-    with _reading(name):
+    with _reading(name, "its processor (tokenizer.json, preprocessor_config.json, …) cannot be loaded: "):
         # the PIL image processor, because the torchvision one gives slightly different pixels
         return without_video(spec.processor_class).from_pretrained(
             find(name), revision=revision or None, backend="pil"
         )
 
 
+def _check_prompt(lvlm: LVLM) -> None:
+    """Make sure that processor and model agree about a picture and a question, before either is asked in earnest.
+
+    Raises:
+        ValueError: the chat format leaves one of them out, the processor fails, or it cuts the picture into other
+            tiles, patches or visual tokens than the model reads.
+    """
+    name, question, fixed = lvlm.name, "What is this?", not lvlm.spec.packed
+    with _reading(name, "its chat format cannot be used: "):
+        prompt = lvlm.prompt(question)
+    if question not in prompt:
+        raise ValueError(f"{name}: its chat format leaves out the question")
+    high, wide = _pair(lvlm.model.config.vision_config.image_size) if fixed else (480, 640)
+    with _reading(name, "its processor fails on a picture and a question (is its configuration complete?): "):
+        inputs = lvlm.inputs([Image.new("RGB", (wide, high))], [question])
+    ids, pixels = inputs["input_ids"], inputs["pixel_values"]
+    if not isinstance(lvlm.image_token_id, int) or not (ids == lvlm.image_token_id).any():
+        raise ValueError(
+            f"{name}: no token of a prompt with a picture is the model's image token ({lvlm.image_token_id}): its chat "
+            "format leaves out the picture, or its tokenizer belongs to another model"
+        )
+    rows = lvlm.model.get_input_embeddings().num_embeddings
+    if ids.max() >= rows or lvlm.processor.tokenizer.vocab_size > rows:
+        raise ValueError(f"{name}: its tokenizer belongs to another model: it has more tokens than the model's {rows}")
+    if fixed and tuple(pixels.shape[-2:]) != (high, wide):
+        made = f"{pixels.shape[-1]} x {pixels.shape[-2]}"
+        raise ValueError(f"{name}: its processor makes pictures of {made} pixels, its tower takes {wide} x {high}")
+    with _reading(name, "its processor and its model disagree about a picture: "):
+        layout = lvlm.layout(inputs)[0]
+        tiles = pixels[..., 0, 0, 0].numel() if fixed else 1
+        newline = int(lvlm.spec.anyres)  # behind the last row
+        if layout.tiles != tiles or layout.positions.max() + newline != layout.visual.max():
+            raise ValueError(f"{len(layout.visual)} visual tokens for {tiles} tiles of {layout.grid} patches")
+
+
 @contextmanager
-def _reading(name: str) -> Iterator[None]:
-    """Tells in one line what transformers has to say about files that are absent, damaged or out of reach."""
+def _reading(name: str, what: str = "") -> Iterator[None]:
+    """Tells in one line what transformers has to say about files that are absent, damaged, odd or out of reach."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{name} cannot be read: {str(error).strip().splitlines()[0]}") from error
+    except Exception as error:  # of any type: what is read comes from anywhere
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+        said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+        if not isinstance(error, (OSError, ValueError, SafetensorError)):
+            said = f"{type(error).__name__}: {said}"
+        raise ValueError(f"{name} cannot be read: {what}{said}") from error
 
 
 def find(name: str) -> str:
@@ -622,6 +741,8 @@ def find(name: str) -> str:
     folder = Path(name).expanduser()
     if (folder / "config.json").is_file():
         return str(folder)
+    if (folder / checkpoints.ADAPTER).is_file():
+        raise ValueError(f"{name} is an adapter, no model: {checkpoints.MERGE}")
     looks_like_hub_id = name.count("/") == 1 and all(name.split("/")) and not name.startswith((".", "~"))
     if folder.exists() or not looks_like_hub_id:
         known = ", ".join(lab_models()) or "none are there"
@@ -685,8 +806,13 @@ def _n_prefix(vision: PretrainedConfig) -> int:
 def _tile_grid(config: PretrainedConfig) -> tuple[int, int]:
     """(rows, columns) of the patches of a tile of a tower that sees tiles of one size."""
     image, patch = config.vision_config.image_size, config.vision_config.patch_size
-    (high, wide), (patch_high, patch_wide) = (x if isinstance(x, (list, tuple)) else (x, x) for x in (image, patch))
+    (high, wide), (patch_high, patch_wide) = _pair(image), _pair(patch)
     return high // patch_high, wide // patch_wide
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) of what a configuration gives as one number where both are the same."""
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def _block_order(rows: int, columns: int, merge: int) -> torch.Tensor:
