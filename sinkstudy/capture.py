@@ -288,12 +288,7 @@ def _trace_batch(lvlm: LVLM, images: Sequence[Any], questions: Sequence[str], ma
             attention_rows(lvlm, "decoder", to_visual) as rows,
         ):
             if max_new_tokens:
-                sequences = lvlm.model.generate(
-                    **inputs,
-                    max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                    pad_token_id=lvlm.processor.tokenizer.pad_token_id,
-                )
+                sequences = lvlm.generate(inputs, max_new_tokens).sequences
             else:
                 lvlm.model(**inputs, logits_to_keep=1)
     finally:
@@ -306,7 +301,7 @@ def _trace_batch(lvlm: LVLM, images: Sequence[Any], questions: Sequence[str], ma
     if max_new_tokens:
         tokens = sequences[:, inputs.input_ids.shape[1] :]  # [batch, steps]
         steps = torch.stack([torch.stack(calls).cpu() for calls in rows.values()], dim=2)
-        weight = _until_end(tokens.cpu(), lvlm.model.generation_config.eos_token_id).T  # [steps, batch]
+        weight = _until_end(tokens.cpu(), lvlm.ends).T  # [steps, batch]
         weight = (weight / weight.sum(0))[:, :, None, None, None]
         output_attention = (steps * weight).sum(0)  # [steps, batch, layers, heads, visual tokens] -> [batch, ..]
         answers = [text.strip() for text in lvlm.processor.batch_decode(tokens, skip_special_tokens=True)]
@@ -322,9 +317,9 @@ def _trace_batch(lvlm: LVLM, images: Sequence[Any], questions: Sequence[str], ma
     )
 
 
-def _until_end(tokens: torch.Tensor, end_ids: int | list[int] | None) -> torch.Tensor:
+def _until_end(tokens: torch.Tensor, end_ids: list[int]) -> torch.Tensor:
     """1 for the tokens of an answer up to and with its first end token, then 0: [batch, steps], float."""
-    is_end = torch.isin(tokens, torch.tensor([] if end_ids is None else end_ids, dtype=tokens.dtype))
+    is_end = torch.isin(tokens, torch.tensor(end_ids, dtype=tokens.dtype))
     ends_before = is_end.cumsum(1) - is_end.long()
     return (ends_before == 0).float()
 

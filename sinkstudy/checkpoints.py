@@ -19,17 +19,20 @@ from torch import nn
 FILE, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 WHOLE = ("I64", "I32", "I16", "BOOL")  # buffers, such as positions
-MERGE = "merge it into its model (merge_and_unload of peft), save that with save_pretrained, and give its folder"
-PLAIN = "the study reads float32, bfloat16 and float16: give the model that it was made from, or save it dequantised"
-SHOWN = 3  # names in a message
+MERGE = "an adapter has to be merged into its base first (merge_and_unload of peft), and the model that it makes saved"
+PLAIN = "the study needs the unquantised checkpoint"
 
 # what the names of weights that are not the model's tell
 SIGNS = {
-    r"^base_model\.|\.lora_|\.base_layer\.|\.modules_to_save\.": f"this is an adapter that is not merged: {MERGE}",
-    r"\.(qweight|qzeros|absmax|quant_map|quant_state|SCB|weight_scale|weight_packed)\b": f"it is quantised: {PLAIN}",
-    r"^(module|_orig_mod|_fsdp_wrapped_module)\.": "it was saved with its wrapper: save the model inside it",
-    r"\bmm_projector\.": "it has the layout of LLaVA's own code: give the converted model (llava-hf on the hub)",
+    r"^base_model\.|\blora_|\.base_layer\.|\.modules_to_save\.": MERGE,
+    r"\.(qweight|qzeros|absmax|quant_map|quant_state\S*|SCB|weight_scale|weight_packed)$": f"it is quantised; {PLAIN}",
+    r"^(module|_orig_mod|_fsdp_wrapped_module)\.": "it was saved inside a wrapper: save the model without it",
+    r"\bmm_projector\.": "it has the layout of LLaVA's own code: take the converted model (llava-hf on the hub)",
 }
+
+# What a checkpoint may hold beyond the model: buffers that older versions of transformers saved, and the pooling head
+# of a vision tower, which no vision-language model here has.
+LEFT_OVER = re.compile(r"position_ids$|rotary_emb\.inv_freq$|masked_bias$|vision\w*\.(\w+\.)*head\.")
 
 
 def files(source: str, revision: str | None = None) -> list[Path]:
@@ -58,18 +61,18 @@ def _files(folder: Path) -> list[Path]:
     shards = sorted(set(_index(index).values())) if index.is_file() else []
     if single.is_file():
         if set(shards) - {FILE}:
-            raise ValueError(f"{folder} has a {FILE} and an {INDEX} that names other files: remove what is not its own")
+            raise ValueError(f"it has {FILE} and an {INDEX} that names other files: remove what is not its own")
         return [single]
     if not shards:
         others = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".gguf"))
         others += sorted(path.name for path in folder.glob("*.safetensors"))
-        there = f" (it has {', '.join(others[:SHOWN])})" if others else ""
+        there = f" (it has {', '.join(others[:3])})" if others else ""
         raise ValueError(
-            f"{folder} cannot be read: no {FILE} is in it{there}; weights are read from safetensors only, since others "
-            "can run code: load it where it was made and save it with save_pretrained"
+            f"there is no {FILE}{there}; weights are read from safetensors only, since other files can run code: load "
+            "them where they were made, and save them with save_pretrained"
         )
     if lacking := [shard for shard in shards if not (folder / shard).is_file()]:
-        raise ValueError(f"{folder} cannot be read: its {INDEX} names {_list(lacking)}, which is not there")
+        raise ValueError(f"its {INDEX} names {_list(lacking)}, which is not there")
     return [folder / shard for shard in shards]
 
 
@@ -81,7 +84,7 @@ def _index(file: Path) -> dict[str, str]:
             raise ValueError("a file outside the folder")
         return found
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} cannot be read: {type(error).__name__}: {error}") from None
+        raise ValueError(f"its {file.name} is damaged ({type(error).__name__}: {error})") from None
 
 
 def headers(source: str, revision: str | None = None) -> dict[str, torch.Tensor]:
@@ -108,9 +111,9 @@ def headers(source: str, revision: str | None = None) -> dict[str, torch.Tensor]
             found |= {key: (part.dtype, part.shape) for key, part in file.tensors.items()}
         promised = known.weight_map
     if lacking := sorted(promised.keys() - found.keys()):
-        raise ValueError(f"{source} cannot be read: its {INDEX} names {_list(lacking)}, which no file of it has")
+        raise ValueError(f"its {INDEX} names {_list(lacking)}, which no file has")
     if odd := [f"{key} ({dtype})" for key, (dtype, _) in found.items() if dtype not in FLOATS and dtype not in WHOLE]:
-        raise ValueError(f"{source} is quantised, with weights such as {_list(odd)}: {PLAIN}")
+        raise ValueError(f"its weights are quantised ({_list(odd)}); {PLAIN}")
     return {
         key: torch.empty(shape, dtype=FLOATS.get(dtype, torch.int64), device="meta")
         for key, (dtype, shape) in found.items()
@@ -127,21 +130,26 @@ def check_names(name: str, model: nn.Module, report: dict[str, Any]) -> None:
     Raises:
         ValueError: weights are missing, of another shape, or not the model's.
     """
-    own = set(model.state_dict())
-    missing, unexpected = set(report["missing_keys"]), set(report["unexpected_keys"])
-    said = []
-    if missing:
-        whole = "all" if len(missing) == len(own) else f"{len(missing)} of {len(own)}"
-        said.append(f"{whole} weights are missing ({_list(_modules(missing, own - missing))})")
-    if shapes := sorted(report["mismatched_keys"]):
-        each = [f"{key} {list(there)} in place of {list(wanted)}" for key, there, wanted in shapes]
-        said.append(f"{len(shapes)} have another shape ({_list(each)})")
-    if unexpected:
-        said.append(f"{len(unexpected)} are not the model's ({_list(_modules(unexpected, own))})")
-    if said:
-        told = [hint for sign, hint in SIGNS.items() if any(re.search(sign, key) for key in unexpected)]
-        advice = told[0] if told else "give a checkpoint that is complete, with the config.json that belongs to it"
-        raise ValueError(f"{name} does not hold the weights of its config.json: {', '.join(said)}; {advice}")
+    own, missing = set(model.state_dict()), set(report["missing_keys"])
+    left_over = {key for key in report["unexpected_keys"] if not LEFT_OVER.search(key)}
+    shapes = [
+        f"{key} as {list(there)} where the model has {list(wanted)}"
+        for key, there, wanted in sorted(report["mismatched_keys"])
+    ]
+    problems = [f"lacks {_weights(missing, own - missing)}"] if missing else []
+    problems += [f"has {_weights(left_over, own)}, of which the model knows nothing"] if left_over else []
+    problems += [f"has {_list(shapes, 1)}"] if shapes else []
+    if problems:
+        told = [hint for sign, hint in SIGNS.items() if any(re.search(sign, key) for key in left_over)]
+        told += ["the names are those of another model class or version"] if missing and left_over else []
+        hint = f": {told[0]}" if told else ""
+        raise ValueError(f"{name}: the checkpoint {'; it '.join(problems)}{hint}. Nothing is filled with random values")
+
+
+def _weights(names: set[str], others: set[str]) -> str:
+    if len(names) == 1:
+        return next(iter(names))
+    return f"{len(names)} weights{'' if others else ', all of them'} ({_list(_modules(names, others))})"
 
 
 def _modules(names: set[str], others: set[str]) -> list[str]:
@@ -165,11 +173,12 @@ def check_values(name: str, weights: Iterable[tuple[str, torch.Tensor]], dtype: 
         if weight.is_meta or not weight.is_floating_point() or not weight.numel():  # meta: on disk, of a large model
             continue
         ends = torch.stack(torch.aminmax(weight.detach())).to(dtype)  # NaN, if one is
-        if ends.isnan().any():
-            raise ValueError(f"{name}: weight {key} holds NaN: it was damaged when it was trained or saved")
-        if ends.isinf().any():
-            how = "infinite in float16: take dtype bfloat16 or float32" if dtype == torch.float16 else "infinite"
-            raise ValueError(f"{name}: weight {key} holds values that are {how}")
+        if not ends.isfinite().all():
+            short = str(dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{name}: {key} holds values that are NaN or infinite in {short}: the checkpoint is damaged, or needs "
+                "another dtype (bfloat16 or float32 in place of float16)"
+            )
 
 
 def stored(source: str, revision: str | None = None) -> Iterator[tuple[str, torch.Tensor]]:
@@ -180,6 +189,6 @@ def stored(source: str, revision: str | None = None) -> Iterator[tuple[str, torc
                 yield key, opened.get_tensor(key)
 
 
-def _list(names: Iterable[str]) -> str:
+def _list(names: Iterable[str], most: int = 3) -> str:
     names = list(names)
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -106,7 +106,7 @@ def _route(method: str, benchmark: str, values: dict, weight: float | None, k: i
     value, public = routes.option(method, weight, k), bool(values["data_dir"] or values["hub"])
     model, check = values["model"], routes.METHODS[method].check
     found = routes.data(model in paths.lab_models(), benchmark, values["data_dir"], values["hub"], values["limit"])
-    engine.check_memory({CHAPTER: values})
+    engine.check_memory({CHAPTER: values | {"benchmarks": [found[0]]}})
     if check is not None:
         check(models.outline(model, revision=values["revision"]))
     lvlm = models.load(model, **{key: values[key] for key in ("device", "dtype", "revision")})
@@ -200,6 +200,7 @@ def diysink(
     revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub model.")] = None,
     checkpoint_steps: Annotated[int, typer.Option(help="Steps between two checkpoints.")] = 100,
     workers: Annotated[int, typer.Option(help="Processes that prepare samples beside the training.")] = 0,
+    outside: Annotated[bool, typer.Option("--outside", help="Pictures may lie outside of their folder.")] = False,
 ) -> None:
     """Train DIYSink, or a control, on a model: one stage.
 
@@ -227,7 +228,7 @@ def diysink(
             method, stage, batch_size=batch_size, accumulate=accumulate, lr=lr, epochs=epochs, steps=steps, seed=seed,
             bf16=dtype == "bfloat16", checkpoint_steps=checkpoint_steps, workers=workers,
         )  # fmt: skip
-        stages.run(job, how, out, device=device, dtype=dtype)
+        stages.run(job, how, out, device=device, dtype=dtype, outside=outside)
     except (ValueError, FloatingPointError) as problem:
         raise engine.UserError(str(problem)) from None
 

@@ -23,7 +23,6 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-import PIL.Image
 import torch
 import transformers
 from torch import nn
@@ -33,6 +32,7 @@ from transformers import BatchFeature, DynamicCache, ProcessorMixin
 from sinkstudy import models
 from sinkstudy.models import LVLM
 from sinkstudy.paths import DATA
+from sinkstudy.pictures import opened
 
 ANSWERS = DATA / "cache" / "answers"
 
@@ -154,7 +154,7 @@ def evaluate(
     options = _options(table, candidates)
     tokens = {several: _first_tokens(lvlm, several) for several in dict.fromkeys(options)}
     first = table.image_id.iloc[0]
-    if reason := _not_shared(lvlm, _opened(first, shown[first])):
+    if reason := _not_shared(lvlm, opened(shown[first], repr(first))):
         warnings.warn(f"{lvlm.name}: {reason}, so questions share no prefix", stacklevel=2)
     store = _Answers(cache, lvlm, max_new_tokens, batch_size)
     rows: dict[str, list[int]] = {}
@@ -168,7 +168,7 @@ def evaluate(
     )
     with bar, _images_once(lvlm.processor):
         for group in _groups(rows, batch_size):
-            pictures = {image: _opened(image, shown[image]) for image in group}
+            pictures = {image: opened(shown[image], repr(image)) for image in group}
             for image, picture in pictures.items():
                 pixels = _picture_sha256(picture)
                 for row in rows[image]:
@@ -384,15 +384,7 @@ def _continuation(
 
 def _generate(lvlm: LVLM, inputs: Mapping[str, Any], max_new_tokens: int) -> tuple[list[str], torch.Tensor]:
     """Greedy answers, and log-probabilities of their first token [questions, vocabulary], float32 on the CPU."""
-    out = lvlm.model.generate(
-        **inputs,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        pad_token_id=lvlm.processor.tokenizer.pad_token_id,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
+    out = lvlm.generate(inputs, max_new_tokens)
     tokens = out.sequences[:, inputs["input_ids"].shape[1] :]
     texts = [text.strip() for text in lvlm.processor.batch_decode(tokens, skip_special_tokens=True)]
     return texts, out.logits[0].float().log_softmax(-1).cpu()
@@ -497,22 +489,6 @@ def _first_tokens(lvlm: LVLM, options: Sequence[str]) -> dict[str, list[int]]:
 
 
 # ------------------------------------------------------------------------------------------------- pictures
-def _opened(name: str, image: Any) -> Any:
-    """A PIL image in RGB, or an array or tensor uint8 [3, height, width]."""
-    if isinstance(image, (np.ndarray, torch.Tensor)):
-        if image.ndim != 3 or image.shape[0] != 3 or str(image.dtype).removeprefix("torch.") != "uint8":
-            raise ValueError(f"image {name!r} is {image.dtype} {list(image.shape)}, not uint8 [3, height, width]")
-        return image
-    try:
-        if isinstance(image, (str, Path)):
-            image = PIL.Image.open(image)
-        elif not isinstance(image, PIL.Image.Image):
-            image = image.open()
-        return image.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise many kinds
-        raise ValueError(f"image {name!r} cannot be read: {error}") from None
-
-
 def _picture_sha256(image: Any) -> str:
     pixels = np.asarray(image)
     return hashlib.sha256(f"{type(image).__name__} {pixels.shape}".encode() + pixels.tobytes()).hexdigest()
@@ -577,7 +553,7 @@ def _fingerprint(lvlm: LVLM) -> str:
         lvlm.device.type,
         [part.config._attn_implementation for part in (lvlm.vision, lvlm.decoder)],
         {k: v for k, v in lvlm.model.config.to_dict().items() if k != "_name_or_path"},
-        lvlm.model.generation_config.to_dict(),
+        lvlm.ends,
         processor.image_processor.to_dict(),
         processor.tokenizer.backend_tokenizer.to_str(),
     ]

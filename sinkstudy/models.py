@@ -8,8 +8,9 @@ A *patch* is one square of the picture that the vision tower sees as one token; 
 of the decoder's input that an image fills. `LVLM.layout` says which patch ends in which position.
 """
 
+import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,24 +19,24 @@ from typing import Any, Literal
 import torch
 import transformers
 from PIL import Image
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
-    AutoConfig,
+    CONFIG_MAPPING,
     BatchFeature,
     PretrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
 )
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 from transformers.vision_utils import get_vision_window_index
 
-from sinkstudy import (
-    checkpoints,
-    registers,  # noqa: F401  (makes the register tower known to AutoModel)
-)
+from sinkstudy import checkpoints
+from sinkstudy import registers as _registers  # noqa: F401  (makes the register tower known to AutoModel)
 from sinkstudy.paths import MODELS, hub_commit, lab_models
+from sinkstudy.pictures import opened
 
 
 @dataclass(frozen=True)
@@ -288,7 +289,8 @@ class LVLM:
         """Model inputs for one question per image, padded on the left, on the model's device.
 
         Args:
-            images: PIL images, or arrays or tensors uint8 [3, height, width]; n of them, of any sizes.
+            images: n of them, of any sizes, each as `pictures.opened` takes it: PIL images, arrays or tensors uint8
+                [3, height, width], paths, or what is opened when it is needed.
             questions: n plain questions, without the chat format.
 
         Returns:
@@ -298,8 +300,13 @@ class LVLM:
         Raises:
             ValueError: if the numbers of images and questions differ, or for a picture that the model does not take.
         """
+        return self._prepared(images, questions).to(self.device, dtype=self.model.dtype)
+
+    def _prepared(self, images: Sequence[Any], questions: Sequence[str]) -> BatchFeature:
+        """`inputs` as the processor makes them, in float32 on the CPU."""
         if len(images) != len(questions):
             raise ValueError(f"one question per image: got {len(images)} images and {len(questions)} questions")
+        images = [opened(image) for image in images]
         for image in images:
             self.check_size(*(image.size if isinstance(image, Image.Image) else (image.shape[2], image.shape[1])))
         prompts = [self.prompt(question) for question in questions]
@@ -314,8 +321,7 @@ class LVLM:
             return_tensors="pt",
         )
         batch.pop("labels", None)
-        device = "cpu" if self.device.type == "meta" else self.device  # an outline has inputs of real values
-        return batch.to(device, dtype=self.model.dtype)
+        return batch
 
     def check_size(self, width: int, height: int) -> None:
         """Make sure that the model takes pictures of so many pixels; only one whose processor resizes takes all.
@@ -328,15 +334,52 @@ class LVLM:
         vision = self.model.config.vision_config
         if self.spec.packed:
             step = vision.patch_size * self.merge
-            takes, fits = f"sides of whole {step}", width % step == height % step == 0
+            takes, fits = f"whole {step}s of", width % step == height % step == 0
         else:
             high, wide = _pair(vision.image_size)
             takes, fits = f"{wide} x {high}", (width, height) == (wide, high)
         if not fits:
             raise ValueError(
-                f"{self.name} takes pictures of {takes} pixels, since its processor resizes none; this one has "
+                f"{self.name} takes pictures of {takes} pixels, for its processor resizes none, and this one has "
                 f"{width} x {height}: resize the pictures, or take another model"
             )
+
+    @property
+    def ends(self) -> list[int]:
+        """Ids of the tokens that end an answer: those of the checkpoint's generation settings, or the tokenizer's."""
+        ends = self.model.generation_config.eos_token_id
+        ends = self.processor.tokenizer.eos_token_id if ends is None else ends
+        return [] if ends is None else list(ends) if isinstance(ends, (list, tuple)) else [ends]
+
+    def generate(self, inputs: Mapping[str, Any], max_new_tokens: int) -> GenerateDecoderOnlyOutput:
+        """Greedy answers by the library's own `generate`, with the logits of each step.
+
+        The settings are the study's, so that answers of all models, alone and behind a shared prefix, are made alike:
+        greedy, one answer, a growing cache of keys and values. Of the checkpoint's own settings only `ends` count, and
+        padding is the tokenizer's; penalties, suppressed words, beams, samples, stop strings, caches of other kinds do
+        not.
+
+        Args:
+            inputs: of `inputs`, or what continues a cache.
+        """
+        ends, kept = self.ends, self.model.generation_config
+        padding = self.processor.tokenizer.pad_token_id
+        settings = transformers.GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+            bos_token_id=kept.bos_token_id,
+            eos_token_id=ends or None,
+            pad_token_id=padding if padding is not None else next(iter(ends), None),
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        self.model.generation_config = settings  # what `settings` leave open would come from there
+        try:
+            return self.model.generate(**inputs, generation_config=settings)
+        finally:
+            self.model.generation_config = kept
 
     def see(self, inputs: BatchFeature) -> None:
         """Send the images of a batch through tower and connector, without the decoder, for hooks to watch."""
@@ -541,8 +584,8 @@ def load(
     Weights are read from safetensors only, and no code of the model's own is run.
 
     Raises:
-        ValueError: as `outline`; a device that is not there or does not compute in that dtype, or weights that are NaN
-            or infinite.
+        ValueError: as `outline`; a device that is not there or does not compute in that dtype, or weights that are not
+            finite in it.
     """
     dtype = _dtype(dtype)
     check_device(device, dtype)
@@ -551,6 +594,7 @@ def load(
         name,
         find(name),
         known.model.config,
+        generation_config=known.model.generation_config,
         revision=revision or None,
         dtype=dtype,
         device_map=None if device == "cpu" else device,  # straight to the device, without a copy in main memory
@@ -577,13 +621,13 @@ def wrap(model: PreTrainedModel, processor: ProcessorMixin) -> LVLM:
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(f"{name}: its weights are not there (torch's meta device): load it with from_pretrained")
     if getattr(model, "_hf_peft_config_loaded", False):
-        raise ValueError(f"{name} has an adapter that is not merged: {checkpoints.MERGE}")
-    if getattr(model, "hf_quantizer", None) or not all(p.is_floating_point() for p in model.parameters()):
-        raise ValueError(f"{name} is quantised: {checkpoints.PLAIN}")
+        raise ValueError(f"{name} has an adapter: {checkpoints.MERGE}")
+    if getattr(model, "hf_quantizer", None) or not all(weight.is_floating_point() for weight in model.parameters()):
+        raise ValueError(f"{name}: its weights are quantised; {checkpoints.PLAIN}")
     _check_layout(name, config)
     checkpoints.check_values(name, model.named_parameters(), model.dtype)
     lvlm = LVLM(model, processor, name, getattr(config, "_commit_hash", None), spec)
-    _check_prompt(lvlm)
+    _check_parts(lvlm)
     return lvlm
 
 
@@ -593,19 +637,28 @@ def outline(name: str, *, dtype: str | torch.dtype = "float32", revision: str | 
     Configuration, processor and the headers of the weights' files are read, or downloaded, and checked.
 
     Raises:
-        ValueError: unknown model, architecture, dtype or vision layout, a revision of a folder, an adapter, a quantised
-            model, weights that are not those of the configuration, a processor that makes no prompt of a picture and a
-            question or another one than the model reads, files that are absent or damaged, or no network where one is
-            needed.
+        ValueError: unknown model, architecture, dtype or vision layout; a revision of a folder; an adapter or quantised
+            weights; weights that are absent, left over or of another shape; a processor or chat format that does not
+            fit the model; files that are absent or damaged; no network where one is needed.
     """
     spec, config = _configuration(name, revision)
     with _reading(name):
         weights = checkpoints.headers(find(name), revision)
-    model = _read(name, None, config, state_dict=weights, dtype=_dtype(dtype), device_map={"": "meta"})
+        settings = _special_tokens(find(name), revision, config)
+    # as it is loaded in earnest, but that the weights are names and shapes alone
+    model = _read(
+        name,
+        None,
+        config,
+        generation_config=settings,
+        state_dict=weights,
+        dtype=_dtype(dtype),
+        device_map={"": "meta"},
+    )
     model.tie_weights()  # also what is stored twice
-    known = LVLM(model.eval(), _processor(name, spec, revision), name, hub_commit(name, revision), spec)
-    _check_prompt(known)
-    return known
+    lvlm = LVLM(model.eval(), _processor(name, spec, revision), name, hub_commit(name, revision), spec)
+    _check_parts(lvlm)
+    return lvlm
 
 
 def _configuration(name: str, revision: str | None) -> tuple[Spec, PretrainedConfig]:
@@ -615,54 +668,79 @@ def _configuration(name: str, revision: str | None) -> tuple[Spec, PretrainedCon
         raise ValueError(f"{name} is a folder and has no revision {revision!r}; revisions are for models of the hub")
     with _reading(name):
         adapter = find_adapter_config_file(source, revision=revision or None)
-    if adapter:  # the library would put it on top of the weights, whether they hold it already or not
-        raise ValueError(f"{name} is an adapter ({checkpoints.ADAPTER} is in it), no model: {checkpoints.MERGE}")
+    if adapter:  # transformers would put it on top of the weights, whether they hold it already or not
+        raise ValueError(f"{name}: {checkpoints.ADAPTER} is in it: {checkpoints.MERGE}")
     with _reading(name):
         known, _ = PretrainedConfig.get_config_dict(source, revision=revision or None)
     spec = _spec(name, known.get("model_type"))
     for key, value in _entries(known):
         if key in ("quantization_config", "compression_config") and value:
-            how = value.get("quant_method", "by its config.json") if isinstance(value, dict) else value
-            raise ValueError(f"{name} is quantised ({how}): {checkpoints.PLAIN}")
+            method = value.get("quant_method", key) if isinstance(value, dict) else key
+            raise ValueError(f"{name}: its weights are quantised ({method}); {checkpoints.PLAIN}")
         if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{name}: its config.json has {key} = {value}, which is no number")
-    with _reading(name, "its config.json does not fit: "):
-        config = AutoConfig.from_pretrained(source, revision=revision or None)
-    for part in (config, *(getattr(config, key) for key in config.sub_configs)):
-        # what a forward pass returns is the study's to say, whatever it was when the model was saved
-        part.output_attentions, part.output_hidden_states, part.return_dict = False, False, True
+            raise ValueError(f"{name}: {key} in its config.json is {value}, which is no number")
+    with _reading(name, "its config.json: "):
+        config = CONFIG_MAPPING[known["model_type"]].from_dict(_without_switches(known))
     _check_layout(name, config)
     return spec, config
 
 
-def _entries(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The entries of a configuration, with those of its parts."""
-    for key, value in values.items():
+# What says how a model was last used, not what it is: training with gradient checkpointing leaves use_cache off.
+_SWITCHES = ("use_cache", "output_attentions", "output_hidden_states", "return_dict", "gradient_checkpointing")
+
+
+def _without_switches(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration as read from a file, parts included, without `_SWITCHES`: they then have their defaults."""
+    return {
+        key: _without_switches(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in _SWITCHES
+    }
+
+
+def _entries(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The entries of a configuration as read from a file, and those of its parts."""
+    for key, value in config.items():
         yield key, value
         if isinstance(value, dict):
             yield from _entries(value)
 
 
 def _read(name: str, source: str | None, config: PretrainedConfig, **how: Any) -> PreTrainedModel:
-    """A model by `from_pretrained`, refused unless its weights are those of the configuration, all and no others."""
+    """A model by `from_pretrained`.
+
+    transformers gives what a checkpoint lacks random values, and passes over what it has too much; both are refused.
+    """
     level = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()  # not its report, which is checked here
     # a progress bar in a notebook is a widget, and a page with a widget asks another host for its scripts
     transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()  # its report is the one that is checked here
     try:
-        with _reading(name, "its weights do not fit its config.json: "):
+        with _reading(name, "" if source else "its config.json: "):
             model, report = getattr(transformers, SPECS[config.model_type].model_class).from_pretrained(
                 source,
                 config=config,
                 attn_implementation="sdpa",
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are in the report
+                ignore_mismatched_sizes=True,  # so that they are reported
                 **how,
             )
     finally:
         transformers.utils.logging.set_verbosity(level)
     checkpoints.check_names(name, model, report)
     return model
+
+
+def _special_tokens(source: str, revision: str | None, config: PretrainedConfig) -> transformers.GenerationConfig:
+    """The ids of begin, end and padding in a checkpoint's generation settings, and nothing else of these."""
+    file = cached_file(
+        source, "generation_config.json", revision=revision or None, _raise_exceptions_for_missing_entries=False
+    )
+    of = transformers.GenerationConfig.from_model_config(config).to_dict()
+    if file is not None:
+        of |= json.loads(Path(file).read_text(encoding="utf-8"))
+    kept = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return transformers.GenerationConfig(**{key: of.get(key) for key in kept})
 
 
 def _spec(name: str, model_type: str | None) -> Spec:
@@ -675,59 +753,86 @@ def _spec(name: str, model_type: str | None) -> Spec:
 
 
 def _processor(name: str, spec: Spec, revision: str | None) -> ProcessorMixin:
-    with _reading(name, "its processor (tokenizer.json, preprocessor_config.json, …) cannot be loaded: "):
+    with _reading(name, "its processor, are preprocessor_config.json and the tokenizer's files there? "):
         # the PIL image processor, because the torchvision one gives slightly different pixels
         return without_video(spec.processor_class).from_pretrained(
             find(name), revision=revision or None, backend="pil"
         )
 
 
-def _check_prompt(lvlm: LVLM) -> None:
-    """Make sure that processor and model agree about a picture and a question, before either is asked in earnest.
+def blank(lvlm: LVLM, size: tuple[int, int] = (640, 480)) -> Image.Image:
+    """A grey picture of (width, height) pixels, or of the only size that the model takes."""
+    if not getattr(lvlm.processor.image_processor, "do_resize", True):
+        rows, columns = _tile_grid(lvlm.model.config) if not lvlm.spec.packed else (12, 12)
+        patch = lvlm.model.config.vision_config.patch_size
+        size = columns * patch, rows * patch
+    return Image.new("RGB", size, "grey")
+
+
+def _check_parts(lvlm: LVLM) -> None:
+    """Make sure that tower, processor, chat format and tokenizer are those of one model, by asking about a picture.
+
+    It takes the CPU and none of the model's weights.
 
     Raises:
-        ValueError: the chat format leaves one of them out, the processor fails, or it cuts the picture into other
-            tiles, patches or visual tokens than the model reads.
+        ValueError: the features are those of no layer; the chat format leaves out the picture or the question; the
+            processor fails, or cuts a picture into other tiles, patches or visual tokens than the model reads.
     """
-    name, question, fixed = lvlm.name, "What is this?", not lvlm.spec.packed
-    with _reading(name, "its chat format cannot be used: "):
+    name, question, config = lvlm.name, "What is this?", lvlm.model.config
+    if not 0 <= lvlm.feature_layer < len(lvlm.vision_layers):
+        raise ValueError(f"{name}: vision_feature_layer {config.vision_feature_layer} is none of the tower's layers")
+    try:
         prompt = lvlm.prompt(question)
-    if question not in prompt:
-        raise ValueError(f"{name}: its chat format leaves out the question")
-    high, wide = _pair(lvlm.model.config.vision_config.image_size) if fixed else (480, 640)
-    with _reading(name, "its processor fails on a picture and a question (is its configuration complete?): "):
-        inputs = lvlm.inputs([Image.new("RGB", (wide, high))], [question])
-    ids, pixels = inputs["input_ids"], inputs["pixel_values"]
-    if not isinstance(lvlm.image_token_id, int) or not (ids == lvlm.image_token_id).any():
+        if lvlm.processor.chat_template:
+            alone = [{"role": "user", "content": [{"type": "text", "text": question}]}]
+            if lvlm.processor.apply_chat_template(alone, add_generation_prompt=True) == prompt:
+                raise ValueError("its chat format drops the picture")
+        if question not in prompt:
+            raise ValueError("its chat format drops the question")
+        inputs = lvlm._prepared([blank(lvlm)], [question])
+        visual = inputs["input_ids"][0].tolist().count(lvlm.image_token_id)
+        layout = lvlm.layout(inputs)[0] if visual else None
+    except Exception as error:  # a processor's own, of any kind, where an entry of its files is absent or wrong
         raise ValueError(
-            f"{name}: no token of a prompt with a picture is the model's image token ({lvlm.image_token_id}): its chat "
-            "format leaves out the picture, or its tokenizer belongs to another model"
+            f"{name}: its processor does not prepare a picture and a question ({_line(error)}): an entry of "
+            "processor_config.json, preprocessor_config.json or tokenizer_config.json is absent or wrong"
+        ) from error
+    if not visual:
+        raise ValueError(
+            f"{name}: no image token (id {lvlm.image_token_id}) is in a prompt with a picture: its chat format "
+            "drops the picture, or processor and model have different image tokens"
         )
     rows = lvlm.model.get_input_embeddings().num_embeddings
-    if ids.max() >= rows or lvlm.processor.tokenizer.vocab_size > rows:
-        raise ValueError(f"{name}: its tokenizer belongs to another model: it has more tokens than the model's {rows}")
-    if fixed and tuple(pixels.shape[-2:]) != (high, wide):
-        made = f"{pixels.shape[-1]} x {pixels.shape[-2]}"
-        raise ValueError(f"{name}: its processor makes pictures of {made} pixels, its tower takes {wide} x {high}")
-    with _reading(name, "its processor and its model disagree about a picture: "):
-        layout = lvlm.layout(inputs)[0]
-        tiles = pixels[..., 0, 0, 0].numel() if fixed else 1
-        newline = int(lvlm.spec.anyres)  # behind the last row
-        if layout.tiles != tiles or layout.positions.max() + newline != layout.visual.max():
-            raise ValueError(f"{len(layout.visual)} visual tokens for {tiles} tiles of {layout.grid} patches")
+    if inputs["input_ids"].max() >= rows or lvlm.processor.tokenizer.vocab_size > rows:
+        raise ValueError(f"{name}: its tokenizer is another model's: it has more tokens than the model, {rows}")
+    pixels, tiles = inputs["pixel_values"], 1
+    if not lvlm.spec.packed:
+        made, taken = tuple(pixels.shape[-2:]), _pair(config.vision_config.image_size)
+        if made != taken:
+            raise ValueError(f"{name}: its processor makes pictures of {made} pixels, and its tower takes {taken}")
+        tiles = pixels[..., 0, 0, 0].numel()
+    newline = int(lvlm.spec.anyres)  # behind the last row of patches
+    if layout.tiles != tiles or layout.positions.max() + newline != layout.visual.max():
+        raise ValueError(
+            f"{name}: its processor gives a picture {visual} visual tokens, which are not those of {tiles} tiles of "
+            f"{layout.grid} patches: an entry of processor_config.json is absent or wrong, such as patch_size"
+        )
 
 
 @contextmanager
 def _reading(name: str, what: str = "") -> Iterator[None]:
-    """Tells in one line what transformers has to say about files that are absent, damaged, odd or out of reach."""
+    """Tells in one line what transformers has to say about files that are absent, damaged or out of reach."""
     try:
         yield
-    except Exception as error:  # of any type: what is read comes from anywhere
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-        said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-        if not isinstance(error, (OSError, ValueError, SafetensorError)):
-            said = f"{type(error).__name__}: {said}"
-        raise ValueError(f"{name} cannot be read: {what}{said}") from error
+    except Exception as error:  # whatever a damaged or foreign file provokes: KeyError, TypeError, a strict config ..
+        raise ValueError(f"{name} cannot be read: {what}{_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    """What an error says, in one line: the first that says something, with its type where that is part of it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return said if isinstance(error, (OSError, ValueError)) and said else f"{type(error).__name__}: {said}"
 
 
 def find(name: str) -> str:
@@ -812,7 +917,7 @@ def _tile_grid(config: PretrainedConfig) -> tuple[int, int]:
 
 def _pair(size: int | Sequence[int]) -> tuple[int, int]:
     """(height, width) of what a configuration gives as one number where both are the same."""
-    return (size, size) if isinstance(size, int) else tuple(size)
+    return tuple(size) if isinstance(size, (list, tuple)) else (size, size)
 
 
 def _block_order(rows: int, columns: int, merge: int) -> torch.Tensor:

@@ -1,23 +1,22 @@
 """What chapters have in common: pictures, questions about them, the model beside its controls, and its answers."""
 
 import random
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from PIL import Image, UnidentifiedImageError
 
 from sinkstudy import benchmarks, models, paths, stats
-from sinkstudy.benchmarks.parquet import Picture
 from sinkstudy.evaluate import Intervention, evaluate
 from sinkstudy.lab import benchmarks as lab_benchmarks
 from sinkstudy.lab import questions as lab
 from sinkstudy.lab import world
 from sinkstudy.models import LVLM
+from sinkstudy.pictures import folder
 
 LAB = {"POPE": lab_benchmarks.pope, "MME": lab_benchmarks.mme, "MMStar": lab_benchmarks.mmstar}
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 def pictures(images_dir: str, limit: int) -> tuple[list[Any], world.Scenes | None]:
@@ -28,28 +27,19 @@ def pictures(images_dir: str, limit: int) -> tuple[list[Any], world.Scenes | Non
         limit: the number of pictures at most.
 
     Returns:
-        The pictures, PIL images in RGB, or of the lab uint8 [3, 96, 96]; and the lab's scenes, or None.
+        The pictures, `pictures.File` to be opened when they are needed, or of the lab uint8 [3, 96, 96]; and the lab's
+        scenes, or None.
 
     Raises:
-        ValueError: no such folder, no picture in it, or a picture that cannot be read, by its name.
+        ValueError: as `pictures.folder`.
     """
     if not images_dir:
         scenes = world.render("test", 0, limit)
         return list(scenes.images), scenes
-    folder = paths.ROOT / Path(images_dir).expanduser()
-    if not folder.is_dir():
-        raise ValueError(f"images_dir {images_dir!r} is no folder")
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)[:limit]
-    if not files:
-        raise ValueError(f"images_dir {images_dir!r} holds no picture ({', '.join(SUFFIXES)})")
-    return [_opened(file) for file in files], None
-
-
-def _opened(file: Path) -> Image.Image:
-    try:
-        return Image.open(file).convert("RGB")
-    except (OSError, UnidentifiedImageError, SyntaxError) as error:
-        raise ValueError(f"picture {file.name} cannot be read: {error}") from None
+    found, others = folder(paths.ROOT / Path(images_dir).expanduser(), limit)
+    if others:
+        print(f"{images_dir}: {others} files that are no pictures passed over", file=sys.stderr)
+    return found, None
 
 
 def questions(scenes: world.Scenes | None, n: int, prompt: str, seed: int) -> pd.DataFrame:
@@ -166,11 +156,6 @@ def load_benchmarks(
     if not found:
         raise ValueError(f"none of {', '.join(names)} is there: data_dir {data_dir!r} needs a folder for each of them")
     return {name: of[0] for name, of in found.items()}, {name: of[1] for name, of in found.items()}
-
-
-def opened(picture: Any) -> Any:
-    """A picture as `LVLM.inputs` takes it: one in a parquet file is read, any other stays as it is."""
-    return picture.open() if isinstance(picture, Picture) else picture
 
 
 def family(lvlm: LVLM, public: bool) -> str:

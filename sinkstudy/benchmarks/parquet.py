@@ -1,17 +1,17 @@
 """Read parquet files of questions; leave their images where they are until one is opened."""
 
 import hashlib
-import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import pandas as pd
-import PIL.Image
-import PIL.ImageOps
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
+
+from sinkstudy.pictures import decode
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,11 @@ class Picture:
     column: str
     row: int
 
-    def open(self) -> PIL.Image.Image:
+    def open(self) -> Image.Image:
         """The image as RGB, upright.
 
         Raises:
-            ValueError: no image there, or one that cannot be decoded.
+            ValueError: no image there, or one that cannot be decoded (`pictures.decode`).
         """
         ends = _group_ends(self.file)
         group = next(i for i, end in enumerate(ends) if self.row < end)
@@ -35,13 +35,7 @@ class Picture:
         data = value["bytes"] if isinstance(value, dict) else value  # Hugging Face's image struct, or plain bytes
         if not data:
             raise ValueError(f"the {self} is empty")
-        try:
-            image = PIL.Image.open(io.BytesIO(data))
-            PIL.ImageOps.exif_transpose(image, in_place=True)  # upright, as the library datasets decodes it
-            return image.convert("RGB")
-        except Exception as error:  # Pillow's decoders and EXIF reader raise many kinds
-            reason = str(error).split(" <_io")[0]  # Pillow names its buffer's address
-            raise ValueError(f"the {self} is corrupted: {reason}") from None
+        return decode(data, f"in row {self.row}, column {self.column!r} of {self.file}")
 
     def __str__(self) -> str:
         return f"image in row {self.row}, column {self.column!r} of {self.file}"

@@ -218,8 +218,8 @@ def test_mme_with_an_unknown_category(tmp_path):
 
 
 @pytest.mark.parametrize("stored, what", [
-    (image()["bytes"][:40], "is corrupted: "), (b"no image at all", "is corrupted: "), (b"", "is empty"),
-    (None, "is empty"),
+    (image()["bytes"][:40], "picture {} cannot be read: "), (b"no image at all", "picture {} cannot be read: "),
+    (b"", "the image {} is empty"), (None, "the image {} is empty"),
 ])
 def test_a_corrupted_image(tmp_path, stored, what):
     rows = FILES["MMStar"]["mmstar.parquet"]
@@ -228,7 +228,8 @@ def test_a_corrupted_image(tmp_path, stored, what):
     assert shade(table.image[2]) == 2  # the others can be read
     with pytest.raises(ValueError) as raised:
         table.image[1].open()
-    assert str(raised.value).startswith(f"the image in row 1, column 'image' of {tmp_path / 'mmstar.parquet'} {what}")
+    where = f"in row 1, column 'image' of {tmp_path / 'mmstar.parquet'}"
+    assert str(raised.value).startswith(what.format(where))
 
 
 def test_unknown_names(tmp_path):

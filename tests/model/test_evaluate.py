@@ -167,7 +167,7 @@ def test_a_killed_run_goes_on_where_it_stopped(llava, table, tmp_path):
     whole = evaluate(llava, table, max_new_tokens=STEPS, cache=None, batch_size=2)
     broken = table.assign(image=[object() if name == "square" else image
                                  for name, image in zip(table.image_id, table.image)])
-    with pytest.raises(ValueError, match="image 'square' cannot be read"):
+    with pytest.raises(ValueError, match="picture 'square' cannot be read"):
         evaluate(llava, broken, max_new_tokens=STEPS, cache=tmp_path, batch_size=2)
     (file,) = tmp_path.iterdir()
     lines = file.read_text()
@@ -279,8 +279,8 @@ def test_candidates_may_differ_from_row_to_row(llava, table):
         (lambda t: t.drop(columns="question"), "no column 'question'"),
         (lambda t: t.drop(columns="image"), "no column 'image'"),
         (lambda t: t.assign(id="same"), "the id 'same' occurs twice"),
-        (lambda t: t.assign(image="no/such/file.png"), "image 'high' cannot be read.*no/such/file.png"),
-        (lambda t: t.assign(image=[np.zeros((3, 8, 8))] * 8), "image 'high' is float64.*not uint8"),
+        (lambda t: t.assign(image="no/such/file.png"), "picture 'high' cannot be read.*no/such/file.png"),
+        (lambda t: t.assign(image=[np.zeros((3, 8, 8))] * 8), "picture 'high' is float64.*not uint8"),
     ],
 )
 def test_bad_tables_are_named(llava, table, change, message):
@@ -290,7 +290,7 @@ def test_bad_tables_are_named(llava, table, change, message):
 
 def test_other_bad_input_is_named(llava, table, tmp_path):
     (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n and nothing more")
-    with pytest.raises(ValueError, match="image 'high' cannot be read.*cut.png"):
+    with pytest.raises(ValueError, match="picture 'high' cannot be read.*cut.png"):
         evaluate(llava, table.assign(image=tmp_path / "cut.png"), cache=None)
     with pytest.raises(ValueError, match="a name of its own"):
         evaluate(llava, table, [NONE, NONE], cache=None)
