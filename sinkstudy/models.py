@@ -805,12 +805,15 @@ def _check_parts(lvlm: LVLM) -> None:
     rows = lvlm.model.get_input_embeddings().num_embeddings
     if inputs["input_ids"].max() >= rows or lvlm.processor.tokenizer.vocab_size > rows:
         raise ValueError(f"{name}: its tokenizer is another model's: it has more tokens than the model, {rows}")
-    pixels, tiles = inputs["pixel_values"], 1
-    if not lvlm.spec.packed:
-        made, taken = tuple(pixels.shape[-2:]), _pair(config.vision_config.image_size)
-        if made != taken:
-            raise ValueError(f"{name}: its processor makes pictures of {made} pixels, and its tower takes {taken}")
-        tiles = pixels[..., 0, 0, 0].numel()
+    pixels, vision = inputs["pixel_values"], config.vision_config
+    if lvlm.spec.packed:  # [patches, values]
+        tiles, made = 1, pixels.shape[-1]
+        taken = 3 * vision.temporal_patch_size * vision.patch_size**2
+    else:  # [.., 3, height, width]
+        tiles, made, taken = pixels[..., 0, 0, 0].numel(), tuple(pixels.shape[-2:]), _pair(vision.image_size)
+    if made != taken:
+        what = "patches of {} values" if lvlm.spec.packed else "pictures of {} pixels"
+        raise ValueError(f"{name}: its processor makes {what.format(made)}, and its tower takes {taken}")
     newline = int(lvlm.spec.anyres)  # behind the last row of patches
     if layout.tiles != tiles or layout.positions.max() + newline != layout.visual.max():
         raise ValueError(
