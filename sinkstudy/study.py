@@ -3,7 +3,6 @@
 import random
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -36,7 +35,7 @@ def pictures(images_dir: str, limit: int) -> tuple[list[Any], world.Scenes | Non
     if not images_dir:
         scenes = world.render("test", 0, limit)
         return list(scenes.images), scenes
-    found, others = folder(paths.ROOT / Path(images_dir).expanduser(), limit)
+    found, others = folder(paths.place(images_dir), limit)
     if others:
         print(f"{images_dir}: {others} files that are no pictures passed over", file=sys.stderr)
     return found, None
@@ -127,7 +126,7 @@ def benchmark(name: str, data_dir: str, hub: bool, limit: int) -> tuple[pd.DataF
         The table of `benchmarks.load`, and the picture of each `image_id`; None if the data are not there.
     """
     if data_dir or hub:
-        folder = paths.ROOT / data_dir / name
+        folder = paths.place(data_dir) / name
         if not hub and not folder.exists():
             return None
         table = benchmarks.load(name, path=None if hub else folder)
@@ -135,6 +134,10 @@ def benchmark(name: str, data_dir: str, hub: bool, limit: int) -> tuple[pd.DataF
         table = LAB[name]()
     else:
         return None
+    if "images" in table and (several := table["images"].map(len) > 1).any():
+        left_out = f"{name}: {several.sum()} of {len(table)} questions show several pictures and are left out"
+        print(f"{left_out}, since a prompt here has one", file=sys.stderr)
+        table = table[~several].reset_index(drop=True)
     if limit:
         number = table.groupby("category").image_id.transform(lambda images: pd.factorize(images)[0])
         table = table[number < limit].reset_index(drop=True)

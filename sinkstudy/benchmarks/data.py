@@ -14,6 +14,7 @@ A loaded table says where it comes from in `table.attrs`: benchmark, source, rev
 
 import ast
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ def _text_vqa(raw: pd.DataFrame) -> pd.DataFrame:
 
 
 def _mmmu(raw: pd.DataFrame) -> pd.DataFrame:
-    choices = [ast.literal_eval(o) if isinstance(o, str) else list(o) for o in raw.options]
+    choices = [ast.literal_eval(o) if isinstance(o, str) else list(o or []) for o in raw.options]
     subject = raw.id.str.replace(r"^[^_]+_(.+)_\d+$", r"\1", regex=True)  # validation_Art_Theory_7
     return raw.assign(image_id=raw.id, category=subject, choices=choices)
 
@@ -144,11 +145,12 @@ def load(name: str, *, path: str | Path | None = None, split: str | None = None,
 
     Returns:
         Columns `COLUMNS`, `image` and the benchmark's `extra`; see the module's text. `attrs` has `benchmark`,
-        `source` (repository or path), `revision` (None for local files) and `sha256` ({file: digest}).
+        `source` (repository or path), `revision` (None for local files), `sha256` ({file: digest}) and `left_out`
+        ({reason: [row of file]}): questions that lack what they need, which are said on stderr too.
 
     Raises:
-        ValueError: unknown name or split, no revision, nothing downloadable, no files, a column that is missing, an
-            empty data set, or a wrong number of questions an image.
+        ValueError: unknown name or split, no revision, nothing downloadable, no files, a column that is missing, a
+            value of another type than its column has, an empty data set, or a wrong number of questions an image.
     """
     if name not in SPECS:
         raise ValueError(f"unknown benchmark {name!r}; known are {', '.join(SPECS)}")
@@ -173,6 +175,11 @@ def load(name: str, *, path: str | Path | None = None, split: str | None = None,
         raw = raw[raw.category == split].reset_index(drop=True)
     if raw.empty:
         raise ValueError(f"{name}: the data set is empty ({', '.join(str(f) for f in files)})")
+    raw, left_out = _usable(raw, name)
+    if raw.empty:
+        raise ValueError(f"{name}: no question can be asked: {_counted(left_out)}")
+    if left_out:
+        print(f"{name}: left out: {_counted(left_out)}", file=sys.stderr)
     if name == "GQA":
         more = _matching(root if root.is_dir() else root.parent.parent, spec.images)
         shown = parquet.pictures(more, name)
@@ -187,9 +194,63 @@ def load(name: str, *, path: str | Path | None = None, split: str | None = None,
     if limit is not None:
         table = table[table.image_id.isin(table.image_id.drop_duplicates().head(limit))].reset_index(drop=True)
     check(table, name)
-    table.attrs = {"benchmark": name, "source": source, "revision": commit,
+    table.attrs = {"benchmark": name, "source": source, "revision": commit, "left_out": left_out,
                    "sha256": {str(_within(file, root)): parquet.sha256(file) for file in files}}
     return table
+
+
+# What a column holds, where it is not text; a value that is null or empty there leaves its question out. None among the
+# types: it may be null.
+_HOLDS: dict[str, tuple] = {
+    "question_id": (str, int), "index": (str, int), "id": (str, int), "pid": (str, int), "image_id": (str, int),
+    "imageId": (str, int), "choices": (list, None), "answers": (list,), "types": (dict,), "metadata": (dict,),
+    "options": (str, list, None), "precision": (int, float, None), "hint": (str, None),
+}  # fmt: skip
+_INSIDE = {"types": ("structural",), "metadata": ("task", "skills")}  # what a struct must hold
+
+
+def _usable(raw: pd.DataFrame, name: str) -> tuple[pd.DataFrame, dict[str, list[str]]]:
+    """The rows that have all that a question needs; and for each reason those that have not.
+
+    Raises:
+        ValueError: a value of a type that its column cannot have: the file is of another form, not just incomplete.
+    """
+    keep, left_out = [], {}
+    for place, row in enumerate(raw.to_dict("records")):
+        where = f"row {row['row']} of {row['file']}"
+        reason = ""
+        for column in SPECS[name].columns:
+            value, holds = row[column], _HOLDS.get(column, (str,))
+            if (name, column) == ("ScienceQA-IMG", "answer"):
+                holds = (int,)  # the place among the choices
+            if value is None or (isinstance(value, float) and value != value):
+                reason = reason or ("" if None in holds else f"no {column}")
+                continue
+            types = tuple(kind for kind in holds if kind is not None)
+            if not isinstance(value, types) or isinstance(value, bool):
+                wanted = " or ".join({str: "text", int: "a whole number"}.get(kind, kind.__name__) for kind in types)
+                raise ValueError(f"{name}: {where}: column {column!r} holds {str(value)[:40]!r}, which is not {wanted}")
+            if isinstance(value, (str, list)) and not value and None not in holds:
+                reason = reason or f"no {column}"
+            for inner in _INSIDE.get(column, ()):
+                if isinstance(value, dict) and value.get(inner) is None:
+                    reason = reason or f"no {column}.{inner}"
+            if isinstance(value, list) and any(item is None for item in value):
+                reason = reason or f"a null among its {column}"
+        if reason:
+            left_out.setdefault(reason, []).append(where)
+        else:
+            keep.append(place)
+    usable = raw.iloc[keep].reset_index(drop=True)
+    if "hint" in usable:
+        usable["hint"] = [hint or "" for hint in usable.hint]
+    return usable.infer_objects(), left_out
+
+
+def _counted(left_out: dict[str, list[str]]) -> str:
+    return "; ".join(
+        f"{len(rows)} with {reason} ({rows[0]}{' ..' * (len(rows) > 1)})" for reason, rows in left_out.items()
+    )
 
 
 def check(table: pd.DataFrame, name: str, needs: Iterable[str] = ()) -> None:

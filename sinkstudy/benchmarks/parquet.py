@@ -1,6 +1,7 @@
 """Read parquet files of questions; leave their images where they are until one is opened."""
 
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -66,9 +67,21 @@ def read(file: Path, columns: Sequence[str], images: Sequence[str], name: str) -
         raise ValueError(f"{name}: {file} is not a parquet file: {str(error).splitlines()[0]}") from None
     if missing := [c for c in (*columns, *images) if c not in there]:
         raise ValueError(f"{name}: column {missing[0]!r} is missing in {file}, which has {', '.join(there)}")
-    # lists and structs as Python's own: arrays in cells compare and print badly
-    raw = pd.DataFrame(pq.read_table(file, columns=list(columns)).to_pydict(), columns=list(columns))
+    # lists and structs as Python's own: arrays in cells compare and print badly; nulls stay None
+    table = pq.read_table(file, columns=list(columns))
+    raw = pd.DataFrame(table.to_pydict(), columns=list(columns), dtype=object)
+    for column, labels in _class_labels(table.schema).items():
+        raw[column] = [labels[v] if isinstance(v, int) and 0 <= v < len(labels) else v for v in raw[column]]
     return raw.assign(file=file, row=range(len(raw)))
+
+
+def _class_labels(schema: pa.Schema) -> dict[str, list[str]]:
+    """Columns that the library datasets keeps as numbers of class labels, with the labels, as the file notes them."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return {c: of["names"] for c, of in features.items() if of.get("_type") == "ClassLabel" and c in schema.names}
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return {}
 
 
 def pictures(files: Iterable[Path], name: str) -> dict[str, Picture]:
