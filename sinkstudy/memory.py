@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 
-from sinkstudy import checkpoints, models, paths
+from sinkstudy import checkpoints, models
 from sinkstudy.models import LVLM
+from sinkstudy.paths import place
 from sinkstudy.pictures import folder, opened
 
 PICTURE = (640, 480)  # width, height: about the size of the public benchmarks' pictures
@@ -131,7 +132,7 @@ def check_pictures(
         raise ValueError(f"{model} takes pictures of its own size alone, and public benchmarks have many sizes")
     found: dict[str, Any] = {}
     if images_dir:
-        found = {str(file): file for file in folder(paths.ROOT / Path(images_dir).expanduser(), limit)[0]}
+        found = {str(file): file for file in folder(place(images_dir), limit)[0]}
     elif data_dir:
         from sinkstudy import study  # only now: the lab's world and pandas take seconds
 
