@@ -1,8 +1,7 @@
 """Load a vision-language model and say where its parts are.
 
-Every path into a model of the transformers library stands in this file and nowhere else. An architecture is
-one `Spec`: the classes to load, the dotted paths of the parts, and how patches become visual tokens. How to add
-one stands in `book/architectures.md`.
+An architecture is one `Spec`: the classes to load, the dotted paths of the parts, and how patches become visual
+tokens. Other modules reach the parts through `LVLM`. How to add one stands in `book/architectures.md`.
 
 A *patch* is one square of the picture that the vision tower sees as one token; a *visual token* is one position
 of the decoder's input that an image fills. `LVLM.layout` says which patch ends in which position.
