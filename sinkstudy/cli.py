@@ -111,7 +111,7 @@ def _route(
     run = name or paths.slug(model)
     engine.claim(run, model)
     found = routes.data(model in paths.lab_models(), benchmark, values["data_dir"], values["hub"], values["limit"])
-    engine.check_memory({CHAPTER: values})
+    engine.check_memory({CHAPTER: values | {"benchmarks": [found[0]]}})
     if check is not None:
         check(models.outline(model, revision=values["revision"]))
     lvlm = models.load(model, **{key: values[key] for key in ("device", "dtype", "revision")})

@@ -560,14 +560,16 @@ def _clear_work() -> None:
 def check_memory(values: dict[str, dict[str, Any]]) -> None:
     """Raise UserError unless the models that notebooks load can be read and fit; `values` are their parameters.
 
-    Lab models fit anywhere. The work is done in a process of its own, which gives back what torch takes of memory,
-    on a GPU too, before a kernel needs it.
+    Lab models fit anywhere, and take their own pictures. The work is done in a process of its own, which gives back
+    what torch takes of memory, on a GPU too, before a kernel needs it.
     """
     loader = ROOT / "sinkstudy" / "models.py"
+    asked = ("images_dir", "data_dir", "hub")  # pictures that are not the lab's
+    keys = ("model", "device", "dtype", "revision", "batch_size", "benchmarks", "benchmark", "limit", "fit", *asked)
     settings = {
-        json.dumps({key: of[key] for key in ("model", "device", "dtype", "revision", "batch_size") if key in of})
+        json.dumps({key: of[key] for key in keys if key in of})
         for notebook, of in values.items()
-        if of.get("model") not in lab_models() and loader in modules(notebook)
+        if loader in modules(notebook) and (of.get("model") not in lab_models() or any(map(of.get, asked)))
     }
     if not settings:
         return

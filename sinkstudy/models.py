@@ -1,18 +1,17 @@
 """Load a vision-language model and say where its parts are.
 
-Every path into a model of the transformers library stands in this file and nowhere else. An architecture is
-one `Spec`: the classes to load, the dotted paths of the parts, and how patches become visual tokens. How to add
-one stands in `book/architectures.md`.
+An architecture is one `Spec`: the classes to load, the dotted paths of the parts, and how patches become visual
+tokens. Other modules reach the parts through `LVLM`. How to add one stands in `book/architectures.md`.
 
 A *patch* is one square of the picture that the vision tower sees as one token; a *visual token* is one position
 of the decoder's input that an image fills. `LVLM.layout` says which patch ends in which position.
 """
 
 import json
-import re
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,9 +29,11 @@ from transformers import (
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 from transformers.utils import cached_file
+from transformers.utils.peft_utils import find_adapter_config_file
 from transformers.vision_utils import get_vision_window_index
 
-from sinkstudy import registers  # noqa: F401  (makes the register tower known to AutoModel)
+from sinkstudy import checkpoints
+from sinkstudy import registers as _registers  # noqa: F401  (makes the register tower known to AutoModel)
 from sinkstudy.paths import MODELS, hub_commit, lab_models
 from sinkstudy.pictures import opened
 
@@ -296,7 +297,7 @@ class LVLM:
             [n, 3, height, width], elsewhere as the architecture has it; and what else the model takes.
 
         Raises:
-            ValueError: if the numbers of images and questions differ.
+            ValueError: if the numbers of images and questions differ, or for a picture that the model does not take.
         """
         return self._prepared(images, questions).to(self.device, dtype=self.model.dtype)
 
@@ -304,10 +305,13 @@ class LVLM:
         """`inputs` as the processor makes them, in float32 on the CPU."""
         if len(images) != len(questions):
             raise ValueError(f"one question per image: got {len(images)} images and {len(questions)} questions")
+        images = [opened(image) for image in images]
+        for image in images:
+            self.check_size(*(image.size if isinstance(image, Image.Image) else (image.shape[2], image.shape[1])))
         prompts = [self.prompt(question) for question in questions]
         bos = self.processor.tokenizer.bos_token
         batch = self.processor(
-            images=[[opened(image)] for image in images],
+            images=[[image] for image in images],
             text=prompts,
             padding=True,
             padding_side="left",
@@ -317,6 +321,27 @@ class LVLM:
         )
         batch.pop("labels", None)
         return batch
+
+    def check_size(self, width: int, height: int) -> None:
+        """Make sure that the model takes pictures of so many pixels; only one whose processor resizes takes all.
+
+        Raises:
+            ValueError: it does not.
+        """
+        if getattr(self.processor.image_processor, "do_resize", True):
+            return
+        vision = self.model.config.vision_config
+        if self.spec.packed:
+            step = vision.patch_size * self.merge
+            takes, fits = f"whole {step}s of", width % step == height % step == 0
+        else:
+            high, wide = _pair(vision.image_size)
+            takes, fits = f"{wide} x {high}", (width, height) == (wide, high)
+        if not fits:
+            raise ValueError(
+                f"{self.name} takes pictures of {takes} pixels, for its processor resizes none, and this one has "
+                f"{width} x {height}: resize the pictures, or take another model"
+            )
 
     @property
     def ends(self) -> list[int]:
@@ -558,26 +583,24 @@ def load(
     Weights are read from safetensors only, and no code of the model's own is run.
 
     Raises:
-        ValueError: unknown model, architecture, dtype or vision layout, a revision of a folder, a device that is not
-            there or does not compute in that dtype, files that are absent or damaged, weights that are absent,
-            left over, of another shape or not finite, or no network where one is needed.
+        ValueError: as `outline`; a device that is not there or does not compute in that dtype, or weights that are not
+            finite in it.
     """
     dtype = _dtype(dtype)
     check_device(device, dtype)
-    spec, config = _configuration(name, revision)
-    # a progress bar in a notebook is a widget, and a page with a widget asks another host for its scripts
-    transformers.utils.logging.disable_progress_bar()
-    model = _weights(name, spec, config, revision, dtype, None if device == "cpu" else device)
-    _check_finite(name, model)
-    lvlm = LVLM(
-        model=model.eval().requires_grad_(False),
-        processor=_processor(name, spec, revision),
-        name=name,
-        revision=hub_commit(name, revision),
-        spec=spec,
+    known = outline(name, dtype=dtype, revision=revision)
+    model = _read(
+        name,
+        find(name),
+        known.model.config,
+        generation_config=known.model.generation_config,
+        revision=revision or None,
+        dtype=dtype,
+        device_map=None if device == "cpu" else device,  # straight to the device, without a copy in main memory
+        use_safetensors=True,
     )
-    _check_processor(lvlm)
-    return lvlm
+    checkpoints.check_values(name, model.named_parameters(), dtype)
+    return replace(known, model=model.eval().requires_grad_(False), revision=hub_commit(name, revision))
 
 
 def wrap(model: PreTrainedModel, processor: ProcessorMixin) -> LVLM:
@@ -594,25 +617,46 @@ def wrap(model: PreTrainedModel, processor: ProcessorMixin) -> LVLM:
         raise ValueError(f"{name}: load it as {spec.model_class}, not as {type(model).__name__}")
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise ValueError(f"{name}: a {type(processor).__name__} is no processor for pictures and text (AutoProcessor)")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(f"{name}: its weights are not there (torch's meta device): load it with from_pretrained")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(f"{name} has an adapter: {checkpoints.MERGE}")
+    if getattr(model, "hf_quantizer", None) or not all(weight.is_floating_point() for weight in model.parameters()):
+        raise ValueError(f"{name}: its weights are quantised; {checkpoints.PLAIN}")
     _check_layout(name, config)
-    _check_finite(name, model)
-    return LVLM(model, processor, name, getattr(config, "_commit_hash", None), spec)
+    checkpoints.check_values(name, model.named_parameters(), model.dtype)
+    lvlm = LVLM(model, processor, name, getattr(config, "_commit_hash", None), spec)
+    _check_parts(lvlm)
+    return lvlm
 
 
 def outline(name: str, *, dtype: str | torch.dtype = "float32", revision: str | None = None) -> LVLM:
     """The model as `load` gives it but without weights, on torch's meta device: names and shapes, no memory.
 
-    Only the configuration and the processor's files are read, or downloaded.
+    Configuration, processor and the headers of the weights' files are read, or downloaded, and checked.
 
     Raises:
-        ValueError: as `load`, but for device and weights.
+        ValueError: unknown model, architecture, dtype or vision layout; a revision of a folder; an adapter or quantised
+            weights; weights that are absent, left over or of another shape; a processor or chat format that does not
+            fit the model; files that are absent or damaged; no network where one is needed.
     """
     spec, config = _configuration(name, revision)
-    with torch.device("meta"), _reading(name):
-        model = getattr(transformers, spec.model_class)(config)
-    processor = _processor(name, spec, revision)
-    lvlm = LVLM(model.to(_dtype(dtype)).eval(), processor, name, hub_commit(name, revision), spec)
-    _check_processor(lvlm)
+    with _reading(name):
+        weights = checkpoints.headers(find(name), revision)
+        settings = _special_tokens(find(name), revision, config)
+    # as it is loaded in earnest, but that the weights are names and shapes alone
+    model = _read(
+        name,
+        None,
+        config,
+        generation_config=settings,
+        state_dict=weights,
+        dtype=_dtype(dtype),
+        device_map={"": "meta"},
+    )
+    model.tie_weights()  # also what is stored twice
+    lvlm = LVLM(model.eval(), _processor(name, spec, revision), name, hub_commit(name, revision), spec)
+    _check_parts(lvlm)
     return lvlm
 
 
@@ -622,11 +666,19 @@ def _configuration(name: str, revision: str | None) -> tuple[Spec, PretrainedCon
     if revision and Path(source).is_dir():
         raise ValueError(f"{name} is a folder and has no revision {revision!r}; revisions are for models of the hub")
     with _reading(name):
+        adapter = find_adapter_config_file(source, revision=revision or None)
+    if adapter:  # transformers would put it on top of the weights, whether they hold it already or not
+        raise ValueError(f"{name}: {checkpoints.ADAPTER} is in it: {checkpoints.MERGE}")
+    with _reading(name):
         known, _ = PretrainedConfig.get_config_dict(source, revision=revision or None)
     spec = _spec(name, known.get("model_type"))
-    if method := (known.get("quantization_config") or {}).get("quant_method"):
-        raise ValueError(f"{name}: its weights are quantised ({method}); the study needs the unquantised checkpoint")
-    with _reading(name):
+    for key, value in _entries(known):
+        if key in ("quantization_config", "compression_config") and value:
+            method = value.get("quant_method", key) if isinstance(value, dict) else key
+            raise ValueError(f"{name}: its weights are quantised ({method}); {checkpoints.PLAIN}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name}: {key} in its config.json is {value}, which is no number")
+    with _reading(name, "its config.json: "):
         config = CONFIG_MAPPING[known["model_type"]].from_dict(_without_switches(known))
     _check_layout(name, config)
     return spec, config
@@ -645,56 +697,36 @@ def _without_switches(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def check_weights(name: str, revision: str | None = None) -> None:
-    """Make sure that a model's files hold its weights, by names and shapes; the weights themselves are not read.
-
-    Raises:
-        ValueError: as `load`.
-    """
-    spec, config = _configuration(name, revision)
-    _weights(name, spec, config, revision, torch.float32, "meta")
+def _entries(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The entries of a configuration as read from a file, and those of its parts."""
+    for key, value in config.items():
+        yield key, value
+        if isinstance(value, dict):
+            yield from _entries(value)
 
 
-# What a checkpoint may hold beyond the model: buffers that older versions of transformers saved, and the pooling head
-# of a vision tower, which no vision-language model here has.
-_LEFT_OVER = re.compile(r"position_ids$|rotary_emb\.inv_freq$|masked_bias$|vision\w*\.(\w+\.)*head\.")
-
-
-def _weights(
-    name: str, spec: Spec, config: PretrainedConfig, revision: str | None, dtype: torch.dtype, device_map: str | None
-) -> PreTrainedModel:
-    """The model with its weights straight on the device, without a copy in main memory.
+def _read(name: str, source: str | None, config: PretrainedConfig, **how: Any) -> PreTrainedModel:
+    """A model by `from_pretrained`.
 
     transformers gives what a checkpoint lacks random values, and passes over what it has too much; both are refused.
     """
-    with _reading(name):
-        model, report = getattr(transformers, spec.model_class).from_pretrained(
-            find(name),
-            config=config,
-            generation_config=_special_tokens(find(name), revision, config),
-            revision=revision or None,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            device_map=device_map,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # so that they are reported
-        )
-    missing = sorted(report["missing_keys"])
-    left_over = sorted(key for key in report["unexpected_keys"] if not _LEFT_OVER.search(key))
-    problems = [f"lacks {_several(missing)}"] if missing else []
-    problems += [f"has {_several(left_over)}, of which the model knows nothing"] if left_over else []
-    problems += [
-        f"has {key} as {list(there)} where the model has {list(wanted)}"
-        for key, there, wanted in sorted(report["mismatched_keys"])[:1]
-    ]
-    if problems:
-        hint = ""
-        if any(key.startswith("base_model.") or "lora_" in key for key in report["unexpected_keys"]):
-            hint = ": these are weights of an adapter, which has to be merged into its base first (merge_and_unload)"
-        elif missing and left_over:
-            hint = ": the names are those of another model class or version"
-        raise ValueError(f"{name}: the checkpoint {'; it '.join(problems)}{hint}. Nothing is filled with random values")
+    level = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()  # not its report, which is checked here
+    # a progress bar in a notebook is a widget, and a page with a widget asks another host for its scripts
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        with _reading(name, "" if source else "its config.json: "):
+            model, report = getattr(transformers, SPECS[config.model_type].model_class).from_pretrained(
+                source,
+                config=config,
+                attn_implementation="sdpa",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # so that they are reported
+                **how,
+            )
+    finally:
+        transformers.utils.logging.set_verbosity(level)
+    checkpoints.check_names(name, model, report)
     return model
 
 
@@ -710,23 +742,6 @@ def _special_tokens(source: str, revision: str | None, config: PretrainedConfig)
     return transformers.GenerationConfig(**{key: of.get(key) for key in kept})
 
 
-def _several(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{len(names)} weights such as {names[0]}"
-
-
-def _check_finite(name: str, model: PreTrainedModel) -> None:
-    for key, values in [*model.named_parameters(), *model.named_buffers()]:
-        if values.is_floating_point() and values.numel() and not values.is_meta:
-            low, high = values.aminmax()  # either is NaN where a value is
-            # a buffer may hold -inf as a mask
-            if low.isnan() or (isinstance(values, nn.Parameter) and not (low.isfinite() and high.isfinite())):
-                dtype = str(values.dtype).removeprefix("torch.")
-                raise ValueError(
-                    f"{name}: {key} holds values that are NaN or infinite in {dtype}: the checkpoint "
-                    "is damaged, or needs another dtype (bfloat16 or float32 in place of float16)"
-                )
-
-
 def _spec(name: str, model_type: str | None) -> Spec:
     if model_type not in SPECS:
         raise ValueError(
@@ -737,7 +752,7 @@ def _spec(name: str, model_type: str | None) -> Spec:
 
 
 def _processor(name: str, spec: Spec, revision: str | None) -> ProcessorMixin:
-    with _reading(name):
+    with _reading(name, "its processor, are preprocessor_config.json and the tokenizer's files there? "):
         # the PIL image processor, because the torchvision one gives slightly different pixels
         return without_video(spec.processor_class).from_pretrained(
             find(name), revision=revision or None, backend="pil"
@@ -746,41 +761,80 @@ def _processor(name: str, spec: Spec, revision: str | None) -> ProcessorMixin:
 
 def blank(lvlm: LVLM, size: tuple[int, int] = (640, 480)) -> Image.Image:
     """A grey picture of (width, height) pixels, or of the only size that the model takes."""
-    if lvlm.processor.image_processor.do_resize:
-        return Image.new("RGB", size, "grey")
-    rows, columns = _tile_grid(lvlm.model.config) if not lvlm.spec.packed else (12, 12)
-    patch = lvlm.model.config.vision_config.patch_size
-    return Image.new("RGB", (columns * patch, rows * patch), "grey")
+    if not getattr(lvlm.processor.image_processor, "do_resize", True):
+        rows, columns = _tile_grid(lvlm.model.config) if not lvlm.spec.packed else (12, 12)
+        patch = lvlm.model.config.vision_config.patch_size
+        size = columns * patch, rows * patch
+    return Image.new("RGB", size, "grey")
 
 
-def _check_processor(lvlm: LVLM) -> None:
-    """Ask about a picture, on the CPU and without the model's weights: what processor and chat format make of it."""
+def _check_parts(lvlm: LVLM) -> None:
+    """Make sure that tower, processor, chat format and tokenizer are those of one model, by asking about a picture.
+
+    It takes the CPU and none of the model's weights.
+
+    Raises:
+        ValueError: the features are those of no layer; the chat format leaves out the picture or the question; the
+            processor fails, or cuts a picture into other tiles, patches or visual tokens than the model reads.
+    """
+    name, question, config = lvlm.name, "What is this?", lvlm.model.config
+    if not 0 <= lvlm.feature_layer < len(lvlm.vision_layers):
+        raise ValueError(f"{name}: vision_feature_layer {config.vision_feature_layer} is none of the tower's layers")
     try:
-        inputs = lvlm._prepared([blank(lvlm)], ["a"])
-        visual = int((inputs["input_ids"] == lvlm.image_token_id).sum())
-        if visual:
-            lvlm.layout(inputs)
+        prompt = lvlm.prompt(question)
+        if lvlm.processor.chat_template:
+            alone = [{"role": "user", "content": [{"type": "text", "text": question}]}]
+            if lvlm.processor.apply_chat_template(alone, add_generation_prompt=True) == prompt:
+                raise ValueError("its chat format drops the picture")
+        if question not in prompt:
+            raise ValueError("its chat format drops the question")
+        inputs = lvlm._prepared([blank(lvlm)], [question])
+        visual = inputs["input_ids"][0].tolist().count(lvlm.image_token_id)
+        layout = lvlm.layout(inputs)[0] if visual else None
     except Exception as error:  # a processor's own, of any kind, where an entry of its files is absent or wrong
-        said = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         raise ValueError(
-            f"{lvlm.name}: its processor does not prepare a picture and a question ({said}): an entry of "
+            f"{name}: its processor does not prepare a picture and a question ({_line(error)}): an entry of "
             "processor_config.json, preprocessor_config.json or tokenizer_config.json is absent or wrong"
         ) from error
     if not visual:
         raise ValueError(
-            f"{lvlm.name}: no image token (id {lvlm.image_token_id}) is in a prompt with a picture: its chat format "
+            f"{name}: no image token (id {lvlm.image_token_id}) is in a prompt with a picture: its chat format "
             "drops the picture, or processor and model have different image tokens"
+        )
+    rows = lvlm.model.get_input_embeddings().num_embeddings
+    if inputs["input_ids"].max() >= rows or lvlm.processor.tokenizer.vocab_size > rows:
+        raise ValueError(f"{name}: its tokenizer is another model's: it has more tokens than the model, {rows}")
+    pixels, vision = inputs["pixel_values"], config.vision_config
+    if lvlm.spec.packed:  # [patches, values]
+        tiles, made = 1, pixels.shape[-1]
+        taken = 3 * vision.temporal_patch_size * vision.patch_size**2
+    else:  # [.., 3, height, width]
+        tiles, made, taken = pixels[..., 0, 0, 0].numel(), tuple(pixels.shape[-2:]), _pair(vision.image_size)
+    if made != taken:
+        what = "patches of {} values" if lvlm.spec.packed else "pictures of {} pixels"
+        raise ValueError(f"{name}: its processor makes {what.format(made)}, and its tower takes {taken}")
+    newline = int(lvlm.spec.anyres)  # behind the last row of patches
+    if layout.tiles != tiles or layout.positions.max() + newline != layout.visual.max():
+        raise ValueError(
+            f"{name}: its processor gives a picture {visual} visual tokens, which are not those of {tiles} tiles of "
+            f"{layout.grid} patches: an entry of processor_config.json is absent or wrong, such as patch_size"
         )
 
 
 @contextmanager
-def _reading(name: str) -> Iterator[None]:
+def _reading(name: str, what: str = "") -> Iterator[None]:
     """Tells in one line what transformers has to say about files that are absent, damaged or out of reach."""
     try:
         yield
     except Exception as error:  # whatever a damaged or foreign file provokes: KeyError, TypeError, a strict config ..
-        said = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-        raise ValueError(f"{name} cannot be read: {said}") from error
+        raise ValueError(f"{name} cannot be read: {what}{_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    """What an error says, in one line: the first that says something, with its type where that is part of it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return said if isinstance(error, (OSError, ValueError)) and said else f"{type(error).__name__}: {said}"
 
 
 def find(name: str) -> str:
@@ -794,6 +848,8 @@ def find(name: str) -> str:
     folder = Path(name).expanduser()
     if (folder / "config.json").is_file():
         return str(folder)
+    if (folder / checkpoints.ADAPTER).is_file():
+        raise ValueError(f"{name} is an adapter, no model: {checkpoints.MERGE}")
     looks_like_hub_id = name.count("/") == 1 and all(name.split("/")) and not name.startswith((".", "~"))
     if folder.exists() or not looks_like_hub_id:
         known = ", ".join(lab_models()) or "none are there"
@@ -857,8 +913,13 @@ def _n_prefix(vision: PretrainedConfig) -> int:
 def _tile_grid(config: PretrainedConfig) -> tuple[int, int]:
     """(rows, columns) of the patches of a tile of a tower that sees tiles of one size."""
     image, patch = config.vision_config.image_size, config.vision_config.patch_size
-    (high, wide), (patch_high, patch_wide) = (x if isinstance(x, (list, tuple)) else (x, x) for x in (image, patch))
+    (high, wide), (patch_high, patch_wide) = _pair(image), _pair(patch)
     return high // patch_high, wide // patch_wide
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) of what a configuration gives as one number where both are the same."""
+    return tuple(size) if isinstance(size, (list, tuple)) else (size, size)
 
 
 def _block_order(rows: int, columns: int, merge: int) -> torch.Tensor:

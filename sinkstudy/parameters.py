@@ -46,7 +46,9 @@ def check_model(name: str) -> str:
             if (folder / "config.json").is_file():
                 return str(folder.resolve())
             if folder.is_dir():
-                raise ValueError(f"the folder {name} holds no model: it has no config.json")
+                adapter = (folder / "adapter_config.json").is_file()
+                hint = "; an adapter has to be merged into its base first (merge_and_unload of peft)" if adapter else ""
+                raise ValueError(f"the folder {name} holds no model: it has no config.json{hint}")
         except OSError as error:
             raise ValueError(f"the folder {name} cannot be read: {error.strerror}") from None
         if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name, re.ASCII):
