@@ -109,11 +109,11 @@ def _route(
     value, public = routes.option(method, weight, k), bool(values["data_dir"] or values["hub"])
     model, check = values["model"], routes.METHODS[method].check
     run = name or paths.slug(model)
-    engine.claim(run, model)
     found = routes.data(model in paths.lab_models(), benchmark, values["data_dir"], values["hub"], values["limit"])
     engine.check_memory({CHAPTER: values | {"benchmarks": [found[0]]}})
     if check is not None:
         check(models.outline(model, revision=values["revision"]))
+    engine.claim(run, model)
     lvlm = models.load(model, **{key: values[key] for key in ("device", "dtype", "revision")})
     typer.echo(f"{found[0]}: {len(found[1])} questions about {len(found[2])} pictures, twice", err=True)
     of = {key: values[key] for key in ("criterion", "threshold", "max_new_tokens", "batch_size", "seed")}
