@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from sinkstudy import benchmarks, models, paths, stats
+from sinkstudy.benchmarks.files import TABLES
 from sinkstudy.evaluate import Intervention, evaluate
 from sinkstudy.lab import benchmarks as lab_benchmarks
 from sinkstudy.lab import questions as lab
@@ -16,6 +17,7 @@ from sinkstudy.lab import world
 from sinkstudy.models import LVLM
 from sinkstudy.pictures import folder
 
+FORMS = (".parquet", *TABLES)  # of a benchmark in one file
 LAB = {"POPE": lab_benchmarks.pope, "MME": lab_benchmarks.mme, "MMStar": lab_benchmarks.mmstar}
 
 
@@ -119,18 +121,25 @@ def benchmark(name: str, data_dir: str, hub: bool, limit: int) -> tuple[pd.DataF
 
     Args:
         name: of `benchmarks.load`; of the lab POPE, MME or MMStar.
-        data_dir: a folder with one of parquet files for each benchmark, from the project's root; empty for the lab.
+        data_dir: a folder with a folder or file for each benchmark, by its name in any case, in any form that
+            `benchmarks.load` reads; from the project's root. Empty for the lab.
         hub: public data from the Hugging Face Hub, at the pinned revisions.
         limit: the number of pictures of each category at most; 0 for all.
 
     Returns:
-        The table of `benchmarks.load`, and the picture of each `image_id`; None if the data are not there.
+        The table of `benchmarks.load`, and the picture of each `image_id`; None if the data are not there. What one
+        picture cannot answer, or has none, is left out, and said on stdout.
+
+    Raises:
+        ValueError: as `benchmarks.load`, or two folders or files of one benchmark.
     """
     if data_dir or hub:
-        folder = paths.ROOT / data_dir / name
-        if not hub and not folder.exists():
+        place = None if hub else _place(paths.ROOT / Path(data_dir).expanduser(), name)
+        if not hub and place is None:
             return None
-        table = benchmarks.load(name, path=None if hub else folder)
+        table = benchmarks.askable(benchmarks.load(name, path=place))
+        for line in benchmarks.remarks(table):
+            print(line)
     elif name in LAB:
         table = LAB[name]()
     else:
@@ -144,6 +153,16 @@ def benchmark(name: str, data_dir: str, hub: bool, limit: int) -> tuple[pd.DataF
     return table, {image: pixels[i] for image, i in zip(table.image_id, place, strict=True)}
 
 
+def _place(folder: Path, name: str) -> Path | None:
+    """The folder or file of a benchmark in a folder, by its name in any case, or None."""
+    there = folder.iterdir() if folder.is_dir() else ()
+    found = sorted(p for p in there if (p.name if p.is_dir() else p.stem).lower() == name.lower()
+                   and (p.is_dir() or p.suffix.lower() in FORMS))
+    if len(found) > 1:
+        raise ValueError(f"{name} is in {folder} twice: {' and '.join(p.name for p in found)}; leave one")
+    return found[0] if found else None
+
+
 def load_benchmarks(
     names: Sequence[str], data_dir: str, hub: bool, limit: int
 ) -> tuple[dict[str, pd.DataFrame], dict[str, dict[str, Any]]]:
@@ -154,7 +173,7 @@ def load_benchmarks(
     """
     found = {name: of for name in names if (of := benchmark(name, data_dir, hub, limit)) is not None}
     if not found:
-        raise ValueError(f"none of {', '.join(names)} is there: data_dir {data_dir!r} needs a folder for each of them")
+        raise ValueError(f"none of {', '.join(names)} is there: data_dir {data_dir!r} needs a folder or file for each")
     return {name: of[0] for name, of in found.items()}, {name: of[1] for name, of in found.items()}
 
 

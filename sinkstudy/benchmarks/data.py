@@ -186,6 +186,8 @@ def load(name: str, *, path: str | Path | None = None, split: str | None = None,
     pictures = raw.picture.tolist()
     table = spec.tidy(rows.checked(raw, spec.row, name)).assign(
         images=pd.Series(pictures, index=raw.index, dtype=object))
+    if "shown" in raw.columns and name in ("MMStar", "ScienceQA-IMG"):  # sets without names of pictures
+        table = table.assign(image_id=raw.shown)
     if name == "POPE" and split:
         table = table[table.category == split].reset_index(drop=True)
     several = table.images.map(lambda shown: len(shown) > 1 and not any(shown))
@@ -278,7 +280,7 @@ def check(table: pd.DataFrame, name: str, needs: Iterable[str] = ()) -> None:
             raise ValueError(f"MME asks two questions an image; {image!r} in {category!r} has {n}")
 
 
-_TEXTS = {*COLUMNS, "group", "l2_category", "hint", "query", "question_type", "answer_type", "prediction"}
+_TEXTS = {*COLUMNS, "group", "l2_category", "hint", "query", "question_type", "answer_type"}
 _LISTS = {"choices", "answers", "images", "skills"}
 
 

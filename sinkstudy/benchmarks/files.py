@@ -191,7 +191,8 @@ def with_pictures(raw: pd.DataFrame, root: Path, name: str) -> pd.DataFrame:
     several = [isinstance(image, list) or isinstance(image, str) and image.startswith("[") for image in images]
     for i, image in enumerate(images):
         if not (image is None or several[i] or isinstance(image, (str, Cell))):
-            raise ValueError(f"{name}: {where[i]}, column 'image': a picture's name is expected, not {str(image)[:60]!r}")
+            odd = str(image)[:60]
+            raise ValueError(f"{name}: {where[i]}, column 'image': a picture's name is expected, not {odd!r}")
     names = {image: where[i] for i, image in reversed(list(enumerate(images)))
              if isinstance(image, str) and not several[i]}
     found = _named(dict(reversed(names.items())), root, name) if names else {}
