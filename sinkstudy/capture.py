@@ -35,6 +35,27 @@ from sinkstudy.models import LVLM, ImageLayout
 Side = Literal["vision", "decoder"]
 
 
+ADVICE = "the model may need another dtype (bfloat16 or float32 in place of float16), or its weights are damaged"
+
+
+def check_finite(lvlm: LVLM, values: torch.Tensor, first: int, of: str) -> None:
+    """Norms of pictures by layer, [pictures, layers, ..]: all finite.
+
+    Args:
+        first: the number of the first picture.
+        of: which layers these are.
+
+    Raises:
+        ValueError: with the first picture and layer that are not.
+    """
+    bad = ~values.flatten(2).isfinite().all(-1)
+    if bad.any():
+        picture, layer = bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"{lvlm.name}: NaN or infinite values behind layer {layer} of the {of}, picture {first + picture}: {ADVICE}"
+        )
+
+
 def token_norms(hidden: torch.Tensor, layer: int | None = None) -> torch.Tensor:
     """L2 norm of every token in float32: [.., tokens, width] -> [.., tokens]."""
     return hidden.float().norm(dim=-1)
@@ -201,7 +222,7 @@ def trace(
     if len(images) == 0 or len(images) != len(questions):
         raise ValueError(f"one question per image: got {len(images)} images and {len(questions)} questions")
     parts = [
-        _trace_batch(lvlm, images[i : i + batch_size], questions[i : i + batch_size], max_new_tokens)
+        _trace_batch(lvlm, images[i : i + batch_size], questions[i : i + batch_size], max_new_tokens, i)
         for i in range(0, len(images), batch_size)
     ]
     _same_sizes([layout for part in parts for layout in part.layouts])
@@ -235,6 +256,7 @@ def trace_tower(lvlm: LVLM, images: Sequence[Any], batch_size: int = 16) -> tupl
         ):
             lvlm.see(inputs)
         norms.append(_of_patches(norms_of, of_batch))
+        check_finite(lvlm, norms[-1], start, "tower")
         received.append(_of_patches(received_by, of_batch))
     return torch.cat(norms), torch.cat(received)
 
@@ -264,7 +286,9 @@ def _of_patches(results: dict[int, list], layouts: list[ImageLayout]) -> torch.T
     return torch.stack(found, dim=1)
 
 
-def _trace_batch(lvlm: LVLM, images: Sequence[Any], questions: Sequence[str], max_new_tokens: int) -> Trace:
+def _trace_batch(
+    lvlm: LVLM, images: Sequence[Any], questions: Sequence[str], max_new_tokens: int, first: int
+) -> Trace:
     inputs = lvlm.inputs(images, questions)
     layouts = lvlm.layout(inputs)
     _same_sizes(layouts)
@@ -297,6 +321,10 @@ def _trace_batch(lvlm: LVLM, images: Sequence[Any], questions: Sequence[str], ma
     def stack(results: dict[int, list]) -> torch.Tensor:
         return torch.stack([calls[0].cpu() for calls in results.values()], dim=1)  # [batch, layers, ..]
 
+    tower_norms, of_decoder = _of_patches(vision_norms, layouts), stack(decoder_norms)
+    check_finite(lvlm, tower_norms, first, "tower")
+    of_decoder = of_decoder.gather(-1, visual.cpu()[:, None].expand(-1, len(decoder_norms), -1))
+    check_finite(lvlm, of_decoder, first, "decoder")
     output_attention = answers = None
     if max_new_tokens:
         tokens = sequences[:, inputs.input_ids.shape[1] :]  # [batch, steps]
@@ -306,10 +334,10 @@ def _trace_batch(lvlm: LVLM, images: Sequence[Any], questions: Sequence[str], ma
         output_attention = (steps * weight).sum(0)  # [steps, batch, layers, heads, visual tokens] -> [batch, ..]
         answers = [text.strip() for text in lvlm.processor.batch_decode(tokens, skip_special_tokens=True)]
     return Trace(
-        vision_norms=_of_patches(vision_norms, layouts),
+        vision_norms=tower_norms,
         vision_received=_of_patches(received, layouts),
         projected_norms=entering[0].cpu().gather(-1, visual.cpu()),
-        decoder_norms=stack(decoder_norms).gather(-1, visual.cpu()[:, None].expand(-1, len(decoder_norms), -1)),
+        decoder_norms=of_decoder,
         last_attention=stack(rows),
         output_attention=output_attention,
         answers=answers,

@@ -56,7 +56,7 @@ def run_command(
         parameters[key] = value
     if update_notebooks and (parameters or name or model != engine.DEFAULT_MODEL):
         raise engine.UserError("--update-notebooks is for the default run: no other model, parameter or name")
-    run = engine.run(model, only=only or [], parameters=parameters, name=name, jobs=jobs)
+    run = engine.run(model, only=only or [], given=parameters, name=name, jobs=jobs)
     if update_notebooks:
         engine.update_notebooks(only or [])
     typer.echo(f"run {run} is up to date: book/runs/{run}, results/{run}")
@@ -77,6 +77,7 @@ def route(
     weight: Annotated[float | None, typer.Option(help="Of the methods features and keys.")] = None,
     k: Annotated[int | None, typer.Option(help="Patches of keep-top-k, neurons of test-time-registers.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of all that is random.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run, if not the model's.")] = None,
 ) -> None:
     """Measure one training-free method on one benchmark, beside the untouched model.
 
@@ -91,20 +92,23 @@ def route(
     options = {"limit": limit, "device": device, "dtype": dtype, "batch_size": batch_size, "revision": revision}
     options |= {"data_dir": data_dir, "hub": hub, "seed": seed}
     given = {key: value for key, value in options.items() if value is not None}
-    plan = engine.check_parameters([CHAPTER], model, given)[CHAPTER]
-    values = engine.defaults(CHAPTER) | {"limit": 0} | plan
+    values = engine.defaults(CHAPTER) | {"limit": 0} | engine.parameters.fitted([CHAPTER], model, given)[CHAPTER]
     try:
-        _route(method, benchmark, values, weight, k)
+        _route(method, benchmark, values, weight, k, name)
     except ValueError as problem:
         raise engine.UserError(str(problem)) from problem
 
 
-def _route(method: str, benchmark: str, values: dict, weight: float | None, k: int | None) -> None:
+def _route(
+    method: str, benchmark: str, values: dict, weight: float | None, k: int | None, name: str | None
+) -> None:
     from sinkstudy import evaluate, models, paths, report, stats
     from sinkstudy import route as routes
 
     value, public = routes.option(method, weight, k), bool(values["data_dir"] or values["hub"])
     model, check = values["model"], routes.METHODS[method].check
+    run = name or paths.slug(model)
+    engine.claim(run, model)
     found = routes.data(model in paths.lab_models(), benchmark, values["data_dir"], values["hub"], values["limit"])
     engine.check_memory({CHAPTER: values})
     if check is not None:
@@ -114,11 +118,11 @@ def _route(method: str, benchmark: str, values: dict, weight: float | None, k: i
     of = {key: values[key] for key in ("criterion", "threshold", "max_new_tokens", "batch_size", "seed")}
     words = [method, *([] if weight is None and k is None else [f"{value:g}"])]
     part = [f"{key}-{values[key]}" for key in ("limit", "seed") if values[key]]  # all pictures, seed 0
-    name = "-".join(["public" if public else "lab", found[0].lower(), *words, *part])
-    target = paths.results_dir(paths.slug(model), "route") / f"{name}.csv"
+    stem = "-".join(["public" if public else "lab", found[0].lower(), *words, *part])
+    target = paths.RESULTS / run / "route" / f"{stem}.csv"
     beside = target.with_suffix("") if public else None
     rows = routes.effect(lvlm, method, value, *found, public=public, cache=evaluate.ANSWERS, harnesses=beside, **of)
-    rows = rows.assign(model=paths.slug(model), revision=lvlm.revision or "", dtype=values["dtype"],
+    rows = rows.assign(model=run, revision=lvlm.revision or "", dtype=values["dtype"],
                        limit=values["limit"])
     with paths.atomic(target) as temporary:
         rows.to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -77,7 +76,7 @@ def opened(picture: Any, name: str = "") -> Any:
     Raises:
         ValueError: as `decode`, or an array of another type or shape.
     """
-    if isinstance(picture, (np.ndarray, torch.Tensor)):
+    if hasattr(picture, "dtype"):
         if picture.ndim != 3 or picture.shape[0] != 3 or str(picture.dtype).removeprefix("torch.") != "uint8":
             raise ValueError(f"picture {name} is {picture.dtype} {list(picture.shape)}, not uint8 [3, height, width]")
         return picture

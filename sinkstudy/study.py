@@ -38,7 +38,7 @@ def pictures(images_dir: str, limit: int) -> tuple[list[Any], world.Scenes | Non
     if not images_dir:
         scenes = world.render("test", 0, limit)
         return list(scenes.images), scenes
-    found, others = folder(paths.ROOT / Path(images_dir).expanduser(), limit)
+    found, others = folder(paths.place(images_dir), limit)
     if others:
         print(f"{images_dir}: {others} files that are no pictures passed over", file=sys.stderr)
     return found, None
@@ -134,7 +134,7 @@ def benchmark(name: str, data_dir: str, hub: bool, limit: int) -> tuple[pd.DataF
         ValueError: as `benchmarks.load`, or two folders or files of one benchmark.
     """
     if data_dir or hub:
-        place = None if hub else _place(paths.ROOT / Path(data_dir).expanduser(), name)
+        place = None if hub else _place(paths.place(data_dir), name)
         if not hub and place is None:
             return None
         table = benchmarks.askable(benchmarks.load(name, path=place))

@@ -221,8 +221,10 @@ def several_pictures(table: pd.DataFrame) -> pd.Series:
     """
     if "images" not in table:
         return pd.Series(False, index=table.index)
-    return pd.Series([len(row["images"]) > 1 or bool(set(_SHOWS.findall(f"{row['question']} {row['choices']}")) - {"1"})
-                      for row in table.to_dict("records")], index=table.index)
+    named = [set(_SHOWS.findall(f"{question} {choices}")) - {"1"}
+             for question, choices in zip(table.question, table.choices, strict=True)]
+    more = [len(shown or ()) > 1 for shown in table["images"]]
+    return pd.Series([bool(one or other) for one, other in zip(more, named, strict=True)], index=table.index)
 
 
 def askable(table: pd.DataFrame) -> pd.DataFrame:
@@ -281,14 +283,14 @@ def check(table: pd.DataFrame, name: str, needs: Iterable[str] = ()) -> None:
 
 
 _TEXTS = {*COLUMNS, "group", "l2_category", "hint", "query", "question_type", "answer_type"}
-_LISTS = {"choices", "answers", "images", "skills"}
+_LISTS = {"choices", "answers", "skills"}
 
 
 def _unlike(column: str, value: object) -> str:
     """What a column of a table should hold and `value` is not; empty if it is."""
     if column in _TEXTS and not isinstance(value, str):
         return "text"
-    if column in _LISTS and not isinstance(value, Sequence) and not (column == "choices" and value is None):
+    if column in _LISTS and not isinstance(value, list) and not (column == "choices" and value is None):
         return "a list"
     return ""
 
@@ -333,16 +335,19 @@ def _local(name: str, spec: Spec, root: Path, patterns: list[str]) -> tuple[pd.D
 
 def _as_data_set(raw: pd.DataFrame, name: str, spec: Spec) -> pd.DataFrame:
     """A table with the data set's columns, from these or from VLMEvalKit's."""
-    if spec.table is not None and (name == OWN or {"index", "category"} <= {*raw.columns, *spec.columns}
-                                   and any(column not in raw.columns for column in spec.columns)):
+    have = [c for c in raw.columns if c not in ("file", "row", "picture", "shown")]
+    missing = [c for c in spec.columns if c not in have]
+    if spec.table is not None and (name == OWN or "index" in have and (missing or "A" in have)):
         try:
             raw = spec.table(raw)
-        except AttributeError as error:  # a column that the conversion needs
-            raise ValueError(f"{name}: column {error.name!r} is missing in {raw.file[0]}, which has "
-                             f"{', '.join(raw.columns)}") from None
-    if missing := [c for c in spec.columns if c not in raw.columns]:
-        have = ", ".join(c for c in raw.columns if c not in ("file", "row", "picture", "shown"))
-        raise ValueError(f"{name}: column {missing[0]!r} is missing in {raw.file[0]}, which has {have}")
+        except KeyError as error:  # a column that the conversion needs
+            missing = [error.args[0]]
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        else:
+            missing = [c for c in spec.columns if c not in raw.columns]
+    if missing:
+        raise ValueError(f"{name}: column {missing[0]!r} is missing in {raw.file[0]}, which has {', '.join(have)}")
     return raw
 
 
@@ -364,10 +369,10 @@ def _parquet(name: str, spec: Spec, root: Path, files: list[Path]) -> tuple[pd.D
     if name == "GQA":
         more = _matching(root if root.is_dir() else root.parent.parent, spec.images)
         shown = parquet.pictures(more, name)
-        asked = raw.imageId.map(str)
-        if lost := set(asked) - set(shown):
+        asked = [None if image is None else str(image) for image in raw.imageId]
+        if lost := set(asked) - set(shown) - {None}:
             raise ValueError(f"GQA: {len(lost)} images, such as {min(lost)!r}, are missing in {spec.images[0]}")
-        return raw.assign(picture=[[shown[image]] for image in asked]), files + more
+        return raw.assign(picture=[[shown.get(image)] for image in asked]), files + more
     empty = {(file, i): parquet.without_picture(file, column) for file in files for i, column in enumerate(inside)}
     shown = [_shown(name, row, [row["row"] not in empty[row["file"], i] for i in range(len(inside))])
              for row in raw.to_dict("records")]

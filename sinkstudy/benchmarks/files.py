@@ -326,29 +326,29 @@ def options(raw: pd.DataFrame) -> pd.Series:
 
 def pope_table(raw: pd.DataFrame) -> pd.DataFrame:
     """A row for each category that a question is in; VLMEvalKit has it once, in "adversarial,popular,random"."""
-    category = [c.split(",") if isinstance(c, str) else [c] for c in raw.category]
+    category = [c.split(",") if isinstance(c, str) else [c] for c in raw["category"]]
     raw = raw.assign(question_id=raw["index"], image_source=raw.shown, category=pd.Series(category, dtype=object))
     return raw.explode("category", ignore_index=True)
 
 
 def mme_table(raw: pd.DataFrame) -> pd.DataFrame:
-    return raw.assign(question_id=[f"{c}/{shown}" for c, shown in zip(raw.category, raw.shown, strict=True)])
+    return raw.assign(question_id=[f"{c}/{shown}" for c, shown in zip(raw["category"], raw.shown, strict=True)])
 
 
 def mmstar_table(raw: pd.DataFrame) -> pd.DataFrame:
     """The options behind the question, as MMStar's own file has them."""
     asked = [q if not of or q is None else
              f"{q.rstrip()}\nOptions: " + ", ".join(f"{c}: {o}" for c, o in zip(letters(len(of)), of, strict=True))
-             for q, of in zip(raw.question, options(raw), strict=True)]
+             for q, of in zip(raw["question"], options(raw), strict=True)]
     return raw.assign(question=pd.Series(asked, dtype=object))
 
 
 def science_qa_table(raw: pd.DataFrame) -> pd.DataFrame:
-    return raw.assign(choices=options(raw), subject=raw.category)
+    return raw.assign(choices=options(raw), subject=raw["category"])
 
 
 def text_vqa_table(raw: pd.DataFrame) -> pd.DataFrame:
-    return raw.assign(question_id=raw["index"], image_id=raw.shown, answers=raw.answer)
+    return raw.assign(question_id=raw["index"], image_id=raw.shown, answers=raw["answer"])
 
 
 def own_table(raw: pd.DataFrame) -> pd.DataFrame:

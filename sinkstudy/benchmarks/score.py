@@ -41,10 +41,10 @@ def answered(table: pd.DataFrame, benchmark: str, rule: str = "official") -> pd.
 
 def _check_predicted(table: pd.DataFrame, benchmark: str) -> None:
     check(table, benchmark, ["prediction"])
-    for name, said in zip(table.id, table.prediction, strict=True):
-        if not isinstance(said, str):
-            raise ValueError(f"{benchmark}: a prediction is missing; an empty answer is the text '', and that of {name!r} "
-                             f"is {said!r}")
+    odd = [(name, said) for name, said in zip(table.id, table.prediction, strict=True) if not isinstance(said, str)]
+    if odd:
+        raise ValueError(f"{benchmark}: a prediction is missing; an empty answer is the text '' ({odd[0][0]!r} has "
+                         f"{odd[0][1]!r})")
 
 
 def right(table: pd.DataFrame, benchmark: str, rule: str = "official") -> pd.Series:
