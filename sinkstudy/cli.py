@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import click
 import typer
 
 from sinkstudy import engine
@@ -282,11 +283,24 @@ def with_malloc() -> None:
 
 
 def main() -> None:
-    """Run the command; what the user can put right ends in one line and exit code 1."""
+    """Run the command; whatever goes wrong ends in one line and exit code 1, an interruption in 130."""
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
     except engine.UserError as problem:
         sys.exit(f"sinkstudy: {problem}")
+    except click.ClickException as problem:  # an option that there is not
+        problem.show()
+        sys.exit(problem.exit_code)
+    except (KeyboardInterrupt, SystemExit) as end:
+        if isinstance(end, SystemExit) and end.code != 130:  # typer's word for an interruption
+            raise
+        print("\nsinkstudy: interrupted; the same command goes on from what was finished", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # nobody reads what is said any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os._exit(141)
+    except Exception as error:
+        sys.exit(f"sinkstudy: {engine.one_line(error, ' '.join(sys.argv[1:2]), engine.WORK / 'failed' / 'command')}")
 
 
 if __name__ == "__main__":

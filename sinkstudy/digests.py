@@ -29,8 +29,7 @@ def sha256(path: Path) -> str:
     began = time.time()
     digest = _read(path)
     if began - of.st_ctime > SETTLED:
-        known[key] = [*mark, digest]
-        _new.append(key)
+        known[key] = _new[key] = [*mark, digest]
     return digest
 
 
@@ -40,13 +39,13 @@ def remember() -> None:
         return
     try:
         with atomic(REMEMBERED) as temporary:
-            temporary.write_text(json.dumps(_stored() | {key: _known()[key] for key in _new}))
+            temporary.write_text(json.dumps(_stored() | _new))
         _new.clear()
     except OSError:
         pass
 
 
-_new: list[str] = []
+_new: dict[str, list] = {}
 
 
 def _read(path: Path) -> str:

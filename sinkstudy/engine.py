@@ -9,22 +9,30 @@ pictures, or a pattern of results of other notebooks, after which it is then exe
 """
 
 import ast
+import contextlib
 import csv
+import ctypes
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+import psutil
 
 from sinkstudy import digests, parameters
 from sinkstudy.parameters import UserError, check_model, defaults, files
@@ -45,6 +53,7 @@ from sinkstudy.paths import (
 
 WORK = RUNS / ".work"  # half-made things, never read by the book
 BUILD = ROOT / "_build"
+LEAST_FREE = 50_000_000  # bytes: a run's notebooks and tables take less
 VERSIONS = ("torch", "transformers", "captum", "numpy", "pandas", "scipy", "seaborn", "papermill", "jupyter-book")
 
 
@@ -90,7 +99,7 @@ def _imported(code: str) -> list[Path]:
             if path.is_file() and path not in found:
                 found.add(path)
                 package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-                waiting |= _imports(path.read_text(), package)
+                waiting |= _imports(path.read_text(encoding="utf-8"), package)
     return sorted(found)
 
 
@@ -129,7 +138,7 @@ def _sha256(text: str) -> str:
 
 
 def _cells(notebook: str) -> list[dict]:
-    return json.loads((NOTEBOOKS / f"{notebook}.ipynb").read_text())["cells"]
+    return json.loads((NOTEBOOKS / f"{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
 
 
 def _text(cell: dict) -> str:
@@ -140,10 +149,12 @@ def _text(cell: dict) -> str:
 
 
 def record(run: str, notebook: str) -> dict[str, Any]:
-    """What the engine noted in an executed notebook; empty if there is none."""
+    """What the engine noted in an executed notebook; empty if there is none that can be read whole."""
     try:
-        return json.loads((RUNS / run / f"{notebook}.ipynb").read_text())["metadata"].get("sinkstudy", {})
-    except FileNotFoundError:
+        page = json.loads((RUNS / run / f"{notebook}.ipynb").read_text(encoding="utf-8"))
+        noted = page["metadata"].get("sinkstudy", {}) if isinstance(page["cells"], list) else {}
+        return noted if isinstance(noted.get("params"), dict) else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # cut off by a power loss, say
         return {}
 
 
@@ -179,9 +190,41 @@ def stale() -> list[str]:
 def execute(notebook: str, run: str, given: dict[str, Any]) -> None:
     """Execute a notebook into `book/runs/<run>/` and its tables into `results/<run>/`, each appearing only whole.
 
-    `given` are the parameters that differ from the notebook's defaults. Raises UserError if a cell fails; the notebook
-    up to that cell is kept under `book/runs/.work/failed/`.
+    `given` are the parameters that differ from the notebook's defaults. Raises UserError, in one line, if a cell fails
+    or anything else does; the notebook up to that cell, or the traceback, is kept under `book/runs/.work/failed/`.
     """
+    failed = WORK / "failed" / f"{run}--{notebook}.ipynb"
+    try:
+        _execute(notebook, run, given, failed)
+    except Exception as error:
+        told = error if isinstance(error, UserError) else one_line(error, f"{notebook} failed on {run}", failed)
+        # for the command that started this process
+        with contextlib.suppress(OSError):
+            failed.with_suffix(".txt").write_text(str(told), encoding="utf-8", errors="replace")
+        raise told from None
+
+
+def one_line(error: Exception, what: str, beside: Path) -> UserError:
+    """Any error in one line, with what to do where that is known; its traceback goes to a file that the line names."""
+    log = beside.with_suffix(".log")
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text("".join(traceback.format_exception(error)), encoding="utf-8", errors="replace")
+        seen = f" (see {log})"
+    except OSError:
+        seen = ""
+    said = next(iter(str(error).strip().splitlines()), "")
+    hint = ""
+    if type(error).__name__ == "DeadKernelError":
+        said, hint = "its kernel died", ": the system may have killed it for want of memory; try a smaller --batch-size"
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        hint = ": the disk is full; make room and run again, what was finished is kept"
+    elif isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        hint = ": it must be writable"
+    return UserError(f"{what}: {said or type(error).__name__}{hint}{seen}")
+
+
+def _execute(notebook: str, run: str, given: dict[str, Any], failed: Path) -> None:
     import nbformat
     import papermill
     from papermill.exceptions import PapermillExecutionError
@@ -193,7 +236,7 @@ def execute(notebook: str, run: str, given: dict[str, Any]) -> None:
             return
         with (
             tempfile.TemporaryDirectory(prefix="run-", dir=WORK) as work,
-            tempfile.TemporaryDirectory(prefix="sinkstudy-") as sockets,
+            _sockets() as sockets,
         ):
             values = defaults(notebook) | given
             noted = {"run": run, "params": given, "values": values, **fingerprint(notebook, given)}
@@ -213,17 +256,15 @@ def execute(notebook: str, run: str, given: dict[str, Any]) -> None:
                     progress_bar={"desc": notebook, "bar_format": "{desc}: cell {n_fmt}/{total_fmt} ({elapsed})"},
                 )
             except PapermillExecutionError as error:
-                failed = WORK / "failed" / f"{run}--{notebook}.ipynb"
                 failed.parent.mkdir(exist_ok=True)
                 copy.replace(failed)
                 reason = next(iter(error.evalue.strip().splitlines()), "")
                 problem = f"{notebook} failed on {run} in cell {error.cell_index + 1}: {error.ename}: {reason}"
                 problem += f" (see {failed.relative_to(ROOT)})"
-                failed.with_suffix(".txt").write_text(problem)  # for the command that started this process
                 raise UserError(problem) from None
             made = Path(work) / "results" / slug(values.get("model", run)) / notebook
             made.mkdir(parents=True, exist_ok=True)
-            _swap(made, RESULTS / run / notebook, Path(work))
+            _put(made, RESULTS / run / notebook)
             noted["results_sha256"] = files_sha256(files(RESULTS / run / notebook))
             noted["started"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started))
             noted["seconds"] = round(time.time() - started, 1)
@@ -234,6 +275,21 @@ def execute(notebook: str, run: str, given: dict[str, Any]) -> None:
             page.metadata["sinkstudy"] = noted
             with atomic(RUNS / run / f"{notebook}.ipynb") as target:
                 nbformat.write(page, target)
+
+
+@contextmanager
+def _sockets() -> Iterator[str]:
+    """A folder for a kernel's sockets, whose paths must be short; those that killed processes left are removed."""
+    for left in Path(tempfile.gettempdir()).glob("sinkstudy-[0-9]*-*"):
+        if (pid := left.name.split("-")[1]).isdigit() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"sinkstudy-{os.getpid()}-") as folder:
+        # the longest address of a socket is about 100 characters; below a longer TMPDIR there is /tmp
+        if len(folder) < 70 or not os.access("/tmp", os.W_OK):
+            yield folder
+            return
+        with tempfile.TemporaryDirectory(prefix=f"sinkstudy-{os.getpid()}-", dir="/tmp") as short:
+            yield short
 
 
 def _kernel_environment(work: Path, values: dict[str, Any]) -> None:
@@ -247,13 +303,13 @@ def _kernel_environment(work: Path, values: dict[str, Any]) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"  # the embedded models need no network
 
 
-def _swap(made: Path, target: Path, work: Path) -> None:
-    """Put the folder `made` in the place of `target`."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if target.exists():
-        target.rename(work / "replaced")
+def _put(made: Path, target: Path) -> None:
+    """Put a copy of the folder `made` in the place of `target`, which may lie on another file system, all at once."""
     if any(made.iterdir()):
-        made.rename(target)
+        with atomic(target) as temporary:
+            shutil.copytree(made, temporary)
+    else:
+        shutil.rmtree(target, ignore_errors=True)
 
 
 def tidy(page):
@@ -322,12 +378,17 @@ def surroundings() -> dict[str, Any]:
 
 
 @contextmanager
-def _alone(name: str) -> Iterator[None]:
-    """Hold the lock `name`, waiting for a process that has it; the system frees it when its holder dies."""
+def _alone(name: str, otherwise: str = "") -> Iterator[None]:
+    """Hold the lock `name`; the system frees it when its holder dies.
+
+    Where a process has it: wait, or raise a UserError that says `otherwise`.
+    """
     with (WORK / f"{name}.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            if otherwise:
+                raise UserError(otherwise) from None
             print(f"{name} is being executed by another process: waiting for it", file=sys.stderr, flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -364,10 +425,33 @@ def run(
         for notebook, values in parameters.fitted(wanted, model, given or {}).items()
     }
     run_name = name or slug(check_model(model))
+    for folder in (WORK, RUNS / run_name, RESULTS / run_name):
+        _writable(folder)
     claim(run_name, check_model(model))
     outdated = [nb for nb in wanted if not is_fresh(run_name, nb, plan[nb])]
     check_memory({nb: defaults(nb) | plan[nb] for nb in outdated})
     _clear_work()
+    busy = f"another process executes the run {run_name}: wait for it, or give this one another name (--name)"
+    with _alone(f"whole--{run_name}", otherwise=busy):
+        _snakemake(run_name, wanted, plan, outdated, jobs)
+    return run_name
+
+
+def _writable(folder: Path) -> None:
+    """Make a folder and see that files can be written there. Raises UserError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise UserError(f"nothing can be written to {folder}: {error.strerror}") from None
+    if free < LEAST_FREE:
+        raise UserError(f"{free / 1e6:.0f} MB are free on the disk of {folder}, and {LEAST_FREE / 1e6:.0f} are needed")
+
+
+def _snakemake(run_name: str, wanted: list[str], plan: dict, outdated: list[str], jobs: int) -> None:
+    """Bring a run's notebooks up to date, in processes that end when this one does. Raises UserError if one fails."""
     problems = [WORK / "failed" / f"{run_name}--{nb}.txt" for nb in wanted]
     for problem in problems:
         problem.unlink(missing_ok=True)
@@ -380,12 +464,69 @@ def run(
         command += ["--nolock", "--rerun-incomplete", "--keep-going", "--quiet", "rules", "host"]
         if outdated:
             command += ["--forcerun", *(f"book/runs/{run_name}/{nb}.ipynb" for nb in outdated)]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        ended = subprocess.run([str(part) for part in command], cwd=ROOT, env=environment, check=False)
-    if ended.returncode:
-        said = [problem.read_text() for problem in problems if problem.is_file()]
-        raise UserError("; ".join(said) or f"the run {run_name} did not end well: what failed stands above")
-    return run_name
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "SINKSTUDY_ENGINE": str(os.getpid()), "PYTHONUTF8": "1"}
+        log = WORK / f"whole--{run_name}.log"
+        with subprocess.Popen(
+            [str(part) for part in command],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            preexec_fn=_die_with_parent,
+        ) as process:
+            try:
+                _pass_on(process.stdout, log)
+                code = process.wait()
+            except BaseException:  # interrupted, or nobody reads what is said any more
+                _end_children()
+                raise
+    if code:
+        said = [problem.read_text(encoding="utf-8") for problem in problems if problem.is_file()]
+        raise UserError("; ".join(said) or f"the run {run_name} did not end well: what failed stands in {log}")
+
+
+def _pass_on(source: IO[bytes], log: Path) -> None:
+    """Show the bars of notebooks on stderr as they come, and keep all that is said in a file."""
+    bar = re.compile(rb"\S+: cell \d+/\d+ |is being executed by another process")
+    with log.open("wb") as kept:
+        while piece := source.read1(65536):
+            kept.write(piece)
+            kept.flush()
+            if shown := b"".join(line for line in re.split(rb"(?<=[\r\n])", piece) if bar.search(line)):
+                sys.stderr.buffer.write(shown)
+                sys.stderr.flush()
+
+
+def _die_with_parent() -> None:
+    """On Linux: have the system end this process when the one that started it ends, however that happens."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def _end_children(patience: float = 3) -> None:
+    """End all processes that this one has started, kernels included."""
+    children = psutil.Process().children(recursive=True)
+    for child in children:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.terminate()
+    for child in psutil.wait_procs(children, timeout=patience)[1]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+
+
+def _end_with_engine() -> None:
+    """Watch, in a thread, the command that this process works for; when it is gone, end this one and its kernel."""
+    engine = os.environ.get("SINKSTUDY_ENGINE", "")
+
+    def watch() -> None:
+        while psutil.pid_exists(int(engine)):
+            time.sleep(1)
+        _end_children(patience=1)
+        os._exit(1)
+
+    if engine.isdigit():
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def claim(run: str, model: str) -> None:
@@ -406,15 +547,14 @@ def claim(run: str, model: str) -> None:
 
 def _clear_work() -> None:
     """Remove what killed runs left behind; a folder in use belongs to a held lock, so it stays."""
-    WORK.mkdir(parents=True, exist_ok=True)
     for lock in WORK.glob("*.lock"):
         with lock.open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return
-    for leftover in WORK.glob("run-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in (*WORK.glob("run-*"), *WORK.glob("tmp*.json")):
+        shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
 def check_memory(values: dict[str, dict[str, Any]]) -> None:
@@ -471,7 +611,7 @@ def render(*, stored: bool = False) -> bool:
         if not is_fresh(DEFAULT_MODEL, name, {}):
             with atomic(RUNS / DEFAULT_MODEL / f"{name}.ipynb") as target:
                 shutil.copyfile(NOTEBOOKS / f"{name}.ipynb", target)
-    toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
     for page in _toc_pages(toc):
         if page.startswith("book/runs/") and not (ROOT / f"{page}.ipynb").is_file():
             raise UserError(f"{page}.ipynb is missing: 'sinkstudy run' makes it")
@@ -483,7 +623,7 @@ def render(*, stored: bool = False) -> bool:
     content = files_sha256(path for path in shown if WORK not in path.parents)
     stamp = BUILD / "rendered-from"
     index = BUILD / "html" / "index.html"
-    if index.is_file() and stamp.is_file() and stamp.read_text() == content:
+    if index.is_file() and stamp.is_file() and stamp.read_text(encoding="utf-8") == content:
         print(f"the book is up to date: {index.relative_to(ROOT)}")
         return False
     stamp.unlink(missing_ok=True)
@@ -501,7 +641,7 @@ def render(*, stored: bool = False) -> bool:
     if ended.returncode or not index.is_file():
         raise UserError("the book was not rendered without a warning: Jupyter Book's messages stand above")
     with atomic(stamp) as target:
-        target.write_text(content)
+        target.write_text(content, encoding="utf-8")
     print(f"the book is rendered: {index.relative_to(ROOT)}")
     return True
 
@@ -554,6 +694,7 @@ def write_provenance() -> None:
 
 
 if __name__ == "__main__":  # called by the Snakefile: run, notebook, parameters as JSON
+    _end_with_engine()
     try:
         execute(sys.argv[2], sys.argv[1], json.loads(sys.argv[3]))
     except UserError as problem:

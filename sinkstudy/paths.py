@@ -1,5 +1,6 @@
 """Where things are. Every path of the project is derived here, from the place of this file."""
 
+import ctypes
 import hashlib
 import os
 import re
@@ -98,12 +99,53 @@ def atomic(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    holder = Path(tempfile.mkdtemp(prefix=".partial-", dir=path.parent))
+    _sweep(path.parent)
+    holder = Path(tempfile.mkdtemp(prefix=f".partial-{os.getpid()}-", dir=path.parent))
     temporary = holder / path.name
     try:
         yield temporary
-        if temporary.is_dir() and path.exists():
-            path.rename(holder / "replaced")
-        temporary.rename(path)
+        for file in temporary.rglob("*") if temporary.is_dir() else [temporary]:
+            _sync(file)
+        if not (temporary.is_dir() and path.exists() and _exchanged(temporary, path)):
+            if temporary.is_dir() and path.exists():
+                path.rename(holder / "replaced")
+            temporary.rename(path)
+        _sync(path.parent)
     finally:
         shutil.rmtree(holder, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Have a file's content, or a folder's entries, on the disk: after a power loss a renamed file is not empty."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Let two folders take each other's place in one step, where the system can: readers see the old or the new."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):  # not Linux
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+
+
+def _sweep(folder: Path) -> None:
+    """Remove half-made things whose process is gone."""
+    for left in folder.glob(".partial-[0-9]*-*"):
+        if (pid := left.name.split("-")[1]).isdigit() and not _lives(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

@@ -17,6 +17,7 @@ from sinkstudy.ablation import Masks
 from sinkstudy.benchmarks import harness
 from sinkstudy.evaluate import ANSWERS, NONE, Intervention
 from sinkstudy.models import LVLM
+from sinkstudy.pictures import opened
 
 LOOKED_AT = 64  # pictures at most by which neurons are found; a quarter of them for the decoder's dimensions
 
@@ -39,7 +40,7 @@ def norms(lvlm: LVLM, pictures: Mapping[Hashable, Any], batch_size: int = 16) ->
     with lvlm.editing(before=keep):
         for start in range(0, len(keys), batch_size):
             batch = keys[start : start + batch_size]
-            inputs = lvlm.inputs([study.opened(pictures[key]) for key in batch], [""] * len(batch))
+            inputs = lvlm.inputs([opened(pictures[key]) for key in batch], [""] * len(batch))
             lvlm.see(inputs)
             of |= {key: read[0][layout.connector] for key, layout in zip(batch, lvlm.layout(inputs), strict=True)}
     return of
@@ -85,7 +86,7 @@ def sink_dimensions(lvlm: LVLM, pictures: Sequence[Any]) -> list[int]:
         return sinks.dimension_profile(hidden[:, :1])
 
     with capture.hidden_states(lvlm, "decoder", first_token, [middle]) as seen:
-        inputs = lvlm.inputs([study.opened(picture) for picture in pictures], [""] * len(pictures))
+        inputs = lvlm.inputs([opened(picture) for picture in pictures], [""] * len(pictures))
         lvlm.model(**inputs, logits_to_keep=1)
     return sinks.sink_dimensions(seen[middle][0].cpu())
 
@@ -101,7 +102,7 @@ def register_neurons(
     """`neurons.register_neurons` of the first `LOOKED_AT` pictures that have as many patches as the very first."""
     n = len(next(iter(masks.values())))
     keys = [key for key, mask in masks.items() if len(mask) == n][:LOOKED_AT]
-    shown = [study.opened(pictures[key]) for key in keys]
+    shown = [opened(pictures[key]) for key in keys]
     found = neurons.register_neurons(lvlm, shown, torch.stack([masks[key] for key in keys]), k, batch_size)
     return {layer: of.tolist() for layer, of in found.items()}
 

@@ -15,6 +15,7 @@ left out of it, by the ids.
 
 import hashlib
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -160,20 +161,19 @@ def load(name: str, *, path: str | Path | None = None, split: str | None = None,
     Returns:
         Columns `COLUMNS`, `image` and the benchmark's `extra`; see the module's text. `attrs` has `benchmark`,
         `source` (repository or path), `revision` (None for local files), `sha256` ({file: digest}; not of pictures in
-        files of their own) and `left_out` ({why: ids}): questions without a picture or, in a table, with several.
+        files of their own) and `left_out` ({why: ids or places in files}): questions that lack something or, in a
+        table, have several pictures; they are said on stderr too.
 
     Raises:
         ValueError: unknown name or split, no revision, nothing downloadable, no files or in two forms, a column that
-            is missing, a row that does not hold what it should, an empty data set, or a wrong number of questions an
-            image.
+            is missing, a value of another form than its column has, an empty data set, or a wrong number of questions
+            an image.
     """
     if name not in SPECS:
         raise ValueError(f"unknown benchmark {name!r}; known are {', '.join(SPECS)}")
     spec = SPECS[name]
     if split is not None and split not in spec.splits:
         raise ValueError(f"{name} has no split {split!r}; it has {', '.join(spec.splits)}")
-    from sinkstudy.benchmarks import parquet  # only now: the lab and the scorers need no parquet
-
     patterns = [spec.splits[split]] if split else list(spec.splits.values())
     if path is None:
         root, commit = _download(name, spec, patterns, revision or spec.revision)
@@ -184,18 +184,17 @@ def load(name: str, *, path: str | Path | None = None, split: str | None = None,
         raw, files = _local(name, spec, root, patterns)
     if raw.empty:
         raise ValueError(f"{name}: the data set is empty ({', '.join(str(f) for f in files)})")
-    pictures = raw.picture.tolist()
-    table = spec.tidy(rows.checked(raw, spec.row, name)).assign(
-        images=pd.Series(pictures, index=raw.index, dtype=object))
+    whole, left_out = rows.checked(raw, spec.row, name)
+    table = spec.tidy(whole).assign(images=raw.picture)
     if "shown" in raw.columns and name in ("MMStar", "ScienceQA-IMG"):  # sets without names of pictures
         table = table.assign(image_id=raw.shown)
     if name == "POPE" and split:
         table = table[table.category == split].reset_index(drop=True)
     several = table.images.map(lambda shown: len(shown) > 1 and not any(shown))
-    table, left_out = _without(table, "several pictures", several, {})
+    table, left_out = _without(table, "several pictures", several, left_out)
     table, left_out = _without(table, "no picture", ~table.images.map(all), left_out)
     if table.empty:
-        raise ValueError(f"{name}: no question has a picture ({', '.join(str(f) for f in files)})")
+        raise ValueError(f"{name}: no question can be asked: {rows.counted(left_out)}")
     table = table.assign(image=pd.Series([several[0] for several in table.images], index=table.index, dtype=object))
     table = table[[*COLUMNS, "image", *spec.extra]].reset_index(drop=True)
     if limit is not None:
@@ -203,12 +202,14 @@ def load(name: str, *, path: str | Path | None = None, split: str | None = None,
     check(table, name)
     table.attrs = {"benchmark": name, "source": source, "revision": commit, "left_out": left_out,
                    "sha256": _digests(files, root)}
+    if left_out:
+        print(f"{name}: left out: {rows.counted(left_out)}", file=sys.stderr)
     return table
 
 
 def _digests(files: list[Path], root: Path) -> dict[str, str]:
     """SHA-256 of each file; of hundreds, as MME's texts, that of all their digests."""
-    from sinkstudy.benchmarks import parquet
+    from sinkstudy.benchmarks import parquet  # only now: the lab and the scorers need no parquet
 
     of = {str(_within(file, root)): parquet.sha256(file) for file in files}
     if len(of) < 100:
@@ -240,20 +241,22 @@ def several_pictures(table: pd.DataFrame) -> pd.Series:
 
 
 def askable(table: pd.DataFrame) -> pd.DataFrame:
-    """The questions that can be asked with one picture; the ids of the others are added to `attrs["left_out"]`."""
-    kept, left_out = _without(table, "several pictures", several_pictures(table), table.attrs.get("left_out", {}))
+    """The questions that can be asked with one picture; the others are in `attrs["left_out"]`, and said on stderr."""
+    kept, several = _without(table, "several pictures", several_pictures(table), {})
+    if not several:
+        return table
+    if kept.empty:
+        raise ValueError(f"{table.attrs['benchmark']}: no question can be asked: {rows.counted(several)}")
     kept = kept.reset_index(drop=True)
-    kept.attrs = table.attrs | {"left_out": left_out}
+    kept.attrs = table.attrs | {"left_out": table.attrs.get("left_out", {}) | several}
+    name = table.attrs["benchmark"]
+    print(f"{name}: left out, since a prompt here has one: {rows.counted(several)}", file=sys.stderr)
     return kept
 
 
 def remarks(table: pd.DataFrame) -> list[str]:
-    """What should be known of a loaded table beside its size: a line for each of what it lacks."""
-    name = table.attrs.get("benchmark")
-    said = []
-    for why, ids in table.attrs.get("left_out", {}).items():
-        more = f" and {len(ids) - 5} more" if len(ids) > 5 else ""
-        said.append(f"{name}: {len(ids)} questions left out, {why}: {', '.join(ids[:5])}{more}")
+    """What should be known of a loaded table, beside what was left out: missing categories, an older version."""
+    name, said = table.attrs.get("benchmark"), []
     if name == "MME":
         known = [category for members in MME_GROUPS.values() for category in members]
         if missing := [category for category in known if category not in set(table.category)]:

@@ -344,7 +344,8 @@ def mmstar_table(raw: pd.DataFrame) -> pd.DataFrame:
 
 
 def science_qa_table(raw: pd.DataFrame) -> pd.DataFrame:
-    return raw.assign(choices=options(raw), subject=raw["category"])
+    answer = [ord(a) - ord("A") if isinstance(a, str) and len(a) == 1 else a for a in raw["answer"]]
+    return raw.assign(choices=options(raw), subject=raw["category"], answer=pd.Series(answer, dtype=object))
 
 
 def text_vqa_table(raw: pd.DataFrame) -> pd.DataFrame:

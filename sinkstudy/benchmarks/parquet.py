@@ -96,9 +96,10 @@ def read(file: Path, columns: Sequence[str], images: Sequence[str], name: str) -
 def _features(metadata: dict[bytes, bytes]) -> dict:
     """What the library datasets says of a file's columns; empty where it says nothing."""
     try:
-        return json.loads(metadata[b"huggingface"])["info"]["features"]
+        features = json.loads(metadata[b"huggingface"])["info"]["features"]
     except (KeyError, TypeError, ValueError):
         return {}
+    return features if isinstance(features, dict) else {}
 
 
 def _named(value: Any, feature: Any) -> Any:
