@@ -73,7 +73,7 @@ def route(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Questions in one forward pass.")] = None,
     revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub model.")] = None,
-    data_dir: Annotated[str | None, typer.Option(help="Public data: a folder with one of parquet files each.")] = None,
+    data_dir: Annotated[str | None, typer.Option(help="Public data: a folder with a folder or file of each.")] = None,
     hub: Annotated[bool | None, typer.Option("--hub", help="Public data from the hub, at pinned revisions.")] = None,
     weight: Annotated[float | None, typer.Option(help="Of the methods features and keys.")] = None,
     k: Annotated[int | None, typer.Option(help="Patches of keep-top-k, neurons of test-time-registers.")] = None,
@@ -117,13 +117,14 @@ def _route(
     lvlm = models.load(model, **{key: values[key] for key in ("device", "dtype", "revision")})
     typer.echo(f"{found[0]}: {len(found[1])} questions about {len(found[2])} pictures, twice", err=True)
     of = {key: values[key] for key in ("criterion", "threshold", "max_new_tokens", "batch_size", "seed")}
-    rows = routes.effect(lvlm, method, value, *found, public=public, cache=evaluate.ANSWERS, **of)
-    rows = rows.assign(model=run, revision=lvlm.revision or "", dtype=values["dtype"],
-                       limit=values["limit"])
     words = [method, *([] if weight is None and k is None else [f"{value:g}"])]
     part = [f"{key}-{values[key]}" for key in ("limit", "seed") if values[key]]  # all pictures, seed 0
-    stem = "-".join([rows.data[0], found[0].lower(), *words, *part])
+    stem = "-".join(["public" if public else "lab", found[0].lower(), *words, *part])
     target = paths.RESULTS / run / "route" / f"{stem}.csv"
+    beside = target.with_suffix("") if public else None
+    rows = routes.effect(lvlm, method, value, *found, public=public, cache=evaluate.ANSWERS, harnesses=beside, **of)
+    rows = rows.assign(model=run, revision=lvlm.revision or "", dtype=values["dtype"],
+                       limit=values["limit"])
     with paths.atomic(target) as temporary:
         rows.to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")
     first = rows.iloc[0]
@@ -137,7 +138,7 @@ def _route(
         shown = [f"{row.what} {report.shown(stats.Interval(row.value, row.low, row.high, row.pictures), sign + fmt)}"
                  for row, sign in zip(part.itertuples(), ("", "", "+"), strict=True)]
         typer.echo(f"{label}, {unit}: {', '.join(shown)}")
-    typer.echo(f"written: {target}")
+    typer.echo(f"written: {target}" + (f"; for other harnesses: {beside}" if beside else ""))
 
 
 @app.command()

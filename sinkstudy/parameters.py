@@ -126,7 +126,7 @@ Counts = Annotated[list[AtLeast1], Field(min_length=1), AfterValidator(_differen
 Weights = Annotated[list[NotNegative], Field(min_length=1), AfterValidator(_different)]
 
 Criterion = Literal["absolute", "mean_sd", "percentile", "above_median", "norm_drop"]  # of sinks.NORM_CRITERIA
-_Benchmark = Literal["POPE", "MME", "MMStar", "GQA", "ScienceQA-IMG", "TextVQA", "MMMU", "MathVista"]  # of SPECS
+_Benchmark = Literal["POPE", "MME", "MMStar", "GQA", "ScienceQA-IMG", "TextVQA", "MMMU", "MathVista", "own"]  # of SPECS
 Benchmark = _Benchmark | Literal[""]
 Benchmarks = Annotated[list[_Benchmark], Field(min_length=1), AfterValidator(_different)]
 

@@ -12,8 +12,9 @@ from typing import Any, Literal, NamedTuple
 import pandas as pd
 import torch
 
-from sinkstudy import ablation, benchmarks, capture, neurons, routing, sinks, stats, study
+from sinkstudy import ablation, benchmarks, capture, neurons, paths, routing, sinks, stats, study
 from sinkstudy.ablation import Masks
+from sinkstudy.benchmarks import harness
 from sinkstudy.evaluate import ANSWERS, NONE, Intervention
 from sinkstudy.models import LVLM
 
@@ -238,7 +239,7 @@ def data(
     name = known[benchmark.lower()]
     found = study.benchmark(name, data_dir, hub, limit)
     if found is None:
-        raise ValueError(f"no data of {name}: there is no folder {Path(data_dir) / name}")
+        raise ValueError(f"no data of {name}: there is no folder {Path(data_dir) / name}, nor a file of that name")
     return name, *found
 
 
@@ -257,6 +258,7 @@ def effect(
     batch_size: int = 16,
     seed: int = 0,
     cache: str | Path | None = ANSWERS,
+    harnesses: Path | None = None,
 ) -> pd.DataFrame:
     """What a method does to the answers to a benchmark.
 
@@ -267,6 +269,7 @@ def effect(
         criterion, threshold: of sinks, see `groups`.
         max_new_tokens, batch_size, cache: as in `evaluate`.
         seed: of random groups and of the bootstrap.
+        harnesses: a folder for the answers in the form of other harnesses, see `benchmarks.harness`; None for none.
 
     Returns:
         Three rows a measure, `what` being baseline, method and difference, with `value`, `low` and `high`: mean over
@@ -283,6 +286,10 @@ def effect(
     settings = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "cache": cache}
     said = study.answers(lvlm, benchmark, table, pictures, [NONE, how], public=public, **settings)
     answers = {name: part.reset_index(drop=True) for name, part in said.groupby("intervention")}
+    if harnesses is not None:
+        for name, part in answers.items():
+            whose = paths.slug(lvlm.name) + ("" if name == NONE.name else f"--{name}")
+            harness.write(part.assign(question=table.question), benchmark, part.question.tolist(), whose, harnesses)
     before, after = answers[NONE.name], answers[how.name]
     interval = {"clusters": before.image_id, "method": "percentile", "missing": "drop", "seed": seed}
     rows = []

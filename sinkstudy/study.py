@@ -3,11 +3,13 @@
 import random
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from sinkstudy import benchmarks, models, paths, stats
+from sinkstudy.benchmarks.files import TABLES
 from sinkstudy.evaluate import Intervention, evaluate
 from sinkstudy.lab import benchmarks as lab_benchmarks
 from sinkstudy.lab import questions as lab
@@ -15,6 +17,7 @@ from sinkstudy.lab import world
 from sinkstudy.models import LVLM
 from sinkstudy.pictures import folder
 
+FORMS = (".parquet", *TABLES)  # of a benchmark in one file
 LAB = {"POPE": lab_benchmarks.pope, "MME": lab_benchmarks.mme, "MMStar": lab_benchmarks.mmstar}
 
 
@@ -118,26 +121,29 @@ def benchmark(name: str, data_dir: str, hub: bool, limit: int) -> tuple[pd.DataF
 
     Args:
         name: of `benchmarks.load`; of the lab POPE, MME or MMStar.
-        data_dir: a folder with one of parquet files for each benchmark, from the project's root; empty for the lab.
+        data_dir: a folder with a folder or file for each benchmark, by its name in any case, in any form that
+            `benchmarks.load` reads; from the project's root. Empty for the lab.
         hub: public data from the Hugging Face Hub, at the pinned revisions.
         limit: the number of pictures of each category at most; 0 for all.
 
     Returns:
-        The table of `benchmarks.load`, and the picture of each `image_id`; None if the data are not there.
+        The table of `benchmarks.load`, and the picture of each `image_id`; None if the data are not there. What one
+        picture cannot answer is left out; this and what else the table lacks is said on stderr.
+
+    Raises:
+        ValueError: as `benchmarks.load`, or two folders or files of one benchmark.
     """
     if data_dir or hub:
-        folder = paths.place(data_dir) / name
-        if not hub and not folder.exists():
+        place = None if hub else _place(paths.place(data_dir), name)
+        if not hub and place is None:
             return None
-        table = benchmarks.load(name, path=None if hub else folder)
+        table = benchmarks.askable(benchmarks.load(name, path=place))
+        for line in benchmarks.remarks(table):
+            print(line, file=sys.stderr)
     elif name in LAB:
         table = LAB[name]()
     else:
         return None
-    if "images" in table and (several := table["images"].map(len) > 1).any():
-        left_out = f"{name}: {several.sum()} of {len(table)} questions show several pictures and are left out"
-        print(f"{left_out}, since a prompt here has one", file=sys.stderr)
-        table = table[~several].reset_index(drop=True)
     if limit:
         number = table.groupby("category").image_id.transform(lambda images: pd.factorize(images)[0])
         table = table[number < limit].reset_index(drop=True)
@@ -145,6 +151,16 @@ def benchmark(name: str, data_dir: str, hub: bool, limit: int) -> tuple[pd.DataF
         return table, dict(zip(table.image_id, table["image"], strict=True))
     pixels, place = lab_benchmarks.pictures(table)
     return table, {image: pixels[i] for image, i in zip(table.image_id, place, strict=True)}
+
+
+def _place(folder: Path, name: str) -> Path | None:
+    """The folder or file of a benchmark in a folder, by its name in any case, or None."""
+    there = folder.iterdir() if folder.is_dir() else ()
+    found = sorted(p for p in there if (p.name if p.is_dir() else p.stem).lower() == name.lower()
+                   and (p.is_dir() or p.suffix.lower() in FORMS))
+    if len(found) > 1:
+        raise ValueError(f"{name} is in {folder} twice: {' and '.join(p.name for p in found)}; leave one")
+    return found[0] if found else None
 
 
 def load_benchmarks(
@@ -157,7 +173,7 @@ def load_benchmarks(
     """
     found = {name: of for name in names if (of := benchmark(name, data_dir, hub, limit)) is not None}
     if not found:
-        raise ValueError(f"none of {', '.join(names)} is there: data_dir {data_dir!r} needs a folder for each of them")
+        raise ValueError(f"none of {', '.join(names)} is there: data_dir {data_dir!r} needs a folder or file for each")
     return {name: of[0] for name, of in found.items()}, {name: of[1] for name, of in found.items()}
 
 
