@@ -268,8 +268,7 @@ def _claim(claim: Mapping[str, Any]) -> str:
     how += " Opposite sign: outside, on one side." if "between" in claim["supported"] else ""
     facts = f"Metric <code>{html.escape(claim['metric'])}</code>. "
     for model, name in claim.get("matched", {}).items():
-        closer = "against the same patches of a matched model or tokens of like place"
-        facts += f"In {model}, {closer}: {html.escape(name)}. "
+        facts += f"In {model}: <code>{html.escape(name)}</code>. "
     facts += f"Source: {html.escape(claim['where'])}. "
     if "published" in claim:
         facts += f"Smallest published effect: {claim['published']:g} {claim['unit']}. ".replace("-", "−")

@@ -70,7 +70,7 @@ def test_rule_stands_in_the_fold_of_each_claim(results):
     assert "Supported: above 1.5 times. No effect: between 0.909 and 1.1 times." in text
     assert "Right sign, below the bound: between 1 and 1.5 times. Opposite sign: below 1 times." in text
     assert "Supported: between −2 and 2 points. Opposite sign: outside, on one side." in text
-    assert "<code>{model}.up.effect</code>. In bare, against the same patches" in text and "like place: close." in text
+    assert "<code>{model}.up.effect</code>. In bare: <code>close</code>." in text
     assert "Smallest published effect: 4 times." in text
     assert "The rule was changed after its number was known. Before: above 2 times." in text
     assert "The rule was written before the run.</details>" in text  # a range has no smallest effect beside it
