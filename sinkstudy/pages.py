@@ -113,12 +113,12 @@ def evidence(judged: pd.DataFrame, numbers: pd.DataFrame) -> str:
     parts, natural = [], 0
     for model, n in counts.items():
         share = on_things(numbers, model)
-        what = ", planted by training" if model == PLANTED else ""
+        what = ", in whose tower training planted them" if model == PLANTED else ""
         if share > 50:
             what = f", where {share:.0f} % of what the rule takes for sinks lies on things and holds what is there"
         natural += 0 if what else n
-        parts.append(f"{n} on `{model}`{what}")
-    text = f"{counts.sum()} judgements of a claim in a model: {'; '.join(parts)}."
+        parts.append(f"{n} are of `{model}`{what}")
+    text = f"Of {counts.sum()} judgements of a claim in a model, {'; '.join(parts)}."
     lead = "**Nearly all evidence on sinks that lie on nothing comes from one model, in which training planted them.** "
     return (lead if PLANTED in counts and natural <= counts.sum() / 5 else "") + text
 
@@ -159,7 +159,7 @@ def _short(name: str) -> str:
 
 
 def matrix(ledger: Mapping[str, list[dict]], judged: pd.DataFrame) -> str:
-    """A row for each claim, a column for each model in which any was judged: the word, linked to its figure."""
+    """A row for each claim, a column for each model in which any was judged: the word alone, linked to its figure."""
     of = judged[judged.verdict.isin(claims.JUDGED)].model
     models, cells = list(of.unique()), judged.set_index(["claim", "model"])
     if not models:

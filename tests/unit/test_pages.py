@@ -104,7 +104,7 @@ def test_every_claim_of_the_study_is_in_one_theme(claim):
 
 def test_evidence_says_first_what_its_sinks_are(results):
     judged = claims.verdicts(results, LEDGER)
-    counts = "4 judgements of a claim in a model: 2 on `lab-llava`; 1 on `bare`; 1 on `other`."
+    counts = "Of 4 judgements of a claim in a model, 2 are of `lab-llava`; 1 are of `bare`; 1 are of `other`."
     assert pages.evidence(judged, claims.metrics(results)) == counts
     planted = judged.replace({"model": {"lab-llava": pages.PLANTED}})
     write(results, "other", [("other.on_things.sinks", 81.0, 80.0, 82.0, 20, "%")], chapter="04-relevance")
