@@ -294,7 +294,7 @@ def main() -> None:
     except (KeyboardInterrupt, SystemExit) as end:
         if isinstance(end, SystemExit) and end.code != 130:  # typer's word for an interruption
             raise
-        print("sinkstudy: interrupted; the same command goes on from what was finished", file=sys.stderr)
+        print("\nsinkstudy: interrupted; the same command goes on from what was finished", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # nobody reads what is said any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
