@@ -27,6 +27,9 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["PYTHONHASHSEED"] = "0"
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the engine has it
     os.environ["HF_HUB_OFFLINE"] = "1"
+    answers = tempfile.TemporaryDirectory(prefix="sinkstudy-answers-")  # computed, not remembered from another run
+    os.environ["SINKSTUDY_ANSWERS"] = answers.name
+    config.add_cleanup(answers.cleanup)
     if "SINKSTUDY_RESULTS" not in os.environ:
         scratch = tempfile.TemporaryDirectory(prefix="sinkstudy-results-")
         os.environ["SINKSTUDY_RESULTS"] = scratch.name

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 from transformers import BatchFeature
 
+from sinkstudy.capture import ADVICE
 from sinkstudy.evaluate import NONE, Intervention, Prefixes, evaluate
 from sinkstudy.models import LVLM, ImageLayout
 
@@ -65,7 +66,7 @@ def read(lvlm: LVLM, images: Mapping[str, Any], site: Site = "output", batch_siz
     576 tokens of 4,096 in half precision are 4.7 MB an image.
 
     Raises:
-        ValueError: an unknown site, or no images.
+        ValueError: an unknown site, no images, or values that are not finite.
     """
     _check_site(site)
     if not images:
@@ -85,6 +86,8 @@ def read(lvlm: LVLM, images: Mapping[str, Any], site: Site = "output", batch_siz
         for image, layout in zip(batch, lvlm.layout(inputs), strict=True):
             own = _places(layout, torch.ones(len(layout.vision), dtype=torch.bool), site)
             of[image] = {layer: tokens[own] for layer, tokens in seen.items()}
+            if not all(tokens.isfinite().all() for tokens in of[image].values()):
+                raise ValueError(f"{lvlm.name}: NaN or infinite values at the connector, picture {image!r}: {ADVICE}")
             layouts[image] = layout
     return Tokens(site, of, layouts)
 

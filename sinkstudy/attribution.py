@@ -23,6 +23,7 @@ from transformers import BatchFeature
 from transformers.utils import ModelOutput
 
 from sinkstudy.models import LVLM, ImageLayout
+from sinkstudy.pictures import opened
 
 _OF_TOKENS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")  # inputs [rows, tokens]
 
@@ -325,13 +326,14 @@ def occlusion(
     type of each token and so cannot be lengthened by the answer's ids alone.
 
     Args:
-        images: PIL images in RGB, or arrays or tensors uint8 [3, height, width].
+        images: of one size, each as `pictures.opened` takes it.
         areas: bool [areas, height, width], in pixels.
 
     Returns:
         Float32 [rows, areas], in nats.
     """
-    arrays = [np.array(image).transpose(2, 0, 1) if isinstance(image, Image.Image) else image for image in images]
+    shown = [opened(image) for image in images]
+    arrays = [np.array(image).transpose(2, 0, 1) if isinstance(image, Image.Image) else image for image in shown]
     pictures = torch.stack([torch.as_tensor(array) for array in arrays])  # uint8 [rows, 3, height, width]
     colour = pictures.float().mean((2, 3), keepdim=True).round().to(torch.uint8)
     whole = answer_log_prob(lvlm, list(pictures), questions, answers, batch_size).values(batch_size=batch_size)

@@ -35,6 +35,27 @@ from sinkstudy.models import LVLM, ImageLayout
 Side = Literal["vision", "decoder"]
 
 
+ADVICE = "the model may need another dtype (bfloat16 or float32 in place of float16), or its weights are damaged"
+
+
+def check_finite(lvlm: LVLM, values: torch.Tensor, first: int, of: str) -> None:
+    """Norms of pictures by layer, [pictures, layers, ..]: all finite.
+
+    Args:
+        first: the number of the first picture.
+        of: which layers these are.
+
+    Raises:
+        ValueError: with the first picture and layer that are not.
+    """
+    bad = ~values.flatten(2).isfinite().all(-1)
+    if bad.any():
+        picture, layer = bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"{lvlm.name}: NaN or infinite values behind layer {layer} of the {of}, picture {first + picture}: {ADVICE}"
+        )
+
+
 def token_norms(hidden: torch.Tensor, layer: int | None = None) -> torch.Tensor:
     """L2 norm of every token in float32: [.., tokens, width] -> [.., tokens]."""
     return hidden.float().norm(dim=-1)
@@ -201,7 +222,7 @@ def trace(
     if len(images) == 0 or len(images) != len(questions):
         raise ValueError(f"one question per image: got {len(images)} images and {len(questions)} questions")
     parts = [
-        _trace_batch(lvlm, images[i : i + batch_size], questions[i : i + batch_size], max_new_tokens)
+        _trace_batch(lvlm, images[i : i + batch_size], questions[i : i + batch_size], max_new_tokens, i)
         for i in range(0, len(images), batch_size)
     ]
     _same_sizes([layout for part in parts for layout in part.layouts])
@@ -235,6 +256,7 @@ def trace_tower(lvlm: LVLM, images: Sequence[Any], batch_size: int = 16) -> tupl
         ):
             lvlm.see(inputs)
         norms.append(_of_patches(norms_of, of_batch))
+        check_finite(lvlm, norms[-1], start, "tower")
         received.append(_of_patches(received_by, of_batch))
     return torch.cat(norms), torch.cat(received)
 
@@ -264,7 +286,9 @@ def _of_patches(results: dict[int, list], layouts: list[ImageLayout]) -> torch.T
     return torch.stack(found, dim=1)
 
 
-def _trace_batch(lvlm: LVLM, images: Sequence[Any], questions: Sequence[str], max_new_tokens: int) -> Trace:
+def _trace_batch(
+    lvlm: LVLM, images: Sequence[Any], questions: Sequence[str], max_new_tokens: int, first: int
+) -> Trace:
     inputs = lvlm.inputs(images, questions)
     layouts = lvlm.layout(inputs)
     _same_sizes(layouts)
@@ -288,12 +312,7 @@ def _trace_batch(lvlm: LVLM, images: Sequence[Any], questions: Sequence[str], ma
             attention_rows(lvlm, "decoder", to_visual) as rows,
         ):
             if max_new_tokens:
-                sequences = lvlm.model.generate(
-                    **inputs,
-                    max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                    pad_token_id=lvlm.processor.tokenizer.pad_token_id,
-                )
+                sequences = lvlm.generate(inputs, max_new_tokens).sequences
             else:
                 lvlm.model(**inputs, logits_to_keep=1)
     finally:
@@ -302,19 +321,23 @@ def _trace_batch(lvlm: LVLM, images: Sequence[Any], questions: Sequence[str], ma
     def stack(results: dict[int, list]) -> torch.Tensor:
         return torch.stack([calls[0].cpu() for calls in results.values()], dim=1)  # [batch, layers, ..]
 
+    tower_norms, of_decoder = _of_patches(vision_norms, layouts), stack(decoder_norms)
+    check_finite(lvlm, tower_norms, first, "tower")
+    of_decoder = of_decoder.gather(-1, visual.cpu()[:, None].expand(-1, len(decoder_norms), -1))
+    check_finite(lvlm, of_decoder, first, "decoder")
     output_attention = answers = None
     if max_new_tokens:
         tokens = sequences[:, inputs.input_ids.shape[1] :]  # [batch, steps]
         steps = torch.stack([torch.stack(calls).cpu() for calls in rows.values()], dim=2)
-        weight = _until_end(tokens.cpu(), lvlm.model.generation_config.eos_token_id).T  # [steps, batch]
+        weight = _until_end(tokens.cpu(), lvlm.ends).T  # [steps, batch]
         weight = (weight / weight.sum(0))[:, :, None, None, None]
         output_attention = (steps * weight).sum(0)  # [steps, batch, layers, heads, visual tokens] -> [batch, ..]
         answers = [text.strip() for text in lvlm.processor.batch_decode(tokens, skip_special_tokens=True)]
     return Trace(
-        vision_norms=_of_patches(vision_norms, layouts),
+        vision_norms=tower_norms,
         vision_received=_of_patches(received, layouts),
         projected_norms=entering[0].cpu().gather(-1, visual.cpu()),
-        decoder_norms=stack(decoder_norms).gather(-1, visual.cpu()[:, None].expand(-1, len(decoder_norms), -1)),
+        decoder_norms=of_decoder,
         last_attention=stack(rows),
         output_attention=output_attention,
         answers=answers,
@@ -322,9 +345,9 @@ def _trace_batch(lvlm: LVLM, images: Sequence[Any], questions: Sequence[str], ma
     )
 
 
-def _until_end(tokens: torch.Tensor, end_ids: int | list[int] | None) -> torch.Tensor:
+def _until_end(tokens: torch.Tensor, end_ids: list[int]) -> torch.Tensor:
     """1 for the tokens of an answer up to and with its first end token, then 0: [batch, steps], float."""
-    is_end = torch.isin(tokens, torch.tensor([] if end_ids is None else end_ids, dtype=tokens.dtype))
+    is_end = torch.isin(tokens, torch.tensor(end_ids, dtype=tokens.dtype))
     ends_before = is_end.cumsum(1) - is_end.long()
     return (ends_before == 0).float()
 

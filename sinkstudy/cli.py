@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import click
 import typer
 
 from sinkstudy import engine
@@ -56,7 +57,7 @@ def run_command(
         parameters[key] = value
     if update_notebooks and (parameters or name or model != engine.DEFAULT_MODEL):
         raise engine.UserError("--update-notebooks is for the default run: no other model, parameter or name")
-    run = engine.run(model, only=only or [], parameters=parameters, name=name, jobs=jobs)
+    run = engine.run(model, only=only or [], given=parameters, name=name, jobs=jobs)
     if update_notebooks:
         engine.update_notebooks(only or [])
     typer.echo(f"run {run} is up to date: book/runs/{run}, results/{run}")
@@ -72,11 +73,12 @@ def route(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Questions in one forward pass.")] = None,
     revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub model.")] = None,
-    data_dir: Annotated[str | None, typer.Option(help="Public data: a folder with one of parquet files each.")] = None,
+    data_dir: Annotated[str | None, typer.Option(help="Public data: a folder with a folder or file of each.")] = None,
     hub: Annotated[bool | None, typer.Option("--hub", help="Public data from the hub, at pinned revisions.")] = None,
     weight: Annotated[float | None, typer.Option(help="Of the methods features and keys.")] = None,
     k: Annotated[int | None, typer.Option(help="Patches of keep-top-k, neurons of test-time-registers.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of all that is random.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run, if not the model's.")] = None,
 ) -> None:
     """Measure one training-free method on one benchmark, beside the untouched model.
 
@@ -91,34 +93,38 @@ def route(
     options = {"limit": limit, "device": device, "dtype": dtype, "batch_size": batch_size, "revision": revision}
     options |= {"data_dir": data_dir, "hub": hub, "seed": seed}
     given = {key: value for key, value in options.items() if value is not None}
-    plan = engine.check_parameters([CHAPTER], model, given)[CHAPTER]
-    values = engine.defaults(CHAPTER) | {"limit": 0} | plan
+    values = engine.defaults(CHAPTER) | {"limit": 0} | engine.parameters.fitted([CHAPTER], model, given)[CHAPTER]
     try:
-        _route(method, benchmark, values, weight, k)
+        _route(method, benchmark, values, weight, k, name)
     except ValueError as problem:
         raise engine.UserError(str(problem)) from problem
 
 
-def _route(method: str, benchmark: str, values: dict, weight: float | None, k: int | None) -> None:
+def _route(
+    method: str, benchmark: str, values: dict, weight: float | None, k: int | None, name: str | None
+) -> None:
     from sinkstudy import evaluate, models, paths, report, stats
     from sinkstudy import route as routes
 
     value, public = routes.option(method, weight, k), bool(values["data_dir"] or values["hub"])
     model, check = values["model"], routes.METHODS[method].check
+    run = name or paths.slug(model)
     found = routes.data(model in paths.lab_models(), benchmark, values["data_dir"], values["hub"], values["limit"])
-    engine.check_memory({CHAPTER: values})
+    engine.check_memory({CHAPTER: values | {"benchmarks": [found[0]]}})
     if check is not None:
         check(models.outline(model, revision=values["revision"]))
+    engine.claim(run, model)
     lvlm = models.load(model, **{key: values[key] for key in ("device", "dtype", "revision")})
     typer.echo(f"{found[0]}: {len(found[1])} questions about {len(found[2])} pictures, twice", err=True)
     of = {key: values[key] for key in ("criterion", "threshold", "max_new_tokens", "batch_size", "seed")}
-    rows = routes.effect(lvlm, method, value, *found, public=public, cache=evaluate.ANSWERS, **of)
-    rows = rows.assign(model=paths.slug(model), revision=lvlm.revision or "", dtype=values["dtype"],
-                       limit=values["limit"])
     words = [method, *([] if weight is None and k is None else [f"{value:g}"])]
     part = [f"{key}-{values[key]}" for key in ("limit", "seed") if values[key]]  # all pictures, seed 0
-    name = "-".join([rows.data[0], found[0].lower(), *words, *part])
-    target = paths.results_dir(paths.slug(model), "route") / f"{name}.csv"
+    stem = "-".join(["public" if public else "lab", found[0].lower(), *words, *part])
+    target = paths.RESULTS / run / "route" / f"{stem}.csv"
+    beside = target.with_suffix("") if public else None
+    rows = routes.effect(lvlm, method, value, *found, public=public, cache=evaluate.ANSWERS, harnesses=beside, **of)
+    rows = rows.assign(model=run, revision=lvlm.revision or "", dtype=values["dtype"],
+                       limit=values["limit"])
     with paths.atomic(target) as temporary:
         rows.to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")
     first = rows.iloc[0]
@@ -132,7 +138,7 @@ def _route(method: str, benchmark: str, values: dict, weight: float | None, k: i
         shown = [f"{row.what} {report.shown(stats.Interval(row.value, row.low, row.high, row.pictures), sign + fmt)}"
                  for row, sign in zip(part.itertuples(), ("", "", "+"), strict=True)]
         typer.echo(f"{label}, {unit}: {', '.join(shown)}")
-    typer.echo(f"written: {target}")
+    typer.echo(f"written: {target}" + (f"; for other harnesses: {beside}" if beside else ""))
 
 
 @app.command()
@@ -200,6 +206,7 @@ def diysink(
     revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub model.")] = None,
     checkpoint_steps: Annotated[int, typer.Option(help="Steps between two checkpoints.")] = 100,
     workers: Annotated[int, typer.Option(help="Processes that prepare samples beside the training.")] = 0,
+    outside: Annotated[bool, typer.Option("--outside", help="Pictures may lie outside of their folder.")] = False,
 ) -> None:
     """Train DIYSink, or a control, on a model: one stage.
 
@@ -227,7 +234,7 @@ def diysink(
             method, stage, batch_size=batch_size, accumulate=accumulate, lr=lr, epochs=epochs, steps=steps, seed=seed,
             bf16=dtype == "bfloat16", checkpoint_steps=checkpoint_steps, workers=workers,
         )  # fmt: skip
-        stages.run(job, how, out, device=device, dtype=dtype)
+        stages.run(job, how, out, device=device, dtype=dtype, outside=outside)
     except (ValueError, FloatingPointError) as problem:
         raise engine.UserError(str(problem)) from None
 
@@ -243,12 +250,23 @@ def train(
     with_malloc()
     from sinkstudy.lab import train as training
 
-    known = [*training.MODELS, "emergence"]
+    known = [*training.MODELS, "emergence", "gist"]
     wanted = known if not names or names == ["all"] else names
     for name in wanted:
         if name not in known:
             raise engine.UserError(f"'{name}' cannot be trained: choose from {', '.join(known)} or all")
     training.main(wanted)
+
+
+@lab.command("gates")
+def gates() -> None:
+    """Measure what the tower with sinks by construction holds, and fail if a gate is missed. Takes minutes."""
+    from sinkstudy.lab import gates as of_tower
+
+    table = of_tower.measured()
+    typer.echo(table.to_string(index=False, float_format="{:.3f}".format))
+    if not table.holds.all():
+        raise engine.UserError(f"{(~table.holds).sum()} of {len(table)} gates are missed")
 
 
 @lab.command("diysink")
@@ -276,11 +294,24 @@ def with_malloc() -> None:
 
 
 def main() -> None:
-    """Run the command; what the user can put right ends in one line and exit code 1."""
+    """Run the command; whatever goes wrong ends in one line and exit code 1, an interruption in 130."""
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
     except engine.UserError as problem:
         sys.exit(f"sinkstudy: {problem}")
+    except click.ClickException as problem:  # an option that there is not
+        problem.show()
+        sys.exit(problem.exit_code)
+    except (KeyboardInterrupt, SystemExit) as end:
+        if isinstance(end, SystemExit) and end.code != 130:  # typer's word for an interruption
+            raise
+        print("\nsinkstudy: interrupted; the same command goes on from what was finished", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # nobody reads what is said any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os._exit(141)
+    except Exception as error:
+        sys.exit(f"sinkstudy: {engine.one_line(error, ' '.join(sys.argv[1:2]), engine.WORK / 'failed' / 'command')}")
 
 
 if __name__ == "__main__":

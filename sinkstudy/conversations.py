@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 from transformers import BatchFeature
 
-from sinkstudy.evaluate import Prefixes, _opened
+from sinkstudy.evaluate import Prefixes
 from sinkstudy.models import LVLM
+from sinkstudy.pictures import check, decode
 
 MARKER = "<image>"
 
@@ -31,15 +33,16 @@ class Sample:
     turns: tuple[tuple[str, str], ...]
 
 
-def read(file: str | Path, images: str | Path) -> list[Sample]:
-    """Read a file and check it whole; how many samples have no picture, and are left out, is said on stderr.
+def read(file: str | Path, images: str | Path, *, outside: bool = False) -> list[Sample]:
+    """Read a file and check it and its pictures; how many samples have no picture, and are left out, is said on stderr.
 
     Args:
         images: the folder of pictures.
+        outside: whether pictures may lie outside of it, by `../`, an absolute path or a link.
 
     Raises:
-        ValueError: not such a file, or no sample with a picture; a sample, by its id, whose picture is not there or
-            whose conversation is empty or not by human and gpt in turn.
+        ValueError: not such a file, or no sample with a picture; a sample, by its id, whose picture is not there, not
+            in the folder or not whole, or whose conversation is empty or not by human and gpt in turn.
     """
     file, images = Path(file), Path(images)
     try:
@@ -61,6 +64,23 @@ def read(file: str | Path, images: str | Path) -> list[Sample]:
             f"{file}: {len(lost)} of {len(shown)} pictures are not there, the first is that of sample {lost[0].id!r}: "
             f"{lost[0].image}"
         )
+    inside = images.resolve()
+    for sample in () if outside else shown:
+        if not sample.image.resolve().is_relative_to(inside):
+            raise ValueError(
+                f"{file}: the picture of sample {sample.id!r} lies outside of {images} ({sample.image}): "
+                "move it there, or allow this with --outside"
+            )
+    damaged = []
+    files = {sample.image: sample.id for sample in shown}
+    for image, name in tqdm(files.items(), desc="pictures", file=sys.stderr, disable=None):
+        try:
+            check(image)
+        except ValueError as problem:
+            damaged.append(f"sample {name!r}: {problem}")
+    if damaged:
+        more = f" ({len(damaged)} of {len(files)} pictures are damaged)" if len(damaged) > 1 else ""
+        raise ValueError(f"{file}: {damaged[0]}{more}")
     if len(shown) < len(samples):
         left_out = len(samples) - len(shown)
         print(f"{file}: {left_out} of {len(samples)} samples without picture left out", file=sys.stderr)
@@ -118,7 +138,7 @@ class Collate:
 
     def __call__(self, samples: list[Sample], places: list[int]) -> dict[str, Any]:
         lvlm = self.lvlm
-        pictures = [_opened(str(sample.image), sample.image) for sample in samples]
+        pictures = [decode(sample.image, str(sample.image)) for sample in samples]
         if self.single:
             text = {"text": [lvlm.prompt(s.turns[0][0]) for s in samples], "suffix": [s.turns[0][1] for s in samples]}
         else:
@@ -204,7 +224,21 @@ class Collate:
 
 
 def fitting(lvlm: LVLM, samples: list[Sample]) -> list[Sample]:
-    """The samples; for a model without chat format each question with its answer as a sample of its own."""
+    """The samples; for a model without chat format each question with its answer as a sample of its own.
+
+    Raises:
+        ValueError: a sample, by its id, whose text holds one of the tokenizer's special tokens. It would be read as
+            that token: what stands behind an end token, say, would get no loss.
+    """
+    tokens = lvlm.processor.tokenizer.added_tokens_decoder.values()
+    special = {token.content for token in tokens if token.special} | set(lvlm.processor.tokenizer.all_special_tokens)
+    for sample in samples:
+        for text in (text for turn in sample.turns for text in turn):
+            if found := sorted(token for token in special if token in text):
+                raise ValueError(
+                    f"sample {sample.id!r}: {found[0]!r} stands in its text and is a special token of {lvlm.name}: "
+                    "write it otherwise, or leave the sample out"
+                )
     return [Sample(s.id, s.image, (turn,)) for s in samples for turn in s.turns] if _is_single(lvlm) else samples
 
 

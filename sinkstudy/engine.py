@@ -4,41 +4,48 @@ Snakemake (see the `Snakefile`) decides what runs; what makes an executed notebo
 *fingerprint*: SHA-256 digests of the notebook's own text, of its parameters, of the `sinkstudy` modules that it
 imports, and of the model, data and result files that its parameters name. Times of files play no part.
 
-A notebook declares what it reads through its parameters: every string in them that is the name of a lab model, a
-path of the project (`data/models/lab-llava`, `data/paper.csv`) or a pattern under data/ or results/
-(`results/*/10-free/*.csv`) stands for the content of those files. A notebook that reads results of others in its run is
-executed after them.
+A notebook declares what it reads through the types of its parameters (`parameters.Names`): a model, files, a folder of
+pictures, or a pattern of results of other notebooks, after which it is then executed.
 """
 
 import ast
+import contextlib
 import csv
+import ctypes
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from fnmatch import fnmatch
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import psutil
+
+from sinkstudy import digests, parameters
+from sinkstudy.parameters import UserError, check_model, defaults, files
 from sinkstudy.paths import (
     BOOK,
     DATA,
     DEFAULT_MODEL,
-    MODELS,
     NOTEBOOKS,
     RESULTS,
     ROOT,
     RUNS,
     atomic,
+    claimed,
     hub_commit,
     lab_models,
     slug,
@@ -46,12 +53,8 @@ from sinkstudy.paths import (
 
 WORK = RUNS / ".work"  # half-made things, never read by the book
 BUILD = ROOT / "_build"
-DTYPES = ("float32", "bfloat16", "float16")
+LEAST_FREE = 50_000_000  # bytes: a run's notebooks and tables take less
 VERSIONS = ("torch", "transformers", "captum", "numpy", "pandas", "scipy", "seaborn", "papermill", "jupyter-book")
-
-
-class UserError(Exception):
-    """Something the user can put right, said in one line."""
 
 
 # ---- notebooks and their fingerprints
@@ -66,32 +69,11 @@ def notebooks(only: Iterable[str] = ()) -> list[str]:
     return [name for name in names if not only or name.startswith(tuple(only))]
 
 
-def defaults(notebook: str) -> dict[str, Any]:
-    """The parameters of a notebook with their default values, read from its cell tagged `parameters`."""
-    found = {}
-    for cell in _cells(notebook):
-        if "parameters" in cell["metadata"].get("tags", []):
-            for node in ast.parse(_text(cell)).body:
-                if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
-                    target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
-                    try:
-                        found[target.id] = ast.literal_eval(node.value)
-                    except ValueError:
-                        raise UserError(f"{notebook}: parameter '{target.id}' is no plain value") from None
-    return found
-
-
-def least_limit(notebook: str) -> int:
-    """The smallest value of the parameter `limit`: 0 where the comment behind it says that this means all, else 1."""
-    lines = [line for cell in _cells(notebook) for line in _text(cell).splitlines() if line.startswith("limit =")]
-    return 0 if any("0: all" in line for line in lines) else 1
-
-
-def fingerprint(notebook: str, parameters: dict[str, Any]) -> dict[str, str]:
-    """SHA-256 of all that the outputs of `notebook` under `parameters` follow from, by kind."""
-    values = defaults(notebook) | parameters
+def fingerprint(notebook: str, given: dict[str, Any]) -> dict[str, str]:
+    """SHA-256 of all that the outputs of `notebook` follow from where `given` differs from its defaults, by kind."""
+    values = defaults(notebook) | given
     text = [[cell["cell_type"], _text(cell), cell["metadata"].get("tags", [])] for cell in _cells(notebook)]
-    models, data = declared(values)
+    models, data = parameters.depends_on(notebook, values)
     return {
         "source_sha256": _sha256(json.dumps(text)),
         "params_sha256": _sha256(json.dumps(values, sort_keys=True)),
@@ -117,7 +99,7 @@ def _imported(code: str) -> list[Path]:
             if path.is_file() and path not in found:
                 found.add(path)
                 package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-                waiting |= _imports(path.read_text(), package)
+                waiting |= _imports(path.read_text(encoding="utf-8"), package)
     return sorted(found)
 
 
@@ -135,49 +117,20 @@ def _imports(code: str, package: str) -> set[str]:
     return {name.rsplit(".", depth)[0] for name in names for depth in range(name.count(".") + 1)}
 
 
-def declared(values: dict[str, Any]) -> tuple[list[Path], list[Path]]:
-    """Files of the lab models, and other files of this machine, that parameter values name."""
-    models, data = [], []
-    for name in (text for value in values.values() for text in _texts(value)):
-        folder = MODELS / name if name in lab_models() else ROOT / name
-        if (folder / "config.json").is_file():
-            models += [path for path in _files(folder) if path.name != "README.md"]  # but the model card
-        elif "/" in name.strip("/") and folder.exists():
-            data += _files(folder)
-        elif "*" in name and name.startswith((f"{DATA.name}/", f"{RESULTS.name}/")):
-            data += [file for path in ROOT.glob(name) for file in _files(path)]
-    return models, data
-
-
-def read_by(notebook: str, run: str, parameters: dict[str, Any]) -> list[str]:
-    """The notebooks whose results in `run` the parameters of `notebook` name: they have to be executed before it."""
-    named = [Path(text).parts for value in (defaults(notebook) | parameters).values() for text in _texts(value)]
-    folders = [parts[:3] for parts in named if parts[:1] == (RESULTS.name,) and len(parts) > 2]
+def read_by(notebook: str, run: str, given: dict[str, Any]) -> list[str]:
+    """The notebooks whose results in `run` a notebook reads: they have to be executed before it."""
     others = [name for name in notebooks() if name != notebook]
-    return [name for name in others if any(fnmatch(run, of) and fnmatch(name, what) for _, of, what in folders)]
-
-
-def _texts(value: Any) -> list[str]:
-    """The texts in a parameter's value: itself, or the items of a list."""
-    return [text for text in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(text, str)]
+    return parameters.reads(notebook, run, defaults(notebook) | given, others)
 
 
 def files_sha256(paths: Iterable[Path]) -> str:
     """SHA-256 over the names and contents of files; the same wherever the project lies."""
     digest = hashlib.sha256()
     for path in sorted(set(paths)):
-        digest.update(os.path.relpath(path, ROOT).encode() + b"\0")
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(os.path.relpath(path, ROOT).encode("utf-8", "surrogateescape") + b"\0")
+        digest.update(bytes.fromhex(digests.sha256(path)))
+    digests.remember()
     return digest.hexdigest()
-
-
-def _files(path: Path) -> list[Path]:
-    """`path` itself or the files under it, without hidden ones and caches."""
-    if path.is_file():
-        return [path]
-    inner = (p for p in path.rglob("*") if p.is_file())
-    return [p for p in inner if not any(x.startswith(".") or x == "cache" for x in p.relative_to(path).parts)]
 
 
 def _sha256(text: str) -> str:
@@ -185,7 +138,7 @@ def _sha256(text: str) -> str:
 
 
 def _cells(notebook: str) -> list[dict]:
-    return json.loads((NOTEBOOKS / f"{notebook}.ipynb").read_text())["cells"]
+    return json.loads((NOTEBOOKS / f"{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
 
 
 def _text(cell: dict) -> str:
@@ -196,20 +149,25 @@ def _text(cell: dict) -> str:
 
 
 def record(run: str, notebook: str) -> dict[str, Any]:
-    """What the engine noted in an executed notebook; empty if there is none."""
+    """What the engine noted in an executed notebook; empty if there is none that can be read whole."""
     try:
-        return json.loads((RUNS / run / f"{notebook}.ipynb").read_text())["metadata"].get("sinkstudy", {})
-    except FileNotFoundError:
+        page = json.loads((RUNS / run / f"{notebook}.ipynb").read_text(encoding="utf-8"))
+        noted = page["metadata"].get("sinkstudy", {}) if isinstance(page["cells"], list) else {}
+        return noted if isinstance(noted.get("params"), dict) else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # cut off by a power loss, say
         return {}
 
 
-def is_fresh(run: str, notebook: str, parameters: dict[str, Any] | None = None) -> bool:
-    """Does the executed notebook, and what it wrote, follow from today's sources, under `parameters` if given?"""
+def is_fresh(run: str, notebook: str, given: dict[str, Any] | None = None) -> bool:
+    """Does the executed notebook, and what it wrote, follow from today's sources, under the values `given`, if any?"""
     noted = record(run, notebook)
     if not noted or not (NOTEBOOKS / f"{notebook}.ipynb").is_file():
         return False
-    now = fingerprint(notebook, noted["params"] if parameters is None else parameters)
-    results = files_sha256(_files(RESULTS / run / notebook))
+    try:
+        now = fingerprint(notebook, noted["params"] if given is None else given)
+    except ValueError:  # the folder of pictures that it names is gone
+        return False
+    results = files_sha256(files(RESULTS / run / notebook))
     return all(noted.get(key) == value for key, value in (now | {"results_sha256": results}).items())
 
 
@@ -229,12 +187,44 @@ def stale() -> list[str]:
     return [f"{run}/{name}" for run in runs() for name in executed(run) if not is_fresh(run, name)]
 
 
-def execute(notebook: str, run: str, parameters: dict[str, Any]) -> None:
+def execute(notebook: str, run: str, given: dict[str, Any]) -> None:
     """Execute a notebook into `book/runs/<run>/` and its tables into `results/<run>/`, each appearing only whole.
 
-    `parameters` are those that differ from the notebook's defaults. Raises UserError if a cell fails; the notebook
-    up to that cell is kept under `book/runs/.work/failed/`.
+    `given` are the parameters that differ from the notebook's defaults. Raises UserError, in one line, if a cell fails
+    or anything else does; the notebook up to that cell, or the traceback, is kept under `book/runs/.work/failed/`.
     """
+    failed = WORK / "failed" / f"{run}--{notebook}.ipynb"
+    try:
+        _execute(notebook, run, given, failed)
+    except Exception as error:
+        told = error if isinstance(error, UserError) else one_line(error, f"{notebook} failed on {run}", failed)
+        # for the command that started this process
+        with contextlib.suppress(OSError):
+            failed.with_suffix(".txt").write_text(str(told), encoding="utf-8", errors="replace")
+        raise told from None
+
+
+def one_line(error: Exception, what: str, beside: Path) -> UserError:
+    """Any error in one line, with what to do where that is known; its traceback goes to a file that the line names."""
+    log = beside.with_suffix(".log")
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text("".join(traceback.format_exception(error)), encoding="utf-8", errors="replace")
+        seen = f" (see {log})"
+    except OSError:
+        seen = ""
+    said = next(iter(str(error).strip().splitlines()), "")
+    hint = ""
+    if type(error).__name__ == "DeadKernelError":
+        said, hint = "its kernel died", ": the system may have killed it for want of memory; try a smaller --batch-size"
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        hint = ": the disk is full; make room and run again, what was finished is kept"
+    elif isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        hint = ": it must be writable"
+    return UserError(f"{what}: {said or type(error).__name__}{hint}{seen}")
+
+
+def _execute(notebook: str, run: str, given: dict[str, Any], failed: Path) -> None:
     import nbformat
     import papermill
     from papermill.exceptions import PapermillExecutionError
@@ -242,14 +232,14 @@ def execute(notebook: str, run: str, parameters: dict[str, Any]) -> None:
 
     WORK.mkdir(parents=True, exist_ok=True)
     with _alone(f"{run}--{notebook}"):
-        if is_fresh(run, notebook, parameters):  # an earlier process, thought dead, has done it meanwhile
+        if is_fresh(run, notebook, given):  # an earlier process, thought dead, has done it meanwhile
             return
         with (
             tempfile.TemporaryDirectory(prefix="run-", dir=WORK) as work,
-            tempfile.TemporaryDirectory(prefix="sinkstudy-") as sockets,
+            _sockets() as sockets,
         ):
-            values = defaults(notebook) | parameters
-            noted = {"run": run, "params": parameters, "values": values, **fingerprint(notebook, parameters)}
+            values = defaults(notebook) | given
+            noted = {"run": run, "params": given, "values": values, **fingerprint(notebook, given)}
             noted |= surroundings() | {key: values.get(key) for key in ("model", "device", "dtype", "seed")}
             _kernel_environment(Path(work), values)
             copy = Path(work) / f"{notebook}.ipynb"
@@ -258,7 +248,7 @@ def execute(notebook: str, run: str, parameters: dict[str, Any]) -> None:
                 papermill.execute_notebook(
                     NOTEBOOKS / f"{notebook}.ipynb",
                     copy,
-                    parameters,
+                    given,
                     kernel_name="python3",
                     language="python",
                     cwd=NOTEBOOKS,
@@ -266,18 +256,16 @@ def execute(notebook: str, run: str, parameters: dict[str, Any]) -> None:
                     progress_bar={"desc": notebook, "bar_format": "{desc}: cell {n_fmt}/{total_fmt} ({elapsed})"},
                 )
             except PapermillExecutionError as error:
-                failed = WORK / "failed" / f"{run}--{notebook}.ipynb"
                 failed.parent.mkdir(exist_ok=True)
                 copy.replace(failed)
                 reason = next(iter(error.evalue.strip().splitlines()), "")
                 problem = f"{notebook} failed on {run} in cell {error.cell_index + 1}: {error.ename}: {reason}"
                 problem += f" (see {failed.relative_to(ROOT)})"
-                failed.with_suffix(".txt").write_text(problem)  # for the command that started this process
                 raise UserError(problem) from None
             made = Path(work) / "results" / slug(values.get("model", run)) / notebook
             made.mkdir(parents=True, exist_ok=True)
-            _swap(made, RESULTS / run / notebook, Path(work))
-            noted["results_sha256"] = files_sha256(_files(RESULTS / run / notebook))
+            _put(made, RESULTS / run / notebook)
+            noted["results_sha256"] = files_sha256(files(RESULTS / run / notebook))
             noted["started"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started))
             noted["seconds"] = round(time.time() - started, 1)
             noted["revision"] = hub_commit(values.get("model", ""), values.get("revision")) or ""
@@ -287,6 +275,21 @@ def execute(notebook: str, run: str, parameters: dict[str, Any]) -> None:
             page.metadata["sinkstudy"] = noted
             with atomic(RUNS / run / f"{notebook}.ipynb") as target:
                 nbformat.write(page, target)
+
+
+@contextmanager
+def _sockets() -> Iterator[str]:
+    """A folder for a kernel's sockets, whose paths must be short; those that killed processes left are removed."""
+    for left in Path(tempfile.gettempdir()).glob("sinkstudy-[0-9]*-*"):
+        if (pid := left.name.split("-")[1]).isdigit() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"sinkstudy-{os.getpid()}-") as folder:
+        # the longest address of a socket is about 100 characters; below a longer TMPDIR there is /tmp
+        if len(folder) < 70 or not os.access("/tmp", os.W_OK):
+            yield folder
+            return
+        with tempfile.TemporaryDirectory(prefix=f"sinkstudy-{os.getpid()}-", dir="/tmp") as short:
+            yield short
 
 
 def _kernel_environment(work: Path, values: dict[str, Any]) -> None:
@@ -300,13 +303,13 @@ def _kernel_environment(work: Path, values: dict[str, Any]) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"  # the embedded models need no network
 
 
-def _swap(made: Path, target: Path, work: Path) -> None:
-    """Put the folder `made` in the place of `target`."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if target.exists():
-        target.rename(work / "replaced")
+def _put(made: Path, target: Path) -> None:
+    """Put a copy of the folder `made` in the place of `target`, which may lie on another file system, all at once."""
     if any(made.iterdir()):
-        made.rename(target)
+        with atomic(target) as temporary:
+            shutil.copytree(made, temporary)
+    else:
+        shutil.rmtree(target, ignore_errors=True)
 
 
 def tidy(page):
@@ -375,12 +378,17 @@ def surroundings() -> dict[str, Any]:
 
 
 @contextmanager
-def _alone(name: str) -> Iterator[None]:
-    """Hold the lock `name`, waiting for a process that has it; the system frees it when its holder dies."""
+def _alone(name: str, otherwise: str = "") -> Iterator[None]:
+    """Hold the lock `name`; the system frees it when its holder dies.
+
+    Where a process has it: wait, or raise a UserError that says `otherwise`.
+    """
     with (WORK / f"{name}.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            if otherwise:
+                raise UserError(otherwise) from None
             print(f"{name} is being executed by another process: waiting for it", file=sys.stderr, flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -393,7 +401,7 @@ def run(
     model: str = DEFAULT_MODEL,
     *,
     only: Iterable[str] = (),
-    parameters: dict[str, Any] | None = None,
+    given: dict[str, Any] | None = None,
     name: str | None = None,
     jobs: int = 1,
 ) -> str:
@@ -402,7 +410,7 @@ def run(
     Args:
         model: a lab model, a local folder with config.json, or a hub id `owner/name`.
         only: beginnings of notebook names; all notebooks without it.
-        parameters: values for the notebooks' parameters, besides `model`.
+        given: values for the notebooks' parameters, besides `model`.
         name: the run's name; by default the slug of the model's.
         jobs: notebooks executed at the same time.
 
@@ -412,13 +420,38 @@ def run(
     wanted = notebooks(only)
     if not wanted:
         raise UserError("there are no notebooks")
-    plan = check_parameters(wanted, model, parameters or {})
+    plan = {
+        notebook: {key: value for key, value in values.items() if value != defaults(notebook)[key]}
+        for notebook, values in parameters.fitted(wanted, model, given or {}).items()
+    }
     run_name = name or slug(check_model(model))
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", run_name):
-        raise UserError(f"'{run_name}' is no name for a run: letters, digits, '.', '_' and '-' only")
+    for folder in (WORK, RUNS / run_name, RESULTS / run_name):
+        _writable(folder)
+    claim(run_name, check_model(model))
     outdated = [nb for nb in wanted if not is_fresh(run_name, nb, plan[nb])]
     check_memory({nb: defaults(nb) | plan[nb] for nb in outdated})
     _clear_work()
+    busy = f"another process executes the run {run_name}: wait for it, or give this one another name (--name)"
+    with _alone(f"whole--{run_name}", otherwise=busy):
+        _snakemake(run_name, wanted, plan, outdated, jobs)
+    return run_name
+
+
+def _writable(folder: Path) -> None:
+    """Make a folder and see that files can be written there. Raises UserError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise UserError(f"nothing can be written to {folder}: {error.strerror}") from None
+    if free < LEAST_FREE:
+        raise UserError(f"{free / 1e6:.0f} MB are free on the disk of {folder}, and {LEAST_FREE / 1e6:.0f} are needed")
+
+
+def _snakemake(run_name: str, wanted: list[str], plan: dict, outdated: list[str], jobs: int) -> None:
+    """Bring a run's notebooks up to date, in processes that end when this one does. Raises UserError if one fails."""
     problems = [WORK / "failed" / f"{run_name}--{nb}.txt" for nb in wanted]
     for problem in problems:
         problem.unlink(missing_ok=True)
@@ -431,127 +464,112 @@ def run(
         command += ["--nolock", "--rerun-incomplete", "--keep-going", "--quiet", "rules", "host"]
         if outdated:
             command += ["--forcerun", *(f"book/runs/{run_name}/{nb}.ipynb" for nb in outdated)]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        ended = subprocess.run([str(part) for part in command], cwd=ROOT, env=environment, check=False)
-    if ended.returncode:
-        said = [problem.read_text() for problem in problems if problem.is_file()]
-        raise UserError("; ".join(said) or f"the run {run_name} did not end well: what failed stands above")
-    return run_name
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "SINKSTUDY_ENGINE": str(os.getpid()), "PYTHONUTF8": "1"}
+        log = WORK / f"whole--{run_name}.log"
+        with subprocess.Popen(
+            [str(part) for part in command],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            preexec_fn=_die_with_parent,
+        ) as process:
+            try:
+                _pass_on(process.stdout, log)
+                code = process.wait()
+            except BaseException:  # interrupted, or nobody reads what is said any more
+                _end_children()
+                raise
+    if code:
+        said = [problem.read_text(encoding="utf-8") for problem in problems if problem.is_file()]
+        raise UserError("; ".join(said) or f"the run {run_name} did not end well: what failed stands in {log}")
+
+
+def _pass_on(source: IO[bytes], log: Path) -> None:
+    """Show the bars of notebooks on stderr as they come, and keep all that is said in a file."""
+    bar = re.compile(rb"\S+: cell \d+/\d+ |is being executed by another process")
+    with log.open("wb") as kept:
+        while piece := source.read1(65536):
+            kept.write(piece)
+            kept.flush()
+            if shown := b"".join(line for line in re.split(rb"(?<=[\r\n])", piece) if bar.search(line)):
+                sys.stderr.buffer.write(shown)
+                sys.stderr.flush()
+
+
+def _die_with_parent() -> None:
+    """On Linux: have the system end this process when the one that started it ends, however that happens."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def _end_children(patience: float = 3) -> None:
+    """End all processes that this one has started, kernels included."""
+    children = psutil.Process().children(recursive=True)
+    for child in children:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.terminate()
+    for child in psutil.wait_procs(children, timeout=patience)[1]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+
+
+def _end_with_engine() -> None:
+    """Watch, in a thread, the command that this process works for; when it is gone, end this one and its kernel."""
+    engine = os.environ.get("SINKSTUDY_ENGINE", "")
+
+    def watch() -> None:
+        while psutil.pid_exists(int(engine)):
+            time.sleep(1)
+        _end_children(patience=1)
+        os._exit(1)
+
+    if engine.isdigit():
+        threading.Thread(target=watch, daemon=True).start()
+
+
+def claim(run: str, model: str) -> None:
+    """Make sure that the results of a run are of this model, or that there are none yet.
+
+    Raises:
+        UserError: the run is that of another model, or its name is none.
+    """
+    try:
+        claimed(run, model)
+        noted = (record(run, name).get("values", {}) for name in executed(run))
+        of = next((values["model"] for values in noted if "model" in values), model)
+    except ValueError as problem:
+        raise UserError(str(problem)) from None
+    if of != model:
+        raise UserError(f"the run {run} holds results of {of}: give those of {model} another name (--name)")
 
 
 def _clear_work() -> None:
     """Remove what killed runs left behind; a folder in use belongs to a held lock, so it stays."""
-    WORK.mkdir(parents=True, exist_ok=True)
     for lock in WORK.glob("*.lock"):
         with lock.open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return
-    for leftover in WORK.glob("run-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
-def check_parameters(wanted: list[str], model: str, parameters: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """For each notebook the parameters that differ from its defaults. Raises UserError for those that do not fit.
-
-    A value may come from a command line: text for a parameter whose default is no text is read as JSON.
-    """
-    given = {"model": model} | parameters
-    known = {name: defaults(name) for name in wanted}
-    for key in given:
-        if not any(key in values for values in known.values()):
-            names = sorted({name for values in known.values() for name in values})
-            raise UserError(f"unknown parameter '{key}'; the notebooks have: {', '.join(names)}")
-    if given.get("revision") and (model in lab_models() or Path(model).expanduser().is_dir()):
-        raise UserError(f"{model} is a folder and has no revision '{given['revision']}': revisions are of hub models")
-    plan = {}
-    for notebook, values in known.items():
-        fitted = {key: _fit(key, value, values[key]) for key, value in given.items() if key in values}
-        if "limit" in fitted and fitted["limit"] < (least := least_limit(notebook)):
-            raise UserError(f"parameter 'limit' is {least} at least in {notebook}, and {fitted['limit']} is not")
-        plan[notebook] = {key: value for key, value in fitted.items() if value != values[key]}
-    return plan
-
-
-def _fit(key: str, value: Any, default: Any) -> Any:
-    """`value` in the type of `default`, checked for what `key` means. Raises UserError."""
-    if isinstance(value, str) and not isinstance(default, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError:
-            value = {"True": True, "False": False, "None": None}.get(value, value)
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if isinstance(default, tuple) and isinstance(value, list):
-        value = tuple(value)
-    if default is not None and type(value) is not type(default):
-        kind = type(default).__name__
-        raise UserError(f"parameter '{key}' is of type {kind} (default {default!r}), and {value!r} is not")
-    if key == "model":
-        return check_model(value)
-    if key == "device":
-        check_device(value)
-    if key == "batch_size" and value < 1:
-        raise UserError(f"parameter 'batch_size' is 1 at least, and {value} is not")
-    if key == "dtype" and value not in DTYPES:
-        raise UserError(f"unknown dtype '{value}': one of {', '.join(DTYPES)}")
-    example = next(iter(_texts(default)), "")  # shows what kind of text the parameter holds
-    is_path = key == "data" or key.endswith(("_path", "_file", "_dir"))
-    is_path = is_path or ("/" in example and (ROOT / example).exists())
-    for text in _texts(value):
-        if example in lab_models():
-            check_model(text)
-        elif is_path and not (ROOT / text).exists():
-            raise UserError(f"parameter '{key}': there is no file or folder {text}")
-    return value
-
-
-def check_model(name: str) -> str:
-    """A model's name as notebooks take it (folders made absolute). Raises UserError if it cannot be one."""
-    if name in lab_models():
-        return name
-    folder = Path(name).expanduser()
-    if (folder / "config.json").is_file():
-        return str(folder.resolve())
-    if folder.is_dir():
-        raise UserError(f"the folder {name} holds no model: it has no config.json")
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
-        return name
-    raise UserError(
-        f"unknown model '{name}': not one of {', '.join(lab_models()) or 'the lab models (none is here)'},"
-        " not a folder with config.json, not a hub id of the form owner/name"
-    )
-
-
-def check_device(device: str) -> None:
-    """Raise UserError unless `device` is cpu, auto, or a cuda, cuda:1 or mps that this machine has."""
-    if device in ("cpu", "auto"):
-        return
-    if not re.fullmatch(r"mps|cuda(:\d+)?", device):
-        raise UserError(f"unknown device '{device}': cpu, cuda, cuda:1, ..., mps or auto")
-    kind, _, index = device.partition(":")
-    import torch  # only now: it takes seconds
-
-    if kind == "mps" and not torch.backends.mps.is_available():
-        raise UserError("device 'mps' is not there: this machine has no Apple GPU that torch can use")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError("device 'cuda' is not there: torch finds no CUDA GPU on this machine")
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device '{device}' is not there: this machine has {torch.cuda.device_count()} GPU(s)")
+    for leftover in (*WORK.glob("run-*"), *WORK.glob("tmp*.json")):
+        shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
 def check_memory(values: dict[str, dict[str, Any]]) -> None:
     """Raise UserError unless the models that notebooks load can be read and fit; `values` are their parameters.
 
-    Lab models fit anywhere. The work is done in a process of its own, which gives back what torch takes of memory,
-    on a GPU too, before a kernel needs it.
+    Lab models fit anywhere, and take their own pictures. The work is done in a process of its own, which gives back
+    what torch takes of memory, on a GPU too, before a kernel needs it.
     """
     loader = ROOT / "sinkstudy" / "models.py"
+    asked = ("images_dir", "data_dir", "hub")  # pictures that are not the lab's
+    keys = ("model", "device", "dtype", "revision", "batch_size", "benchmarks", "benchmark", "limit", "fit", *asked)
     settings = {
-        json.dumps({key: of[key] for key in ("model", "device", "dtype", "revision", "batch_size") if key in of})
+        json.dumps({key: of[key] for key in keys if key in of})
         for notebook, of in values.items()
-        if of.get("model") not in lab_models() and loader in modules(notebook)
+        if loader in modules(notebook) and (of.get("model") not in lab_models() or any(map(of.get, asked)))
     }
     if not settings:
         return
@@ -595,19 +613,19 @@ def render(*, stored: bool = False) -> bool:
         if not is_fresh(DEFAULT_MODEL, name, {}):
             with atomic(RUNS / DEFAULT_MODEL / f"{name}.ipynb") as target:
                 shutil.copyfile(NOTEBOOKS / f"{name}.ipynb", target)
-    toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
     for page in _toc_pages(toc):
         if page.startswith("book/runs/") and not (ROOT / f"{page}.ipynb").is_file():
             raise UserError(f"{page}.ipynb is missing: 'sinkstudy run' makes it")
     write_provenance()
-    shown = [path for folder in (BOOK, DATA, RESULTS) for path in _files(folder)]
+    shown = [path for folder in (BOOK, DATA, RESULTS) for path in files(folder)]
     shown += [path for path in (ROOT / "_config.yml", ROOT / "_toc.yml", ROOT / "CITATION.cff") if path.is_file()]
     computed = (DATA / "claims.yml").is_file()  # pages that follow from the ledger and from the results of all runs
     shown += _imported("import sinkstudy.pages") if computed else []
     content = files_sha256(path for path in shown if WORK not in path.parents)
     stamp = BUILD / "rendered-from"
     index = BUILD / "html" / "index.html"
-    if index.is_file() and stamp.is_file() and stamp.read_text() == content:
+    if index.is_file() and stamp.is_file() and stamp.read_text(encoding="utf-8") == content:
         print(f"the book is up to date: {index.relative_to(ROOT)}")
         return False
     stamp.unlink(missing_ok=True)
@@ -625,7 +643,7 @@ def render(*, stored: bool = False) -> bool:
     if ended.returncode or not index.is_file():
         raise UserError("the book was not rendered without a warning: Jupyter Book's messages stand above")
     with atomic(stamp) as target:
-        target.write_text(content)
+        target.write_text(content, encoding="utf-8")
     print(f"the book is rendered: {index.relative_to(ROOT)}")
     return True
 
@@ -668,9 +686,8 @@ def write_provenance() -> None:
         packages = noted.get("versions", {})
         versions += [(run_name, package, version) for package, version in packages.items()]
     checksums = [("file", "sha256")]
-    for path in sorted(_files(DATA)) if DATA.is_dir() else ():
-        with path.open("rb") as file:
-            checksums.append((str(path.relative_to(ROOT)), hashlib.file_digest(file, "sha256").hexdigest()))
+    for path in sorted(files(DATA)) if DATA.is_dir() else ():
+        checksums.append((str(path.relative_to(ROOT)), digests.sha256(path)))
     for stem, table in (("provenance", rows), ("versions", versions), ("checksums", checksums)):
         if len(table) == 1:  # Sphinx refuses a table without a row; the pages show stored outputs, say
             table.append(("no notebook was executed here", *[""] * (len(table[0]) - 1)))
@@ -679,6 +696,7 @@ def write_provenance() -> None:
 
 
 if __name__ == "__main__":  # called by the Snakefile: run, notebook, parameters as JSON
+    _end_with_engine()
     try:
         execute(sys.argv[2], sys.argv[1], json.loads(sys.argv[3]))
     except UserError as problem:

@@ -13,28 +13,30 @@ that was killed goes on where it stopped.
 import copy
 import hashlib
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pandas as pd
-import PIL.Image
 import torch
 import transformers
 from torch import nn
 from tqdm import tqdm
 from transformers import BatchFeature, DynamicCache, ProcessorMixin
 
-from sinkstudy import models
+from sinkstudy.capture import ADVICE, hidden_states
 from sinkstudy.models import LVLM
 from sinkstudy.paths import DATA
+from sinkstudy.pictures import opened
 
-ANSWERS = DATA / "cache" / "answers"
+ANSWERS = Path(os.environ.get("SINKSTUDY_ANSWERS", DATA / "cache" / "answers"))
 
 
 class Prefixes(BatchFeature):
@@ -77,8 +79,9 @@ class Intervention:
     With `asks`, what it does to an image depends on the question, so nothing is shared between questions: `inputs` are
     whole prompts [questions, tokens], padded on the left, with their `questions`.
 
-    Name and `parameters` (plain values) stand for the intervention in the cache of answers, which cannot see code:
-    whatever changes answers must change them.
+    Name and `parameters` (plain values) stand for the intervention among kept answers, which cannot see what `around`
+    closes over: whatever changes answers must change them. Answers under an intervention that has none, and is not the
+    model as it is, are not kept.
 
     Raises:
         ValueError: an unknown `keeps`, or parameters that are no plain values.
@@ -94,9 +97,15 @@ class Intervention:
         if self.keeps not in ("nothing", "tower", "prefix"):
             raise ValueError(f"an intervention keeps 'nothing', 'tower' or 'prefix', not {self.keeps!r}")
         try:
-            json.dumps(self.parameters)
-        except TypeError as error:
+            json.dumps(self.parameters, allow_nan=False)
+        except (TypeError, ValueError) as error:
             raise ValueError(f"the parameters of {self.name!r} are no plain values: {error}") from None
+
+
+    @property
+    def described(self) -> bool:
+        """Whether `parameters` say what it does, or it does nothing."""
+        return bool(self.parameters) or self.around is Intervention.around
 
 
 NONE = Intervention("none", keeps="prefix")
@@ -146,7 +155,8 @@ def evaluate(
 
     Raises:
         ValueError: an empty table; a missing column or image; an image that cannot be read, by its name; an id or an
-            intervention's name that occurs twice; candidates that their first tokens do not tell apart.
+            intervention's name that occurs twice; candidates that their first tokens do not tell apart; NaN among the
+            logits, with the layer in which numbers stop being finite, and the picture. Such an answer is never kept.
     """
     _check(table, interventions, images)
     table = table.reset_index(drop=True)  # which may repeat, where tables were put together
@@ -154,7 +164,7 @@ def evaluate(
     options = _options(table, candidates)
     tokens = {several: _first_tokens(lvlm, several) for several in dict.fromkeys(options)}
     first = table.image_id.iloc[0]
-    if reason := _not_shared(lvlm, _opened(first, shown[first])):
+    if reason := _not_shared(lvlm, opened(shown[first], repr(first))):
         warnings.warn(f"{lvlm.name}: {reason}, so questions share no prefix", stacklevel=2)
     store = _Answers(cache, lvlm, max_new_tokens, batch_size)
     rows: dict[str, list[int]] = {}
@@ -168,28 +178,51 @@ def evaluate(
     )
     with bar, _images_once(lvlm.processor):
         for group in _groups(rows, batch_size):
-            pictures = {image: _opened(image, shown[image]) for image in group}
+            pictures = {image: opened(shown[image], repr(image)) for image in group}
             for image, picture in pictures.items():
                 pixels = _picture_sha256(picture)
                 for row in rows[image]:
                     asked = [pixels, lvlm.prompt(texts[row]), options[row]]
                     keys |= {(how.name, row): _sha256([*asked, how.name, how.parameters]) for how in interventions}
+            # all of the group where anything lacks, so that a resumed run has the batches of an undisturbed one
+            of_group = {image: rows[image] for image in group}
             missing = [
-                (how, lacking)
+                (how, of_group)
                 for how in interventions
-                if (lacking := {i: [r for r in rows[i] if keys[how.name, r] not in store] for i in group})
-                and any(lacking.values())
+                if any(keys[how.name, r] not in store for some in of_group.values() for r in some)
             ]
             n_missing = sum(len(some) for _, lacking in missing for some in lacking.values())
             n_all = sum(len(rows[image]) for image in group) * len(interventions)
             bar.total -= n_all - n_missing  # so that rate and time left are of what is done now
-            for how, row, said, logp in _answer(lvlm, pictures, texts, missing, max_new_tokens, batch_size):
+            answers = _answer(lvlm, pictures, texts, missing, max_new_tokens, batch_size)
+            for how, row, said, logp in answers:
+                if logp.isnan().any():
+                    answers.close()  # so that nothing intervenes any more
+                    picture = table.image_id.iloc[row]
+                    inputs = lvlm.inputs([pictures[picture]], [texts[row]])
+                    raise ValueError(f"{lvlm.name}: {_not_finite(lvlm, inputs, how)}, picture {picture!r}: {ADVICE}")
                 scores = {c: logp[ids].logsumexp(0).item() for c, ids in tokens[options[row]].items()}
-                store.add(keys[how.name, row], {"prediction": said, "scores": scores})
+                store.add(keys[how.name, row], {"prediction": said, "scores": scores}, how.described)
                 bar.update()
             store.write()
     parts = [_result(table, how.name, [store[keys[how.name, r]] for r in range(len(table))]) for how in interventions]
     return pd.concat(parts, ignore_index=True)
+
+
+def _not_finite(lvlm: LVLM, inputs: BatchFeature, how: Intervention) -> str:
+    """Where numbers first stop being numbers for a prompt, or that it is the intervention that makes them so."""
+    with ExitStack() as watching:
+        sides = {side: watching.enter_context(hidden_states(lvlm, side, _finite)) for side in ("vision", "decoder")}
+        lvlm.model(**inputs, logits_to_keep=1)
+    for side, layers in sides.items():
+        for layer, calls in layers.items():
+            if not all(calls):
+                return f"NaN or infinite values behind layer {layer} of the {side}"
+    return f"NaN among the logits, under {how.name!r}" if how is not NONE else "NaN among the logits"
+
+
+def _finite(hidden: torch.Tensor, layer: int) -> bool:
+    return bool(hidden.isfinite().all())
 
 
 def _check(table: pd.DataFrame, interventions: Sequence[Intervention], images: Mapping[str, Any] | None) -> None:
@@ -384,15 +417,7 @@ def _continuation(
 
 def _generate(lvlm: LVLM, inputs: Mapping[str, Any], max_new_tokens: int) -> tuple[list[str], torch.Tensor]:
     """Greedy answers, and log-probabilities of their first token [questions, vocabulary], float32 on the CPU."""
-    out = lvlm.model.generate(
-        **inputs,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        pad_token_id=lvlm.processor.tokenizer.pad_token_id,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
+    out = lvlm.generate(inputs, max_new_tokens)
     tokens = out.sequences[:, inputs["input_ids"].shape[1] :]
     texts = [text.strip() for text in lvlm.processor.batch_decode(tokens, skip_special_tokens=True)]
     return texts, out.logits[0].float().log_softmax(-1).cpu()
@@ -497,22 +522,6 @@ def _first_tokens(lvlm: LVLM, options: Sequence[str]) -> dict[str, list[int]]:
 
 
 # ------------------------------------------------------------------------------------------------- pictures
-def _opened(name: str, image: Any) -> Any:
-    """A PIL image in RGB, or an array or tensor uint8 [3, height, width]."""
-    if isinstance(image, (np.ndarray, torch.Tensor)):
-        if image.ndim != 3 or image.shape[0] != 3 or str(image.dtype).removeprefix("torch.") != "uint8":
-            raise ValueError(f"image {name!r} is {image.dtype} {list(image.shape)}, not uint8 [3, height, width]")
-        return image
-    try:
-        if isinstance(image, (str, Path)):
-            image = PIL.Image.open(image)
-        elif not isinstance(image, PIL.Image.Image):
-            image = image.open()
-        return image.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise many kinds
-        raise ValueError(f"image {name!r} cannot be read: {error}") from None
-
-
 def _picture_sha256(image: Any) -> str:
     pixels = np.asarray(image)
     return hashlib.sha256(f"{type(image).__name__} {pixels.shape}".encode() + pixels.tobytes()).hexdigest()
@@ -522,7 +531,8 @@ def _picture_sha256(image: Any) -> str:
 class _Answers:
     """Answers by key, in memory and in one file of JSON lines that only grows.
 
-    A group of images is one write, and a line that was cut off by a kill is left out when the file is read.
+    A group of images is one write. Each line ends with a digest of the rest: what was cut off by a kill, damaged or
+    edited does not prove itself, is left out when the file is read, and so is answered again.
     """
 
     def __init__(self, folder: str | Path | None, lvlm: LVLM, max_new_tokens: int, batch_size: int) -> None:
@@ -533,12 +543,11 @@ class _Answers:
             return
         of_batch = None if lvlm.model.dtype == torch.float32 else batch_size
         self.path = Path(folder) / f"{_sha256([_fingerprint(lvlm), max_new_tokens, of_batch])[:32]}.jsonl"
-        for line in self.path.read_text().splitlines() if self.path.exists() else ():
-            try:
-                answer = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            self.known[answer.pop("key")] = answer
+        for line in self.path.read_bytes().splitlines() if self.path.exists() else ():
+            said, _, digest = line.rpartition(b" ")
+            if hashlib.sha256(said).hexdigest().encode() == digest:
+                answer = json.loads(said)
+                self.known[answer.pop("key")] = answer
 
     def __contains__(self, key: str) -> bool:
         return key in self.known
@@ -546,9 +555,13 @@ class _Answers:
     def __getitem__(self, key: str) -> dict:
         return self.known[key]
 
-    def add(self, key: str, answer: dict) -> None:
+    def add(self, key: str, answer: dict, keep: bool) -> None:
+        """`keep`: beyond this call."""
         self.known[key] = answer
-        self.new.append(json.dumps({"key": key, **answer}) + "\n")
+        if not keep:
+            return
+        said = json.dumps({"key": key, **answer}, allow_nan=False)
+        self.new.append(f"{said} {hashlib.sha256(said.encode()).hexdigest()}\n")
 
     def write(self) -> None:
         if self.path is not None and self.new:
@@ -563,26 +576,39 @@ def _fingerprint(lvlm: LVLM) -> str:
     """What answers depend on beside picture, prompt and intervention.
 
     The weights are those in memory, so that a model changed after loading has answers of its own; about a second for
-    each 1.5 GB.
+    each 1.5 GB, the first time and after a change.
     """
-    digest = hashlib.sha256()
-    for name, tensor in [*lvlm.model.named_parameters(), *lvlm.model.named_buffers()]:
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        if not tensor.is_meta:  # accelerate keeps what does not fit elsewhere; then the revision has to tell
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     processor = lvlm.processor
-    code = [Path(__file__).read_text(), Path(models.__file__).read_text()]
+    code = [file.read_text(encoding="utf-8") for file in sorted(Path(__file__).parent.glob("*.py"))]
     settings = [
         lvlm.revision,
         lvlm.device.type,
         [part.config._attn_implementation for part in (lvlm.vision, lvlm.decoder)],
         {k: v for k, v in lvlm.model.config.to_dict().items() if k != "_name_or_path"},
-        lvlm.model.generation_config.to_dict(),
+        lvlm.ends,
         processor.image_processor.to_dict(),
         processor.tokenizer.backend_tokenizer.to_str(),
     ]
     versions = [torch.__version__, transformers.__version__]
-    return _sha256([digest.hexdigest(), settings, code, versions])
+    return _sha256([_weights_sha256(lvlm.model), settings, code, versions])
+
+
+_hashed: WeakKeyDictionary[nn.Module, tuple[list, str]] = WeakKeyDictionary()
+
+
+def _weights_sha256(model: nn.Module) -> str:
+    """Of all weights by name; read again only where torch has counted a change."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    mark = [(name, tensor.data_ptr(), tensor._version) for name, tensor in tensors]
+    if model in _hashed and _hashed[model][0] == mark:
+        return _hashed[model][1]
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        if not tensor.is_meta:  # accelerate keeps what does not fit elsewhere; then the revision has to tell
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    _hashed[model] = (mark, digest.hexdigest())
+    return digest.hexdigest()
 
 
 def _sha256(values: Any) -> str:

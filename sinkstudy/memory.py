@@ -1,16 +1,21 @@
-"""Whether a model fits, said before its weights are read: what it takes, and what the device has."""
+"""Whether a model is whole, fits, and takes the pictures, said before a notebook is executed.
+
+What it takes, and what the device has, is estimated without its weights.
+"""
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import torch
-from PIL import Image
 
-from sinkstudy import models
+from sinkstudy import checkpoints, models
 from sinkstudy.models import LVLM
+from sinkstudy.paths import place
+from sinkstudy.pictures import folder, opened
 
 PICTURE = (640, 480)  # width, height: about the size of the public benchmarks' pictures
 ROWS = 256  # queries whose attention `capture.attention_received` computes at a time
@@ -43,8 +48,7 @@ def need(lvlm: LVLM, batch_size: int = 1) -> Need:
         return residual + 3 * 4 * images * heads * min(tokens, ROWS) * tokens
 
     vision = lvlm.model.config.vision_config
-    size = PICTURE if lvlm.processor.image_processor.do_resize else (vision.image_size, vision.image_size)
-    inputs = lvlm.inputs([Image.new("RGB", size)], [""])
+    inputs = lvlm.inputs([models.blank(lvlm, PICTURE)], [""])
     prompt = inputs["input_ids"].shape[1]
     text = lvlm.model.config.get_text_config()
     heads = text.num_attention_heads
@@ -78,13 +82,14 @@ def free(device: str) -> int:
 
 
 def check(model: str, *, device: str = "cpu", dtype: str = "float32", revision: str = "", batch_size: int = 1) -> None:
-    """Make sure that a model can be read and fits, without reading its weights.
+    """Make sure that a model can be read, is whole and fits. Weights that are on this machine are read, one at a time.
 
     Raises:
         ValueError: as `models.load`; or the estimate of `need` is more than is `free`.
     """
     models.check_device(device, dtype)
-    needed, there = need(models.outline(model, dtype=dtype, revision=revision), batch_size), free(device)
+    lvlm = models.outline(model, dtype=dtype, revision=revision)
+    needed, there = need(lvlm, batch_size), free(device)
     if sum(needed) > there:
         where = "the GPUs and main memory have" if device == "auto" else f"device '{device}' has"
         less = [
@@ -98,15 +103,70 @@ def check(model: str, *, device: str = "cpu", dtype: str = "float32", revision: 
             f"{_gigabytes(needed.cache + needed.activations)} for a batch of {batch_size}), and {where} "
             f"{_gigabytes(there)} free: try {', or '.join(filter(None, less))}"
         )
+    checkpoints.check_values(model, checkpoints.stored(models.find(model), revision), lvlm.model.dtype)
+
+
+def check_pictures(
+    model: str,
+    *,
+    revision: str = "",
+    images_dir: str = "",
+    data_dir: str = "",
+    hub: bool = False,
+    benchmarks: Sequence[str] = (),
+    limit: int = 0,
+) -> None:
+    """Make sure that a model whose processor does not resize, as those of the lab, is asked about pictures of its size.
+
+    Args:
+        images_dir, limit: as `study.pictures` takes them, or
+        data_dir, hub, benchmarks, limit: as `study.load_benchmarks` takes them.
+
+    Raises:
+        ValueError: pictures of another size, by name; as `models.outline`, and as these functions.
+    """
+    lvlm = models.outline(model, revision=revision)
+    if getattr(lvlm.processor.image_processor, "do_resize", True):
+        return
+    if hub:
+        raise ValueError(f"{model} takes pictures of its own size alone, and public benchmarks have many sizes")
+    found: dict[str, Any] = {}
+    if images_dir:
+        found = {str(file): file for file in folder(place(images_dir), limit)[0]}
+    elif data_dir:
+        from sinkstudy import study  # only now: the lab's world and pandas take seconds
+
+        _, pictures = study.load_benchmarks(benchmarks, data_dir, hub, limit)
+        found = {f"{name} {image}": picture for name, of in pictures.items() for image, picture in of.items()}
+    for name, picture in found.items():
+        try:
+            lvlm.check_size(*opened(picture, name).size)
+        except ValueError as problem:
+            raise ValueError(f"picture {name}: {problem}") from None
 
 
 def _gigabytes(count: int) -> str:
     return f"{count / 1e9:.3g} GB"
 
 
-if __name__ == "__main__":  # called by the engine: the arguments of `check` as JSON, a set each
+def _main(sets: Sequence[dict[str, Any]]) -> None:
+    """Check what notebooks are asked for, by their parameters: a model once, with the largest of its batches."""
+    settings: dict[str, int] = {}
+    for of in sets:
+        how = json.dumps({key: of[key] for key in ("model", "device", "dtype", "revision") if key in of})
+        settings[how] = max(of.get("batch_size", 1), settings.get(how, 1))
+    for how, batch_size in settings.items():
+        check(**json.loads(how), batch_size=batch_size)
+    for of in sets:
+        if of.get("images_dir") or of.get("data_dir") or of.get("hub"):
+            names = of.get("benchmarks") or [of["benchmark"]] if of.get("benchmark") else ()
+            keys = ("model", "revision", "images_dir", "data_dir", "hub")
+            limit = of.get("limit", 0) + of.get("fit", 0)
+            check_pictures(**{key: of[key] for key in keys if key in of}, benchmarks=names, limit=limit)
+
+
+if __name__ == "__main__":  # called by the engine: parameters of notebooks as JSON, a set each
     try:
-        for arguments in sys.argv[1:]:
-            check(**json.loads(arguments))
+        _main([json.loads(arguments) for arguments in sys.argv[1:]])
     except ValueError as problem:
         sys.exit(str(problem))

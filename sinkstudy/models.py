@@ -1,35 +1,42 @@
 """Load a vision-language model and say where its parts are.
 
-Every path into a model of the transformers library stands in this file and nowhere else. An architecture is
-one `Spec`: the classes to load, the dotted paths of the parts, and how patches become visual tokens. How to add
-one stands in `book/architectures.md`.
+An architecture is one `Spec`: the classes to load, the dotted paths of the parts, and how patches become visual
+tokens. Other modules reach the parts through `LVLM`. How to add one stands in `book/architectures.md`.
 
 A *patch* is one square of the picture that the vision tower sees as one token; a *visual token* is one position
 of the decoder's input that an image fills. `LVLM.layout` says which patch ends in which position.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import transformers
-from safetensors import SafetensorError
+from PIL import Image
 from torch import nn
 from transformers import (
-    AutoConfig,
+    CONFIG_MAPPING,
     BatchFeature,
     PretrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
 )
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+from transformers.utils import cached_file
+from transformers.utils.peft_utils import find_adapter_config_file
 from transformers.vision_utils import get_vision_window_index
 
-from sinkstudy import registers, sinktower  # noqa: F401  (make their towers known to AutoModel)
+from sinkstudy import checkpoints
+from sinkstudy import registers as _registers  # noqa: F401  (makes the register tower known to AutoModel)
+from sinkstudy import sinktower as _sinktower  # noqa: F401  (likewise the tower with sinks by construction)
 from sinkstudy.paths import MODELS, hub_commit, lab_models
+from sinkstudy.pictures import opened
 
 
 @dataclass(frozen=True)
@@ -283,7 +290,8 @@ class LVLM:
         """Model inputs for one question per image, padded on the left, on the model's device.
 
         Args:
-            images: PIL images, or arrays or tensors uint8 [3, height, width]; n of them, of any sizes.
+            images: n of them, of any sizes, each as `pictures.opened` takes it: PIL images, arrays or tensors uint8
+                [3, height, width], paths, or what is opened when it is needed.
             questions: n plain questions, without the chat format.
 
         Returns:
@@ -291,10 +299,17 @@ class LVLM:
             [n, 3, height, width], elsewhere as the architecture has it; and what else the model takes.
 
         Raises:
-            ValueError: if the numbers of images and questions differ.
+            ValueError: if the numbers of images and questions differ, or for a picture that the model does not take.
         """
+        return self._prepared(images, questions).to(self.device, dtype=self.model.dtype)
+
+    def _prepared(self, images: Sequence[Any], questions: Sequence[str]) -> BatchFeature:
+        """`inputs` as the processor makes them, in float32 on the CPU."""
         if len(images) != len(questions):
             raise ValueError(f"one question per image: got {len(images)} images and {len(questions)} questions")
+        images = [opened(image) for image in images]
+        for image in images:
+            self.check_size(*(image.size if isinstance(image, Image.Image) else (image.shape[2], image.shape[1])))
         prompts = [self.prompt(question) for question in questions]
         bos = self.processor.tokenizer.bos_token
         batch = self.processor(
@@ -307,7 +322,65 @@ class LVLM:
             return_tensors="pt",
         )
         batch.pop("labels", None)
-        return batch.to(self.device, dtype=self.model.dtype)
+        return batch
+
+    def check_size(self, width: int, height: int) -> None:
+        """Make sure that the model takes pictures of so many pixels; only one whose processor resizes takes all.
+
+        Raises:
+            ValueError: it does not.
+        """
+        if getattr(self.processor.image_processor, "do_resize", True):
+            return
+        vision = self.model.config.vision_config
+        if self.spec.packed:
+            step = vision.patch_size * self.merge
+            takes, fits = f"whole {step}s of", width % step == height % step == 0
+        else:
+            high, wide = _pair(vision.image_size)
+            takes, fits = f"{wide} x {high}", (width, height) == (wide, high)
+        if not fits:
+            raise ValueError(
+                f"{self.name} takes pictures of {takes} pixels, for its processor resizes none, and this one has "
+                f"{width} x {height}: resize the pictures, or take another model"
+            )
+
+    @property
+    def ends(self) -> list[int]:
+        """Ids of the tokens that end an answer: those of the checkpoint's generation settings, or the tokenizer's."""
+        ends = self.model.generation_config.eos_token_id
+        ends = self.processor.tokenizer.eos_token_id if ends is None else ends
+        return [] if ends is None else list(ends) if isinstance(ends, (list, tuple)) else [ends]
+
+    def generate(self, inputs: Mapping[str, Any], max_new_tokens: int) -> GenerateDecoderOnlyOutput:
+        """Greedy answers by the library's own `generate`, with the logits of each step.
+
+        The settings are the study's, so that answers of all models, alone and behind a shared prefix, are made alike:
+        greedy, one answer, a growing cache of keys and values. Of the checkpoint's own settings only `ends` count, and
+        padding is the tokenizer's; penalties, suppressed words, beams, samples, stop strings, caches of other kinds do
+        not.
+
+        Args:
+            inputs: of `inputs`, or what continues a cache.
+        """
+        ends, kept = self.ends, self.model.generation_config
+        padding = self.processor.tokenizer.pad_token_id
+        settings = transformers.GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+            bos_token_id=kept.bos_token_id,
+            eos_token_id=ends or None,
+            pad_token_id=padding if padding is not None else next(iter(ends), None),
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        self.model.generation_config = settings  # what `settings` leave open would come from there
+        try:
+            return self.model.generate(**inputs, generation_config=settings)
+        finally:
+            self.model.generation_config = kept
 
     def see(self, inputs: BatchFeature) -> None:
         """Send the images of a batch through tower and connector, without the decoder, for hooks to watch."""
@@ -512,31 +585,24 @@ def load(
     Weights are read from safetensors only, and no code of the model's own is run.
 
     Raises:
-        ValueError: unknown model, architecture, dtype or vision layout, a revision of a folder, a device that is not
-            there or does not compute in that dtype, files that are absent or damaged, or no network where one is
-            needed.
+        ValueError: as `outline`; a device that is not there or does not compute in that dtype, or weights that are not
+            finite in it.
     """
     dtype = _dtype(dtype)
     check_device(device, dtype)
-    spec, _ = _configuration(name, revision)
-    # a progress bar in a notebook is a widget, and a page with a widget asks another host for its scripts
-    transformers.utils.logging.disable_progress_bar()
-    with _reading(name):
-        model = getattr(transformers, spec.model_class).from_pretrained(
-            find(name),
-            revision=revision or None,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            device_map=None if device == "cpu" else device,  # straight to the device, without a copy in main memory
-            use_safetensors=True,
-        )
-    return LVLM(
-        model=model.eval().requires_grad_(False),
-        processor=_processor(name, spec, revision),
-        name=name,
-        revision=hub_commit(name, revision),
-        spec=spec,
+    known = outline(name, dtype=dtype, revision=revision)
+    model = _read(
+        name,
+        find(name),
+        known.model.config,
+        generation_config=known.model.generation_config,
+        revision=revision or None,
+        dtype=dtype,
+        device_map=None if device == "cpu" else device,  # straight to the device, without a copy in main memory
+        use_safetensors=True,
     )
+    checkpoints.check_values(name, model.named_parameters(), dtype)
+    return replace(known, model=model.eval().requires_grad_(False), revision=hub_commit(name, revision))
 
 
 def wrap(model: PreTrainedModel, processor: ProcessorMixin) -> LVLM:
@@ -553,23 +619,47 @@ def wrap(model: PreTrainedModel, processor: ProcessorMixin) -> LVLM:
         raise ValueError(f"{name}: load it as {spec.model_class}, not as {type(model).__name__}")
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise ValueError(f"{name}: a {type(processor).__name__} is no processor for pictures and text (AutoProcessor)")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(f"{name}: its weights are not there (torch's meta device): load it with from_pretrained")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(f"{name} has an adapter: {checkpoints.MERGE}")
+    if getattr(model, "hf_quantizer", None) or not all(weight.is_floating_point() for weight in model.parameters()):
+        raise ValueError(f"{name}: its weights are quantised; {checkpoints.PLAIN}")
     _check_layout(name, config)
-    return LVLM(model, processor, name, getattr(config, "_commit_hash", None), spec)
+    checkpoints.check_values(name, model.named_parameters(), model.dtype)
+    lvlm = LVLM(model, processor, name, getattr(config, "_commit_hash", None), spec)
+    _check_parts(lvlm)
+    return lvlm
 
 
 def outline(name: str, *, dtype: str | torch.dtype = "float32", revision: str | None = None) -> LVLM:
     """The model as `load` gives it but without weights, on torch's meta device: names and shapes, no memory.
 
-    Only the configuration and the processor's files are read, or downloaded.
+    Configuration, processor and the headers of the weights' files are read, or downloaded, and checked.
 
     Raises:
-        ValueError: as `load`, but for device and weights.
+        ValueError: unknown model, architecture, dtype or vision layout; a revision of a folder; an adapter or quantised
+            weights; weights that are absent, left over or of another shape; a processor or chat format that does not
+            fit the model; files that are absent or damaged; no network where one is needed.
     """
     spec, config = _configuration(name, revision)
-    with torch.device("meta"):
-        model = getattr(transformers, spec.model_class)(config)
-    processor = _processor(name, spec, revision)
-    return LVLM(model.to(_dtype(dtype)).eval(), processor, name, hub_commit(name, revision), spec)
+    with _reading(name):
+        weights = checkpoints.headers(find(name), revision)
+        settings = _special_tokens(find(name), revision, config)
+    # as it is loaded in earnest, but that the weights are names and shapes alone
+    model = _read(
+        name,
+        None,
+        config,
+        generation_config=settings,
+        state_dict=weights,
+        dtype=_dtype(dtype),
+        device_map={"": "meta"},
+    )
+    model.tie_weights()  # also what is stored twice
+    lvlm = LVLM(model.eval(), _processor(name, spec, revision), name, hub_commit(name, revision), spec)
+    _check_parts(lvlm)
+    return lvlm
 
 
 def _configuration(name: str, revision: str | None) -> tuple[Spec, PretrainedConfig]:
@@ -578,12 +668,80 @@ def _configuration(name: str, revision: str | None) -> tuple[Spec, PretrainedCon
     if revision and Path(source).is_dir():
         raise ValueError(f"{name} is a folder and has no revision {revision!r}; revisions are for models of the hub")
     with _reading(name):
+        adapter = find_adapter_config_file(source, revision=revision or None)
+    if adapter:  # transformers would put it on top of the weights, whether they hold it already or not
+        raise ValueError(f"{name}: {checkpoints.ADAPTER} is in it: {checkpoints.MERGE}")
+    with _reading(name):
         known, _ = PretrainedConfig.get_config_dict(source, revision=revision or None)
     spec = _spec(name, known.get("model_type"))
-    with _reading(name):
-        config = AutoConfig.from_pretrained(source, revision=revision or None)
+    for key, value in _entries(known):
+        if key in ("quantization_config", "compression_config") and value:
+            method = value.get("quant_method", key) if isinstance(value, dict) else key
+            raise ValueError(f"{name}: its weights are quantised ({method}); {checkpoints.PLAIN}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name}: {key} in its config.json is {value}, which is no number")
+    with _reading(name, "its config.json: "):
+        config = CONFIG_MAPPING[known["model_type"]].from_dict(_without_switches(known))
     _check_layout(name, config)
     return spec, config
+
+
+# What says how a model was last used, not what it is: training with gradient checkpointing leaves use_cache off.
+_SWITCHES = ("use_cache", "output_attentions", "output_hidden_states", "return_dict", "gradient_checkpointing")
+
+
+def _without_switches(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration as read from a file, parts included, without `_SWITCHES`: they then have their defaults."""
+    return {
+        key: _without_switches(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in _SWITCHES
+    }
+
+
+def _entries(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The entries of a configuration as read from a file, and those of its parts."""
+    for key, value in config.items():
+        yield key, value
+        if isinstance(value, dict):
+            yield from _entries(value)
+
+
+def _read(name: str, source: str | None, config: PretrainedConfig, **how: Any) -> PreTrainedModel:
+    """A model by `from_pretrained`.
+
+    transformers gives what a checkpoint lacks random values, and passes over what it has too much; both are refused.
+    """
+    level = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()  # not its report, which is checked here
+    # a progress bar in a notebook is a widget, and a page with a widget asks another host for its scripts
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        with _reading(name, "" if source else "its config.json: "):
+            model, report = getattr(transformers, SPECS[config.model_type].model_class).from_pretrained(
+                source,
+                config=config,
+                attn_implementation="sdpa",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # so that they are reported
+                **how,
+            )
+    finally:
+        transformers.utils.logging.set_verbosity(level)
+    checkpoints.check_names(name, model, report)
+    return model
+
+
+def _special_tokens(source: str, revision: str | None, config: PretrainedConfig) -> transformers.GenerationConfig:
+    """The ids of begin, end and padding in a checkpoint's generation settings, and nothing else of these."""
+    file = cached_file(
+        source, "generation_config.json", revision=revision or None, _raise_exceptions_for_missing_entries=False
+    )
+    of = transformers.GenerationConfig.from_model_config(config).to_dict()
+    if file is not None:
+        of |= json.loads(Path(file).read_text(encoding="utf-8"))
+    kept = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return transformers.GenerationConfig(**{key: of.get(key) for key in kept})
 
 
 def _spec(name: str, model_type: str | None) -> Spec:
@@ -596,20 +754,89 @@ def _spec(name: str, model_type: str | None) -> Spec:
 
 
 def _processor(name: str, spec: Spec, revision: str | None) -> ProcessorMixin:
-    with _reading(name):
+    with _reading(name, "its processor, are preprocessor_config.json and the tokenizer's files there? "):
         # the PIL image processor, because the torchvision one gives slightly different pixels
         return without_video(spec.processor_class).from_pretrained(
             find(name), revision=revision or None, backend="pil"
         )
 
 
+def blank(lvlm: LVLM, size: tuple[int, int] = (640, 480)) -> Image.Image:
+    """A grey picture of (width, height) pixels, or of the only size that the model takes."""
+    if not getattr(lvlm.processor.image_processor, "do_resize", True):
+        rows, columns = _tile_grid(lvlm.model.config) if not lvlm.spec.packed else (12, 12)
+        patch = lvlm.model.config.vision_config.patch_size
+        size = columns * patch, rows * patch
+    return Image.new("RGB", size, "grey")
+
+
+def _check_parts(lvlm: LVLM) -> None:
+    """Make sure that tower, processor, chat format and tokenizer are those of one model, by asking about a picture.
+
+    It takes the CPU and none of the model's weights.
+
+    Raises:
+        ValueError: the features are those of no layer; the chat format leaves out the picture or the question; the
+            processor fails, or cuts a picture into other tiles, patches or visual tokens than the model reads.
+    """
+    name, question, config = lvlm.name, "What is this?", lvlm.model.config
+    if not 0 <= lvlm.feature_layer < len(lvlm.vision_layers):
+        raise ValueError(f"{name}: vision_feature_layer {config.vision_feature_layer} is none of the tower's layers")
+    try:
+        prompt = lvlm.prompt(question)
+        if lvlm.processor.chat_template:
+            alone = [{"role": "user", "content": [{"type": "text", "text": question}]}]
+            if lvlm.processor.apply_chat_template(alone, add_generation_prompt=True) == prompt:
+                raise ValueError("its chat format drops the picture")
+        if question not in prompt:
+            raise ValueError("its chat format drops the question")
+        inputs = lvlm._prepared([blank(lvlm)], [question])
+        visual = inputs["input_ids"][0].tolist().count(lvlm.image_token_id)
+        layout = lvlm.layout(inputs)[0] if visual else None
+    except Exception as error:  # a processor's own, of any kind, where an entry of its files is absent or wrong
+        raise ValueError(
+            f"{name}: its processor does not prepare a picture and a question ({_line(error)}): an entry of "
+            "processor_config.json, preprocessor_config.json or tokenizer_config.json is absent or wrong"
+        ) from error
+    if not visual:
+        raise ValueError(
+            f"{name}: no image token (id {lvlm.image_token_id}) is in a prompt with a picture: its chat format "
+            "drops the picture, or processor and model have different image tokens"
+        )
+    rows = lvlm.model.get_input_embeddings().num_embeddings
+    if inputs["input_ids"].max() >= rows or lvlm.processor.tokenizer.vocab_size > rows:
+        raise ValueError(f"{name}: its tokenizer is another model's: it has more tokens than the model, {rows}")
+    pixels, vision = inputs["pixel_values"], config.vision_config
+    if lvlm.spec.packed:  # [patches, values]
+        tiles, made = 1, pixels.shape[-1]
+        taken = 3 * vision.temporal_patch_size * vision.patch_size**2
+    else:  # [.., 3, height, width]
+        tiles, made, taken = pixels[..., 0, 0, 0].numel(), tuple(pixels.shape[-2:]), _pair(vision.image_size)
+    if made != taken:
+        what = "patches of {} values" if lvlm.spec.packed else "pictures of {} pixels"
+        raise ValueError(f"{name}: its processor makes {what.format(made)}, and its tower takes {taken}")
+    newline = int(lvlm.spec.anyres)  # behind the last row of patches
+    if layout.tiles != tiles or layout.positions.max() + newline != layout.visual.max():
+        raise ValueError(
+            f"{name}: its processor gives a picture {visual} visual tokens, which are not those of {tiles} tiles of "
+            f"{layout.grid} patches: an entry of processor_config.json is absent or wrong, such as patch_size"
+        )
+
+
 @contextmanager
-def _reading(name: str) -> Iterator[None]:
+def _reading(name: str, what: str = "") -> Iterator[None]:
     """Tells in one line what transformers has to say about files that are absent, damaged or out of reach."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{name} cannot be read: {str(error).strip().splitlines()[0]}") from error
+    except Exception as error:  # whatever a damaged or foreign file provokes: KeyError, TypeError, a strict config ..
+        raise ValueError(f"{name} cannot be read: {what}{_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    """What an error says, in one line: the first that says something, with its type where that is part of it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return said if isinstance(error, (OSError, ValueError)) and said else f"{type(error).__name__}: {said}"
 
 
 def find(name: str) -> str:
@@ -623,6 +850,8 @@ def find(name: str) -> str:
     folder = Path(name).expanduser()
     if (folder / "config.json").is_file():
         return str(folder)
+    if (folder / checkpoints.ADAPTER).is_file():
+        raise ValueError(f"{name} is an adapter, no model: {checkpoints.MERGE}")
     looks_like_hub_id = name.count("/") == 1 and all(name.split("/")) and not name.startswith((".", "~"))
     if folder.exists() or not looks_like_hub_id:
         known = ", ".join(lab_models()) or "none are there"
@@ -686,8 +915,13 @@ def _n_prefix(vision: PretrainedConfig) -> int:
 def _tile_grid(config: PretrainedConfig) -> tuple[int, int]:
     """(rows, columns) of the patches of a tile of a tower that sees tiles of one size."""
     image, patch = config.vision_config.image_size, config.vision_config.patch_size
-    (high, wide), (patch_high, patch_wide) = (x if isinstance(x, (list, tuple)) else (x, x) for x in (image, patch))
+    (high, wide), (patch_high, patch_wide) = _pair(image), _pair(patch)
     return high // patch_high, wide // patch_wide
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) of what a configuration gives as one number where both are the same."""
+    return tuple(size) if isinstance(size, (list, tuple)) else (size, size)
 
 
 def _block_order(rows: int, columns: int, merge: int) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """Where things are. Every path of the project is derived here, from the place of this file."""
 
+import ctypes
+import hashlib
 import os
 import re
 import shutil
@@ -13,6 +15,7 @@ DATA = ROOT / "data"
 MODELS = DATA / "models"
 METHODS = DATA / "methods"
 RESULTS = ROOT / "results"
+PLAIN = DATA / "cache" / "plain"
 NOTEBOOKS = ROOT / "notebooks"
 BOOK = ROOT / "book"
 RUNS = BOOK / "runs"
@@ -23,12 +26,36 @@ def slug(model_name: str) -> str:
     """The name of a run: a model's name as one path component.
 
     `lab-llava` stays itself, `llava-hf/llava-1.5-7b-hf` becomes `llava-hf--llava-1.5-7b-hf`, and a folder
-    becomes its last component.
+    becomes its last component, with `-` for what is no letter, digit, dot, dash or underline of ASCII. A name in which
+    nothing else is left becomes `model-` and a digest.
     """
     path = Path(model_name).expanduser()
     if path.is_absolute() or model_name.startswith((".", "~")):
         model_name = path.resolve().name
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", model_name.strip("/").replace("/", "--"))
+    kept = re.sub(r"[^A-Za-z0-9._-]+", "-", model_name.strip("/").replace("/", "--")).lstrip("._-")[:120]
+    return kept or f"model-{hashlib.sha256(model_name.encode()).hexdigest()[:8]}"
+
+
+def claimed(run: str, model: str) -> None:
+    """Note in `results/<run>` whose results they are, where the name does not say it, or find it noted.
+
+    Raises:
+        ValueError: they are those of another model, or `run` is no name.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}", run):
+        raise ValueError(f"'{run[:80]}' is no name for a run: letters, digits, '.', '_' and '-' only (--name)")
+    note = RESULTS / run / "model.txt"
+    of = note.read_text(encoding="utf-8").strip() if note.is_file() else run if run in lab_models() else model
+    if of != model:
+        raise ValueError(f"the run {run} holds results of {of}: give those of {model} another name (--name)")
+    if run != model and not note.is_file():
+        with atomic(note) as temporary:
+            temporary.write_text(f"{model}\n", encoding="utf-8")
+
+
+def place(path: str) -> Path:
+    """A path as parameters have it: from the project's root, absolute, or with `~` for home."""
+    return ROOT / Path(path).expanduser()
 
 
 def lab_models() -> list[str]:
@@ -55,9 +82,11 @@ def results_dir(run: str, notebook: str) -> Path:
     """The folder that a notebook writes its tables to, made if missing: `results/<run>/<notebook>`.
 
     While the engine executes a notebook, SINKSTUDY_RESULTS names another root; the engine moves the folder into
-    place once the notebook has ended. To *read* what an earlier run wrote, use `RESULTS / run / notebook`.
+    place once the notebook has ended. A notebook that something else executes, such as plain papermill or Jupyter,
+    writes to `PLAIN`, since nobody knows with which parameters: `results/` holds what the engine can vouch for. To
+    *read* what an earlier run wrote, use `RESULTS / run / notebook`.
     """
-    folder = Path(os.environ.get("SINKSTUDY_RESULTS", RESULTS)) / run / notebook
+    folder = Path(os.environ.get("SINKSTUDY_RESULTS", PLAIN)) / run / notebook
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -70,12 +99,53 @@ def atomic(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    holder = Path(tempfile.mkdtemp(prefix=".partial-", dir=path.parent))
+    _sweep(path.parent)
+    holder = Path(tempfile.mkdtemp(prefix=f".partial-{os.getpid()}-", dir=path.parent))
     temporary = holder / path.name
     try:
         yield temporary
-        if temporary.is_dir() and path.exists():
-            path.rename(holder / "replaced")
-        temporary.rename(path)
+        for file in temporary.rglob("*") if temporary.is_dir() else [temporary]:
+            _sync(file)
+        if not (temporary.is_dir() and path.exists() and _exchanged(temporary, path)):
+            if temporary.is_dir() and path.exists():
+                path.rename(holder / "replaced")
+            temporary.rename(path)
+        _sync(path.parent)
     finally:
         shutil.rmtree(holder, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Have a file's content, or a folder's entries, on the disk: after a power loss a renamed file is not empty."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Let two folders take each other's place in one step, where the system can: readers see the old or the new."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):  # not Linux
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+
+
+def _sweep(folder: Path) -> None:
+    """Remove half-made things whose process is gone."""
+    for left in folder.glob(".partial-[0-9]*-*"):
+        if (pid := left.name.split("-")[1]).isdigit() and not _lives(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

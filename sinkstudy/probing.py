@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from sinkstudy import stats
-from sinkstudy.capture import hidden_states, token_norms
+from sinkstudy.capture import ADVICE, hidden_states, token_norms
 from sinkstudy.models import LVLM, ImageLayout
 
 PENALTIES = tuple(10.0**k for k in range(-4, 3))
@@ -153,6 +153,8 @@ def states(
             inside |= {("decoder", layer): hidden for layer, (hidden,) in decoder.items()}
             for stage, hidden in inside.items():
                 found.setdefault(stage, []).append((weights[:followed] @ hidden[i, places].float()).cpu())
+            if not norm.isfinite().all():
+                raise ValueError(f"{lvlm.name}: NaN or infinite values in the tower, picture {start + i}: {ADVICE}")
             norms.append(norm)
             layouts.append(layout)
     return States(

@@ -12,8 +12,9 @@ from typing import Any, Literal, NamedTuple
 import pandas as pd
 import torch
 
-from sinkstudy import ablation, benchmarks, capture, neurons, routing, sinks, stats, study
+from sinkstudy import ablation, benchmarks, capture, neurons, paths, routing, sinks, stats, study
 from sinkstudy.ablation import Masks
+from sinkstudy.benchmarks import harness
 from sinkstudy.evaluate import ANSWERS, NONE, Intervention
 from sinkstudy.models import LVLM
 
@@ -38,7 +39,7 @@ def norms(lvlm: LVLM, pictures: Mapping[Hashable, Any], batch_size: int = 16) ->
     with lvlm.editing(before=keep):
         for start in range(0, len(keys), batch_size):
             batch = keys[start : start + batch_size]
-            inputs = lvlm.inputs([study.opened(pictures[key]) for key in batch], [""] * len(batch))
+            inputs = lvlm.inputs([pictures[key] for key in batch], [""] * len(batch))
             lvlm.see(inputs)
             of |= {key: read[0][layout.connector] for key, layout in zip(batch, lvlm.layout(inputs), strict=True)}
     return of
@@ -84,7 +85,7 @@ def sink_dimensions(lvlm: LVLM, pictures: Sequence[Any]) -> list[int]:
         return sinks.dimension_profile(hidden[:, :1])
 
     with capture.hidden_states(lvlm, "decoder", first_token, [middle]) as seen:
-        inputs = lvlm.inputs([study.opened(picture) for picture in pictures], [""] * len(pictures))
+        inputs = lvlm.inputs(pictures, [""] * len(pictures))
         lvlm.model(**inputs, logits_to_keep=1)
     return sinks.sink_dimensions(seen[middle][0].cpu())
 
@@ -100,7 +101,7 @@ def register_neurons(
     """`neurons.register_neurons` of the first `LOOKED_AT` pictures that have as many patches as the very first."""
     n = len(next(iter(masks.values())))
     keys = [key for key, mask in masks.items() if len(mask) == n][:LOOKED_AT]
-    shown = [study.opened(pictures[key]) for key in keys]
+    shown = [pictures[key] for key in keys]
     found = neurons.register_neurons(lvlm, shown, torch.stack([masks[key] for key in keys]), k, batch_size)
     return {layer: of.tolist() for layer, of in found.items()}
 
@@ -238,7 +239,7 @@ def data(
     name = known[benchmark.lower()]
     found = study.benchmark(name, data_dir, hub, limit)
     if found is None:
-        raise ValueError(f"no data of {name}: there is no folder {Path(data_dir) / name}")
+        raise ValueError(f"no data of {name}: there is no folder {Path(data_dir) / name}, nor a file of that name")
     return name, *found
 
 
@@ -257,6 +258,7 @@ def effect(
     batch_size: int = 16,
     seed: int = 0,
     cache: str | Path | None = ANSWERS,
+    harnesses: Path | None = None,
 ) -> pd.DataFrame:
     """What a method does to the answers to a benchmark.
 
@@ -267,6 +269,7 @@ def effect(
         criterion, threshold: of sinks, see `groups`.
         max_new_tokens, batch_size, cache: as in `evaluate`.
         seed: of random groups and of the bootstrap.
+        harnesses: a folder for the answers in the form of other harnesses, see `benchmarks.harness`; None for none.
 
     Returns:
         Three rows a measure, `what` being baseline, method and difference, with `value`, `low` and `high`: mean over
@@ -283,6 +286,10 @@ def effect(
     settings = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "cache": cache}
     said = study.answers(lvlm, benchmark, table, pictures, [NONE, how], public=public, **settings)
     answers = {name: part.reset_index(drop=True) for name, part in said.groupby("intervention")}
+    if harnesses is not None:
+        for name, part in answers.items():
+            whose = paths.slug(lvlm.name) + ("" if name == NONE.name else f"--{name}")
+            harness.write(part.assign(question=table.question), benchmark, part.question.tolist(), whose, harnesses)
     before, after = answers[NONE.name], answers[how.name]
     interval = {"clusters": before.image_id, "method": "percentile", "missing": "drop", "seed": seed}
     rows = []

@@ -3,8 +3,9 @@
 What is said of sinks (2510.08510, 2309.16588) is built in here as a fact about who can see what:
 
 - a *sink* is a flat patch: one whose pixels do not vary. The rule is the model's own, from the picture alone;
-- an ordinary patch sees its window of `window` × `window` patches and, from layer `sink_layer` on, the sinks. But what a
-  sink shows to whoever attends to it is a learned vector, the same in every picture: attention is drawn, nothing is told;
+- an ordinary patch sees its window of `window` × `window` patches and, from layer `sink_layer` on, the sinks. But what
+  a sink shows to whoever attends to it is a learned vector, the same in every picture: attention is drawn, nothing is
+  told;
 - a sink sees everything from `sink_layer` on, and so does CLS in every layer. Nobody but CLS and sinks sees CLS.
 
 So what needs more than one window to be known can be in CLS and in sinks, and in no other patch, however it is trained.
@@ -76,7 +77,7 @@ class SinkAttention(CLIPAttention):
 
 
 def visible(sinks: torch.Tensor, window: int, with_sinks: bool) -> torch.Tensor:
-    """Which token sees which: sinks bool [batch, patches] of a square grid -> bool [batch, 1 + patches (who), same (whom)].
+    """Which token sees which: sinks bool [batch, patches] of a square grid -> bool [batch, 1 + patches, same (whom)].
 
     `with_sinks`: whether sinks see everything and are seen; otherwise they are patches like others.
     """

@@ -115,15 +115,17 @@ def settings(
     return tuning.Settings(batch_size=batch_size, accumulate=accumulate, lr=rate, epochs=passes, **more)
 
 
-def run(job: Job, how: tuning.Settings, out: Path, *, device: str, dtype: str) -> None:
+def run(job: Job, how: tuning.Settings, out: Path, *, device: str, dtype: str, outside: bool = False) -> None:
     """Train a stage and write its method to the folder `out`; what was finished with these settings is left as it is.
+
+    `outside`: see `conversations.read`.
 
     Raises:
         ValueError: anything wrong with model, data, folders or options, before the model is loaded where possible.
     """
     out = Path(out)
     before = check(job, out)
-    samples = conversations.read(job.data, job.images)
+    samples = conversations.read(job.data, job.images, outside=outside)
     known = _plain(job) | {"settings": how.that_matter(_processes())}
     work = out.with_name(out.name + ".training")  # what is there while it is trained
     main_process = int(os.environ.get("RANK", 0)) == 0

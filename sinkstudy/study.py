@@ -1,23 +1,24 @@
 """What chapters have in common: pictures, questions about them, the model beside its controls, and its answers."""
 
 import random
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from PIL import Image, UnidentifiedImageError
 
 from sinkstudy import benchmarks, models, paths, stats
-from sinkstudy.benchmarks.parquet import Picture
+from sinkstudy.benchmarks.files import TABLES
 from sinkstudy.evaluate import Intervention, evaluate
 from sinkstudy.lab import benchmarks as lab_benchmarks
 from sinkstudy.lab import questions as lab
 from sinkstudy.lab import world
 from sinkstudy.models import LVLM
+from sinkstudy.pictures import folder
 
+FORMS = (".parquet", *TABLES)  # of a benchmark in one file
 LAB = {"POPE": lab_benchmarks.pope, "MME": lab_benchmarks.mme, "MMStar": lab_benchmarks.mmstar}
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 def pictures(images_dir: str, limit: int) -> tuple[list[Any], world.Scenes | None]:
@@ -28,28 +29,19 @@ def pictures(images_dir: str, limit: int) -> tuple[list[Any], world.Scenes | Non
         limit: the number of pictures at most.
 
     Returns:
-        The pictures, PIL images in RGB, or of the lab uint8 [3, 96, 96]; and the lab's scenes, or None.
+        The pictures, `pictures.File` to be opened when they are needed, or of the lab uint8 [3, 96, 96]; and the lab's
+        scenes, or None.
 
     Raises:
-        ValueError: no such folder, no picture in it, or a picture that cannot be read, by its name.
+        ValueError: as `pictures.folder`.
     """
     if not images_dir:
         scenes = world.render("test", 0, limit)
         return list(scenes.images), scenes
-    folder = paths.ROOT / Path(images_dir).expanduser()
-    if not folder.is_dir():
-        raise ValueError(f"images_dir {images_dir!r} is no folder")
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)[:limit]
-    if not files:
-        raise ValueError(f"images_dir {images_dir!r} holds no picture ({', '.join(SUFFIXES)})")
-    return [_opened(file) for file in files], None
-
-
-def _opened(file: Path) -> Image.Image:
-    try:
-        return Image.open(file).convert("RGB")
-    except (OSError, UnidentifiedImageError, SyntaxError) as error:
-        raise ValueError(f"picture {file.name} cannot be read: {error}") from None
+    found, others = folder(paths.place(images_dir), limit)
+    if others:
+        print(f"{images_dir}: {others} files that are no pictures passed over", file=sys.stderr)
+    return found, None
 
 
 def questions(scenes: world.Scenes | None, n: int, prompt: str, seed: int) -> pd.DataFrame:
@@ -129,18 +121,25 @@ def benchmark(name: str, data_dir: str, hub: bool, limit: int) -> tuple[pd.DataF
 
     Args:
         name: of `benchmarks.load`; of the lab POPE, MME or MMStar.
-        data_dir: a folder with one of parquet files for each benchmark, from the project's root; empty for the lab.
+        data_dir: a folder with a folder or file for each benchmark, by its name in any case, in any form that
+            `benchmarks.load` reads; from the project's root. Empty for the lab.
         hub: public data from the Hugging Face Hub, at the pinned revisions.
         limit: the number of pictures of each category at most; 0 for all.
 
     Returns:
-        The table of `benchmarks.load`, and the picture of each `image_id`; None if the data are not there.
+        The table of `benchmarks.load`, and the picture of each `image_id`; None if the data are not there. What one
+        picture cannot answer is left out; this and what else the table lacks is said on stderr.
+
+    Raises:
+        ValueError: as `benchmarks.load`, or two folders or files of one benchmark.
     """
     if data_dir or hub:
-        folder = paths.ROOT / data_dir / name
-        if not hub and not folder.exists():
+        place = None if hub else _place(paths.place(data_dir), name)
+        if not hub and place is None:
             return None
-        table = benchmarks.load(name, path=None if hub else folder)
+        table = benchmarks.askable(benchmarks.load(name, path=place))
+        for line in benchmarks.remarks(table):
+            print(line, file=sys.stderr)
     elif name in LAB:
         table = LAB[name]()
     else:
@@ -154,6 +153,16 @@ def benchmark(name: str, data_dir: str, hub: bool, limit: int) -> tuple[pd.DataF
     return table, {image: pixels[i] for image, i in zip(table.image_id, place, strict=True)}
 
 
+def _place(folder: Path, name: str) -> Path | None:
+    """The folder or file of a benchmark in a folder, by its name in any case, or None."""
+    there = folder.iterdir() if folder.is_dir() else ()
+    found = sorted(p for p in there if (p.name if p.is_dir() else p.stem).lower() == name.lower()
+                   and (p.is_dir() or p.suffix.lower() in FORMS))
+    if len(found) > 1:
+        raise ValueError(f"{name} is in {folder} twice: {' and '.join(p.name for p in found)}; leave one")
+    return found[0] if found else None
+
+
 def load_benchmarks(
     names: Sequence[str], data_dir: str, hub: bool, limit: int
 ) -> tuple[dict[str, pd.DataFrame], dict[str, dict[str, Any]]]:
@@ -164,13 +173,8 @@ def load_benchmarks(
     """
     found = {name: of for name in names if (of := benchmark(name, data_dir, hub, limit)) is not None}
     if not found:
-        raise ValueError(f"none of {', '.join(names)} is there: data_dir {data_dir!r} needs a folder for each of them")
+        raise ValueError(f"none of {', '.join(names)} is there: data_dir {data_dir!r} needs a folder or file for each")
     return {name: of[0] for name, of in found.items()}, {name: of[1] for name, of in found.items()}
-
-
-def opened(picture: Any) -> Any:
-    """A picture as `LVLM.inputs` takes it: one in a parquet file is read, any other stays as it is."""
-    return picture.open() if isinstance(picture, Picture) else picture
 
 
 def family(lvlm: LVLM, public: bool) -> str:

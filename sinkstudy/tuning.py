@@ -90,8 +90,12 @@ class Method(nn.Module):
 
         Args:
             eight_bits: whether matrices are kept as `rounded` gives them, in half the space; else all in bfloat16.
+
+        Raises:
+            FloatingPointError: a weight that is NaN or infinite; nothing is written.
         """
         known = {"kind": self.kind, "base": self.lvlm.name, "revision": self.lvlm.revision, "settings": self.settings}
+        check_finite(self.changed())
         weights = {}
         for name, parameter in self.changed().items():
             if eight_bits and parameter.ndim > 1:
@@ -168,7 +172,20 @@ def kept(folder: str | Path) -> dict[str, torch.Tensor]:
     scales = {name.removesuffix(SCALE): found.pop(name) for name in list(found) if name.endswith(SCALE)}
     for name, scale in scales.items():
         found[name] = (found[name].flatten(1).float() * scale.float()[:, None]).view(found[name].shape)
+    try:
+        check_finite(found)
+    except FloatingPointError as problem:
+        raise ValueError(f"{folder}: {problem}") from None
     return found
+
+
+def check_finite(weights: Mapping[str, torch.Tensor]) -> None:
+    """Raises FloatingPointError, with its name, for a weight that is NaN or infinite."""
+    for name, values in weights.items():
+        if not values.isfinite().all():
+            raise FloatingPointError(
+                f"the weights {name} are no longer finite: train with a smaller learning rate, or in float32"
+            )
 
 
 KINDS = {  # by `kind`: module and class
@@ -430,17 +447,18 @@ class _Trainer(Trainer):
     ) -> torch.Tensor:
         with self.autocast:
             loss = model(**inputs)
+        if not loss.isfinite():
+            raise FloatingPointError(
+                f"the loss at step {self.state.global_step + 1} is {loss.item()}: train with a smaller learning rate, "
+                "or in float32"
+            )
         if num_items_in_batch is None:
             return loss
         return loss * inputs["labels"].ne(-100).sum() * self.args.world_size / num_items_in_batch  # DDP takes the mean
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if not math.isfinite(logs.get("loss", 0.0)):
-            raise FloatingPointError(f"the loss at step {self.state.global_step} is {logs['loss']}")
-        super().log(logs, start_time)
-
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:
+            check_finite(self.trained)  # a checkpoint from which nothing could go on takes no good one's place
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             save_file(_weights(self.trained), Path(output_dir) / "trained.safetensors")
 

@@ -1,8 +1,17 @@
-"""The fault campaign (`tests/faults`): how many faults were tried, by kind, at the end of a run of the tests."""
+"""Settings of all tests; and the fault campaign (`tests/faults`): how many faults were tried, by kind, at the end."""
 
+import os
+import tempfile
 from collections import Counter
 
 import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Answers are computed, not remembered from another run."""
+    answers = tempfile.TemporaryDirectory(prefix="sinkstudy-answers-")
+    os.environ["SINKSTUDY_ANSWERS"] = answers.name
+    config.add_cleanup(answers.cleanup)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

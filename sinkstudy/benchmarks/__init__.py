@@ -1,9 +1,10 @@
 """Public benchmarks: load them as tidy tables, ask in a model family's words, score by named rules."""
 
-from sinkstudy.benchmarks.data import SPECS, check, load
+from sinkstudy.benchmarks import harness
+from sinkstudy.benchmarks.data import SPECS, askable, check, load, remarks
 from sinkstudy.benchmarks.prompts import FAMILIES, prompts
 from sinkstudy.benchmarks.rules import RULES
 from sinkstudy.benchmarks.score import answered, mme, mmstar, pope, right
 
-__all__ = ["FAMILIES", "RULES", "SPECS", "answered", "check", "load", "mme", "mmstar", "pope", "prompts",
-           "right"]
+__all__ = ["FAMILIES", "RULES", "SPECS", "answered", "askable", "check", "harness", "load", "mme", "mmstar", "pope",
+           "prompts", "remarks", "right"]

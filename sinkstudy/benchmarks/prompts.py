@@ -8,13 +8,14 @@ by a snapshot test. Families follow the harness that the family's published numb
 - `qwen2_vl`, `qwen3_vl`, `internvl`: the prompts that VLMEvalKit (Duan et al. 2024) holds for them;
 - `lab`: the bare question; the lab models know no other words.
 
-Two things are ours: MathVista's `query`, which has the options and its authors' instruction, is asked as it is in
-every family; and MME's own "Please answer yes or no." is never doubled.
+Three things are ours: MathVista's `query`, which has the options and its authors' instruction, is asked as it is in
+every family; MME's own "Please answer yes or no." is never doubled; and questions of one's own are asked as those of
+the benchmark that is like them, see `LIKE`.
 """
 
 import pandas as pd
 
-from sinkstudy.benchmarks.data import check
+from sinkstudy.benchmarks.data import OWN, check, several_pictures
 
 _WORD = "\nAnswer the question using a single word or phrase."
 _LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -52,6 +53,7 @@ OPEN = {  # MMMU's questions without options
     "llava": "{question}\n" + _WORD, "qwen2_vl": "Question: {question}", "qwen3_vl": "Question: {question}",
     "internvl": "{question}\nAnswer the question directly.",
 }
+LIKE = {"options": "ScienceQA-IMG", "yes or no": "POPE", "open": "GQA"}  # whose prompts questions of one's own take
 CONTEXT = {"llava": "Context: {}\n", "qwen2_vl": "Hint: {}\n", "qwen3_vl": "Hint: {}\n", "internvl": "{}\n"}
 FAMILIES = {  # of a transformers model_type; every other takes `llava`
     "qwen2_vl": "qwen2_vl", "qwen2_5_vl": "qwen2_vl", "qwen3_vl": "qwen3_vl", "internvl": "internvl",
@@ -67,12 +69,23 @@ def prompts(table: pd.DataFrame, benchmark: str, family: str = "llava") -> list[
         family: a key of `TEMPLATES[benchmark]`; `FAMILIES` gives it for a `model_type`.
 
     Raises:
-        ValueError: a table that `check` refuses, or a family without a prompt for this benchmark.
+        ValueError: a table that `check` refuses, a question about several pictures, or a family without a prompt for
+            this benchmark.
     """
     check(table, benchmark)
-    if family not in TEMPLATES[benchmark]:
-        raise ValueError(f"{benchmark} has no prompt for {family!r}; it has {', '.join(TEMPLATES[benchmark])}")
-    return [_prompt(row, TEMPLATES[benchmark][family], family) for row in table.to_dict("records")]
+    if (several := several_pictures(table)).any():
+        raise ValueError(f"{benchmark}: {several.sum()} of {len(table)} questions are about several pictures, such as "
+                         f"{table.id[several].iloc[0]!r}, and one is shown; benchmarks.askable leaves them out")
+    known = TEMPLATES[LIKE["open"] if benchmark == OWN else benchmark]
+    if family not in known:
+        raise ValueError(f"{benchmark} has no prompt for {family!r}; it has {', '.join(known)}")
+    return [_prompt(row, TEMPLATES[LIKE[kind(row)]][family] if benchmark == OWN else known[family], family)
+            for row in table.to_dict("records")]
+
+
+def kind(row: dict) -> str:
+    """What kind a question of one's own is, by its options and its answer: a key of `LIKE`."""
+    return "options" if row["choices"] else "yes or no" if row["answer"] in ("yes", "no") else "open"
 
 
 def _prompt(row: dict, template: str, family: str) -> str:

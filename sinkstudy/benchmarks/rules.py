@@ -12,7 +12,7 @@ at 79e6d1c · lmms-eval (Zhang et al. 2025) at 75571cf · VLMEvalKit (Duan et al
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 LETTERS = "ABCD"
 _PHRASES = (  # of lmms-eval; in English, Korean, Chinese, Japanese
@@ -94,11 +94,11 @@ def mmstar_official(text: str) -> str | None:
             return found if found and found in LETTERS else None
 
 
-def letter_strict(text: str) -> str | None:
-    """Ours: the first word, without the marks `().,:` around it, if it is one of the capital letters A–D."""
+def letter_strict(text: str, letters: Sequence[str] = LETTERS) -> str | None:
+    """Ours: the first word, without the marks `().,:` around it, if it is one of the capital letters, A–D."""
     first = text.strip().split(maxsplit=1)[:1]
     word = first[0].strip("().,:") if first else ""  # upper case only: "a" is a word
-    return word if word and word in tuple(LETTERS) else None
+    return word if word and word in tuple(letters) else None
 
 
 def letter_lmms_eval(text: str) -> str | None:

@@ -16,7 +16,9 @@ import numpy as np
 import pandas as pd
 
 from sinkstudy.benchmarks import rules
-from sinkstudy.benchmarks.data import check
+from sinkstudy.benchmarks.data import OWN, check
+from sinkstudy.benchmarks.prompts import kind
+from sinkstudy.benchmarks.rows import letters
 
 
 def answered(table: pd.DataFrame, benchmark: str, rule: str = "official") -> pd.Series:
@@ -28,15 +30,21 @@ def answered(table: pd.DataFrame, benchmark: str, rule: str = "official") -> pd.
         rule: a key of `rules.RULES[benchmark]`.
 
     Raises:
-        ValueError: a table that `check` refuses, a missing prediction, an unknown rule.
+        ValueError: a table that `check` refuses, a prediction that is no text, an unknown rule.
     """
-    check(table, benchmark, ["prediction"])
+    _check_predicted(table, benchmark)
     known = rules.RULES.get(benchmark, {})
     if rule not in known:
         raise ValueError(f"{benchmark} has no rule {rule!r}; it has {', '.join(known) or 'only the official one'}")
-    if not table.prediction.map(lambda said: isinstance(said, str)).all():
-        raise ValueError(f"{benchmark}: a prediction is missing; an empty answer is the text ''")
     return pd.Series([known[rule](said) for said in table.prediction], index=table.index, dtype=object)
+
+
+def _check_predicted(table: pd.DataFrame, benchmark: str) -> None:
+    check(table, benchmark, ["prediction"])
+    odd = [(name, said) for name, said in zip(table.id, table.prediction, strict=True) if not isinstance(said, str)]
+    if odd:
+        raise ValueError(f"{benchmark}: a prediction is missing; an empty answer is the text '' ({odd[0][0]!r} has "
+                         f"{odd[0][1]!r})")
 
 
 def right(table: pd.DataFrame, benchmark: str, rule: str = "official") -> pd.Series:
@@ -51,13 +59,15 @@ def right(table: pd.DataFrame, benchmark: str, rule: str = "official") -> pd.Ser
     - MMMU (Yue et al. 2024): `rules.letter_mmmu`; open questions `same_answer`.
     - MathVista (Lu et al. 2024): `math_vista`, where the original asks GPT-4 for the extraction: our numbers
       are not comparable with published ones.
+    - Questions of one's own: our strict rules, `rules.letter_strict` where there are options (as many letters as
+      these), `rules.yes_no_strict` where the answer is yes or no; else the answer or one of `answers`, in `vqa_form`.
 
     Raises:
         ValueError: as `answered`.
     """
     if benchmark in rules.RULES:
         return (answered(table, benchmark, rule) == table.answer).astype(float)
-    check(table, benchmark, ["prediction"])
+    _check_predicted(table, benchmark)
     if rule != "official":
         raise ValueError(f"{benchmark} has no rule {rule!r}; it has only the official one")
     score = {
@@ -67,6 +77,7 @@ def right(table: pd.DataFrame, benchmark: str, rule: str = "official") -> pd.Ser
         "MMMU": lambda r: (rules.letter_mmmu(r["prediction"], r["choices"]) == r["answer"] if r["choices"]
                            else same_answer(r["prediction"], r["answer"])),
         "MathVista": lambda r: math_vista(r) == r["answer"],
+        OWN: own,
     }[benchmark]
     return pd.Series([float(score(row)) for row in table.to_dict("records")], index=table.index)
 
@@ -221,6 +232,16 @@ def math_vista(row: dict) -> str | None:
     if not numbers:
         return None
     return str(int(numbers[-1])) if row["answer_type"] == "integer" else str(round(numbers[-1], int(row["precision"])))
+
+
+def own(row: dict) -> bool:
+    """Whether a text answers a question of one's own rightly, by the rule for its kind, see `right`."""
+    said = row["prediction"]
+    if kind(row) == "options":
+        return rules.letter_strict(said, letters(len(row["choices"]))) == row["answer"]
+    if kind(row) == "yes or no":
+        return rules.yes_no_strict(said) == row["answer"]
+    return vqa_form(said) in {vqa_form(answer) for answer in (row["answer"], *row["answers"])}
 
 
 def _number(text: str) -> float | None:

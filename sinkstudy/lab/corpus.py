@@ -81,8 +81,8 @@ def grounding(s: Scenes) -> torch.Tensor:
 class Corpus:
     """What the lab's training needs to know of n scenes besides their pictures.
 
-    `caption` [n, CAPTION] starts with <s> and ends with </s>, padded with -1; `gist` [n, facts] holds classes of `lab.gist`; `facts` are the scenes in words,
-    `fact` [n, words] sentences about the lab world at large.
+    `caption` [n, CAPTION] starts with <s> and ends with </s>, padded with -1; `facts` are the scenes in words,
+    `fact` [n, words] sentences about the lab world at large, `gist` [n, facts] the classes of `lab.gist`.
     """
 
     def __init__(self, n: int, seed: int = 0):

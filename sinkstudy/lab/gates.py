@@ -1,8 +1,8 @@
 """Does the positive control hold what it must? Gates on its tower, fixed before it was trained.
 
 An instrument is gated before it judges anything. The tower with sinks by construction has to hold the gist (`lab.gist`)
-in its sinks and nowhere else, local facts as well as the natural tower, and its sinks have to be found by their norm and
-to draw attention. What a token holds is what a linear probe (`probing.Ridge`) reads from it: fitted on scenes of the
+in its sinks and nowhere else, local facts as well as the natural tower, and its sinks have to be found by their norm
+and to draw attention. What a token holds is what a linear probe (`probing.Ridge`) reads from it: fitted on scenes of the
 validation split, judged on test scenes, on as many scenes of each class, so that chance is 1 / classes. The margin of a
 fact is (accuracy - chance) / (1 - chance); that of several is their mean.
 """
@@ -14,13 +14,14 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
-from sinkstudy import sinks
+from sinkstudy import models, sinks
 from sinkstudy.lab import gist
 from sinkstudy.lab.corpus import grounding
 from sinkstudy.lab.tower import LAYERS, ONSET, attentions, normalise, states
 from sinkstudy.lab.world import GRID, Scenes, render
+from sinkstudy.paths import DATA
 from sinkstudy.probing import Ridge
 from sinkstudy.sinktower import CLIPVisionModelWithSinks
 
@@ -47,7 +48,7 @@ class Readings:
     vectors: dict[str, torch.Tensor]  # "cls", "last cls", "sink", "ordinary", "empty", "mean", and each of `LOCAL`
     labels: dict[str, torch.Tensor]   # of the patch chosen for each of `LOCAL`, long [scenes], -1 where there is none
     norms: torch.Tensor               # [scenes, patches]
-    attention: torch.Tensor           # [scenes, layers behind the onset, heads], share of ordinary patches' on the sinks
+    attention: torch.Tensor           # [scenes, layers behind the onset, heads], ordinary patches' share on the sinks
 
 
 def _one_of(mask: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -188,6 +189,15 @@ def gates(natural: PreTrainedModel, control: CLIPVisionModelWithSinks, *, fit: i
               precision, recall, seen["control"][1].attention.mean(0).min().item()]
     rows = []
     for (gate, (side, bound)), value in zip(BOUNDS.items(), values, strict=True):
-        holds = value >= bound if side == "at least" else value <= bound
-        rows.append({"gate": gate, "value": value, "side": side, "bound": bound, "holds": bool(np.isfinite(value) and holds)})
+        holds = bool(np.isfinite(value) and (value >= bound if side == "at least" else value <= bound))
+        rows.append({"gate": gate, "value": value, "side": side, "bound": bound, "holds": holds})
     return pd.DataFrame(rows), table
+
+
+def measured(**scenes: int) -> pd.DataFrame:
+    """`gates` of the committed tower beside that of lab-llava; `scenes`: `fit` and `judge`."""
+    natural = models.load("lab-llava").vision
+    control = AutoModel.from_pretrained(DATA / "towers" / "gist", dtype=torch.float32, use_safetensors=True).eval()
+    for tower in (natural, control):
+        tower.set_attn_implementation("lab_matmul")
+    return gates(natural, control, **scenes)[0]

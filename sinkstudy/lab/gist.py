@@ -2,10 +2,10 @@
 
 Light and scene are global, yet every patch shows them. These are not: each needs places that lie apart.
 
-- *add up* over places, so that the mean of tokens that know only their surroundings holds some of them: how many things,
-  how many parts, which kinds are there, which two textures cover most (`pair`);
-- *do not add up*: how many different colours the things have, whether two have the same one (`twins`), whether the same
-  part covers most of the left half and of the right half (`sides`).
+- *add up* over places, so that the mean of tokens that know only their surroundings holds some of them: how many
+  things, how many parts, which kinds are there, which two textures cover most (`pair`);
+- *do not add up*: how many different colours the things have, whether two have the same one (`twins`), whether the
+  same part covers most of the left half and of the right half (`sides`).
 """
 
 from __future__ import annotations

@@ -27,6 +27,9 @@ CACHE = DATA / "cache" / "lab"
 MODELS = {"lab-llava": "plain", "lab-llava-sinks": "sinks", "lab-llava-registers": "registers",
           "lab-qwen2vl": "qwen2vl"}
 TOWER = dict(steps=900, batch=64, lr=2e-3, weight_decay=0.1)
+# The tower with sinks by construction, which no lab model has yet: gates first (`lab.gates`).
+GIST = dict(steps=1400, batch=64, lr=2e-3, muon=3e-3, weight_decay=0.05)
+TOWERS = DATA / "towers"
 # The decoder learns the language from text, the connector to feed it (captions, decoder frozen), then both learn to
 # answer: LLaVA's stages, for both families.
 TEXT = dict(steps=400, batch=24, lr=3e-3, muon=3e-3, weight_decay=0.05)
@@ -130,6 +133,16 @@ def train_model(name: str):
             tune(f"{name}.align", model, "caption", seed=25, frozen=("language_model",), **ALIGN),
             tune(f"{name}.instruct", model, "questions", seed=30, **INSTRUCT)]
     return model, pd.concat(logs)
+
+
+def train_gist() -> Path:
+    """The tower with sinks by construction; writes it with its loss curve to `data/towers/gist`."""
+    tower, log = train_tower("gist.tower", "gist", **GIST)
+    folder = TOWERS / "gist"
+    with atomic(folder) as temporary:
+        tower.to(torch.bfloat16).save_pretrained(temporary)
+        log.to_csv(temporary / "training.csv", index=False, float_format="%.5g")
+    return folder
 
 
 def train_arms(names=tuple(ARMS)) -> None:
@@ -246,12 +259,12 @@ def finish(name: str, model, log: pd.DataFrame) -> None:
 
 
 def main(names: list[str]) -> None:
-    """`names`: lab models, or "emergence" for the arms of chapter 02, in the order they are to be made."""
+    """`names`: lab models, "emergence" for the arms of chapter 02, or "gist" for its tower, in the order of making."""
     training.threads()
     for name in names:
         started = time.monotonic()
-        if name == "emergence":
-            train_arms()
+        if name in ("emergence", "gist"):
+            train_arms() if name == "emergence" else train_gist()
             continue
         model, log = train_model(name)
         finish(name, model, log)

@@ -16,16 +16,18 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 PARAMETERS = """
-model = "lab-llava"
-device = "cpu"
-dtype = "float32"
-limit = 3
-batch_size = 4
-revision = ""
-seed = 0
-scale = 1.5
-data = "data/table.csv"
-others = ["lab-llava"]
+from sinkstudy.parameters import AtLeast1, Device, Dtype, Files, Finite, Model, Models, Revision, Seed
+
+model: Model = "lab-llava"
+device: Device = "cpu"
+dtype: Dtype = "float32"
+limit: AtLeast1 = 3
+batch_size: AtLeast1 = 4
+revision: Revision = ""
+seed: Seed = 0
+scale: Finite = 1.5
+data: Files = "data/table.csv"
+others: Models = ["lab-llava"]
 """
 # 01 imports alpha, which imports beta; 02 imports neither. Each execution leaves a line in journal.txt.
 FIRST = """
@@ -94,7 +96,7 @@ class Project(Commands):
     def __init__(self, root: Path):
         super().__init__(root)
         (root / "sinkstudy").mkdir()
-        for name in ("__init__.py", "paths.py", "engine.py", "cli.py"):
+        for name in ("__init__.py", "paths.py", "pictures.py", "parameters.py", "digests.py", "engine.py", "cli.py"):
             shutil.copy(REPOSITORY / "sinkstudy" / name, root / "sinkstudy" / name)
         shutil.copy(REPOSITORY / "Snakefile", root / "Snakefile")
         self.write("sinkstudy/alpha.py", "from .beta import TWO\n\n\ndef double(x):\n    return TWO * x\n")

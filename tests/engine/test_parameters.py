@@ -4,20 +4,24 @@ import pytest
 
 from tests.engine.conftest import Project
 
+ALL = """from sinkstudy.parameters import AtLeast0, Model
+model: Model = "lab-llava"
+limit: AtLeast0 = 3  # pictures; 0: all
+"""
 BAD = {
     "unknown name": (["-p", "colour=red"], "unknown parameter 'colour'; the notebooks have: batch_size, data, device"),
     "no value": (["-p", "seed"], "-p takes NAME=VALUE, not 'seed'"),
-    "wrong type": (["-p", "limit=many"], "parameter 'limit' is of type int (default 3), and 'many' is not"),
-    "float for int": (["-p", "limit=2.5"], "parameter 'limit' is of type int (default 3), and 2.5 is not"),
-    "bool for int": (["-p", "limit=true"], "parameter 'limit' is of type int"),
+    "wrong type": (["-p", "limit=many"], "parameter 'limit' of 01-first is of type int (default 3), and 'many' is not"),
+    "float for int": (["-p", "limit=2.5"], "parameter 'limit' of 01-first is of type int (default 3), and 2.5 is not"),
+    "bool for int": (["-p", "limit=true"], "parameter 'limit' of 01-first is of type int"),
     "unknown model": (["lab-lava"], "unknown model 'lab-lava': not one of lab-llava, not a folder"),
     "folder without a model": (["notebooks"], "the folder notebooks holds no model: it has no config.json"),
     "unknown model in a list": (["-p", 'others=["lab-lava"]'], "unknown model 'lab-lava'"),
-    "missing path": (["-p", "data=data/none.csv"], "parameter 'data': there is no file or folder data/none.csv"),
+    "missing path": (["-p", "data=data/none.csv"], "parameter 'data' of 01-first: there is no file or folder"),
     "unknown device": (["--device", "tpu"], "unknown device 'tpu': cpu, cuda, cuda:1, ..., mps or auto"),
-    "unknown dtype": (["--dtype", "int3"], "unknown dtype 'int3': one of float32, bfloat16, float16"),
-    "no picture": (["--limit", "0"], "parameter 'limit' is 1 at least in 01-first, and 0 is not"),
-    "empty batch": (["--batch-size", "0"], "parameter 'batch_size' is 1 at least, and 0 is not"),
+    "unknown dtype": (["--dtype", "int3"], "parameter 'dtype' of 01-first is 'float32', 'bfloat16' or"),
+    "no picture": (["--limit", "0"], "parameter 'limit' of 01-first is 1 at least, and 0 is not"),
+    "empty batch": (["--batch-size", "0"], "parameter 'batch_size' of 01-first is 1 at least, and 0 is not"),
     "revision of a folder": (["--revision", "v1"], "lab-llava is a folder and has no revision 'v1'"),
     "unknown notebook": (["--only", "07"], "no notebook begins with '07'; there are: 01-first, 02-second"),
     "bad run name": (["--name", "a/b"], "'a/b' is no name for a run"),
@@ -43,14 +47,14 @@ def test_absent_cuda(project: Project, monkeypatch: pytest.MonkeyPatch):
 def test_absent_cuda_index(monkeypatch: pytest.MonkeyPatch):
     import torch
 
-    from sinkstudy import engine
+    from sinkstudy import parameters
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    engine.check_device("cuda")
-    engine.check_device("cuda:0")
-    with pytest.raises(engine.UserError, match="'cuda:1' is not there: this machine has 1 GPU"):
-        engine.check_device("cuda:1")
+    parameters.check_device("cuda")
+    parameters.check_device("cuda:0")
+    with pytest.raises(ValueError, match="'cuda:1' is not there: this machine has 1 GPU"):
+        parameters.check_device("cuda:1")
 
 
 def test_fitting_values_reach_the_notebook(project: Project):
@@ -65,18 +69,18 @@ def test_fitting_values_reach_the_notebook(project: Project):
 
 def test_options_reach_the_notebooks_that_have_them(project: Project):
     project.notebook("01-first", "print(model, batch_size, revision)")
-    project.notebook("02-second", "print(model)", parameters='model = "lab-llava"')
+    project.notebook("02-second", "print(model)", parameters=ALL.splitlines()[0] + '\nmodel: Model = "lab-llava"')
     project.call("run", "owner/name", "--revision", "v1", "--batch-size", "2")
     assert project.page("01-first", run="owner--name").cells[-1].outputs[0].text == "owner/name 2 v1\n"
     assert project.page("02-second", run="owner--name").cells[-1].outputs[0].text == "owner/name\n"
 
 
 def test_no_limit_where_the_notebook_knows_it(project: Project):
-    project.notebook("02-second", "print(limit)", parameters='model = "lab-llava"\nlimit = 3  # pictures; 0: all')
+    project.notebook("02-second", "print(limit)", parameters=ALL)
     project.call("run", "--only", "02", "--limit", "0", "--name", "all")
     assert project.page("02-second", run="all").cells[-1].outputs[0].text == "0\n"
     printed = project.call("run", "--only", "02", "--limit", "-1", code=1)
-    assert printed == "sinkstudy: parameter 'limit' is 0 at least in 02-second, and -1 is not\n"
+    assert printed == "sinkstudy: parameter 'limit' of 02-second is 0 at least, and -1 is not\n"
 
 
 def test_unknown_command_fails(project: Project):

@@ -32,7 +32,7 @@ def test_only_dependents_run_again(project: Project):
     project.notebook("01-first", FIRST + "\nprint('more')")
     assert project.executed() == ["01-first"]
 
-    project.notebook("02-second", SECOND, prose="# Other prose", parameters=PARAMETERS.replace("seed = 0", "seed = 1"))
+    project.notebook("02-second", SECOND, prose="# Other prose", parameters=PARAMETERS.replace("Seed = 0", "Seed = 1"))
     assert project.executed() == ["02-second"]
 
     project.write("data/models/lab-llava/config.json", '{"model_type": "llava"}')
@@ -41,7 +41,7 @@ def test_only_dependents_run_again(project: Project):
 
 
 def test_data_results_and_parameters(project: Project):
-    project.notebook("01-first", FIRST, parameters=PARAMETERS.replace('data = "data/table.csv"', "data = ''"))
+    project.notebook("01-first", FIRST, parameters=PARAMETERS.replace('"data/table.csv"', '"data/models"'))
     assert project.executed("--jobs", "2") == ["01-first", "02-second"]
 
     project.write("data/table.csv", "x\n1\n2\n")  # only 02 declares it
@@ -68,7 +68,11 @@ text = "".join(f"{path.relative_to(ROOT).parts[1]} {path.read_text().split()[-1]
 (results_dir("lab-llava", "00-all") / "all.txt").write_text(text)
 (ROOT / "journal.txt").open("a").write("00-all\\n")
 """
-READS = 'model = "lab-llava"\ntables = ["results/*/01-*/a.csv", "results/*/extra/*.csv", "data/*.txt"]'
+READS = """from sinkstudy.parameters import Model, Results
+
+model: Model = "lab-llava"
+tables: Results = ["results/*/01-*/a.csv", "results/*/extra/*.csv", "data/*.txt"]
+"""
 
 
 def test_results_of_other_notebooks_are_sources(project: Project):

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import CLIPVisionModel
 from transformers.models.qwen2_vl import modeling_qwen2_vl
 
+from sinkstudy.lab import gist
 from sinkstudy.lab import tower as t
 from sinkstudy.lab.emergence import PATCHES, Follower, log_spaced
 from sinkstudy.lab.world import render
@@ -22,7 +23,8 @@ def test_the_kinds_start_from_the_same_weights():
     plain, sinks, registers = (t.build(kind).state_dict() for kind in ("plain", "sinks", "registers"))
     assert set(plain) == set(sinks) and set(registers) - set(plain) == {"embeddings.register_tokens"}
     assert all(torch.equal(plain[k], sinks[k]) and torch.equal(plain[k], registers[k]) for k in plain)
-    with pytest.raises(ValueError, match="unknown tower 'big': choose from plain, sinks, registers, no-cls, qwen2vl"):
+    known = "plain, sinks, gist, registers, no-cls, qwen2vl"
+    with pytest.raises(ValueError, match=f"unknown tower 'big': choose from {known}"):
         t.build("big")
 
 
@@ -162,11 +164,12 @@ def test_objective_is_finite_and_reaches_the_tower(kind):
     caption = torch.randint(0, 30, (4, 12))
     caption[:, 9:] = -1
     grounding = torch.randint(-1, 2, (4, 12, 12, 6))
-    args = (t.normalise(scenes.images), caption, torch.randint(0, 2, (4, 9)).float(), grounding, scenes.calm)
+    facts = torch.stack(list(gist.facts(scenes).values()), 1)
+    args = (t.normalise(scenes.images), caption, torch.randint(0, 2, (4, 9)).float(), grounding, scenes.calm, facts)
     loss, values = objective(tower, *args, 0.0)
     loss.backward()
     assert torch.isfinite(loss) and json.dumps(values)
-    assert ("norm term" in values) == (kind == "sinks")  # only the positive control is asked for sinks
+    assert ("norm term" in values) == (kind in ("sinks", "gist"))  # only positive controls are asked for sinks
     missing = {n for n, p in tower.named_parameters() if p.grad is None or p.grad.abs().sum() == 0}
     # nothing reads CLS or the projection's norm where the pooled token is not CLS
     allowed = {"post_layernorm.weight", "post_layernorm.bias", "embeddings.class_embedding"}

@@ -24,7 +24,6 @@ from transformers import (
 
 from sinkstudy import models
 from sinkstudy.registers import CLIPVisionWithRegistersConfig
-from sinkstudy.sinktower import CLIPVisionWithSinksConfig
 
 WORDS = "<pad> <s> </s> <unk> <image> user : assistant what is the texture how many red blue yes no".split()
 CHAT = (
@@ -60,7 +59,6 @@ def write_tiny_llava(folder: Path, tower: str) -> None:
         "clip": lambda: CLIPVisionConfig(**TOWER, initializer_factor=3.0),
         "registers": lambda: CLIPVisionWithRegistersConfig(**TOWER, initializer_factor=3.0),
         "siglip": lambda: SiglipVisionConfig(**TOWER),
-        "sinks": lambda: CLIPVisionWithSinksConfig(**TOWER, initializer_factor=3.0, window=2, sink_layer=1),
     }
     torch.manual_seed(0)
     config = LlavaConfig(
@@ -74,7 +72,7 @@ def write_tiny_llava(folder: Path, tower: str) -> None:
     processor.save_pretrained(folder)
 
 
-@pytest.fixture(scope="session", params=["clip", "registers", "sinks"])
+@pytest.fixture(scope="session", params=["clip", "registers"])
 def tiny(request, tmp_path_factory) -> models.LVLM:
     folder = tmp_path_factory.mktemp(f"tiny-{request.param}")
     write_tiny_llava(folder, request.param)

@@ -68,7 +68,9 @@ def test_all_rows(tiny, inputs, reference):
         attention_rows(tiny, "decoder", rows="all") as decoder,
     ):
         output = run(tiny, inputs)
-    torch.testing.assert_close(output.logits[real], reference["decoder"].logits[real], **close)
+    assert torch.equal(output.logits, run(tiny, inputs).logits)  # being watched changes nothing, to the bit
+    expected = reference["decoder"].logits[real]  # eager adds in another order: float32's error grows with the size
+    torch.testing.assert_close(output.logits[real], expected, atol=1e-5 * expected.abs().max().item(), rtol=1e-5)
     for layer in range(3):
         torch.testing.assert_close(vision[layer][0], reference["vision"].attentions[layer], **close)
         expected = reference["decoder"].attentions[layer].transpose(1, 2)[real]  # [real queries, heads, keys]
@@ -283,9 +285,9 @@ def test_trace_stops_at_the_end_token(tiny, images, monkeypatch):
     torch.testing.assert_close(first.output_attention, first.last_attention)
 
     def with_end(model, **kwargs):
-        sequences = generate(model, **kwargs).clone()
-        sequences[0, -4] = 2  # </s> as the first token of the first answer
-        return sequences
+        out = generate(model, **kwargs)
+        out.sequences[0, -4] = 2  # </s> as the first token of the first answer
+        return out
 
     monkeypatch.setattr(type(tiny.model), "generate", with_end)
     monkeypatch.setattr(tiny.model.generation_config, "eos_token_id", [2])
@@ -298,8 +300,8 @@ def test_until_end():
     tokens = torch.tensor([[5, 2, 0, 0], [5, 6, 7, 8], [2, 9, 2, 0], [7, 3, 2, 2]])
     expected = [[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]]
     assert _until_end(tokens, [2, 3]).tolist() == expected
-    assert _until_end(tokens, None).tolist() == [[1] * 4] * 4
-    assert _until_end(tokens, 9).tolist() == [[1] * 4, [1] * 4, [1, 1, 0, 0], [1] * 4]
+    assert _until_end(tokens, []).tolist() == [[1] * 4] * 4
+    assert _until_end(tokens, [9]).tolist() == [[1] * 4, [1] * 4, [1, 1, 0, 0], [1] * 4]
 
 
 def test_hidden_dimensions_of_a_group(tiny, images, questions):

@@ -35,6 +35,10 @@ def test_public_files(tmp_path: Path):
     headline = pd.read_csv(tables / "headline.csv")
     assert set(headline.data) == {"public"} and set(headline.role) == {"model"}
     assert str(tmp_path) not in (tables / "data.csv").read_text()
+    written = sorted(file.name for file in (tables / "harnesses").rglob("*") if file.is_file())
+    who = [f"tiny-qwen2_5_vl{arm}_{name}.tsv" for arm in ("--blind", "") for name in ("GQA", "MME", "POPE")]
+    assert [name for name in written if name.endswith(".tsv")] == sorted(who)
+    assert written.count("pope_samples_pope.jsonl") == written.count("gqa_results.json") == 2
 
 
 def test_lab_questions_to_another_model(tmp_path: Path):

@@ -181,5 +181,5 @@ def test_folders_and_pictures_that_are_not_there(tiny, tmp_path: Path, images):
     with pytest.raises(ValueError, match="folder of pictures .*none is not there"):
         read(written(tmp_path, [raw()]), tmp_path / "none")
     (tmp_path / "broken.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match="broken.png' cannot be read"):
+    with pytest.raises(ValueError, match="broken.png cannot be read"):
         Collate(tiny)([sample(tmp_path, TURNS, "broken.png")], [0])

@@ -160,7 +160,7 @@ def call(*arguments: str):
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.setenv("SINKSTUDY_RESULTS", str(tmp_path / "results"))
+    monkeypatch.setattr(paths, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(evaluate, "ANSWERS", tmp_path / "answers")
     return tmp_path
 
@@ -202,12 +202,12 @@ BAD = {
     "model": (["lab-lava", "--method", "front"], "unknown model 'lab-lava'"),
     "benchmark": (LAB + ["--method", "front", "--benchmark", "gqa"], "unknown benchmark 'gqa'; those of the lab are"),
     "no public data": (["owner/name", "--method", "front"], "the lab's benchmarks are for lab models: --hub or"),
-    "no folder": (LAB + ["--method", "front", "--data-dir", "nowhere"], "'data_dir': there is no file or folder"),
+    "no folder": (LAB + ["--method", "front", "--data-dir", "nowhere"], "'data_dir' of 10-training-free: there is no"),
     "not in the folder": (LAB + ["--method", "front", "--data-dir", "data"], "no data of POPE: there is no folder"),
     "device": (LAB + ["--method", "front", "--device", "tpu"], "unknown device 'tpu'"),
-    "dtype": (LAB + ["--method", "front", "--dtype", "int3"], "unknown dtype 'int3'"),
-    "limit": (LAB + ["--method", "front", "--limit", "-1"], "parameter 'limit' is 0 at least"),
-    "batch size": (LAB + ["--method", "front", "--batch-size", "0"], "parameter 'batch_size' is 1 at least"),
+    "dtype": (LAB + ["--method", "front", "--dtype", "int3"], "'dtype' of 10-training-free is 'float32', 'bfloat16'"),
+    "limit": (LAB + ["--method", "front", "--limit", "-1"], "parameter 'limit' of 10-training-free is 0 at least"),
+    "batch size": (LAB + ["--method", "front", "--batch-size", "0"], "'batch_size' of 10-training-free is 1 at least"),
     "revision": (LAB + ["--method", "front", "--revision", "v1"], "lab-llava is a folder and has no revision"),
     "weight": (LAB + ["--method", "front", "--weight", "2"], "the method front takes no weight"),
     "k": (LAB + ["--method", "keep-top-k", "--k", "0"], "k is 1 at least, and 0 is not"),
@@ -253,7 +253,8 @@ def test_the_readmes_commands_are_known(monkeypatch):
     commands = re.findall(r"^.venv/bin/sinkstudy (route .*)$", (paths.ROOT / "README.md").read_text(), re.MULTILINE)
     asked = []
     monkeypatch.setattr(cli, "_route", lambda *arguments: asked.append(arguments))
-    monkeypatch.setattr(engine, "check_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for command in commands:
         assert CliRunner().invoke(cli.app, command.split()).exit_code == 0
     assert len(asked) == 2 and all(method in route.METHODS for method, *_ in asked)

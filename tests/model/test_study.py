@@ -23,11 +23,11 @@ def test_pictures_of_a_folder(tmp_path):
         Image.fromarray(np.full((4, 6, 3), value, np.uint8)).save(tmp_path / name)
     (tmp_path / "notes.txt").write_text("no picture")
     shown, scenes = study.pictures(str(tmp_path), 2)
-    assert scenes is None and [p.getpixel((0, 0))[0] // 10 for p in shown] == [20, 1]
+    assert scenes is None and [p.open().getpixel((0, 0))[0] // 10 for p in shown] == [20, 1]
 
 
 @pytest.mark.parametrize("make, message", [
-    (lambda folder: None, "is no folder"),
+    (lambda folder: None, "there is no folder"),
     (lambda folder: folder.mkdir(), "holds no picture"),
     (lambda folder: (folder.mkdir(), (folder / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\n torn")), "torn.png cannot"),
 ])

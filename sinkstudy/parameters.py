@@ -1,0 +1,350 @@
+"""What parameters of notebooks may be: declared once, beside the default, as the type of the assignment.
+
+The cell of a notebook tagged `parameters` holds lines like `limit: AtLeast5 = 96  # pictures`. The type says which
+values there are, and whether the value names files on which the outputs depend. The command, the engine and the
+notebook itself (`check(globals())`, so that plain papermill is no way around it) go by the same declaration.
+"""
+
+import ast
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+
+from sinkstudy import pictures
+from sinkstudy.paths import MODELS, NOTEBOOKS, RESULTS, ROOT, lab_models, place
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class UserError(Exception):
+    """Something the user can put right, said in one line."""
+
+
+@dataclass(frozen=True)
+class Names:
+    """What a parameter's value names, so that outputs depend on its content."""
+
+    what: Literal["model", "files", "pictures", "results"]
+
+
+# ---- checks of single values: each returns the value as notebooks take it, or raises ValueError
+
+
+def check_model(name: str) -> str:
+    """A model's name as notebooks take it (folders made absolute)."""
+    if name in lab_models():
+        return name
+    if len(name) < 500 and "\n" not in name:
+        folder = Path(name).expanduser()
+        try:
+            if (folder / "config.json").is_file():
+                return str(folder.resolve())
+            if folder.is_dir():
+                adapter = (folder / "adapter_config.json").is_file()
+                hint = "; an adapter has to be merged into its base first (merge_and_unload of peft)" if adapter else ""
+                raise ValueError(f"the folder {name} holds no model: it has no config.json{hint}")
+        except OSError as error:
+            raise ValueError(f"the folder {name} cannot be read: {error.strerror}") from None
+        if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name, re.ASCII):
+            return name
+    raise ValueError(
+        f"unknown model {name[:80]!r}: not one of {', '.join(lab_models()) or 'the lab models (none is here)'},"
+        " not a folder with config.json, not a hub id of the form owner/name"
+    )
+
+
+def check_device(device: str) -> str:
+    """cpu, auto, or a cuda, cuda:1 or mps that this machine has."""
+    if device in ("cpu", "auto"):
+        return device
+    if not re.fullmatch(r"mps|cuda(:\d{1,3})?", device, re.ASCII):
+        raise ValueError(f"unknown device {device[:80]!r}: cpu, cuda, cuda:1, ..., mps or auto")
+    kind, _, index = device.partition(":")
+    import torch  # only now: it takes seconds
+
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device 'mps' is not there: this machine has no Apple GPU that torch can use")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device 'cuda' is not there: torch finds no CUDA GPU on this machine")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device '{device}' is not there: this machine has {torch.cuda.device_count()} GPU(s)")
+    return device
+
+
+def _there(text: str) -> str:
+    if not text or not place(text).exists():
+        raise ValueError(f"there is no file or folder {text!r}")
+    return text
+
+
+def _folder_if_any(text: str) -> str:
+    if text and not place(text).is_dir():
+        raise ValueError(f"there is no folder {text!r}")
+    return text
+
+
+def _different(values: list) -> list:
+    if len({str(value) for value in values}) < len(values):
+        raise ValueError(f"{values} names one twice")
+    return values
+
+
+def _said(text: str) -> str:
+    if not text.strip():
+        raise ValueError("it is empty")
+    return text
+
+
+# ---- the types
+
+_Model = Annotated[str, AfterValidator(check_model)]
+Model = Annotated[_Model, Names("model")]
+Models = Annotated[list[_Model], AfterValidator(_different), Names("model")]
+SomeModels = Annotated[list[_Model], Field(min_length=1), AfterValidator(_different), Names("model")]
+Device = Annotated[str, AfterValidator(check_device)]
+Dtype = Literal[DTYPES]
+Revision = Annotated[str, Field(pattern=r"^[\w./-]*$")]
+
+AtLeast0 = Annotated[int, Field(ge=0)]  # of a limit: 0 is all
+AtLeast1 = Annotated[int, Field(ge=1)]
+AtLeast2 = Annotated[int, Field(ge=2)]
+AtLeast4 = Annotated[int, Field(ge=4)]
+AtLeast5 = Annotated[int, Field(ge=5)]
+AtLeast8 = Annotated[int, Field(ge=8)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Switch = bool
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Counts = Annotated[list[AtLeast1], Field(min_length=1), AfterValidator(_different)]
+Weights = Annotated[list[NotNegative], Field(min_length=1), AfterValidator(_different)]
+
+Criterion = Literal["absolute", "mean_sd", "percentile", "above_median", "norm_drop"]  # of sinks.NORM_CRITERIA
+_Benchmark = Literal["POPE", "MME", "MMStar", "GQA", "ScienceQA-IMG", "TextVQA", "MMMU", "MathVista", "own"]  # of SPECS
+Benchmark = _Benchmark | Literal[""]
+Benchmarks = Annotated[list[_Benchmark], Field(min_length=1), AfterValidator(_different)]
+
+Text = Annotated[str, AfterValidator(_said)]
+Texts = Annotated[list[Text], Field(min_length=1), AfterValidator(_different)]
+Files = Annotated[str, AfterValidator(_there), Names("files")]
+FolderIfAny = Annotated[str, AfterValidator(_folder_if_any), Names("files")]
+PicturesIfAny = Annotated[str, AfterValidator(_folder_if_any), Names("pictures")]
+Results = Annotated[list[Text], Field(min_length=1), Names("results")]
+
+
+# ---- declarations of a notebook
+
+
+@dataclass(frozen=True)
+class Declared:
+    """A parameter: its type, with what `Annotated` says of it, and its default."""
+
+    type: Any
+    default: Any
+
+    @property
+    def names(self) -> str | None:
+        return next((mark.what for mark in get_args(self.type)[1:] if isinstance(mark, Names)), None)
+
+    def fit(self, value: Any) -> Any:
+        """`value` as notebooks take it. Raises ValueError, with what it has to be."""
+        if isinstance(self.default, tuple) and isinstance(value, list):
+            value = tuple(value)
+        try:
+            return TypeAdapter(self.type).validate_python(value, strict=True)
+        except ValidationError as error:
+            raise ValueError(_told(error.errors()[0], self.default)) from None
+
+
+def _told(error: dict, default: Any) -> str:
+    """What is wrong with a value, in words that follow its parameter's name."""
+    value, of = error["input"], error.get("ctx", {})
+    shown = repr(value) if len(repr(value)) < 80 else f"{repr(value)[:80]} .."
+    match error["type"]:
+        case "value_error":
+            return str(of["error"])
+        case "greater_than_equal":
+            return f"is {of['ge']} at least, and {shown} is not"
+        case "greater_than":
+            return f"is more than {of['gt']}, and {shown} is not"
+        case "less_than":
+            return f"is less than {of['lt']}, and {shown} is not"
+        case "finite_number":
+            return f"is a finite number, and {shown} is not"
+        case "too_short":
+            return f"has {of['min_length']} value at least, and {shown} has not"
+        case "literal_error" | "string_pattern_mismatch":
+            return f"is {of.get('expected', 'a commit, tag or branch')}, and {shown} is not"
+        case kind if kind.endswith("_type"):
+            inside = "" if not error["loc"] or isinstance(error["loc"][0], str) else "a list of "
+            kind = {"string": "str"}.get(kind.removesuffix("_type"), kind.removesuffix("_type"))
+            return f"is of type {inside}{kind} (default {default!r}), and {shown} is not"
+    return f"does not fit: {error['msg']} ({shown})"
+
+
+def declarations(notebook: str) -> dict[str, Declared]:
+    """The parameters of a notebook, from its cell tagged `parameters`; nothing of it is run.
+
+    Raises:
+        UserError: a parameter without a type of this module, or whose default is no plain value.
+    """
+    found = {}
+    for cell in _cells(notebook):
+        if "parameters" not in cell["metadata"].get("tags", []):
+            continue
+        for node in ast.parse("".join(cell["source"])).body:
+            if isinstance(node, ast.ImportFrom):
+                continue
+            if not isinstance(node, ast.AnnAssign) or not isinstance(node.annotation, ast.Name) or node.value is None:
+                raise UserError(f"{notebook}: line {node.lineno} of its parameters is no `name: Type = default`")
+            kind = globals().get(node.annotation.id)
+            if kind is None:
+                raise UserError(f"{notebook}: parameter '{node.target.id}' has a type that parameters.py does not know")
+            try:
+                found[node.target.id] = Declared(kind, ast.literal_eval(node.value))
+            except ValueError:
+                raise UserError(f"{notebook}: parameter '{node.target.id}' is no plain value") from None
+    return found
+
+
+def _cells(notebook: str) -> list[dict]:
+    return json.loads((NOTEBOOKS / f"{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
+
+
+def defaults(notebook: str) -> dict[str, Any]:
+    """The parameters of a notebook with their default values."""
+    return {name: declared.default for name, declared in declarations(notebook).items()}
+
+
+# ---- values of a run
+
+
+def fitted(wanted: list[str], model: str, parameters: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """For each notebook what is given of its parameters, as it takes them; those equal to a default are given too.
+
+    A value may come from a command line: text for a parameter that is no text is read as JSON.
+
+    Raises:
+        UserError: a parameter that no notebook has, or a value that does not fit.
+    """
+    given = {"model": model} | parameters
+    known = {name: declarations(name) for name in wanted}
+    for key in given:
+        if not any(key in of for of in known.values()):
+            names = sorted({name for of in known.values() for name in of})
+            raise UserError(f"unknown parameter {key[:80]!r}; the notebooks have: {', '.join(names)}")
+    if given.get("revision") and (model in lab_models() or len(model) < 500 and Path(model).expanduser().is_dir()):
+        raise UserError(f"{model} is a folder and has no revision {given['revision']!r}: revisions are of hub models")
+    plan = {}
+    for notebook, of in known.items():
+        plan[notebook] = {key: _fit(notebook, key, of[key], value) for key, value in given.items() if key in of}
+        try:
+            _together({name: declared.default for name, declared in of.items()} | plan[notebook], of)
+        except ValueError as problem:
+            raise UserError(f"{notebook}: {problem}") from None
+    return plan
+
+
+def _fit(notebook: str, key: str, declared: Declared, value: Any) -> Any:
+    if isinstance(value, str) and not isinstance(declared.default, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            value = {"True": True, "False": False, "None": None}.get(value, value)
+    try:
+        return declared.fit(value)
+    except ValueError as problem:
+        raise UserError(_line(key, str(problem), notebook)) from None
+
+
+def _line(key: str, problem: str, notebook: str = "") -> str:
+    if key in ("model", "device") or problem.startswith(("unknown model", "the folder")):
+        return problem
+    where = f" of {notebook}" if notebook else ""
+    return f"parameter '{key}'{where}{':' if problem.startswith('there is') else ''} {problem}"
+
+
+def _together(values: dict[str, Any], of: dict[str, Declared]) -> None:
+    """What has to hold between parameters. Raises ValueError."""
+    if values.get("criterion") == "percentile" and not values["threshold"] < 100:
+        raise ValueError(f"the threshold of percentile is below 100, and {values['threshold']:g} is not")
+    if values.get("min_pictures", 0) > values.get("limit", float("inf")):
+        raise ValueError(f"limit is {values['limit']}, fewer pictures than min_pictures, {values['min_pictures']}")
+    for name, declared in of.items():
+        if declared.names == "pictures" and values[name]:
+            pictures.folder(place(values[name]), _shown(values))
+
+
+def _shown(values: dict[str, Any]) -> int:
+    """How many pictures of a folder a notebook looks at."""
+    return values.get("limit", 0) + values.get("fit", 0)
+
+
+def check(namespace: dict[str, Any]) -> None:
+    """Check the parameters of the notebook that calls this, by the types of its own assignments.
+
+    Args:
+        namespace: `globals()` of the notebook.
+
+    Raises:
+        ValueError: one that does not fit, however it came there.
+    """
+    of = {name: Declared(kind, namespace[name]) for name, kind in namespace.get("__annotations__", {}).items()}
+    for name, declared in of.items():
+        try:
+            declared.fit(namespace[name])
+        except ValueError as problem:
+            raise ValueError(_line(name, str(problem))) from None
+    _together({name: namespace[name] for name in of}, of)
+
+
+# ---- files that values name
+
+
+def depends_on(notebook: str, values: dict[str, Any]) -> tuple[list[Path], list[Path]]:
+    """Files of models, and other files of this machine, that parameter values name."""
+    models: list[Path] = []
+    data: list[Path] = []
+    for name, declared in declarations(notebook).items():
+        for text in _texts(values[name]):
+            if declared.names == "model":
+                folder = MODELS / text if text in lab_models() else Path(text)
+                if (folder / "config.json").is_file():
+                    models += [path for path in files(folder) if path.name != "README.md"]  # but the model card
+            elif declared.names == "files" and text:
+                data += files(place(text))
+            elif declared.names == "pictures" and text:
+                data += [file.path for file in pictures.folder(place(text), _shown(values))[0]]
+            elif declared.names == "results":
+                data += [file for path in ROOT.glob(text) for file in files(path)]
+    return models, data
+
+
+def reads(notebook: str, run: str, values: dict[str, Any], others: list[str]) -> list[str]:
+    """Those of the other notebooks whose results in `run` the parameters name: they have to be executed before it."""
+    named = [
+        Path(text).parts
+        for name, declared in declarations(notebook).items() if declared.names == "results"
+        for text in _texts(values[name])
+    ]  # fmt: skip
+    folders = [parts[:3] for parts in named if parts[:1] == (RESULTS.name,) and len(parts) > 2]
+    return [name for name in others if any(fnmatch(run, of) and fnmatch(name, what) for _, of, what in folders)]
+
+
+def files(path: Path) -> list[Path]:
+    """`path` itself or the files under it, without hidden ones and caches."""
+    if path.is_file():
+        return [path]
+    inner: Iterator[Path] = (p for p in path.rglob("*") if p.is_file())
+    return [p for p in inner if not any(x.startswith(".") or x == "cache" for x in p.relative_to(path).parts)]
+
+
+def _texts(value: Any) -> list[str]:
+    """The texts in a parameter's value: itself, or the items of a list."""
+    return [text for text in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(text, str)]

@@ -1,0 +1,20 @@
+"""What the fault campaign damages: tiny random models of every architecture."""
+
+import pytest
+from architectures import ARCHITECTURES, write
+
+from sinkstudy import models
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def folder(request, tmp_path_factory) -> str:
+    """A tiny random model of every architecture, on disk."""
+    folder = tmp_path_factory.mktemp(request.param)
+    write(folder, request.param)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def lvlm(folder) -> models.LVLM:
+    """The same, loaded."""
+    return models.load(folder)

@@ -1,0 +1,82 @@
+"""A checkpoint's generation settings change no answer: those of the study hold, behind a shared prefix and alone."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from sinkstudy import capture, models
+from sinkstudy.evaluate import NONE, Intervention, evaluate
+
+TOKENS = 6
+SETTINGS = {
+    "no cache": {"use_cache": False},
+    "n-grams": {"no_repeat_ngram_size": 2},
+    "repetition": {"repetition_penalty": 1.7},
+    "static cache": {"cache_implementation": "static"},
+    "quantized cache": {"cache_implementation": "quantized"},
+    "several answers": {"num_return_sequences": 3, "do_sample": True},
+    "beams": {"num_beams": 3, "length_penalty": 2.0, "early_stopping": True},
+    "samples": {"do_sample": True, "temperature": 5.0, "top_k": 3},
+    "stop strings": {"stop_strings": ["red", "blue"]},
+    "compiled": {"compile_config": {"mode": "reduce-overhead"}, "disable_compile": False},
+    "least length": {"min_new_tokens": 5, "min_length": 40},
+    "most length": {"max_length": 3, "max_new_tokens": 1},
+    "suppressed": {"suppress_tokens": [8, 9, 10, 11], "bad_words_ids": [[12]]},
+    "forced": {"forced_eos_token_id": 2, "forced_bos_token_id": 9},
+    "contrast": {"penalty_alpha": 0.6, "top_k": 4, "guidance_scale": 3.0},
+    "maps": {"output_attentions": True, "output_hidden_states": True, "return_dict_in_generate": False},
+}
+
+
+@pytest.fixture(scope="module")
+def table() -> tuple[pd.DataFrame, dict[str, Image.Image]]:
+    """Two pictures, two questions of different length about each."""
+    pixels = np.random.default_rng(1).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    rows = [{"image_id": str(i), "question": q} for i in range(2) for q in ("how many", "what is the texture")]
+    return pd.DataFrame(rows).assign(id=range(4)), {str(i): Image.fromarray(p) for i, p in enumerate(pixels)}
+
+
+@pytest.fixture(scope="module")
+def expected(folder, table) -> list[str]:
+    """What the library's own `generate` says, greedily, to each question alone."""
+    lvlm, (asked, images) = models.load(folder), table
+    said = []
+    for row in asked.itertuples():
+        inputs = lvlm.inputs([images[row.image_id]], [row.question])
+        out = lvlm.model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False, use_cache=True, pad_token_id=0,
+                                  eos_token_id=2)
+        said += lvlm.processor.batch_decode(out[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+    return [text.strip() for text in said]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_settings_of_the_checkpoint_play_no_part(folder, tmp_path, table, expected, setting):
+    copy = Path(shutil.copytree(folder, tmp_path / "model"))
+    ends = {"eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0}
+    (copy / "generation_config.json").write_text(json.dumps(ends | SETTINGS[setting]))
+    lvlm, (asked, images) = models.load(str(copy)), table
+    alone = Intervention("alone", asks=True)
+    said = evaluate(lvlm, asked, [NONE, alone], images=images, max_new_tokens=TOKENS, cache=None)
+    assert said.prediction[:4].tolist() == expected and said.prediction[4:].tolist() == expected
+    seen = capture.trace(lvlm, list(images.values()), ["how many"] * 2, max_new_tokens=TOKENS)
+    assert seen.answers == expected[::2]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_several_end_tokens_are_the_checkpoints(folder, tmp_path, table, expected):
+    """The one thing that counts: where an answer ends."""
+    lvlm, (_, images) = models.load(folder), table
+    inputs = lvlm.inputs([images["0"]], ["how many"])
+    first = int(lvlm.generate(inputs, 1).sequences[0, -1])
+    copy = Path(shutil.copytree(folder, tmp_path / "model"))
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, first], "pad_token_id": 0}))
+    ended = models.load(str(copy))
+    assert ended.ends == [2, first]
+    out = ended.generate(ended.inputs([images["0"]], ["how many"]), TOKENS).sequences
+    assert out.shape[1] == inputs["input_ids"].shape[1] + 1
