@@ -1,0 +1,45 @@
+"""The gates on the committed tower with sinks by construction, on fewer scenes than `sinkstudy lab gates` takes."""
+
+import pytest
+import torch
+
+from sinkstudy.lab import gates, gist
+from sinkstudy.lab.world import render
+
+
+def test_the_committed_tower_holds_the_gist_in_its_sinks_and_nowhere_else():
+    table = gates.measured(fit=512, judge=384).set_index("gate")
+    assert list(table.index) == list(gates.BOUNDS)
+    # a difference of two equal things is as often above 0 as below on few scenes: the command has enough of them
+    noisy = "gist of the mean of ordinary patches, minus that of a local tower"
+    assert table.holds.drop(noisy).all(), table.to_string()
+    assert table.value[noisy] < 0.05
+
+
+def test_facts_of_the_gist_are_those_of_the_scene():
+    scenes = render("val", 0, 64)
+    facts = gist.facts(scenes)
+    assert set(facts) == {*gist.CLASSES, *gist.KINDS_THERE}
+    for name, k in gist.CLASSES.items():
+        assert facts[name].min() >= 0 and facts[name].max() < k
+    for i in range(64):
+        tints = [c for c in scenes.thing_colour[i].tolist() if c >= 0]
+        assert facts["things"][i] == len(tints) - 1
+        assert facts["colours"][i] == len(set(tints)) - 1
+        assert facts["twins"][i] == (len(set(tints)) < len(tints))
+        areas = sorted(((a, t) for a, t in zip(scenes.area[i].tolist(), scenes.texture[i].tolist()) if t >= 0))
+        one, other = sorted(t for _, t in areas[-2:])
+        assert facts["pair"][i] == sum(7 - k for k in range(one)) + other - one - 1
+
+
+def test_a_probe_reads_what_is_there_and_nothing_else():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 4, (600,), generator=generator)
+    vectors = torch.randn(600, 16, generator=generator)
+    seen = vectors.clone()
+    seen[torch.arange(600), labels] += 5.0
+    fit, judge = slice(0, 300), slice(300, 600)
+    assert gates.probe(seen[fit], labels[fit], seen[judge], labels[judge])[0] > 0.9
+    assert abs(gates.probe(vectors[fit], labels[fit], vectors[judge], labels[judge])[0]) < 0.15
+    shuffled = gates.probe(seen[fit], labels[fit], seen[judge], labels[judge], shuffled=True)[0]
+    assert shuffled == pytest.approx(0, abs=0.25)
