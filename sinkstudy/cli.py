@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import click
 import typer
 
 from sinkstudy import engine
@@ -299,9 +298,6 @@ def main() -> None:
         sys.exit(app(standalone_mode=False))
     except engine.UserError as problem:
         sys.exit(f"sinkstudy: {problem}")
-    except click.ClickException as problem:  # an option that there is not
-        problem.show()
-        sys.exit(problem.exit_code)
     except (KeyboardInterrupt, SystemExit) as end:
         if isinstance(end, SystemExit) and end.code != 130:  # typer's word for an interruption
             raise
@@ -311,6 +307,9 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os._exit(141)
     except Exception as error:
+        if hasattr(error, "show") and hasattr(error, "exit_code"):  # typer's: an option that there is not, say
+            error.show()
+            sys.exit(error.exit_code)
         sys.exit(f"sinkstudy: {engine.one_line(error, ' '.join(sys.argv[1:2]), engine.WORK / 'failed' / 'command')}")
 
 
