@@ -183,8 +183,8 @@ def optimizers(named: list[tuple[str, nn.Parameter]], lr: float, weight_decay: f
     """AdamW for all parameters; with `muon`, Muon (Jordan et al. 2024) at that rate for the weight matrices.
 
     Muon makes all singular values of an update equal, so that directions of little variance are learned too: the
-    lab's decoder learns to read pictures in a third of the steps. Embeddings, biases and norms stay with AdamW, and
-    the update's size is matched to AdamW's (Liu et al. 2025, 2502.16982).
+    lab's decoder learns to read pictures in a third of the steps. Embeddings, biases, norms and the heads of a tower
+    stay with AdamW, and the update's size is matched to AdamW's (Liu et al. 2025, 2502.16982).
     """
     betas = (0.9, 0.98)
     if muon is None:
@@ -195,8 +195,8 @@ def optimizers(named: list[tuple[str, nn.Parameter]], lr: float, weight_decay: f
         torch.optim._muon._zeropower_via_newtonschulz = _orthogonal
     matrices, rest = [], []
     for name, p in named:
-        inner = p.dim() == 2 and "embed" not in name and "head." not in name
-        (matrices if inner else rest).append(p)
+        probe = "_head." in name and "lm_head." not in name  # a tower's heads, which are left behind after its training
+        (matrices if p.dim() == 2 and "embed" not in name and not probe else rest).append(p)
     return [torch.optim.AdamW(rest, lr=lr, betas=betas, weight_decay=0.0, fused=True),
             torch.optim.Muon(matrices, lr=muon, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")]
 
