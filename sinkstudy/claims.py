@@ -1,7 +1,7 @@
 """The ledger of claims and the verdicts that follow from it.
 
-`data/claims.yml` says what was claimed, which metric tests it here and which values agree. A verdict is computed from
-the `metrics.json` files under `results/` and from nothing else.
+`data/claims.yml` says what was claimed, which metric tests it here, which values agree and which effect is too small to
+matter. A verdict is computed from the `metrics.json` files under `results/` and from nothing else.
 """
 
 import json
@@ -19,16 +19,17 @@ from sinkstudy import stats
 from sinkstudy.paths import BOOK, DATA, DEFAULT_MODEL, NOTEBOOKS, RESULTS
 
 LEDGER = DATA / "claims.yml"
-VERDICTS = ("supported", "contradicted", "inconclusive", "not applicable", "not run")
+JUDGED = ("supported", "right sign, below the bound", "no effect", "opposite sign", "inconclusive")
+VERDICTS = (*JUDGED, "not applicable", "not run")
 LEVEL = 0.05
-"""Of the verdicts: largest p, after Holm's correction, that supports or contradicts a claim."""
+"""Of the verdicts: largest p, after Holm's correction, with which an interval says anything but "inconclusive"."""
 
 GRADES = ("A", "B", "C", "D")
 _CLAIM = ("id", "claim", "source", "where", "grade", "chapter", "figure", "metric", "unit", "supported")
 _CONTROL = ("id", "rule", "chapter", "metric", "holds")
-_OPTIONAL = ("seen", "note")  # a note was written after the run, and changes no verdict
+_OPTIONAL = ("seen", "was", "note")  # a note was written after the run, and changes no verdict
+_MEASURE = ("matters", "published", "matched")  # of claims
 _SHARES = ("%", "points")  # units in which one picture cannot move a mean of n by more than 100 / n
-_Z = float(scipy.stats.norm.ppf(0.975))
 
 
 # ---- the ledger
@@ -58,7 +59,7 @@ def load(
         for number, row in enumerate(ledger[kind], 1):
             name = f"{path.name}: {kind} {row.get('id', f'number {number}')}"
             missing = [key for key in keys if row.get(key) in (None, "")]
-            unknown = sorted(set(row) - {*keys, *_OPTIONAL})
+            unknown = sorted(set(row) - {*keys, *_OPTIONAL, *(_MEASURE if kind == "claims" else ())})
             if missing or unknown:
                 raise ValueError(f"{name}: keys missing: {missing or 'none'}; unknown: {unknown or 'none'}")
             if row["id"] in seen:
@@ -66,6 +67,8 @@ def load(
             seen.add(row["id"])
             _region(row[rule], name)
             _check_chapter(row, name, notebooks)
+            if "was" in row and not row.get("seen"):
+                raise ValueError(f"{name}: a rule that was another before carries 'seen: true'")
     known = bibliography(references)
     for row in ledger["claims"]:
         name = f"{path.name}: claims {row['id']}"
@@ -75,7 +78,29 @@ def load(
             raise ValueError(f"{name}: grade '{row['grade']}' is none of {', '.join(GRADES)}")
         if not row["metric"].startswith("{model}."):
             raise ValueError(f"{name}: the metric's name must begin with '{{model}}.'")
+        if not isinstance(row.get("matched", {}), dict):
+            raise ValueError(f"{name}: 'matched' maps models to names of metrics")
+        _check_sizes(row, name)
     return ledger
+
+
+def _check_sizes(claim: Mapping[str, Any], name: str) -> None:
+    """What matters lies between no effect and the bound, and what was published lies among what agrees."""
+    lower, upper = _region(claim["supported"])
+    numbers = [claim[key] for key in ("matters", "published") if key in claim]
+    if not all(isinstance(x, (int, float)) and not isinstance(x, bool) and np.isfinite(x) for x in numbers):
+        raise ValueError(f"{name}: 'matters' and 'published' are numbers")
+    if "between" in claim["supported"]:
+        if "matters" in claim:
+            raise ValueError(f"{name}: in a range, the range itself says what matters: leave out 'matters'")
+    else:
+        if "matters" not in claim:
+            raise ValueError(f"{name}: needs 'matters', the smallest effect that matters")
+        least, most = nothing(claim)
+        if not least < most or not (lower >= most or upper <= least):
+            raise ValueError(f"{name}: 'matters' must lie between no effect and the bound of 'supported'")
+    if "published" in claim and not lower < claim["published"] < upper:
+        raise ValueError(f"{name}: 'published' must agree with the claim, {claim['supported']}")
 
 
 def bibliography(path: Path = BOOK / "references.bib") -> set[str]:
@@ -123,39 +148,76 @@ def _region(rule: Any, name: str = "rule") -> tuple[float, float]:
     raise problem
 
 
-# ---- one number against one rule
+# ---- one number against one claim
 
 
-def side(low: float, high: float, rule: Mapping[str, Any]) -> str:
-    """What a 95 % interval says to a rule, before any correction for the number of claims.
+def nothing(claim: Mapping[str, Any]) -> tuple[float, float]:
+    """The values too near to no effect to matter: within `matters` of 0, or for a ratio within that factor of 1."""
+    size = claim["matters"]
+    return (1 / size, size) if claim["unit"] == "times" else (-size, size)
+
+
+def regions(claim: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Which values earn which word: by verdict a rule, {above: x}, {below: x} or {between: [x, y]}.
+
+    Where two overlap, the first that holds a whole interval counts. A claim of a range says that there is no effect;
+    so outside it there is one, on either side, and "opposite sign" has no rule here.
+    """
+    rule, found = claim["supported"], {"supported": claim["supported"]}
+    if "between" in rule:
+        return found
+    least, most = nothing(claim)
+    zero = 1 if claim["unit"] == "times" else 0
+    up = "above" in rule
+    bound = rule["above" if up else "below"]
+    return found | {
+        "no effect": {"between": [least, most]},
+        "right sign, below the bound": {"between": sorted([zero, bound])},
+        "opposite sign": {"below" if up else "above": zero},
+    }
+
+
+def word(low: float, high: float, claim: Mapping[str, Any]) -> str:
+    """What a 95 % interval says to a claim, before any correction for the number of claims: one of `JUDGED`.
 
     Args:
         low, high: the interval; NaN where there is none.
-        rule: {above: x}, {below: x} or {between: [x, y]}, the values that agree with a claim.
+        claim: a row of the ledger: `supported`, `unit` and, unless a range is claimed, `matters`.
+    """
+    for verdict, rule in regions(claim).items():
+        if agrees(low, high, rule):
+            return verdict
+    outside = "between" in claim["supported"] and agrees(low, high, claim["supported"]) is False
+    return "opposite sign" if outside else "inconclusive"
 
-    Returns:
-        "supported" if the whole interval agrees, "contradicted" if it lies wholly on one side of what agrees, else
-        "inconclusive".
+
+def agrees(low: float, high: float, rule: Mapping[str, Any]) -> bool | None:
+    """Whether a whole interval agrees with a rule; False if it lies wholly on one side of what does, else None.
+
+    Args:
+        low, high: the interval; NaN where there is none.
+        rule: {above: x}, {below: x} or {between: [x, y]}.
 
     Raises:
         ValueError: no such rule.
     """
     lower, upper = _region(rule)
     if lower < low and high < upper:
-        return "supported"
-    return "contradicted" if high < lower or low > upper else "inconclusive"
+        return True
+    return False if high < lower or low > upper else None
 
 
-def p_value(value: float, low: float, high: float, rule: Mapping[str, Any]) -> float:
-    """How surely an estimate lies on its side of a rule's bound: a p-value by the normal approximation.
+def p_value(value: float, low: float, high: float, rule: Mapping[str, Any], df: float = np.inf) -> float:
+    """How surely an estimate lies on its side of a rule's bound: a p-value by the normal approximation, or by t.
 
-    The half of the 95 % interval on the bound's side implies a standard error: z = (value − bound) / (half / 1.96).
-    For `above` and `below` p is two-sided. For `between` it is the larger of two one-sided p-values if the value lies
-    inside (equivalence; Schuirmann 1987), else that of the nearer bound, two-sided.
+    The half of the 95 % interval on the bound's side implies a standard error: with normal quantiles, z = (value −
+    bound) / (half / 1.96). For `above` and `below` p is two-sided. For `between` it is the larger of two one-sided
+    p-values if the value lies inside (equivalence; Schuirmann 1987), else that of the nearer bound, two-sided.
 
     Args:
         value, low, high: an estimate and its 95 % interval.
-        rule: as in `side`.
+        rule: as in `agrees`.
+        df: degrees of freedom behind the interval, if it is Student's; infinite or NaN: a bootstrap's, taken as normal.
 
     Returns:
         p, 0–1; NaN where the interval is missing or has no width: then nothing says how sure it is.
@@ -166,11 +228,12 @@ def p_value(value: float, low: float, high: float, rule: Mapping[str, Any]) -> f
     lower, upper = _region(rule)
     if not np.isfinite([value, low, high]).all() or high <= low:
         return float("nan")
+    student = scipy.stats.t(df if np.isfinite(df) else np.inf)
 
     def one_sided(bound: float) -> float:
         near, far = (value - low, high - value) if value > bound else (high - value, value - low)
         half = near if near > 0 else far  # a skewed interval may leave its estimate outside
-        return float(scipy.stats.norm.sf(abs(value - bound) / (half / _Z)))
+        return float(student.sf(abs(value - bound) / (half / student.ppf(0.975))))
 
     bounds = [bound for bound in (lower, upper) if np.isfinite(bound)]
     if len(bounds) == 2 and lower <= value <= upper:
@@ -178,11 +241,28 @@ def p_value(value: float, low: float, high: float, rule: Mapping[str, Any]) -> f
     return 2 * one_sided(min(bounds, key=lambda bound: abs(value - bound)))
 
 
+def images_needed(claim: Mapping[str, Any], interval: stats.Interval) -> float:
+    """How many pictures would support the claim with a chance of 80 %, if the effect is the published one.
+
+    Args:
+        claim: a row of the ledger.
+        interval: of this run; its width and `n` say how much pictures differ.
+
+    Returns:
+        A number of pictures, before Holm's correction; NaN if nothing was published in this unit or nothing varies.
+    """
+    if "published" not in claim:
+        return float("nan")
+    bounds = np.array(_region(claim["supported"]))
+    return stats.images_needed(interval, np.abs(bounds - claim["published"]).min())
+
+
 def widen(low: float, high: float, n: float, unit: str) -> tuple[float, float]:
     """The interval of a share or of a difference of shares; where no two pictures differ, the rule of three.
 
     A bootstrap of n equal values is a point, whatever n. If n of n pictures agree, up to 1 − 0.05^(1/n) ≈ 3/n of all
-    may be otherwise, with 95 % confidence (Hanley & Lippman-Hand 1983), and each can move the mean by 100 at most.
+    may be otherwise, with 95 % confidence (`stats.rule_of_three`), and each can move the mean by 100 at most. A mean
+    over benchmarks comes widened, from `study.mean`, which knows how many pictures each has.
 
     Args:
         low, high: in `unit`.
@@ -193,7 +273,7 @@ def widen(low: float, high: float, n: float, unit: str) -> tuple[float, float]:
         low, high.
     """
     if low == high and unit in _SHARES and n >= 1:
-        half = 100 * (1 - 0.05 ** (1 / n))
+        half = 100 * stats.rule_of_three(n)
         return low - half, high + half
     return low, high
 
@@ -202,7 +282,7 @@ def widen(low: float, high: float, n: float, unit: str) -> tuple[float, float]:
 
 
 def metrics(results: Path = RESULTS) -> pd.DataFrame:
-    """Every headline number under `results`: `run`, `chapter`, `name`, `value`, `low`, `high`, `n`, `unit`.
+    """Every headline number under `results`: `run`, `chapter`, `name`, `value`, `low`, `high`, `n`, `unit`, `df`.
 
     The default run comes first, then the others by name.
     """
@@ -212,8 +292,8 @@ def metrics(results: Path = RESULTS) -> pd.DataFrame:
         for file in files
         for row in json.loads(file.read_text(encoding="utf-8"))
     ]
-    table = pd.DataFrame(rows, columns=["run", "chapter", "name", "value", "low", "high", "n", "unit"])
-    return table.astype({"value": float, "low": float, "high": float, "n": float})
+    table = pd.DataFrame(rows, columns=["run", "chapter", "name", "value", "low", "high", "n", "unit", "df"])
+    return table.astype({"value": float, "low": float, "high": float, "n": float, "df": float})
 
 
 def models(numbers: pd.DataFrame, patterns: Iterable[tuple[str, str]]) -> list[str]:
@@ -259,37 +339,58 @@ def look_up(numbers: pd.DataFrame, chapter: str, pattern: str, model: str = "") 
 def verdicts(results: Path = RESULTS, ledger: Mapping[str, list[dict[str, Any]]] | None = None) -> pd.DataFrame:
     """The verdict on every claim in every model.
 
-    A claim is supported or contradicted in a model if the whole 95 % interval says so and p, corrected by Holm over the
-    claims judged in that model, is at most 0.05 (`side`, `p_value`, `widen`, `stats.holm`). It is not applicable where
-    the metric has no value (the model has no such tokens), not run where no run has the metric, else inconclusive.
+    The word is that of `word`, if the p of its rule (`regions`, `p_value`), corrected by Holm over the claims judged in
+    that model, is at most 0.05; else the claim is inconclusive. It is not applicable where the metric has no value (the
+    model has no such tokens), not run where no run has the metric. For a model that the claim's `matched` names, the
+    metric there counts, if the model has such tokens.
 
     Args:
         results: the folder of all runs.
         ledger: of `load`; read from `data/claims.yml` without it.
 
     Returns:
-        A row for each claim and model: `claim` (id), `model`, `run` (whose metric it is), `value`, `low`, `high`, `n`,
-        `p`, `p_holm`, `verdict`. Without any metric there is no model and no row.
+        A row for each claim and model: `claim` (id), `model`, `run` and `metric` (what was judged), `value`, `low`,
+        `high`, `n`, `df`, `p`, `p_holm`, `verdict`, and `needed`, the pictures that `images_needed` asks for. Without
+        any metric there is no model and no row.
     """
     rows, numbers, ledger = [], metrics(results), ledger or load()
     for model in models(numbers, [(claim["chapter"], claim["metric"]) for claim in ledger["claims"]]):
         for claim in ledger["claims"]:
-            row = {"claim": claim["id"], "model": model, "run": "", "p": np.nan, "verdict": "not run"}
-            found = look_up(numbers, claim["chapter"], claim["metric"], model)
+            row = {"claim": claim["id"], "model": model, "run": "", "verdict": "not run"}
+            found = judged_metric(numbers, claim, model)
             if found is not None:
-                row |= found[["run", "value", "low", "high", "n"]].to_dict()
+                row |= found[["run", "value", "low", "high", "n", "df"]].to_dict() | {"metric": found["name"]}
                 row["low"], row["high"] = widen(found.low, found.high, found.n, claim["unit"])
                 row["verdict"] = "not applicable"
                 if np.isfinite(found.value):
-                    row["verdict"] = side(row["low"], row["high"], claim["supported"])
-                    row["p"] = p_value(found.value, row["low"], row["high"], claim["supported"])
+                    row |= _judged(claim, row)
             rows.append(row)
-    columns = ["claim", "model", "run", "value", "low", "high", "n", "p", "verdict"]
-    table = pd.DataFrame(rows, columns=columns)
-    table.insert(8, "p_holm", table.groupby("model").p.transform(stats.holm) if len(table) else table.p)
-    unsure = table.verdict.isin(["supported", "contradicted"]) & ~(table.p_holm <= LEVEL)
-    table.loc[unsure, "verdict"] = "inconclusive"
+    columns = ["claim", "model", "run", "metric", "value", "low", "high", "n", "df", "p", "verdict", "needed"]
+    table = pd.DataFrame(rows, columns=columns).astype({"p": float, "needed": float})
+    table.insert(10, "p_holm", table.groupby("model").p.transform(stats.holm) if len(table) else table.p)
+    table.loc[table.verdict.isin(JUDGED) & ~(table.p_holm <= LEVEL), "verdict"] = "inconclusive"
     return table
+
+
+def judged_metric(numbers: pd.DataFrame, claim: Mapping[str, Any], model: str) -> pd.Series | None:
+    """The row of `numbers` that a claim is judged by in a model: its matched metric, or `look_up` of its own."""
+    found = look_up(numbers, claim["chapter"], claim["metric"], model)
+    closer = claim.get("matched", {}).get(model)
+    if closer is None or (found is not None and not np.isfinite(found.value)):
+        return found
+    return look_up(numbers, claim["chapter"], f"{{model}}.{closer}", model)
+
+
+def _judged(claim: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
+    """Word, p and pictures needed. If the interval says nothing, p is that of the word that the estimate points to."""
+    value, low, high, df = (row[key] for key in ("value", "low", "high", "df"))
+    verdict, rules = word(low, high, claim), regions(claim)
+    if verdict in rules:
+        rule = rules[verdict]
+    else:
+        rule = next((rule for rule in rules.values() if agrees(value, value, rule)), claim["supported"])
+    needed = images_needed(claim, stats.Interval(value, low, high, int(row["n"])))
+    return {"verdict": verdict, "p": p_value(value, low, high, rule, df), "needed": needed}
 
 
 def controls(results: Path = RESULTS, ledger: Mapping[str, list[dict[str, Any]]] | None = None) -> pd.DataFrame:
@@ -305,12 +406,12 @@ def controls(results: Path = RESULTS, ledger: Mapping[str, list[dict[str, Any]]]
     """
     rows, numbers, ledger = [], metrics(results), ledger or load()
     numbers = numbers[numbers.run == DEFAULT_MODEL]
-    states = {"supported": "holds", "contradicted": "fails", "inconclusive": "unclear"}
+    states = {True: "holds", False: "fails", None: "unclear"}
     for control in ledger["controls"]:
         row = {"control": control["id"], "state": "not run"}
         found = look_up(numbers, control["chapter"], control["metric"])
         if found is not None:
             row |= found[["value", "low", "high", "n"]].to_dict()
-            row["state"] = states[side(found.low, found.high, control["holds"])]
+            row["state"] = states[agrees(found.low, found.high, control["holds"])]
         rows.append(row)
     return pd.DataFrame(rows, columns=["control", "value", "low", "high", "n", "state"])

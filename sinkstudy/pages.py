@@ -1,7 +1,7 @@
-"""The parts of the book that follow from all runs: the verdicts, and the paper's numbers beside ours.
+"""The parts of the book that follow from all runs: results, verdicts, and the paper's numbers beside ours.
 
-`engine.render` has them written as MyST Markdown before each rendering; `book/verdicts.md` and `book/paper.md` include
-them. So the pages cannot fall behind `results/`, whichever run changed last.
+`engine.render` has them written as MyST Markdown before each rendering; `book/intro.md`, `book/verdicts.md` and
+`book/paper.md` include them. So the pages cannot fall behind `results/`, whichever run changed last.
 """
 
 import html
@@ -19,13 +19,29 @@ from sinkstudy.paths import DATA, DEFAULT_MODEL, RUNS, atomic
 
 PAPER = DATA / "paper"
 COLUMNS = ("table", "row", "column", "value", "unit", "model", "source", "grade", "note")
-SYMBOLS = dict(zip(claims.VERDICTS, "✓✗?–○", strict=True))
+SYMBOLS = dict(zip(claims.VERDICTS, "✓◐≈✗?–○", strict=True))
 NBSP = "\N{NO-BREAK SPACE}"
+PLANTED = "lab-llava-sinks"
+"""The model whose sinks training planted."""
+HEADLINES = ("norm-draws-attention", "global-content", "sinks-used", "front-helps", "two-connectors-help")
+"""Claims whose outcome in that model the introduction gives."""
+THEMES = {
+    "Where attention goes": ("03-propagation", "04-relevance"),
+    "What sinks hold": ("05-content",),
+    "Whether answers depend on them": ("06-attribution", "07-ablation"),
+    "Rules, neurons and dimensions": ("08-criteria",),
+    "Moving and weighing, without training": ("10-training-free",),
+    "Two connectors, routing and gates, trained": ("11-diysink",),
+}
+"""The chapters of a theme; every claim is in one."""
 STATES = {"holds": "✓", "fails": "✗", "unclear": "?", "not run": "○"}
 
 
 def write(folder: Path) -> None:
     """Write all parts: `<name>.md` to be included, and `verdicts.csv` with a row for each claim and model.
+
+    Args:
+        folder: takes them; made if missing.
 
     Raises:
         ValueError: the ledger or the paper's tables have a mistake, in one line.
@@ -33,8 +49,13 @@ def write(folder: Path) -> None:
     ledger, numbers, tables = claims.load(), claims.metrics(), paper_tables()
     judged = claims.verdicts(ledger=ledger)
     parts = {
+        "intro-results": headlines(ledger, judged, numbers),
+        "verdicts-evidence": evidence(judged, numbers),
         "verdicts-summary": verdict_summary(ledger, judged),
+        "verdicts-themes": themes(ledger, judged),
+        "verdicts-matrix": matrix(ledger, judged),
         "verdicts-table": verdict_tables(ledger, judged),
+        "verdicts-power": power_table(ledger, judged),
         "verdicts-controls": control_table(ledger),
     }
     parts |= {f"paper-{table['table']}": paper_part(table, numbers, list(judged.model.unique())) for table in tables}
@@ -45,22 +66,131 @@ def write(folder: Path) -> None:
         judged.to_csv(target, index=False, float_format="%.6g")
 
 
-# ---- verdicts
+# ---- what came out, in sentences
+
+
+def headlines(ledger: Mapping[str, list[dict]], judged: pd.DataFrame, numbers: pd.DataFrame) -> str:
+    """A list: how many sinks each model has, then each of `HEADLINES` with number, interval, n, verdict and link."""
+    counted = []
+    for model in judged.model.unique():
+        found = claims.look_up(numbers, "01-norms", "{model}.sinks_per_image.chosen", model)
+        if found is not None and np.isfinite(found.value):
+            share = on_things(numbers, model) if found.value else np.nan
+            of = [f"{share:.0f} % of them on things"] if np.isfinite(share) else []
+            of = ["planted by training", *of] if model == PLANTED else of
+            about = f" ({', '.join(of)})" if of else ""
+            counted.append(f"`{model}` {_interval(found)}{about}")
+    lines = [f"- **Sinks in a picture, by the rule:** {'; '.join(counted)}."] if counted else []
+    cells = judged.set_index(["claim", "model"])
+    for claim in ledger["claims"]:
+        if claim["id"] in HEADLINES and (claim["id"], PLANTED) in cells.index:
+            found = cells.loc[(claim["id"], PLANTED)]
+            lines.append(f"- **{claim['claim']}** {_outcome(claim, found)}")
+    return "\n".join(lines) or "No run has been made."
+
+
+def _outcome(claim: Mapping[str, Any], found: pd.Series) -> str:
+    """Number, interval, n, verdict with its link, and how sure that is, in a line."""
+    verdict = _verdict(found.verdict, figure(found.run, claim["chapter"], claim["figure"]))
+    if not np.isfinite(found.value):
+        return f"{verdict}."
+    control = ", against the same patches in the matched model" if _is_matched(claim, found) else ""
+    number = f"{_interval(found)} {claim['unit']}, n = {int(found.n)}{control}".replace("n = ", f"n{NBSP}={NBSP}")
+    sure = "not sure" if found.verdict == "inconclusive" else f"sure, {_p(found.p_holm)} after correction"
+    return f"{number}: {verdict}, {sure}{_untestable(found, '; ')}."
+
+
+def _is_matched(claim: Mapping[str, Any], found: pd.Series) -> bool:
+    """Was the claim judged by its metric for this model, whose control is that model's own?"""
+    return any(str(found.metric).endswith(f".{name}") for name in claim.get("matched", {}).values())
+
+
+def evidence(judged: pd.DataFrame, numbers: pd.DataFrame) -> str:
+    """Whose tokens the verdicts speak of: of how many judgements each model has, and what its sinks are."""
+    counts = judged[judged.verdict.isin(claims.JUDGED)].model.value_counts(sort=False)
+    if counts.empty:
+        return "No run has been made."
+    parts, natural = [], 0
+    for model, n in counts.items():
+        share = on_things(numbers, model)
+        what = ", planted by training" if model == PLANTED else ""
+        if share > 50:
+            what = f", where {share:.0f} % of what the rule takes for sinks lies on things and holds what is there"
+        natural += 0 if what else n
+        parts.append(f"{n} on `{model}`{what}")
+    text = f"{counts.sum()} judgements of a claim in a model: {'; '.join(parts)}."
+    lead = "**Nearly all evidence on sinks that lie on nothing comes from one model, in which training planted them.** "
+    return (lead if PLANTED in counts and natural <= counts.sum() / 5 else "") + text
+
+
+def on_things(numbers: pd.DataFrame, model: str) -> float:
+    """The share of a model's sinks that lie on things, %; NaN where it was not measured."""
+    found = claims.look_up(numbers, "04-relevance", "{model}.on_things.sinks", model)
+    return float("nan") if found is None else float(found.value)
+
+
+def themes(ledger: Mapping[str, list[dict]], judged: pd.DataFrame) -> str:
+    """A sentence for each theme: which claims came out how in each model, and how many did not."""
+    lines = []
+    for theme, of in _by_theme(ledger).items():
+        own = judged[judged.claim.isin([claim["id"] for claim in of]) & judged.verdict.isin(claims.JUDGED)]
+        models = []
+        for model, rows in own.groupby("model", sort=False):
+            words = []
+            for word in claims.JUDGED:
+                if names := [_short(name) for name in rows.claim[rows.verdict == word]]:
+                    words.append(f"{len(names)} {word}" + (f" ({', '.join(names)})" if word != "inconclusive" else ""))
+            models.append(f"`{model}` {', '.join(words)}")
+        lines.append(f"- **{theme}:** {'; '.join(models) or 'not run'}.")
+    return "\n".join(lines)
+
+
+def _by_theme(ledger: Mapping[str, list[dict]]) -> dict[str, list[dict]]:
+    """The claims of each theme that has any; a chapter that is in none stands for itself."""
+    found = {theme: [c for c in ledger["claims"] if c["chapter"] in chapters] for theme, chapters in THEMES.items()}
+    for claim in ledger["claims"]:
+        if not any(claim["chapter"] in chapters for chapters in THEMES.values()):
+            found.setdefault(f"Chapter {claim['chapter'][:2]}", []).append(claim)
+    return {theme: of for theme, of in found.items() if of}
+
+
+def _short(name: str) -> str:
+    return name.replace("-", " ")
+
+
+def matrix(ledger: Mapping[str, list[dict]], judged: pd.DataFrame) -> str:
+    """A row for each claim, a column for each model in which any was judged: the word, linked to its figure."""
+    of = judged[judged.verdict.isin(claims.JUDGED)].model
+    models, cells = list(of.unique()), judged.set_index(["claim", "model"])
+    if not models:
+        return "No run has been made."
+    rows = [["claim", *(f"`{model}`" for model in models)]]
+    for theme, claimed in _by_theme(ledger).items():
+        rows.append([f"**{theme}**", *("" for _ in models)])
+        for claim in claimed:
+            words = [cells.loc[(claim["id"], model)] for model in models]
+            shown = [_verdict(w.verdict, figure(w.run, claim["chapter"], claim["figure"])) for w in words]
+            rows.append([f'<a href="#claim-{claim["id"]}">{_short(claim["id"])}</a>', *shown])
+    return list_table(rows, "verdict-matrix", [34] + [18] * len(models))
+
+
+# ---- verdicts, one by one
 
 
 def verdict_summary(ledger: Mapping[str, list[dict]], judged: pd.DataFrame) -> str:
-    """How many claims came out how: a sentence, and a table with a row for each model."""
+    """How many claims came out how: a sentence, and a table with a row for each word."""
     works = {claim["source"] for claim in ledger["claims"]}
-    settled = judged[judged.verdict.isin(["supported", "contradicted", "inconclusive"])].claim.nunique()
+    settled = judged[judged.verdict.isin(claims.JUDGED)].claim.nunique()
     text = f"The ledger holds {len(ledger['claims'])} claims from {len(works)} work{'s' * (len(works) > 1)}. "
     text += f"In at least one model, {settled} {'was' if settled == 1 else 'were'} judged"
     both = judged.groupby("claim").verdict.agg(set)
-    disputed = int(sum({"supported", "contradicted"} <= found for found in both))
-    text += f"; {disputed or 'none'} came out both ways, supported in one model and contradicted in another.\n\n"
-    counts = pd.crosstab(judged.model, judged.verdict).reindex(index=judged.model.unique(), columns=claims.VERDICTS)
-    rows = [["model", *(_verdict(word) for word in claims.VERDICTS)]]
-    rows += [[f"`{model}`", *(str(int(n)) for n in counts.loc[model].fillna(0))] for model in counts.index]
-    return text + list_table(rows, "verdict-counts") if len(rows) > 1 else text + "No run has been made."
+    disputed = int(sum({"supported", "opposite sign"} <= found for found in both))
+    text += f"; {disputed or 'none'} came out both ways, supported in one model and of opposite sign in another.\n\n"
+    models = list(judged.model.unique())
+    counts = pd.crosstab(judged.verdict, judged.model).reindex(index=claims.VERDICTS, columns=models, fill_value=0)
+    rows = [["", *(f"`{model}`" for model in models)]]
+    rows += [[_verdict(word), *(str(n) for n in counts.loc[word])] for word in claims.VERDICTS]
+    return text + (list_table(rows, "verdict-counts") if models else "No run has been made.")
 
 
 def verdict_tables(ledger: Mapping[str, list[dict]], judged: pd.DataFrame) -> str:
@@ -78,30 +208,84 @@ def verdict_tables(ledger: Mapping[str, list[dict]], judged: pd.DataFrame) -> st
     return "\n\n".join(parts)
 
 
+def power_table(ledger: Mapping[str, list[dict]], judged: pd.DataFrame) -> str:
+    """Of claims whose source gives its effect in the unit of the metric: how many pictures would show it, by model."""
+    cells = judged[judged.needed.notna()].set_index(["claim", "model"])
+    models = list(judged.model[judged.needed.notna()].unique())
+    rows = [["claim", "published", "bound", *(f"`{model}`" for model in models)]]
+    for claim in ledger["claims"]:
+        found = [cells.loc[(claim["id"], m)] if (claim["id"], m) in cells.index else None for m in models]
+        if any(of is not None for of in found):
+            published = f"{claim['published']:g} {claim['unit']}".replace("-", "−")
+            rows.append([_short(claim["id"]), published, _rule(claim["supported"]), *map(_power, found)])
+    return list_table(rows, "power") if len(rows) > 1 else "No run has been made."
+
+
+def _power(found: pd.Series | None) -> str:
+    """Pictures needed, pictures here, standard deviation; "–" where nothing was measured."""
+    if found is None:
+        return "–"
+    sd = (found.high - found.low) / 2 / 1.96 * found.n**0.5
+    needed = f"**{_round(found.needed)}**" if found.needed > found.n else _round(found.needed)
+    return f"{needed}\\\n{int(found.n)} here, sd{NBSP}{sd:.2g}"
+
+
+def _round(n: float) -> str:
+    """A number of pictures to two digits, with thousands apart."""
+    return f"{int(float(f'{n:.2g}')):,}"
+
+
+def _untestable(found: pd.Series, before: str) -> str:
+    """Where the published effect could not have been seen: the number of pictures that it takes."""
+    if found.verdict != "inconclusive" or not found.needed > found.n:
+        return ""
+    seeds = ", and as many times the seeds," if np.isfinite(found.df) else ""
+    return f"{before}not testable here: n{NBSP}={NBSP}{_round(found.needed)}{seeds} would be needed"
+
+
 def control_table(ledger: Mapping[str, list[dict]]) -> str:
     """What must hold if the instrument works, and whether it does."""
     states = claims.controls(ledger=ledger).set_index("control")
+    by_state = {state: [_short(of) for of in states.index[states.state == state]] for state in STATES}
+    held = f"{len(by_state.pop('holds'))} of {len(states)} hold."
+    held += "".join(f" {state.capitalize()}: {', '.join(of)}." for state, of in by_state.items() if of)
     rows = [["what must hold", "value", "state"]]
     for control in ledger["controls"]:
         found = states.loc[control["id"]]
         detail = f"`{control['metric']}` must be {_rule(control['holds'])}."
+        detail += f" {_written(control)}" if control.get("seen") else ""
         detail += f"\n\n{_note(control)}" if "note" in control else ""
         value = f"{_interval(found)}\\\nn = {int(found.n)}" if found.state != "not run" else "–"
         state = f"[{STATES[found.state]} {found.state}]{{.verdict .v-{found.state.replace(' ', '-')}}}"
         rows.append([f"{control['rule']}\\\n{detail}", value, state])
-    return list_table(rows, "verdicts", [60, 20, 20])
+    return f"{held}\n\n" + list_table(rows, "verdicts", [60, 20, 20])
 
 
 def _claim(claim: Mapping[str, Any]) -> str:
     """A claim with its source and, folded, how it is judged."""
-    unit = claim["unit"]
-    how = f"Supported if the whole 95 % interval is {_rule(claim['supported'], unit)}; contradicted if the whole"
-    how += " interval is outside, on one side; else inconclusive. Both have to survive Holm's correction."
-    written = "after its number was known" if claim.get("seen") else "before the run"
-    facts = f"Metric <code>{html.escape(claim['metric'])}</code>. Source: {html.escape(claim['where'])}."
-    folded = f"<details><summary>how it is judged</summary>{facts} {how} The rule was written {written}.</details>"
+    rules = claims.regions(claim).items()
+    how = " ".join(f"{word.capitalize()}: {_rule(rule, claim['unit'])}." for word, rule in rules)
+    how += " Opposite sign: outside, on one side." if "between" in claim["supported"] else ""
+    facts = f"Metric <code>{html.escape(claim['metric'])}</code>. "
+    for model, name in claim.get("matched", {}).items():
+        closer = "against the same patches of a matched model or tokens of like place"
+        facts += f"In {model}, {closer}: {html.escape(name)}. "
+    facts += f"Source: {html.escape(claim['where'])}. "
+    if "published" in claim:
+        facts += f"Smallest published effect: {claim['published']:g} {claim['unit']}. ".replace("-", "−")
+    folded = f"<details><summary>how it is judged</summary>{facts}{how} {_written(claim)}</details>"
     note = f"\n\n{_note(claim)}" if "note" in claim else ""
-    return f"{claim['claim']}\\\n{{cite:t}}`{claim['source']}` {_grade(claim['grade'])}{note}\n\n{folded}"
+    name = f'<span id="claim-{claim["id"]}"></span>'
+    return f"{name}{claim['claim']}\\\n{{cite:t}}`{claim['source']}` {_grade(claim['grade'])}{note}\n\n{folded}"
+
+
+def _written(row: Mapping[str, Any]) -> str:
+    """When a rule was written, and what it was before."""
+    if not row.get("seen"):
+        later = "; the smallest effect that matters was added after it" if "matters" in row else ""
+        return f"The rule was written before the run{later}."
+    before = f" Before: {row['was']}." if "was" in row else ""
+    return f"The rule was {'changed' if before else 'written'} after its number was known.{html.escape(before)}"
 
 
 def _note(row: Mapping[str, Any]) -> str:
@@ -114,21 +298,25 @@ def _cell(claim: Mapping[str, Any], found: pd.Series) -> str:
     text = _verdict(found.verdict, figure(found.run, claim["chapter"], claim["figure"]))
     if np.isfinite(found.value):
         text += f"\\\n{_interval(found)}"
-        p = found.p_holm
-        sure = [] if np.isnan(p) else ["p < 0.001" if p < 0.001 else f"p = {p:.2g}"]
+        sure = [] if np.isnan(found.p_holm) else [_p(found.p_holm)]
         text += "\\\n" + ", ".join(part.replace(" ", NBSP) for part in [f"n = {int(found.n)}", *sure])
+        text += _untestable(found, "\\\n")
     return text
 
 
+def _p(p: float) -> str:
+    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
+
+
 def _verdict(word: str, label: str | None = None) -> str:
-    text = f"{SYMBOLS[word]} {word}"
-    return f"[{f'{{ref}}`{text} <{label}>`' if label else text}]{{.verdict .v-{word.replace(' ', '-')}}}"
+    text, style = f"{SYMBOLS[word]} {word}", "-".join(re.findall("[a-z]+", word))
+    return f"[{f'{{ref}}`{text} <{label}>`' if label else text}]{{.verdict .v-{style}}}"
 
 
 def _rule(rule: Mapping[str, Any], unit: str = "") -> str:
     """A rule in words, "above 1.5 times"."""
     ((kind, bound),) = rule.items()
-    bounds = " and ".join(f"{x:g}" for x in (bound if kind == "between" else [bound]))
+    bounds = " and ".join(f"{x:.3g}" for x in (bound if kind == "between" else [bound]))
     return f"{kind} {bounds} {unit}".replace("-", "−").strip()
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import scipy.stats
 import torch
 from torch import nn
 
@@ -239,8 +240,8 @@ def _next_word(lvlm: LVLM, embeddings: torch.Tensor, positions: torch.Tensor) ->
 
 def entropy(counts: np.ndarray) -> np.ndarray:
     """Entropy of histograms in bits: [.., words] -> [..]; 0 for an empty one. Too low where there are few counts."""
-    share = counts / np.maximum(counts.sum(-1, keepdims=True), 1)
-    return -(share * np.log2(np.where(share > 0, share, 1))).sum(-1)
+    with np.errstate(invalid="ignore"):
+        return np.nan_to_num(scipy.stats.entropy(counts, base=2, axis=-1))
 
 
 def entropy_difference(first: np.ndarray, others: np.ndarray, *, level: float = 0.95, seed: int = 0) -> stats.Interval:

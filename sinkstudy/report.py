@@ -106,6 +106,7 @@ class Results:
         high: float | None = None,
         n: int | None = None,
         unit: str = "",
+        df: float | None = None,
     ) -> None:
         """Keep one headline number: a row of `metrics.json`. Takes an interval as ``metric(name, *interval)``.
 
@@ -115,6 +116,7 @@ class Results:
             low, high: its 95 % interval.
             n: number of independent units (images) behind it.
             unit: "%", "tokens", …; empty for a pure number.
+            df: degrees of freedom of a t interval (`stats.seeds_interval`); stored only where there are any.
 
         Raises:
             ValueError: a metric of that name is there already.
@@ -122,7 +124,8 @@ class Results:
         if name in self._metrics:
             raise ValueError(f"there is a metric {name!r} already")
         row = {"name": name, "value": _six(value), "low": _six(low), "high": _six(high)}
-        self._metrics[name] = row | {"n": None if n is None else int(n), "unit": unit}
+        free = {} if _six(df) is None else {"df": _six(df)}
+        self._metrics[name] = row | {"n": None if n is None else int(n), "unit": unit} | free
 
     def metrics(self) -> pd.DataFrame:
         """The metrics so far, one a row: name, value, low, high, n, unit."""
@@ -226,14 +229,19 @@ def key(*parts: str) -> str:
 def shown(interval: stats.Interval, fmt: str | None = None) -> str:
     """An interval as text, "2.86 [2.70, 3.03]"; a dash if there is no estimate.
 
+    An estimate without an interval says so: it is of one picture, or of several and one training only.
+
     Args:
         fmt: format of the numbers, as "+.1f"; by default digits that suit the size of the estimate.
     """
-    value, low, high, _ = interval
+    value, low, high, n = interval
     if not np.isfinite(value):
         return "–"
     fmt = fmt or (".0f" if abs(value) >= 9.5 else ".2f" if abs(value) >= 0.3 else ".2g")
-    text = f"{value:{fmt}} (one picture)" if not np.isfinite(low) else f"{value:{fmt}} [{low:{fmt}}, {high:{fmt}}]"
+    if np.isfinite(low):
+        text = f"{value:{fmt}} [{low:{fmt}}, {high:{fmt}}]"
+    else:
+        text = f"{value:{fmt}} ({'no interval' if n > 1 else 'one picture'})"
     return text.replace("-", "−")
 
 

@@ -1,16 +1,22 @@
 """Intervals and tests for the numbers of the study: bootstrap and sign flips over images, Wilson, McNemar, Holm.
 
 The unit that is drawn again, or flipped, is the *image*. Tokens, heads or questions of one image are not independent,
-so a function that gets several rows an image needs `clusters`, the image of each row, and keeps images whole.
+so a function that gets several rows an image needs `clusters`, the image of each row, and keeps images whole. Images
+of several benchmarks are no sample of one population: `strata`, the benchmark of each row, has every benchmark count
+alike and draws images within each. What was trained several times has seeds as a further level (`seeds_interval`).
 Every function is seeded: the same data give the same interval and the same p-value.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
+import scipy.optimize
 import scipy.stats
 from numpy.typing import ArrayLike
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
 
 RESAMPLES = 2000
 _CELLS = 4_000_000  # resampled values held in memory at once
@@ -35,6 +41,7 @@ def mean_interval(
     values: ArrayLike,
     *,
     clusters: ArrayLike | None = None,
+    strata: ArrayLike | None = None,
     level: float = 0.95,
     method: str = "BCa",
     resamples: int = RESAMPLES,
@@ -47,6 +54,9 @@ def mean_interval(
         values: [rows], one number a row; one row an image unless `clusters` says otherwise.
         clusters: [rows], the image of each row. With it the mean is still the mean of the rows, but whole images
             are drawn (cluster bootstrap; Davison & Hinkley 1997, section 3.8).
+        strata: [rows], the benchmark of each row, if there are several. With it the mean is that of the benchmarks'
+            means, and as many images as a benchmark has are drawn from each (section 3.2 there), so that differences
+            *between* benchmarks add no width. A benchmark of one image adds none either: nothing is known of it.
         level: coverage, 0–1.
         method: "BCa" (bias-corrected and accelerated; Efron 1987) or "percentile".
         resamples: number of bootstrap samples.
@@ -57,10 +67,12 @@ def mean_interval(
         The mean in the unit of `values`; `n` is the number of images. Low and high are NaN for one image.
 
     Raises:
-        ValueError: no rows, rows that are not finite, lengths that differ, an unknown method or `missing`.
+        ValueError: no rows, rows that are not finite, lengths that differ, an image in two strata, an unknown method
+            or `missing`.
     """
-    (sums,), sizes = _per_image([values], clusters, missing)
-    return _bootstrap(_ratio, [sums, sizes], _leave_one_out(sums, sizes), level, method, resamples, seed)
+    (sums,), sizes, strata = _per_image([values], clusters, strata, missing)
+    left_out = _leave_one_out(sums, sizes)
+    return _bootstrap(_ratio, [sums, sizes], left_out, level, method, resamples, seed, strata=strata)
 
 
 def ratio_interval(
@@ -68,6 +80,7 @@ def ratio_interval(
     denominator: ArrayLike,
     *,
     clusters: ArrayLike | None = None,
+    strata: ArrayLike | None = None,
     level: float = 0.95,
     method: str = "BCa",
     resamples: int = RESAMPLES,
@@ -83,6 +96,7 @@ def ratio_interval(
         numerator: [rows].
         denominator: [rows], of the same images in the same order.
         clusters: [rows], the image of each row, if there are several rows an image.
+        strata: [rows], as in `mean_interval`: both means are then those of the benchmarks' means.
         level, method, resamples, seed, missing: as in `mean_interval`; a row is dropped where either is missing.
 
     Returns:
@@ -91,10 +105,11 @@ def ratio_interval(
     Raises:
         ValueError: as `mean_interval`, or a denominator whose mean is not above zero.
     """
-    (above, below), _ = _per_image([numerator, denominator], clusters, missing)
+    (above, below), _, strata = _per_image([numerator, denominator], clusters, strata, missing)
     if len(below) and below.sum() <= 0:
         raise ValueError("the mean of the denominator must be above zero")
-    return _bootstrap(_ratio, [above, below], _leave_one_out(above, below), level, method, resamples, seed)
+    left_out = _leave_one_out(above, below)
+    return _bootstrap(_ratio, [above, below], left_out, level, method, resamples, seed, strata=strata)
 
 
 def difference_interval(
@@ -102,6 +117,7 @@ def difference_interval(
     second: ArrayLike,
     *,
     clusters: ArrayLike | None = None,
+    strata: ArrayLike | None = None,
     level: float = 0.95,
     method: str = "BCa",
     resamples: int = RESAMPLES,
@@ -113,6 +129,7 @@ def difference_interval(
     Args:
         first, second: [rows], the two conditions on the same rows in the same order.
         clusters: [rows], the image of each row, if there are several rows (questions) an image.
+        strata: [rows], the benchmark of each row, as in `mean_interval`.
         level, method, resamples, seed, missing: as in `mean_interval`; a row is dropped where either is missing.
 
     Returns:
@@ -127,6 +144,7 @@ def difference_interval(
     return mean_interval(
         first - second,
         clusters=clusters,
+        strata=strata,
         level=level,
         method=method,
         resamples=resamples,
@@ -138,6 +156,7 @@ def difference_interval(
 def pooled_interval(
     statistic: Callable[..., np.ndarray],
     *columns: ArrayLike,
+    strata: ArrayLike | None = None,
     level: float = 0.95,
     method: str = "BCa",
     resamples: int = RESAMPLES,
@@ -151,6 +170,8 @@ def pooled_interval(
     Args:
         statistic: gets the columns with their images drawn again, each [draws, images, ..]; returns [draws].
         columns: [images, ..] each, of the same images in the same order.
+        strata: [images], the benchmark of each image, if they are drawn within each. The statistic gets the images
+            of all benchmarks, in their order, and weighs them as it likes.
         level, method, resamples, seed: as in `mean_interval`.
 
     Returns:
@@ -161,7 +182,8 @@ def pooled_interval(
         ValueError: values that are not finite, numbers of images that differ, an unknown method.
     """
     columns = [np.asarray(column, dtype=np.float64) for column in columns]
-    if len({len(column) for column in columns}) != 1:
+    strata = None if strata is None else np.asarray(strata)
+    if len({len(column) for column in [*columns, *([] if strata is None else [strata])]}) != 1:
         raise ValueError(f"columns need the same images, not {[len(column) for column in columns]}")
     if not all(np.isfinite(column).all() for column in columns):
         raise ValueError("some values are not finite: leave these images out and say how many")
@@ -171,9 +193,107 @@ def pooled_interval(
         return statistic(*(column[draws] for column in columns)).reshape(images.shape[:-1])
 
     index = np.arange(len(columns[0]))
-    left_out = [float(of(np.delete(index, image))) for image in index] if len(index) > 1 else []
+    left_out = np.array([float(of(np.delete(index, image))) for image in index] if len(index) > 1 else [])
     per_image = sum(column[:1].size for column in columns)
-    return _bootstrap(of, [index], left_out, level, method, resamples, seed, per_image)
+    return _bootstrap(of, [index], left_out, level, method, resamples, seed, per_image, strata)
+
+
+def seeds_interval(
+    values: ArrayLike,
+    *,
+    clusters: ArrayLike | None = None,
+    strata: ArrayLike | None = None,
+    level: float = 0.95,
+) -> tuple[Interval, float]:
+    """Mean over rows and seeds of what was trained several times, with a t interval over seeds *and* images.
+
+    All seeds see the same images, so the two levels are crossed and their variances add: that of the seeds' means,
+    divided by the number of seeds, and that of the images' means over seeds, within each stratum. What is left when
+    both are taken out is in both sums, so the interval is rather too wide than too narrow. Its quantile is that of
+    Cochran and Cox (1950), the mean of the parts' own quantiles of t, weighted by their variances: with few seeds it
+    keeps its level, which Satterthwaite's degrees of freedom do not quite. A bootstrap that draws three seeds out of
+    three instead has ten different draws, and is too narrow by a third of the variance and by t against z; a t
+    interval over the seeds' means alone speaks of these images and of no others.
+
+    Args:
+        values: [rows, seeds], the same rows under each seed; for a paired comparison, differences.
+        clusters: [rows], the image of each row, if there are several rows an image.
+        strata: [rows], the benchmark of each row, as in `mean_interval`.
+        level: coverage, 0–1.
+
+    Returns:
+        The mean with `n` the number of images, and the degrees of freedom of the t that has this quantile: seeds − 1
+        where images do not matter, many where seeds do not. Rows that lack a value under any seed are
+        left out. With one seed nothing says how another training would have come out: low, high and the degrees of
+        freedom are NaN. Without rows all is NaN and `n` is 0.
+
+    Raises:
+        ValueError: not [rows, seeds], lengths that differ, an image in two strata.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim != 2 or not values.size:
+        raise ValueError(f"need [rows, seeds], not an array of shape {values.shape}")
+    lacking = np.where(np.isfinite(values).all(axis=1), 0.0, np.nan)  # a row counts under all seeds or under none
+    per_seed = [_per_image([column + lacking], clusters, strata, "drop") for column in values.T]
+    (_, sizes, stratum), seeds = per_seed[0], values.shape[1]
+    if not len(sizes):
+        return Interval(*[float("nan")] * 3, 0), float("nan")
+    means = [_ratio(sums, sizes) for (sums,), _, _ in per_seed]  # of each seed
+    value = float(np.mean(means))
+    if seeds == 1:
+        return Interval(value, float("nan"), float("nan"), len(sizes)), float("nan")
+    parts = [(np.var(means, ddof=1) / seeds, seeds - 1)]  # (variance, degrees of freedom) of each source of chance
+    sums = np.mean([sums for (sums,), _, _ in per_seed], axis=0)  # [images]
+    for images in _drawn_apart(stratum, len(sizes)):
+        n, above, below = len(images), sums[images], sizes[images]
+        if n > 1:
+            rest = above - below * above.sum() / below.sum()  # linearised: what an image moves its stratum's mean by
+            parts.append((n / (n - 1) * (rest**2).sum() / sizes.sum() ** 2, n - 1))
+    variance = sum(of for of, _ in parts)
+    if variance <= (1e-12 * value) ** 2:  # neither a seed nor an image moves it
+        return Interval(value, value, value, len(sizes)), float("nan")
+    student = partial(scipy.stats.t.ppf, (1 + level) / 2)
+    quantile = sum(of * student(free) for of, free in parts) / variance
+    frees = [free for _, free in parts]
+    df = scipy.optimize.brentq(lambda free: student(free) - quantile, 0.9 * min(frees), 1.1 * max(frees))
+    half = float(quantile * np.sqrt(variance))
+    return Interval(value, value - half, value + half, len(sizes)), float(df)
+
+
+def rule_of_three(n: float, *, level: float = 0.95) -> float:
+    """The largest share that n images without an exception leave possible, about 3 / n (Hanley & Lippman-Hand 1983).
+
+    Args:
+        n: number of independent images, at least 1. For a mean over strata that count alike: their number times the
+            images of the *smallest*, which is exact where all have as many, and never too small a share.
+        level: one-sided confidence, 0–1.
+
+    Returns:
+        The share, 0–1.
+    """
+    return 1 - (1 - level) ** (1 / n)
+
+
+def images_needed(interval: Interval, effect: float, *, power: float = 0.8, level: float = 0.95) -> float:
+    """How many images would show an effect as surely as `power`, at the standard deviation that was measured.
+
+    Normal approximation: the interval's half is 1.96 standard errors, and these fall with the root of the number of
+    images. Where seeds are in the interval, so many times the seeds are needed too.
+
+    Args:
+        interval: of this run, at the same `level`.
+        effect: the distance between the true value and the bound that the whole interval has to clear, above zero.
+        power: chance that it does, 0–1.
+
+    Returns:
+        A number of images, rounded up; NaN if the interval has no width or there is no effect.
+    """
+    half = (interval.high - interval.low) / 2
+    if not half > 0 or not effect > 0:
+        return float("nan")
+    z = float(scipy.stats.norm.ppf((1 + level) / 2))
+    needed = interval.n * ((z + float(scipy.stats.norm.ppf(power))) * (half / z) / effect) ** 2
+    return float(np.ceil(needed))
 
 
 def wilson(successes: int, n: int, *, level: float = 0.95) -> Interval:
@@ -225,7 +345,7 @@ def sign_flip_test(
     Raises:
         ValueError: as `difference_interval`.
     """
-    (above, below), _ = _per_image([first, second], clusters, missing)
+    (above, below), *_ = _per_image([first, second], clusters, None, missing)
     differences = above - below  # [images], summed over the rows of an image: flipping it flips them all
     if not len(differences):
         return float("nan")
@@ -265,10 +385,8 @@ def mcnemar_test(first: ArrayLike, second: ArrayLike) -> float:
         raise ValueError(f"need one truth value a question in each condition, not {first.shape} and {second.shape}")
     if not (np.isin(first, (0, 1)).all() and np.isin(second, (0, 1)).all()):
         raise ValueError("McNemar's test takes right or wrong only; compare other scores by sign_flip_test")
-    only_first, only_second = int((first > second).sum()), int((first < second).sum())
-    if only_first + only_second == 0:
-        return 1.0
-    return float(scipy.stats.binomtest(only_first, only_first + only_second, 0.5).pvalue)
+    apart = [[0, (first > second).sum()], [(first < second).sum(), 0]]
+    return float(mcnemar(apart, exact=True).pvalue) if np.any(apart) else 1.0
 
 
 def holm(p_values: ArrayLike) -> np.ndarray:
@@ -289,36 +407,54 @@ def holm(p_values: ArrayLike) -> np.ndarray:
     made = np.flatnonzero(np.isfinite(p))
     if ((p[made] < 0) | (p[made] > 1)).any():
         raise ValueError("a p-value lies between 0 and 1")
-    order = made[np.argsort(p[made], kind="stable")]
     adjusted = np.full(p.shape, np.nan)
-    scaled = p[order] * np.arange(len(order), 0, -1)  # the smallest times m, the next times m − 1, …
-    adjusted[order] = np.minimum(np.maximum.accumulate(scaled), 1.0)
+    if len(made):
+        adjusted[made] = multipletests(p[made], method="holm")[1]
     return adjusted
 
 
 def _per_image(
-    columns: list[ArrayLike], clusters: ArrayLike | None, missing: str
-) -> tuple[list[np.ndarray], np.ndarray]:
-    """Sum of each column within each image, each [images], and the number of rows of each image, [images]."""
+    columns: list[ArrayLike], clusters: ArrayLike | None, strata: ArrayLike | None, missing: str
+) -> tuple[list[np.ndarray], np.ndarray, np.ndarray | None]:
+    """Sum of each column within each image, each [images]; the number of rows of each, and its stratum, [images].
+
+    With strata, sums and numbers of rows are weighted so that all strata count alike in the ratio of two sums.
+    """
     if missing not in ("raise", "drop"):
         raise ValueError(f"missing is 'raise' or 'drop', not {missing!r}")
     columns = [np.asarray(column, dtype=np.float64) for column in columns]
     for column in columns:
         if column.ndim != 1 or len(column) == 0:
             raise ValueError(f"need one number a row, not an array of shape {column.shape}")
-    rows = {len(column) for column in columns} | ({len(clusters)} if clusters is not None else set())
+    labels = {"clusters": clusters, "strata": strata}
+    rows = {len(of) for of in [*columns, *labels.values()] if of is not None}
     if len(rows) > 1:
-        raise ValueError(f"columns and clusters need the same length, not {sorted(rows)}")
+        named = ", ".join(["columns", *(name for name, of in labels.items() if of is not None)])
+        raise ValueError(f"{named} need the same length, not {sorted(rows)}")
     known = np.logical_and.reduce([np.isfinite(column) for column in columns])
     if not known.all() and missing == "raise":
         raise ValueError(
             f"{(~known).sum()} of {len(known)} values are not finite: leave them out (missing='drop') and say how many"
         )
     columns = [column[known] for column in columns]
-    if clusters is None:
-        return columns, np.ones(len(columns[0]))
-    _, image = np.unique(np.asarray(clusters)[known], return_inverse=True)  # [rows]
-    return [np.bincount(image, weights=column) for column in columns], np.bincount(image).astype(float)
+    image = np.arange(known.sum())
+    if clusters is not None:
+        _, image = np.unique(np.asarray(clusters)[known], return_inverse=True)  # [rows]
+    weights, stratum = np.ones(len(image)), None
+    if strata is not None:
+        _, of_row, size = np.unique(np.asarray(strata)[known], return_inverse=True, return_counts=True)
+        weights = len(image) / len(size) / size[of_row] if len(size) > 1 else weights
+        stratum = np.zeros(image.max(initial=-1) + 1, dtype=int)
+        stratum[image] = of_row
+        if (stratum[image] != of_row).any():
+            raise ValueError("an image lies in two strata: name images of different strata differently")
+    sums = [np.bincount(image, weights=column * weights) for column in columns]
+    return sums, np.bincount(image, weights=weights), stratum
+
+
+def _drawn_apart(strata: np.ndarray | None, n: int) -> list[np.ndarray]:
+    """The images of each stratum, by their index."""
+    return [np.arange(n)] if strata is None else [np.flatnonzero(strata == of) for of in np.unique(strata)]
 
 
 def _ratio(above: np.ndarray, below: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -333,16 +469,18 @@ def _leave_one_out(above: np.ndarray, below: np.ndarray) -> np.ndarray:
 def _bootstrap(
     statistic: Callable,
     columns: list[np.ndarray],
-    left_out: ArrayLike,
+    left_out: np.ndarray,
     level: float,
     method: str,
     resamples: int,
     seed: int,
     per_image: int = 1,
+    strata: np.ndarray | None = None,
 ) -> Interval:
     """`scipy.stats.bootstrap` of a statistic of paired columns, each [images]; without spread, a point.
 
-    `left_out` is the statistic without each image, `per_image` how many values an image has in memory.
+    `left_out` is the statistic without each image, `per_image` how many values an image has in memory, `strata` what
+    images are drawn within.
     """
     if method not in ("BCa", "percentile"):
         raise ValueError(f"method is 'BCa' or 'percentile', not {method!r}")
@@ -350,14 +488,22 @@ def _bootstrap(
     if n == 0:
         return Interval(float("nan"), float("nan"), float("nan"), 0)
     value = float(statistic(*columns))
-    if n == 1:
+    apart = _drawn_apart(strata, n)
+    alone = np.concatenate([np.empty(0, dtype=int), *(images for images in apart if len(images) == 1)])
+    drawn = [images for images in apart if len(images) > 1]
+    if not drawn:
         return Interval(value, float("nan"), float("nan"), n)
-    if np.ptp(left_out) <= 1e-12 * abs(value):  # no image moves the estimate
+    if all(np.ptp(left_out[images]) <= 1e-12 * abs(value) for images in drawn):  # no image moves the estimate
         return Interval(value, value, value, n)
+
+    def of(*images: np.ndarray, axis: int = -1) -> np.ndarray:  # [.., images of a stratum] each -> [..]
+        kept = np.broadcast_to(alone, (*images[0].shape[:-1], len(alone)))
+        index = np.concatenate([*images, kept], axis=-1)
+        return statistic(*(column[index] for column in columns), axis=axis)
+
     interval = scipy.stats.bootstrap(
-        columns,
-        statistic,
-        paired=True,
+        drawn,
+        of,
         vectorized=True,
         n_resamples=resamples,
         batch=max(1, _CELLS // (n * per_image)),

@@ -221,10 +221,42 @@ def answers(
 def mean(said: pd.DataFrame, measure: str, seed: int = 0) -> stats.Interval:
     """Mean of a column of `answers`, each benchmark counting alike, with its 95 % bootstrap interval over pictures.
 
-    Rows without a value do not count. The interval is the percentiles'.
+    Pictures are drawn within each benchmark. Rows without a value do not count. The interval is the percentiles'.
+    Where no picture of several benchmarks differs in `right`, it is that of the rule of three.
     """
     said = said.dropna(subset=measure)
     if said.empty:
         return stats.mean_interval([float("nan")], missing="drop")
-    weights = len(said) / said.benchmark.nunique() / said.benchmark.map(said.benchmark.value_counts())
-    return stats.mean_interval(said[measure] * weights, clusters=said.picture, method="percentile", seed=seed)
+    found = stats.mean_interval(
+        said[measure], clusters=said.picture, strata=said.benchmark, method="percentile", seed=seed
+    )
+    return _widened(found, said, measure)
+
+
+def mean_of_seeds(said: pd.DataFrame, seeds: Sequence[Any], measure: str) -> tuple[stats.Interval, float]:
+    """Mean over the columns `seeds`, one for each training, with a 95 % t interval over seeds and pictures.
+
+    Benchmarks count alike, as in `mean`; rows that lack a seed do not count.
+
+    Args:
+        said: a row a question: `benchmark`, `picture` and a column for each seed.
+        seeds: the names of these columns.
+        measure: what they hold, "right" or "logp".
+
+    Returns:
+        As `stats.seeds_interval`: the interval, without low and high if there is one seed, and its degrees of freedom.
+    """
+    said = said.dropna(subset=list(seeds))
+    if said.empty:
+        return stats.mean_interval([float("nan")], missing="drop"), float("nan")
+    found, df = stats.seeds_interval(said[list(seeds)], clusters=said.picture, strata=said.benchmark)
+    return _widened(found, said, measure), df
+
+
+def _widened(found: stats.Interval, said: pd.DataFrame, measure: str) -> stats.Interval:
+    """By the rule of three, if no picture of several benchmarks differs in a share; for one there is `claims.widen`."""
+    sizes = said.groupby("benchmark").picture.nunique()
+    if measure != "right" or len(sizes) < 2 or found.low != found.high:
+        return found
+    half = 100 * stats.rule_of_three(len(sizes) * sizes.min())
+    return found._replace(low=found.value - half, high=found.value + half)

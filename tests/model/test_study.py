@@ -98,6 +98,20 @@ def test_mean_of_benchmarks():
     assert np.isnan(study.mean(rows.iloc[5:], "right").value)
 
 
+def test_mean_of_several_trainings_counts_benchmarks_alike():
+    """Each seed's mean is that of the benchmarks' means; a row that one seed lacks counts for none."""
+    rows = pd.DataFrame({"benchmark": ["POPE"] * 3 + ["MME"] * 3, "picture": list("abcdef")})
+    rows = rows.assign(**{"0": [0.0, 100.0, 100.0, 0.0, 0.0, 100.0], "1": [0.0, 100.0, 0.0, 0.0, np.nan, 100.0]})
+    found, df = study.mean_of_seeds(rows, ["0", "1"], "right")
+    first, second = (200 / 3 + 50) / 2, (100 / 3 + 50) / 2  # without picture e
+    assert found.value == pytest.approx((first + second) / 2) and found.n == 5 and 1 < df < 2
+    assert found.low < second < first < found.high
+    same, _ = study.mean_of_seeds(rows.assign(**{"0": 7.0, "1": 7.0}), ["0", "1"], "right")
+    assert same.high == pytest.approx(7 + 100 * (1 - 0.05 ** (1 / 6)))  # the rule of three, over both benchmarks
+    assert np.isnan(study.mean_of_seeds(rows, ["0"], "right")[0].low)
+    assert np.isnan(study.mean_of_seeds(rows.assign(**{"0": np.nan}), ["0", "1"], "right")[0].value)
+
+
 def test_what_is_asked_twice_is_answered_once(monkeypatch):
     """POPE asks about what is there in each of its three parts. Every row gets its answer, under each intervention."""
     lvlm, numbers = models.load("lab-llava-sinks"), []

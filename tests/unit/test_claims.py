@@ -23,8 +23,12 @@ LEDGER = {
             "metric": f"{{model}}.{name}.effect",
             "unit": unit,
             "supported": rule,
+            **more,
         }
-        for name, unit, rule in (("up", "times", {"above": 1.5}), ("same", "points", {"between": [-2, 2]}))
+        for name, unit, rule, more in (
+            ("up", "times", {"above": 1.5}, {"matters": 1.1}),
+            ("same", "points", {"between": [-2, 2]}, {}),
+        )
     ],
     "controls": [
         {"id": "c", "rule": "It holds.", "chapter": "90-toy", "metric": "lab-llava.up.effect", "holds": {"below": 2}}
@@ -52,6 +56,27 @@ def test_ledger_of_the_study_is_well_formed():
     assert len(ledger["claims"]) > 20 and len(ledger["controls"]) > 5
 
 
+def test_header_of_the_ledger_says_what_the_code_does():
+    """Its words are those of the code, in the order in which an interval is held against them; its keys are read."""
+    header = claims.LEDGER.read_text(encoding="utf-8").partition("claims:\n")[0]
+    named = [line[4:34].strip() for line in header.splitlines() if line.startswith("#   ")]
+    assert named == [*claims.regions(claim({"above": 5})), "inconclusive"]
+    assert set(named) == set(claims.JUDGED)
+    for key in (*claims._MEASURE, *claims._OPTIONAL):
+        assert f"`{key}" in header, key
+
+
+def test_rules_changed_after_their_number_say_so_and_what_they_were():
+    """Also those of which the header once said otherwise: the models and chapter 01 were there before the ledger."""
+    ledger = claims.load()
+    rows = {row["id"]: row for kind in ("claims", "controls") for row in ledger[kind]}
+    late = {"norm-draws-attention", "planted-are-there", "registers-are-clean"}
+    assert all(rows[name]["seen"] is True for name in late)
+    seen = {name for name, row in rows.items() if row.get("seen")}
+    assert seen == late | {name for name, row in rows.items() if "was" in row}
+    assert all("was" in row for row in ledger["claims"] if "matched" in row)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -70,6 +95,14 @@ def test_ledger_of_the_study_is_well_formed():
         (lambda c: c.update(supported={"between": [2, 1]}), "needs one of above"),
         (lambda c: c.update(supported={"between": 1}), "needs one of above"),
         (lambda c: c.update(supported={"near": 1}), "needs one of above"),
+        (lambda c: c.pop("matters"), "needs 'matters'"),
+        (lambda c: c.update(matters="much"), "are numbers"),
+        (lambda c: c.update(matters=1.6), "between no effect and the bound"),
+        (lambda c: c.update(matters=1), "between no effect and the bound"),
+        (lambda c: c.update(supported={"between": [1, 2]}), "leave out 'matters'"),
+        (lambda c: c.update(published=1.4), "'published' must agree with the claim"),
+        (lambda c: c.update(matched="x"), "'matched' maps models"),
+        (lambda c: c.update(was="above 1"), "carries 'seen: true'"),
     ],
 )
 def test_ledger_with_a_mistake_is_one_clear_error(tmp_path, change, message):
@@ -87,26 +120,55 @@ def test_ledger_with_a_mistake_is_one_clear_error(tmp_path, change, message):
 # ---- one number
 
 
+def claim(rule, unit="points", **more):
+    return {"supported": rule, "unit": unit, **({} if "between" in rule else {"matters": 1}), **more}
+
+
 @pytest.mark.parametrize(
     ("low", "high", "rule", "expected"),
     [
         (1.6, 3.0, {"above": 1.5}, "supported"),
-        (1.4, 3.0, {"above": 1.5}, "inconclusive"),
+        (1.4, 3.0, {"above": 1.5}, "inconclusive"),  # the sign is sure, the bound is not
         (1.5, 3.0, {"above": 1.5}, "inconclusive"),  # the bound itself is not above the bound
-        (0.5, 1.4, {"above": 1.5}, "contradicted"),
+        (0.5, 1.4, {"above": 1.5}, "right sign, below the bound"),
+        (0.5, 0.9, {"above": 1.5}, "no effect"),
+        (-0.9, 0.9, {"above": 1.5}, "no effect"),
+        (-0.9, 1.1, {"above": 1.5}, "inconclusive"),
+        (-3.0, -0.1, {"above": 1.5}, "opposite sign"),
         (-9.0, -5.1, {"below": -5}, "supported"),
         (-9.0, -4.0, {"below": -5}, "inconclusive"),
-        (-4.0, 1.0, {"below": -5}, "contradicted"),
-        (-1.0, 1.0, {"between": [-2, 2]}, "supported"),
-        (-3.0, 1.0, {"between": [-2, 2]}, "inconclusive"),
-        (-9.0, 9.0, {"between": [-2, 2]}, "inconclusive"),  # both ends disagree, on both sides
-        (2.5, 9.0, {"between": [-2, 2]}, "contradicted"),
-        (-9.0, -2.5, {"between": [-2, 2]}, "contradicted"),
-        (np.nan, np.nan, {"above": 0}, "inconclusive"),
+        (-4.0, -0.5, {"below": -5}, "right sign, below the bound"),
+        (0.5, 3.0, {"below": -5}, "opposite sign"),
+        (-1.0, 1.5, {"between": [-2, 2]}, "supported"),
+        (-2.5, 1.5, {"between": [-2, 2]}, "inconclusive"),
+        (2.1, 5.0, {"between": [-2, 2]}, "opposite sign"),
+        (-5.0, -2.1, {"between": [-2, 2]}, "opposite sign"),
+        (np.nan, np.nan, {"above": 1.5}, "inconclusive"),
     ],
 )
-def test_side(low, high, rule, expected):
-    assert claims.side(low, high, rule) == expected
+def test_word(low, high, rule, expected):
+    assert claims.word(low, high, claim(rule)) == expected
+
+
+def test_no_effect_of_a_ratio_is_a_factor_around_one():
+    times = claim({"above": 1.5}, "times", matters=1.25)
+    assert claims.nothing(times) == (0.8, 1.25)
+    assert claims.word(0.85, 1.2, times) == "no effect"
+    assert claims.word(0.75, 0.95, times) == "opposite sign"
+    assert claims.word(1.1, 1.4, times) == "right sign, below the bound"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "rule", "expected"),
+    [
+        (1, 2, {"above": 0}, True),
+        (-1, 2, {"above": 0}, None),
+        (-2, -1, {"above": 0}, False),
+        (3, 4, {"between": [0, 2]}, False),
+    ],
+)
+def test_agrees(low, high, rule, expected):
+    assert claims.agrees(low, high, rule) is expected
 
 
 def test_p_values_are_those_of_a_z_test():
@@ -126,6 +188,25 @@ def test_p_value_takes_the_half_of_the_interval_that_faces_the_bound():
     at_the_edge = claims.p_value(2.0, 0.0, 9.0, {"above": 0.0})
     assert at_the_edge == pytest.approx(0.05)  # interval and p tell the same
     assert claims.p_value(1.0, 0.5, 2.0, {"above": 1.0}) == 1.0
+
+
+def test_p_value_of_students_interval_is_that_of_the_t_test():
+    sample = np.random.default_rng(2).normal(1.0, 1.0, 4)
+    low, high = scipy.stats.t.interval(0.95, 3, sample.mean(), scipy.stats.sem(sample))
+    for bound in (0.0, -1.5):
+        expected = scipy.stats.ttest_1samp(sample, bound).pvalue
+        assert claims.p_value(sample.mean(), low, high, {"above": bound}, 3) == pytest.approx(expected)
+    assert claims.p_value(2.0, 1.0, 3.0, {"above": 0}, np.nan) == claims.p_value(2.0, 1.0, 3.0, {"above": 0})
+
+
+def test_pictures_needed_count_from_the_published_effect_to_the_bound():
+    interval = stats.Interval(0.0, -0.98, 0.98, 400)  # a standard deviation of 10
+    above = claim({"above": 1}, published=2)
+    assert claims.images_needed(above, interval) == pytest.approx(7.849 * 100, rel=0.01)  # (1.96 + 0.84)^2 sd^2
+    assert claims.images_needed(claim({"below": -1}, published=-2), interval) == claims.images_needed(above, interval)
+    within = claim({"between": [-1.5, 1.5]}, published=-0.5)
+    assert claims.images_needed(within, interval) == claims.images_needed(above, interval)
+    assert np.isnan(claims.images_needed(claim({"above": 1}), interval))
 
 
 def test_equivalence_is_two_one_sided_tests():
@@ -155,7 +236,9 @@ def test_interval_without_width():
     ("row", "expected"),
     [
         ((3.0, 2.5, 3.5, 99, ""), "supported"),
-        ((1.0, 0.8, 1.2, 99, ""), "contradicted"),
+        ((1.0, 0.95, 1.05, 99, ""), "no effect"),
+        ((0.7, 0.6, 0.8, 99, ""), "opposite sign"),
+        ((1.3, 1.2, 1.4, 99, ""), "right sign, below the bound"),
         ((1.6, 1.4, 1.8, 99, ""), "inconclusive"),
         ((None, None, None, 0, ""), "not applicable"),
         ((3.0, None, None, 1, ""), "inconclusive"),  # one picture has no interval
@@ -174,6 +257,35 @@ def test_share_without_spread_is_judged_by_the_number_of_pictures(tmp_path):
     write(tmp_path, "lab-llava", [("lab-llava.same.effect", 0.0, 0.0, 0.0, 1000, "points")])
     found = verdict(tmp_path, "same")
     assert found.verdict == "supported" and found.high == pytest.approx(0.299, abs=0.001)
+
+
+def test_a_few_seeds_make_p_larger(tmp_path):
+    """By the normal approximation it would be 0.003 and survive; with two degrees of freedom it does not."""
+    row = {"name": "lab-llava.up.effect", "value": 3.0, "low": 2.0, "high": 4.0, "n": 99, "unit": ""}
+    ledger = {"claims": LEDGER["claims"] * 3, "controls": []}  # three claims: Holm takes three times p
+    for df, expected in ((None, "supported"), (2, "inconclusive")):
+        write(tmp_path, "lab-llava", [])
+        rows = [row | ({} if df is None else {"df": df})]
+        (tmp_path / "lab-llava" / "90-toy" / "metrics.json").write_text(json.dumps(rows))
+        assert set(claims.verdicts(tmp_path, ledger).query("claim == 'up'").verdict) == {expected}
+
+
+def test_matched_metric_counts_where_the_model_has_such_tokens(tmp_path):
+    """The sinks' own metric says whether there are any; the matched one, whose control is closer, is judged."""
+    ledger = copy.deepcopy(LEDGER)
+    ledger["claims"][0]["matched"] = {"lab-twin": "matched", "lab-none": "matched", "lab-late": "matched"}
+    high, low = (3.0, 2.5, 3.5, 99, ""), (1.0, 0.95, 1.05, 99, "")
+    rows = [(f"{name}.up.effect", *high) for name in ("lab-llava", "lab-twin", "lab-late")]
+    rows += [("lab-twin.matched", *low), ("lab-none.up.effect", None, None, None, 0, ""), ("lab-none.matched", *low)]
+    write(tmp_path, "lab-llava", rows)
+    found = claims.verdicts(tmp_path, ledger).query("claim == 'up'").set_index("model")
+    assert found.verdict.to_dict() == {
+        "lab-llava": "supported",
+        "lab-twin": "no effect",
+        "lab-late": "not run",  # not judged by the looser control until the closer one is there
+        "lab-none": "not applicable",
+    }
+    assert found.metric["lab-twin"] == "lab-twin.matched"
 
 
 def test_holm_runs_over_the_claims_of_one_model(tmp_path):
@@ -242,9 +354,9 @@ def test_controls_of_the_study_hold_in_the_committed_results(number):
     found = claims.controls().set_index("control").loc[control["id"]]
     if not (claims.RESULTS / "lab-llava" / control["chapter"]).is_dir():
         pytest.skip(f"chapter {control['chapter']} has no results yet")
-    # one that fails says why in its note, and stays in the ledger; with a note about nothing it fails here
-    expected = "fails" if "note" in control else "holds"
-    assert found.state == expected, f"{control['rule']} {stats.Interval(*found[['value', 'low', 'high', 'n']])}"
+    # one that does not hold says why in its note, and stays in the ledger; with a note about nothing it fails here
+    interval = stats.Interval(*found[["value", "low", "high", "n"]])
+    assert (found.state != "holds") == ("note" in control), f"{control['rule']} {interval}"
 
 
 def test_chapters_write_the_metrics_that_the_ledger_names():

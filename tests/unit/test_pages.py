@@ -1,5 +1,6 @@
 """The computed parts of the book: what they say for results made by hand, and that the paper's numbers are in order."""
 
+import copy
 import csv
 import json
 import shutil
@@ -30,7 +31,7 @@ def results(tmp_path, monkeypatch):
         [("lab-llava.up.effect", 3.0, 2.5, 3.5, 99, ""), ("lab-llava.same.effect", -4.0, -5.0, -3.0, 99, "points")],
     )
     nothing = (None, None, None, 0, "")
-    write(tmp_path, "other", [("other.up.effect", 1.0, 0.9, 1.1, 20, ""), ("other.same.effect", *nothing)])
+    write(tmp_path, "other", [("other.up.effect", 0.7, 0.6, 0.8, 20, ""), ("other.same.effect", *nothing)])
     write(tmp_path, "bare", [("bare.up.effect", 1.6, 1.2, 2.0, 20, "")])
     return tmp_path
 
@@ -53,8 +54,8 @@ def test_verdict_table_has_word_sign_number_and_link(results):
     assert cells[3:] == [
         "- [{ref}`✓ supported <fig-toy>`]{.verdict .v-supported}\\",
         "- [? inconclusive]{.verdict .v-inconclusive}\\",
-        "- [{ref}`✗ contradicted <fig-toy--other>`]{.verdict .v-contradicted}\\",
-        "- [{ref}`✗ contradicted <fig-toy>`]{.verdict .v-contradicted}\\",
+        "- [{ref}`✗ opposite sign <fig-toy--other>`]{.verdict .v-opposite-sign}\\",
+        "- [{ref}`✗ opposite sign <fig-toy>`]{.verdict .v-opposite-sign}\\",
         "- [○ not run]{.verdict .v-not-run}",
         "- [{ref}`– not applicable <fig-toy--other>`]{.verdict .v-not-applicable}",
     ]
@@ -63,16 +64,113 @@ def test_verdict_table_has_word_sign_number_and_link(results):
 
 
 def test_rule_stands_in_the_fold_of_each_claim(results):
-    text = pages.verdict_tables(LEDGER, claims.verdicts(results, LEDGER))
-    assert "is above 1.5 times; contradicted" in text and "is between −2 and 2 points; contradicted" in text
-    assert "<code>{model}.up.effect</code>" in text
+    ledger = copy.deepcopy(LEDGER)
+    ledger["claims"][0] |= {"published": 4, "matched": {"bare": "close"}, "seen": True, "was": "above 2 times"}
+    text = pages.verdict_tables(ledger, claims.verdicts(results, ledger))
+    assert "Supported: above 1.5 times. No effect: between 0.909 and 1.1 times." in text
+    assert "Right sign, below the bound: between 1 and 1.5 times. Opposite sign: below 1 times." in text
+    assert "Supported: between −2 and 2 points. Opposite sign: outside, on one side." in text
+    assert "<code>{model}.up.effect</code>. In bare, against the same patches" in text and "like place: close." in text
+    assert "Smallest published effect: 4 times." in text
+    assert "The rule was changed after its number was known. Before: above 2 times." in text
+    assert "The rule was written before the run.</details>" in text  # a range has no smallest effect beside it
 
 
 def test_summary_counts(results):
     text = pages.verdict_summary(LEDGER, claims.verdicts(results, LEDGER))
     assert text.startswith("The ledger holds 2 claims from 1 work. In at least one model, 2 were judged; 1 came out")
-    row = text[text.index("* - `other`") :].splitlines()[:6]
-    assert [line.split()[-1] for line in row[1:]] == ["0", "1", "0", "1", "0"]
+    row = text[text.index("* - [✗ opposite sign]") :].splitlines()[:4]
+    assert [line.split()[-1] for line in row[1:]] == ["1", "0", "1"]  # lab-llava, bare, other
+
+
+def test_matrix_has_a_word_for_each_claim_and_model(results):
+    text = pages.matrix(LEDGER, claims.verdicts(results, LEDGER))
+    assert text.count("\n* - ") == 4  # a head, a theme (no chapter of the study: it stands for itself), two claims
+    assert "* - **Chapter 90**" in text and '* - <a href="#claim-same">same</a>' in text
+    assert '<span id="claim-same"></span>' in pages.verdict_tables(LEDGER, claims.verdicts(results, LEDGER))
+    assert text.count("✓ supported") == 1 and text.count("✗ opposite sign") == 2 and text.count("? inconclusive") == 1
+
+
+def test_a_sentence_for_each_theme(results):
+    text = pages.themes(LEDGER, claims.verdicts(results, LEDGER))
+    first = "`lab-llava` 1 supported (up), 1 opposite sign (same)"
+    assert text == f"- **Chapter 90:** {first}; `bare` 1 inconclusive; `other` 1 opposite sign (up)."
+
+
+@pytest.mark.parametrize("claim", claims.load()["claims"], ids=lambda claim: claim["id"])
+def test_every_claim_of_the_study_is_in_one_theme(claim):
+    assert sum(claim["chapter"] in chapters for chapters in pages.THEMES.values()) == 1
+
+
+def test_evidence_says_first_what_its_sinks_are(results):
+    judged = claims.verdicts(results, LEDGER)
+    counts = "4 judgements of a claim in a model: 2 on `lab-llava`; 1 on `bare`; 1 on `other`."
+    assert pages.evidence(judged, claims.metrics(results)) == counts
+    planted = judged.replace({"model": {"lab-llava": pages.PLANTED}})
+    write(results, "other", [("other.on_things.sinks", 81.0, 80.0, 82.0, 20, "%")], chapter="04-relevance")
+    write(results, "bare", [("bare.on_things.sinks", 60.0, 50.0, 70.0, 20, "%")], chapter="04-relevance")
+    text = pages.evidence(planted, claims.metrics(results))
+    assert text.startswith("**Nearly all evidence on sinks that lie on nothing comes from one model, in which training")
+    assert "where 81 % of what the rule takes for sinks lies on things" in text
+    assert pages.evidence(judged[:0], claims.metrics(results)) == "No run has been made."
+
+
+def test_power_table_and_what_was_not_testable(results):
+    ledger = copy.deepcopy(LEDGER)
+    ledger["claims"][0]["published"] = 1.7  # 0.2 above the bound; half the interval of `bare` is 0.4, of 20 pictures
+    judged = claims.verdicts(results, ledger)
+    needed = 20 * (2.8016 * 0.4 / 1.96 / 0.2) ** 2  # 163.5
+    assert judged.set_index(["model", "claim"]).needed["bare", "up"] == np.ceil(needed)
+    text = pages.power_table(ledger, judged).replace(pages.NBSP, " ")
+    assert "  - **160**\\\n    20 here, sd 0.91" in text and "* - up\n  - 1.7 times\n  - above 1.5\n" in text
+    assert "same" not in text  # nothing published in its unit
+    cells = pages.verdict_tables(ledger, judged).replace(pages.NBSP, " ")
+    assert cells.count("not testable here: n = 160 would be needed") == 1  # where it is inconclusive, and nowhere else
+
+
+def headline_of(results, row, **more):
+    """The introduction's line on a toy claim in the planted model."""
+    write(results, "lab-llava", [(f"{pages.PLANTED}.up.effect", *row)])
+    ledger = copy.deepcopy(LEDGER)
+    ledger["claims"][0] |= {"id": pages.HEADLINES[0], **more}
+    return pages.headlines(ledger, claims.verdicts(results, ledger), claims.metrics(results)).replace(pages.NBSP, " ")
+
+
+@pytest.mark.parametrize(
+    ("row", "number", "verdict", "sure"),
+    [
+        (
+            (3.0, 2.5, 3.5, 99, ""),
+            "3.00 [2.50, 3.50] times, n = 99: ",
+            "✓ supported",
+            ", sure, p < 0.001 after correction",
+        ),
+        (
+            (1.6, 1.2, 2.0, 20, ""),
+            "1.60 [1.20, 2.00] times, n = 20: ",
+            "? inconclusive",
+            ", not sure; not testable here: n = 160 would be needed",
+        ),
+        ((None, None, None, 0, ""), "", "– not applicable", ""),
+    ],
+)
+def test_line_of_the_introduction_says_number_interval_n_verdict_and_how_sure(results, row, number, verdict, sure):
+    style = "-".join(verdict.split()[1:])
+    linked = f"[{{ref}}`{verdict} <fig-toy>`]{{.verdict .v-{style}}}"
+    assert headline_of(results, row, published=1.7) == f"- **Something.** {number}{linked}{sure}."
+
+
+def test_introduction_has_five_or_six_lines_of_the_studys_results():
+    ledger = claims.load()
+    assert set(pages.HEADLINES) <= {claim["id"] for claim in ledger["claims"]}
+    judged, numbers = claims.verdicts(ledger=ledger), claims.metrics()
+    lines = pages.headlines(ledger, judged, numbers).splitlines()
+    assert 5 <= len(lines) <= 6 and all(line.startswith("- **") for line in lines)
+    cells = judged[judged.model == pages.PLANTED].set_index("claim")
+    in_order = [claim["id"] for claim in ledger["claims"] if claim["id"] in pages.HEADLINES]
+    for line, name in zip(lines[1:], in_order, strict=True):
+        assert f" {cells.verdict[name]}" in line, "the line says what the verdict says"
+    assert "_build/pages/intro-results.md" in (BOOK / "intro.md").read_text(encoding="utf-8")
 
 
 def test_pages_without_any_run(tmp_path, monkeypatch):
@@ -85,9 +183,11 @@ def test_pages_without_any_run(tmp_path, monkeypatch):
 def test_everything_is_written_whole(tmp_path):
     pages.write(tmp_path)
     named = {f"paper-{table['table']}.md" for table in pages.paper_tables()}
-    parts = {"verdicts-summary.md", "verdicts-table.md", "verdicts-controls.md", "verdicts.csv"}
+    parts = {"intro-results.md", "verdicts.csv"}
+    computed = ("evidence", "summary", "themes", "matrix", "table", "power", "controls")
+    parts |= {f"verdicts-{part}.md" for part in computed}
     assert {path.name for path in tmp_path.iterdir()} == named | parts
-    included = (BOOK / "paper.md").read_text() + (BOOK / "verdicts.md").read_text() + "verdicts.csv"
+    included = "".join((BOOK / f"{page}.md").read_text() for page in ("intro", "paper", "verdicts")) + "verdicts.csv"
     assert not [name for name in named | parts if name not in included]
     table = pd.read_csv(tmp_path / "verdicts.csv")
     assert len(table) == len(claims.load()["claims"]) * table.model.nunique()

@@ -46,6 +46,19 @@ def test_metrics_are_sorted_rounded_and_null_where_there_is_nothing(results):
     assert list(results.metrics().columns) == ["name", "value", "low", "high", "n", "unit"]
 
 
+def test_degrees_of_freedom_are_stored_only_where_there_are_any(results):
+    results.metric("t", 1.0, 0.0, 2.0, 9, "points", df=2.3456789)
+    results.metric("bootstrap", 1.0, 0.0, 2.0, 9, "points", df=float("nan"))
+    results.write()
+    first, second = json.loads((results.folder / "metrics.json").read_text())
+    assert first["df"] == 2.34568 and "df" not in second
+
+
+def test_an_estimate_without_interval_says_so():
+    assert report.shown(report.stats.Interval(2.0, float("nan"), float("nan"), 1)) == "2.00 (one picture)"
+    assert report.shown(report.stats.Interval(2.0, float("nan"), float("nan"), 9)) == "2.00 (no interval)"
+
+
 def test_last_digits_that_processors_disagree_on_do_not_change_the_bytes(results, tmp_path):
     for noise, name in ((0.0, "a"), (-1e-14, "b")):
         other = report.Results("lab-llava", name)

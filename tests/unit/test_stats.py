@@ -13,10 +13,13 @@ from sinkstudy.stats import (
     Interval,
     difference_interval,
     holm,
+    images_needed,
     mcnemar_test,
     mean_interval,
     pooled_interval,
     ratio_interval,
+    rule_of_three,
+    seeds_interval,
     sign_flip_test,
     wilson,
 )
@@ -120,6 +123,10 @@ def test_difference_is_paired():
         (lambda: ratio_interval([1.0, 2.0], [1.0]), "same length"),
         (lambda: difference_interval([1.0, 2.0], [1.0]), "same length"),
         (lambda: mean_interval([1.0, 2.0], method="guess"), "BCa"),
+        (lambda: mean_interval([1.0, 2.0], strata=[0]), "columns, strata need the same length"),
+        (lambda: mean_interval([1.0, 2.0], clusters=[0, 0], strata=[0, 1]), "an image lies in two strata"),
+        (lambda: seeds_interval([1.0, 2.0]), "rows, seeds"),
+        (lambda: seeds_interval([[1.0, 2.0]] * 2, clusters=[0, 0], strata=[0, 1]), "an image lies in two strata"),
     ],
 )
 def test_bad_input_is_one_clear_error(call, message):
@@ -249,3 +256,124 @@ def test_pooled_interval_without_images_without_spread_and_with_gaps():
         pooled_interval(largest, [[1.0, np.nan]])
     with pytest.raises(ValueError, match="same images"):
         pooled_interval(lambda a, b: a.sum(1) / b.sum(1), [1.0, 2.0], [1.0])
+
+
+# ---- strata
+
+
+def strata_of(sizes, means=None, sds=None, seed=0):
+    """Values with exactly these means and standard deviations, and the stratum of each."""
+    rng = np.random.default_rng(seed)
+    means, sds = means or [0.0] * len(sizes), sds or [1.0] * len(sizes)
+    parts = [m + s * scipy.stats.zscore(rng.normal(size=n), ddof=1) for n, m, s in zip(sizes, means, sds, strict=True)]
+    return np.concatenate(parts), np.repeat(np.arange(len(sizes)), sizes)
+
+
+@pytest.mark.parametrize("method", ["BCa", "percentile"])
+def test_stratified_mean_has_the_variance_of_its_closed_form(method):
+    """Of three strata that count alike: a ninth of the sum of their variances over their sizes (Cochran 1977, 5.3)."""
+    values, strata = strata_of([50, 150, 400], [0.0, 40.0, 90.0], [3.0, 6.0, 12.0])
+    found = mean_interval(values, strata=strata, method=method, resamples=8000)
+    half = 1.96 * np.sqrt(9 / 50 + 36 / 150 + 144 / 400) / 3
+    assert found.value == pytest.approx(130 / 3) and found.n == 600
+    assert (found.low, found.high) == pytest.approx((found.value - half, found.value + half), abs=0.1 * half)
+    naive = mean_interval(values, method=method)
+    assert naive.high - naive.low > 4 * half  # what lies between strata is not chance
+
+
+def test_strata_of_one_label_change_nothing_and_questions_of_an_image_stay_together():
+    values = np.random.default_rng(1).exponential(1.0, 40)
+    assert mean_interval(values, strata=["x"] * 40) == mean_interval(values)
+    values, strata = strata_of([30, 60])
+    repeated, image = np.repeat(values, 4), np.repeat(np.arange(90), 4)
+    whole = mean_interval(repeated, clusters=image, strata=np.repeat(strata, 4))
+    assert whole == pytest.approx(mean_interval(values, strata=strata)) and whole.n == 90
+
+
+def test_ratio_difference_and_pooled_statistics_draw_within_strata_too():
+    values, strata = strata_of([40, 80], [5.0, 50.0], [1.0, 1.0])
+    half = 1.96 * np.sqrt(1 / 40 + 1 / 80) / 2
+    ratio = ratio_interval(values, np.ones(120), strata=strata)
+    assert ratio.value == pytest.approx(27.5) and ratio.high - ratio.low == pytest.approx(2 * half, rel=0.1)
+    difference = difference_interval(values + 3, np.full(120, 3.0), strata=strata)
+    assert difference == pytest.approx(mean_interval(values, strata=strata))
+    pooled = pooled_interval(lambda drawn: (drawn[:, :40].mean(-1) + drawn[:, 40:].mean(-1)) / 2, values, strata=strata)
+    assert pooled.value == pytest.approx(27.5) and pooled.high - pooled.low == pytest.approx(2 * half, rel=0.1)
+
+
+def test_strata_without_spread_and_of_one_image():
+    assert mean_interval([1.0, 1.0, 9.0, 9.0], strata=[0, 0, 1, 1]) == (5.0, 5.0, 5.0, 4)
+    assert np.isnan(mean_interval([1.0, 9.0], strata=[0, 1]).low)  # nothing to draw
+    one = mean_interval([0.0, 2.0, 4.0, 50.0], strata=[0, 0, 0, 1], method="percentile")
+    alone = mean_interval([0.0, 2.0, 4.0], method="percentile")
+    assert (one.value, one.low, one.high) == pytest.approx([(x + 50) / 2 for x in alone[:3]])
+    gone = mean_interval([1.0, 2.0, np.nan, np.nan], strata=[0, 0, 1, 1], missing="drop")
+    assert gone.value == 1.5 and gone.n == 2
+
+
+# ---- seeds
+
+
+def test_seeds_alone_have_students_interval_and_images_alone_the_normal_one():
+    seeds = np.array([1.0, 2.5, 3.0])
+    found, df = seeds_interval(np.tile(seeds, (50, 1)))
+    expected = scipy.stats.t.interval(0.95, 2, seeds.mean(), scipy.stats.sem(seeds))
+    assert found[:3] == pytest.approx((seeds.mean(), *expected)) and df == pytest.approx(2) and found.n == 50
+    values, _ = strata_of([2000], [1.0], [4.0])
+    found, df = seeds_interval(np.tile(values[:, None], (1, 5)))
+    assert found.high - found.low == pytest.approx(2 * 1.96 * 4 / np.sqrt(2000), rel=0.01) and df == pytest.approx(1999)
+
+
+def test_variances_of_seeds_and_of_images_within_strata_add():
+    values, strata = strata_of([60, 240], [10.0, 80.0], [2.0, 5.0])
+    seeds = np.array([-0.5, 0.1, 0.4, 0.8])
+    found, df = seeds_interval(values[:, None] + seeds, strata=strata)
+    of_seeds, of_first, of_second = seeds.var(ddof=1) / 4, 4 / 60 / 4, 25 / 240 / 4
+    variance = of_seeds + of_first + of_second
+    parts = {3: of_seeds, 59: of_first, 239: of_second}
+    quantile = sum(of * scipy.stats.t.ppf(0.975, free) for free, of in parts.items()) / variance
+    assert found.value == pytest.approx(45 + seeds.mean())
+    assert found.high - found.value == pytest.approx(quantile * np.sqrt(variance))
+    assert scipy.stats.t.ppf(0.975, df) == pytest.approx(quantile) and 3 < df < 239
+
+
+def test_intervals_over_seeds_and_images_cover_the_truth():
+    """Three seeds with effects of their own on fifty images: a bootstrap over images alone covers far too seldom."""
+    both, images = 0, 0
+    for trial in range(300):
+        rng = np.random.default_rng(trial)
+        values = rng.normal(0, 1, 3) + rng.normal(0, 2, (50, 1)) + rng.normal(0, 1, (50, 3))
+        found, _ = seeds_interval(values)
+        both += found.low <= 0 <= found.high
+        error = 1.96 * values.mean(1).std(ddof=1) / np.sqrt(50)
+        images += abs(values.mean()) <= error
+    assert 0.92 <= both / 300 and images / 300 < 0.75
+
+
+def test_seeds_of_one_training_without_rows_and_with_gaps():
+    found, df = seeds_interval([[1.0], [3.0]])
+    assert found.value == 2.0 and np.isnan([found.low, found.high, df]).all() and found.n == 2
+    found, _ = seeds_interval([[np.nan, 1.0]])
+    assert np.isnan(found.value) and found.n == 0
+    found, _ = seeds_interval([[1.0, 2.0], [3.0, np.nan], [5.0, 6.0]])  # a row that lacks a seed counts nowhere
+    assert found.value == 3.5 and found.n == 2
+    assert seeds_interval(np.full((4, 3), 7.0))[0] == (7.0, 7.0, 7.0, 4)
+
+
+def test_one_source_of_chance_alone_has_its_own_degrees_of_freedom():
+    """To the last digit the quantile may lie beside that of the one part that varies."""
+    for n in range(2, 40):
+        values = np.random.default_rng(n).normal(size=(n, 1))
+        assert seeds_interval(np.tile(values, (1, 2)))[1] == pytest.approx(n - 1, rel=1e-6)
+        assert seeds_interval(np.tile(values.T, (3, 1)))[1] == pytest.approx(n - 1, rel=1e-6)
+
+
+def test_rule_of_three_is_the_binomial_tail_and_power_that_of_the_z_test():
+    assert scipy.stats.binom.cdf(0, 40, rule_of_three(40)) == pytest.approx(0.05)
+    from statsmodels.stats.power import NormalIndPower
+
+    interval = Interval(0.0, -1.96 * 3 / 10, 1.96 * 3 / 10, 100)  # a standard deviation of 3
+    needed = images_needed(interval, 0.5)
+    expected = NormalIndPower(ddof=0).solve_power(0.5 / 3, power=0.8, alpha=0.05, ratio=0)  # one sample
+    assert needed == pytest.approx(expected, rel=0.01)
+    assert np.isnan(images_needed(Interval(0.0, 0.0, 0.0, 9), 1.0)) and np.isnan(images_needed(interval, 0.0))
