@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from transformers import BatchFeature
 
-from sinkstudy.capture import ADVICE
+from sinkstudy.capture import not_finite
 from sinkstudy.evaluate import NONE, Intervention, Prefixes, evaluate
 from sinkstudy.models import LVLM, ImageLayout
 
@@ -87,7 +87,7 @@ def read(lvlm: LVLM, images: Mapping[str, Any], site: Site = "output", batch_siz
             own = _places(layout, torch.ones(len(layout.vision), dtype=torch.bool), site)
             of[image] = {layer: tokens[own] for layer, tokens in seen.items()}
             if not all(tokens.isfinite().all() for tokens in of[image].values()):
-                raise ValueError(f"{lvlm.name}: NaN or infinite values at the connector, picture {image!r}: {ADVICE}")
+                raise not_finite(lvlm, f"at the connector's {site}", repr(image))
             layouts[image] = layout
     return Tokens(site, of, layouts)
 
@@ -294,17 +294,17 @@ def replace(name: str, tokens: Tokens, masks: Masks, kind: str = "mean", seed: i
     Raises:
         ValueError: as `values`; in `evaluate`, if an image has no mask.
     """
-    new = values(tokens, masks, kind, seed)
+    new, site = values(tokens, masks, kind, seed), tokens.site
 
     def around(lvlm: LVLM, inputs: Prefixes) -> Any:
         own = of_images(masks, inputs)
-        return replaced(lvlm, inputs, own, [new[image] for image in inputs.image_ids], tokens.site)
+        return replaced(lvlm, inputs, own, [new[image] for image in inputs.image_ids], site)
 
     sha256 = hashlib.sha256(digest(masks).encode())
     for of_layer in new.values():
         for x in of_layer.values():
             sha256.update(x.float().contiguous().numpy().tobytes())
-    return Intervention(name, around, {"site": tokens.site, "kind": kind, "values": sha256.hexdigest()}, keeps="tower")
+    return Intervention(name, around, {"site": site, "kind": kind, "values": sha256.hexdigest()}, keeps="tower")
 
 
 def hide(

@@ -4,7 +4,7 @@ What is explained is f(tokens) = log p(answer | visual tokens, question), in nat
 the decoder reads them; everything else, question and answer among it, is held fixed. Methods compare a picture's
 tokens with a *baseline*, tokens that say nothing about it. Integrated gradients and the Shapley value distribute
 f(tokens) - f(baseline) without rest (Sundararajan et al. 2017, 1703.01365; Shapley 1953); gradient x activation and
-ablation do not.
+ablation do not. All raise a ValueError, with the row, for what is not finite.
 
 `occlusion` is the same question in pixels: areas of the picture are painted over before the vision tower sees it.
 """
@@ -22,6 +22,7 @@ from PIL import Image
 from transformers import BatchFeature
 from transformers.utils import ModelOutput
 
+from sinkstudy.capture import not_finite
 from sinkstudy.models import LVLM, ImageLayout
 from sinkstudy.pictures import opened
 
@@ -77,7 +78,7 @@ class AnswerLogProb:
             tokens: [rows, visual tokens, decoder width]; by default the pictures' own.
         """
         tokens = self.tokens if tokens is None else tokens
-        return torch.cat([self(tokens[rows], rows) for rows in self._batches(batch_size)]).cpu()
+        return _finite(self, torch.cat([self(tokens[rows], rows) for rows in self._batches(batch_size)]).cpu())
 
     def take(self, rows: Sequence[int]) -> "AnswerLogProb":
         """The same function of some of its rows."""
@@ -176,6 +177,14 @@ def _with_answers(inputs: BatchFeature, answers: torch.Tensor) -> dict[str, torc
     return extended
 
 
+def _finite(f: AnswerLogProb, found: torch.Tensor) -> torch.Tensor:
+    """What was found for each row, [rows, ..]. Raises ValueError, with the row, if it is not finite."""
+    bad = ~found.flatten(1).isfinite().all(1) if found.ndim > 1 else ~found.isfinite()
+    if bad.any():
+        raise not_finite(f.lvlm, "in the answer's log-probability or its gradients", int(bad.nonzero()[0]))
+    return found
+
+
 # ------------------------------------------------------------------------------------------------- by token
 def integrated_gradients(
     f: AnswerLogProb, baseline: torch.Tensor, *, steps: int = 16, batch_size: int = 64
@@ -204,7 +213,7 @@ def integrated_gradients(
         for rows in f._batches(batch_size // steps)
     ]
     by_token = torch.cat([by_entry.sum(-1) for by_entry, _ in found])
-    return by_token.float().cpu(), torch.cat([delta for _, delta in found]).float().cpu()
+    return _finite(f, by_token.float().cpu()), torch.cat([delta for _, delta in found]).float().cpu()
 
 
 def gradient_x_activation(f: AnswerLogProb, *, batch_size: int = 64) -> torch.Tensor:
@@ -217,7 +226,7 @@ def gradient_x_activation(f: AnswerLogProb, *, batch_size: int = 64) -> torch.Te
         method.attribute(f.tokens[rows].requires_grad_(), additional_forward_args=(rows,))
         for rows in f._batches(batch_size)
     ]
-    return torch.cat([by_entry.detach().sum(-1) for by_entry in found]).float().cpu()
+    return _finite(f, torch.cat([by_entry.detach().sum(-1) for by_entry in found]).float().cpu())
 
 
 # ------------------------------------------------------------------------------------------------- by group
@@ -236,7 +245,7 @@ def group_ablation(
         method.attribute(f.tokens[rows], baseline[rows], additional_forward_args=(rows,), feature_mask=mask[rows])
         for rows in f._batches(batch_size)
     ]
-    return _of_groups(torch.cat(found), groups)
+    return _finite(f, _of_groups(torch.cat(found), groups))
 
 
 def shapley(
@@ -273,7 +282,7 @@ def shapley(
                     n_samples=samples,
                 ).detach()
             )
-    return _of_groups(torch.cat(found), groups)
+    return _finite(f, _of_groups(torch.cat(found), groups))
 
 
 def _of_groups(by_entry: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:

@@ -38,6 +38,11 @@ Side = Literal["vision", "decoder"]
 ADVICE = "the model may need another dtype (bfloat16 or float32 in place of float16), or its weights are damaged"
 
 
+def not_finite(lvlm: LVLM, where: str, picture: Any) -> ValueError:
+    """What to raise where numbers are none, with the picture's name or number."""
+    return ValueError(f"{lvlm.name}: NaN or infinite values {where}, picture {picture}: {ADVICE}")
+
+
 def check_finite(lvlm: LVLM, values: torch.Tensor, first: int, of: str) -> None:
     """Norms of pictures by layer, [pictures, layers, ..]: all finite.
 
@@ -46,14 +51,12 @@ def check_finite(lvlm: LVLM, values: torch.Tensor, first: int, of: str) -> None:
         of: which layers these are.
 
     Raises:
-        ValueError: with the first picture and layer that are not.
+        ValueError: with the first layer, and picture, that are not.
     """
-    bad = ~values.flatten(2).isfinite().all(-1)
+    bad = ~values.flatten(2).isfinite().all(-1).T
     if bad.any():
-        picture, layer = bad.nonzero()[0].tolist()
-        raise ValueError(
-            f"{lvlm.name}: NaN or infinite values behind layer {layer} of the {of}, picture {first + picture}: {ADVICE}"
-        )
+        layer, picture = bad.nonzero()[0].tolist()
+        raise not_finite(lvlm, f"behind layer {layer} of the {of}", first + picture)
 
 
 def token_norms(hidden: torch.Tensor, layer: int | None = None) -> torch.Tensor:
@@ -323,13 +326,14 @@ def _trace_batch(
 
     tower_norms, of_decoder = _of_patches(vision_norms, layouts), stack(decoder_norms)
     check_finite(lvlm, tower_norms, first, "tower")
+    padding = inputs["attention_mask"].cpu()[:, None] == 0
+    check_finite(lvlm, of_decoder.masked_fill(padding, 0), first, "decoder")  # the first token may be what overflows
     of_decoder = of_decoder.gather(-1, visual.cpu()[:, None].expand(-1, len(decoder_norms), -1))
-    check_finite(lvlm, of_decoder, first, "decoder")
     output_attention = answers = None
     if max_new_tokens:
         tokens = sequences[:, inputs.input_ids.shape[1] :]  # [batch, steps]
         steps = torch.stack([torch.stack(calls).cpu() for calls in rows.values()], dim=2)
-        weight = _until_end(tokens.cpu(), lvlm.ends).T  # [steps, batch]
+        weight = until_end(tokens.cpu(), lvlm.ends).T  # [steps, batch]
         weight = (weight / weight.sum(0))[:, :, None, None, None]
         output_attention = (steps * weight).sum(0)  # [steps, batch, layers, heads, visual tokens] -> [batch, ..]
         answers = [text.strip() for text in lvlm.processor.batch_decode(tokens, skip_special_tokens=True)]
@@ -345,7 +349,7 @@ def _trace_batch(
     )
 
 
-def _until_end(tokens: torch.Tensor, end_ids: list[int]) -> torch.Tensor:
+def until_end(tokens: torch.Tensor, end_ids: list[int]) -> torch.Tensor:
     """1 for the tokens of an answer up to and with its first end token, then 0: [batch, steps], float."""
     is_end = torch.isin(tokens, torch.tensor(end_ids, dtype=tokens.dtype))
     ends_before = is_end.cumsum(1) - is_end.long()

@@ -10,7 +10,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -157,6 +157,9 @@ class DIYSink(OneConnector):
             if show != "both":
                 hooks.enter_context(narrowed(lvlm, inputs, lambda: tuple(hidden)))
             yield
+
+    def identity(self) -> dict[str, Any]:
+        return super().identity() | {"show": self.show}
 
     def intervention(
         self, name: str, show: Show = "both", weights: tuple[float, float] | None = None

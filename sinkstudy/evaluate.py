@@ -13,6 +13,7 @@ that was killed goes on where it stopped.
 import copy
 import hashlib
 import json
+import math
 import os
 import sys
 import warnings
@@ -21,17 +22,16 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import pandas as pd
 import torch
-import transformers
 from torch import nn
 from tqdm import tqdm
 from transformers import BatchFeature, DynamicCache, ProcessorMixin
 
-from sinkstudy.capture import ADVICE, hidden_states
+from sinkstudy.capture import ADVICE, hidden_states, until_end
+from sinkstudy.identity import Identity, Unknown, fingerprint, sha256
 from sinkstudy.models import LVLM
 from sinkstudy.paths import DATA
 from sinkstudy.pictures import opened
@@ -79,9 +79,9 @@ class Intervention:
     With `asks`, what it does to an image depends on the question, so nothing is shared between questions: `inputs` are
     whole prompts [questions, tokens], padded on the left, with their `questions`.
 
-    Name and `parameters` (plain values) stand for the intervention among kept answers, which cannot see what `around`
-    closes over: whatever changes answers must change them. Answers under an intervention that has none, and is not the
-    model as it is, are not kept.
+    Among kept answers an intervention is known by what it does: the code of `around` and all that it reaches, see
+    `identity.Identity`. `parameters` (plain values) describe it, and tell apart what is read from elsewhere, such as a
+    file, in the forward pass.
 
     Raises:
         ValueError: an unknown `keeps`, or parameters that are no plain values.
@@ -100,12 +100,6 @@ class Intervention:
             json.dumps(self.parameters, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise ValueError(f"the parameters of {self.name!r} are no plain values: {error}") from None
-
-
-    @property
-    def described(self) -> bool:
-        """Whether `parameters` say what it does, or it does nothing."""
-        return bool(self.parameters) or self.around is Intervention.around
 
 
 NONE = Intervention("none", keeps="prefix")
@@ -140,9 +134,13 @@ def evaluate(
         candidates: the possible answers, the same for all rows or some for each row; by default yes and no if these
             are the table's answers, letters if these are (as many as the row has `choices`), else none.
         max_new_tokens: length of the longest answer, in tokens.
-        batch_size: the number of questions that go through the decoder at once, about one image or several. Answers
-            in float32 do not depend on it; in half precision they may, and the cache keeps them apart.
-        cache: folder of answers already given, a file for each model and code; None keeps nothing.
+        batch_size: the number of questions that go through the decoder at once, about one image or several. In float32
+            answers do not depend on it, but for rounding; in half precision they may.
+        cache: folder of answers already given, a file for each model, code and batch size; None keeps nothing. What is
+            kept is used where the same questions go together as before, so that a run that was killed ends with the
+            numbers of an undisturbed one, to the bit (on a GPU, as far as it repeats itself). A folder that cannot be
+            written, and an intervention of which it cannot be told what it does, give a warning, and answers that are
+            not kept.
         progress: whether to show a bar with rate and time left on stderr; by default only on a terminal, so never
             in a notebook's outputs.
 
@@ -155,8 +153,9 @@ def evaluate(
 
     Raises:
         ValueError: an empty table; a missing column or image; an image that cannot be read, by its name; an id or an
-            intervention's name that occurs twice; candidates that their first tokens do not tell apart; NaN among the
-            logits, with the layer in which numbers stop being finite, and the picture. Such an answer is never kept.
+            intervention's name that occurs twice; candidates that their first tokens do not tell apart; NaN or infinity
+            among the logits of any of an answer's tokens, or a candidate of probability 0, with the layer in which
+            numbers stop being finite, and the picture. Such an answer is never kept.
     """
     _check(table, interventions, images)
     table = table.reset_index(drop=True)  # which may repeat, where tables were put together
@@ -171,7 +170,8 @@ def evaluate(
     for row, image in enumerate(table.image_id):
         rows.setdefault(image, []).append(row)
     texts = table.question.tolist()
-    keys: dict[tuple[str, int], str] = {}  # (intervention, row) -> where its answer is kept
+    told = {how.name: store.told(how) for how in interventions}
+    said: dict[tuple[str, int], dict] = {}  # (intervention, row) -> answer
     total = len(table) * len(interventions)
     bar = tqdm(
         total=total, desc="answers", unit="answer", file=sys.stderr, disable=None if progress is None else not progress
@@ -179,34 +179,45 @@ def evaluate(
     with bar, _images_once(lvlm.processor):
         for group in _groups(rows, batch_size):
             pictures = {image: opened(shown[image], repr(image)) for image in group}
-            for image, picture in pictures.items():
-                pixels = _picture_sha256(picture)
-                for row in rows[image]:
-                    asked = [pixels, lvlm.prompt(texts[row]), options[row]]
-                    keys |= {(how.name, row): _sha256([*asked, how.name, how.parameters]) for how in interventions}
-            # all of the group where anything lacks, so that a resumed run has the batches of an undisturbed one
             of_group = {image: rows[image] for image in group}
-            missing = [
-                (how, of_group)
-                for how in interventions
-                if any(keys[how.name, r] not in store for some in of_group.values() for r in some)
-            ]
-            n_missing = sum(len(some) for _, lacking in missing for some in lacking.values())
-            n_all = sum(len(rows[image]) for image in group) * len(interventions)
-            bar.total -= n_all - n_missing  # so that rate and time left are of what is done now
-            answers = _answer(lvlm, pictures, texts, missing, max_new_tokens, batch_size)
-            for how, row, said, logp in answers:
-                if logp.isnan().any():
+            asked = sha256(
+                [
+                    [_picture_sha256(pictures[image]), [[lvlm.prompt(texts[row]), options[row]] for row in of_image]]
+                    for image, of_image in of_group.items()
+                ]
+            )
+            numbers = {row: number for number, row in enumerate(row for own in of_group.values() for row in own)}
+            missing = []  # under which the whole group is asked, in the batches of an undisturbed run
+            for how in interventions:
+                known = [store.known.get(_key(asked, told[how.name], number)) for number in numbers.values()]
+                if None in known:
+                    missing.append(how)
+                else:
+                    said |= {(how.name, row): answer for row, answer in zip(numbers, known, strict=True)}
+            bar.total -= len(numbers) * (len(interventions) - len(missing))  # so that the time left is of what is done
+            answers = _answer(lvlm, pictures, texts, of_group, missing, max_new_tokens, batch_size)
+            before = None
+            for how, row, prediction, logp in answers:
+                scores = {c: logp[ids].logsumexp(0).item() for c, ids in tokens[options[row]].items()}
+                if logp.isnan().any() or not all(map(math.isfinite, scores.values())):
                     answers.close()  # so that nothing intervenes any more
                     picture = table.image_id.iloc[row]
                     inputs = lvlm.inputs([pictures[picture]], [texts[row]])
                     raise ValueError(f"{lvlm.name}: {_not_finite(lvlm, inputs, how)}, picture {picture!r}: {ADVICE}")
-                scores = {c: logp[ids].logsumexp(0).item() for c, ids in tokens[options[row]].items()}
-                store.add(keys[how.name, row], {"prediction": said, "scores": scores}, how.described)
+                if how is not before:
+                    store.write()
+                    before = how
+                said[how.name, row] = {"prediction": prediction, "scores": scores}
+                store.add(_key(asked, told[how.name], numbers[row]), said[how.name, row])
                 bar.update()
             store.write()
-    parts = [_result(table, how.name, [store[keys[how.name, r]] for r in range(len(table))]) for how in interventions]
+    parts = [_result(table, how.name, [said[how.name, r] for r in range(len(table))]) for how in interventions]
     return pd.concat(parts, ignore_index=True)
+
+
+def _key(asked: str, told: str | None, number: int) -> str | None:
+    """Where the answer to a question of a group that is asked together is kept; None if it is not."""
+    return None if told is None else sha256([asked, told, number])
 
 
 def _not_finite(lvlm: LVLM, inputs: BatchFeature, how: Intervention) -> str:
@@ -218,7 +229,8 @@ def _not_finite(lvlm: LVLM, inputs: BatchFeature, how: Intervention) -> str:
         for layer, calls in layers.items():
             if not all(calls):
                 return f"NaN or infinite values behind layer {layer} of the {side}"
-    return f"NaN among the logits, under {how.name!r}" if how is not NONE else "NaN among the logits"
+    among = "NaN or infinity among the logits"
+    return f"{among}, under {how.name!r}" if how is not NONE else among
 
 
 def _finite(hidden: torch.Tensor, layer: int) -> bool:
@@ -271,27 +283,25 @@ def _answer(
     lvlm: LVLM,
     pictures: Mapping[str, Any],
     texts: Sequence[str],
-    missing: Sequence[tuple[Intervention, Mapping[str, list[int]]]],
+    wanted: Mapping[str, list[int]],
+    interventions: Sequence[Intervention],
     max_new_tokens: int,
     batch_size: int,
 ) -> Iterator[Said]:
-    """Answer the missing rows {image: rows} of each intervention."""
-    wanted = {image: sorted({row for _, lacking in missing for row in lacking[image]}) for image in pictures}
-    wanted = {image: of_image for image, of_image in wanted.items() if of_image}
-    if not wanted:
+    """Answer rows {image: rows} under each intervention."""
+    if not interventions:
         return
     prefix, rest = _split(lvlm, pictures, texts, wanted)
     if prefix is None and len(wanted) > 1:  # prefixes of different length, or none: each image for itself
-        for image, picture in pictures.items():
-            own = [(how, {image: lacking[image]}) for how, lacking in missing]
-            yield from _answer(lvlm, {image: picture}, texts, own, max_new_tokens, batch_size)
+        for image, of_image in wanted.items():
+            yield from _answer(lvlm, pictures, texts, {image: of_image}, interventions, max_new_tokens, batch_size)
         return
     place = {row: i for i, of_image in enumerate(wanted.values()) for row in of_image}
     tower: dict[int, torch.Tensor] = {}
     untouched = None
     image_of = {row: image for image, of_image in wanted.items() for row in of_image}
-    for how, lacking in missing:
-        rows = [row for of_image in lacking.values() for row in of_image]
+    rows = list(place)
+    for how in interventions:
         if how.asks:
             by_length = sorted(rows, key=lambda row: len(texts[row]))
             for start in range(0, len(rows), batch_size):
@@ -416,11 +426,17 @@ def _continuation(
 
 
 def _generate(lvlm: LVLM, inputs: Mapping[str, Any], max_new_tokens: int) -> tuple[list[str], torch.Tensor]:
-    """Greedy answers, and log-probabilities of their first token [questions, vocabulary], float32 on the CPU."""
+    """Greedy answers, and log-probabilities of their first token [questions, vocabulary], float32 on the CPU.
+
+    These are NaN for an answer in which the logits of any token are NaN or infinite.
+    """
     out = lvlm.generate(inputs, max_new_tokens)
     tokens = out.sequences[:, inputs["input_ids"].shape[1] :]
     texts = [text.strip() for text in lvlm.processor.batch_decode(tokens, skip_special_tokens=True)]
-    return texts, out.logits[0].float().log_softmax(-1).cpu()
+    logp = out.logits[0].float().log_softmax(-1).cpu()
+    odd = torch.stack([~step.amax(-1).isfinite() for step in out.logits], 1).cpu()  # [questions, steps]
+    logp[(odd & (until_end(tokens.cpu(), lvlm.ends) > 0)).any(1)] = float("nan")
+    return texts, logp
 
 
 @contextmanager
@@ -531,85 +547,60 @@ def _picture_sha256(image: Any) -> str:
 class _Answers:
     """Answers by key, in memory and in one file of JSON lines that only grows.
 
-    A group of images is one write. Each line ends with a digest of the rest: what was cut off by a kill, damaged or
-    edited does not prove itself, is left out when the file is read, and so is answered again.
+    Each line ends with a digest of the rest and of the file's name: what was cut off by a kill, damaged, edited or
+    taken from another model's file does not prove itself, is left out when it is read, and so is answered again.
     """
 
     def __init__(self, folder: str | Path | None, lvlm: LVLM, max_new_tokens: int, batch_size: int) -> None:
         self.known: dict[str, dict] = {}
         self.new: list[str] = []
         self.path = None
+        self.identity = Identity()
         if folder is None:
             return
-        of_batch = None if lvlm.model.dtype == torch.float32 else batch_size
-        self.path = Path(folder) / f"{_sha256([_fingerprint(lvlm), max_new_tokens, of_batch])[:32]}.jsonl"
-        for line in self.path.read_bytes().splitlines() if self.path.exists() else ():
+        name = sha256([fingerprint(lvlm), max_new_tokens, batch_size])[:32]
+        self.path, self._name = Path(folder) / f"{name}.jsonl", name.encode()
+        try:
+            lines = self.path.read_bytes().splitlines()
+        except FileNotFoundError:
+            return
+        except OSError as problem:
+            return self._give_up(problem)
+        for line in lines:
             said, _, digest = line.rpartition(b" ")
-            if hashlib.sha256(said).hexdigest().encode() == digest:
+            if self._digest(said).encode() == digest:
                 answer = json.loads(said)
                 self.known[answer.pop("key")] = answer
 
-    def __contains__(self, key: str) -> bool:
-        return key in self.known
+    def told(self, how: Intervention) -> str | None:
+        """What an intervention does, as a digest; None if it cannot be told, or nothing is kept."""
+        if self.path is None:
+            return None
+        try:
+            return self.identity([how.name, how.around, how.parameters, how.keeps, how.asks])
+        except Unknown as problem:
+            warnings.warn(f"answers under {how.name!r} are not kept: {problem}", stacklevel=3)
+            return None
 
-    def __getitem__(self, key: str) -> dict:
-        return self.known[key]
-
-    def add(self, key: str, answer: dict, keep: bool) -> None:
-        """`keep`: beyond this call."""
-        self.known[key] = answer
-        if not keep:
-            return
-        said = json.dumps({"key": key, **answer}, allow_nan=False)
-        self.new.append(f"{said} {hashlib.sha256(said.encode()).hexdigest()}\n")
+    def add(self, key: str | None, answer: dict) -> None:
+        if key is not None:
+            said = json.dumps({"key": key, **answer}, allow_nan=False)
+            self.new.append(f"{said} {self._digest(said.encode())}\n")
 
     def write(self) -> None:
         if self.path is not None and self.new:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "ab") as file:
-                # the line break closes a line that was cut off
-                file.write(("\n" + "".join(self.new)).encode())
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with open(self.path, "ab") as file:
+                    # the line break closes a line that was cut off
+                    file.write(("\n" + "".join(self.new)).encode())
+            except OSError as problem:
+                self._give_up(problem)
         self.new.clear()
 
+    def _digest(self, said: bytes) -> str:
+        return hashlib.sha256(self._name + said).hexdigest()
 
-def _fingerprint(lvlm: LVLM) -> str:
-    """What answers depend on beside picture, prompt and intervention.
-
-    The weights are those in memory, so that a model changed after loading has answers of its own; about a second for
-    each 1.5 GB, the first time and after a change.
-    """
-    processor = lvlm.processor
-    code = [file.read_text(encoding="utf-8") for file in sorted(Path(__file__).parent.glob("*.py"))]
-    settings = [
-        lvlm.revision,
-        lvlm.device.type,
-        [part.config._attn_implementation for part in (lvlm.vision, lvlm.decoder)],
-        {k: v for k, v in lvlm.model.config.to_dict().items() if k != "_name_or_path"},
-        lvlm.ends,
-        processor.image_processor.to_dict(),
-        processor.tokenizer.backend_tokenizer.to_str(),
-    ]
-    versions = [torch.__version__, transformers.__version__]
-    return _sha256([_weights_sha256(lvlm.model), settings, code, versions])
-
-
-_hashed: WeakKeyDictionary[nn.Module, tuple[list, str]] = WeakKeyDictionary()
-
-
-def _weights_sha256(model: nn.Module) -> str:
-    """Of all weights by name; read again only where torch has counted a change."""
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    mark = [(name, tensor.data_ptr(), tensor._version) for name, tensor in tensors]
-    if model in _hashed and _hashed[model][0] == mark:
-        return _hashed[model][1]
-    digest = hashlib.sha256()
-    for name, tensor in tensors:
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        if not tensor.is_meta:  # accelerate keeps what does not fit elsewhere; then the revision has to tell
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    _hashed[model] = (mark, digest.hexdigest())
-    return digest.hexdigest()
-
-
-def _sha256(values: Any) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+    def _give_up(self, problem: OSError) -> None:
+        warnings.warn(f"answers are not kept, and a run that is killed begins anew: {problem}", stacklevel=4)
+        self.path = None

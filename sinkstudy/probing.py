@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from sinkstudy import stats
-from sinkstudy.capture import ADVICE, hidden_states, token_norms
+from sinkstudy.capture import hidden_states, not_finite, token_norms
 from sinkstudy.models import LVLM, ImageLayout
 
 PENALTIES = tuple(10.0**k for k in range(-4, 3))
@@ -125,6 +125,9 @@ def states(
     Returns:
         Stages ("tower", layer), layers from 0 to `feature_layer`; ("connector", 0), the visual tokens as they enter the
         decoder; ("decoder", layer).
+
+    Raises:
+        ValueError: values that are not finite, with layer and picture.
     """
     found: dict[tuple[str, int], list] = {}
     prefix: dict[int, list] = {}
@@ -142,6 +145,9 @@ def states(
             lvlm.model(**inputs, logits_to_keep=1)
         for i, layout in enumerate(here):
             patches = layout.vision.to(lvlm.device)
+            for layer, (hidden,) in tower.items():
+                if not hidden[patches].isfinite().all():
+                    raise not_finite(lvlm, f"behind layer {layer} of the tower", start + i)
             norm = token_norms(tower[lvlm.feature_layer][0][patches]).cpu()
             weights = choose(start + i, layout, norm).to(lvlm.device)
             places = layout.positions[:, 0].clamp(min=0).to(lvlm.device)
@@ -153,9 +159,9 @@ def states(
             inside = {("connector", 0): calls[0]["inputs_embeds"]}
             inside |= {("decoder", layer): hidden for layer, (hidden,) in decoder.items()}
             for stage, hidden in inside.items():
+                if not hidden[i, places].isfinite().all():
+                    raise not_finite(lvlm, f"behind layer {stage[1]} of the {stage[0]}", start + i)
                 found.setdefault(stage, []).append((weights[:followed] @ hidden[i, places].float()).cpu())
-            if not norm.isfinite().all():
-                raise ValueError(f"{lvlm.name}: NaN or infinite values in the tower, picture {start + i}: {ADVICE}")
             norms.append(norm)
             layouts.append(layout)
     return States(

@@ -109,7 +109,8 @@ def measure(
         cover: [images, patches], 0-1: how much of each patch belongs to a region, for `share_on`.
 
     Raises:
-        ValueError: no images, images of different numbers of patches, or a `cover` that does not fit.
+        ValueError: no images, images of different numbers of patches, a `cover` that does not fit, or values that are
+            not finite.
     """
     if len(images) == 0:
         raise ValueError("relevance needs at least one image")
@@ -125,6 +126,10 @@ def measure(
             raise ValueError(f"cover needs [images, patches], here [{len(images)}, {len(layouts[0].vision)}]")
         covered = None if cover is None else cover[start : start + batch_size].flatten(1).to(lvlm.device)
         parts.append((_measure_batch(lvlm, inputs, layouts, covered), sizes.pop()))
+        norms = parts[-1][0][-1]  # what is not finite in a layer is not in those behind it either
+        if (bad := ~norms.isfinite().all(1)).any():
+            where = f"up to layer {lvlm.feature_layer} of the tower"
+            raise capture.not_finite(lvlm, where, start + int(bad.nonzero()[0]))
     columns, rows, uniform, norms = zip(*(part for part, _ in parts), strict=True)
 
     def joined(dicts: Sequence[dict]) -> dict[str, torch.Tensor]:

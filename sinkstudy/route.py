@@ -28,6 +28,9 @@ def norms(lvlm: LVLM, pictures: Mapping[Hashable, Any], batch_size: int = 16) ->
 
     Args:
         pictures: by any key; of any sizes, as for `LVLM.inputs` or in a parquet file.
+
+    Raises:
+        ValueError: norms that are not finite, with the picture's key.
     """
     keys, of, read = list(pictures), {}, []
 
@@ -42,6 +45,9 @@ def norms(lvlm: LVLM, pictures: Mapping[Hashable, Any], batch_size: int = 16) ->
             inputs = lvlm.inputs([pictures[key] for key in batch], [""] * len(batch))
             lvlm.see(inputs)
             of |= {key: read[0][layout.connector] for key, layout in zip(batch, lvlm.layout(inputs), strict=True)}
+            for key in batch:
+                if not of[key].isfinite().all():
+                    raise capture.not_finite(lvlm, "at the connector's input", repr(key))
     return of
 
 

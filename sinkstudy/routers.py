@@ -313,9 +313,10 @@ class ReW(Method):
         """R alone."""
         return {f"router.{name}": p for name, p in self.router.named_parameters()}
 
-    def intervention(self, name: str, **more: Any) -> Intervention:
+    def identity(self) -> dict[str, Any]:
         encoder = {} if self.encoder is None else {"encoder_weights": digest(dict(self.encoder.named_parameters()))}
-        return super().intervention(name, **encoder, diysink={**self.diysink.settings, "weights": self.of}, **more)
+        diysink = {**self.diysink.settings, "show": self.diysink.show, "weights": self.of}
+        return super().identity() | encoder | {"diysink": diysink}
 
     def save(self, folder: Path, **more: Any) -> None:
         """Write R to a folder, with where the folder of its DIYSink lies from there."""

@@ -93,11 +93,17 @@ def rule(criterion: str, threshold: float) -> Callable[[torch.Tensor], torch.Ten
         threshold: the criterion's.
 
     Raises:
-        ValueError: an unknown criterion.
+        ValueError: an unknown criterion; of what is returned, norms that are not finite.
     """
     if criterion not in NORM_CRITERIA:
         raise ValueError(f"unknown criterion {criterion!r}; known: {', '.join(NORM_CRITERIA)}")
-    return lambda norms: NORM_CRITERIA[criterion](norms, threshold)
+
+    def judge(norms: torch.Tensor) -> torch.Tensor:
+        if not norms.isfinite().all():
+            raise ValueError("which patches are sinks cannot be told from norms that are NaN or infinite")
+        return NORM_CRITERIA[criterion](norms, threshold)
+
+    return judge
 
 
 def max_median_ratio(norms: torch.Tensor) -> torch.Tensor:

@@ -80,9 +80,13 @@ class Method(nn.Module):
         """What training may change, by its name in this module; no tensor twice."""
         return {name: p for name, p in self.named_parameters() if not name.startswith("model.")}
 
+    def identity(self) -> dict[str, Any]:
+        """What the method does, as plain values, see `identity.Identity`."""
+        return {"kind": self.kind, **self.settings, "weights": digest(self.changed())}
+
     def intervention(self, name: str, **more: Any) -> Intervention:
         """The method for `evaluate`; `more` plain values that change what it does."""
-        parameters = {"kind": self.kind, **self.settings, **more, "weights": digest(self.changed())}
+        parameters = self.identity() | more
         return Intervention(name, lambda lvlm, inputs: self.around(inputs), parameters, "tower", self.asks)
 
     def save(self, folder: Path, *, eight_bits: bool = False, **more: Any) -> None:

@@ -2,7 +2,15 @@
 
 import hashlib
 import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -10,8 +18,9 @@ import pytest
 import torch
 from architectures import write
 
-from sinkstudy import capture, models
+from sinkstudy import ablation, attribution, capture, models, probing, relevance, route, sinks
 from sinkstudy.evaluate import NONE, Intervention, evaluate
+from sinkstudy.paths import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -109,17 +118,207 @@ def test_the_same_line_twice_is_one_answer(llava, table, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------- what is kept at all
-def test_an_intervention_that_does_not_say_what_it_does_is_not_kept(llava, table, tmp_path):
-    """Two that differ in what they close over only, under one name."""
-    def silenced(factor: float) -> Intervention:
-        return Intervention("silenced", lambda lvlm, inputs: lvlm.editing(after=lambda x, layer: factor * x))
+FACTOR = 1.0  # the cases below set it
 
-    parts = [evaluate(llava, table, [silenced(f)], max_new_tokens=2, cache=tmp_path) for f in (0.0, 3.0)]
-    fresh = [evaluate(llava, table, [silenced(f)], max_new_tokens=2, cache=None) for f in (0.0, 3.0)]
-    for kept, new in zip(parts, fresh, strict=True):
-        pd.testing.assert_frame_equal(kept, new, check_exact=True)
-    assert not parts[0].logp_yes.equals(parts[1].logp_yes)
-    assert not any(file.read_bytes().strip() for file in tmp_path.iterdir())
+
+def scaled(by) -> Intervention:
+    return Intervention("it", lambda lvlm, inputs: lvlm.editing(after=lambda x, layer: by * x), {"kind": "scaled"})
+
+
+def closed_over_deeply(by) -> Intervention:
+    def scale(x, layer):
+        return by["how"][0] * x
+
+    return Intervention("it", partial(lambda scale, lvlm, inputs: lvlm.editing(after=scale), scale))
+
+
+def in_a_default(by) -> Intervention:
+    return Intervention("it", lambda lvlm, inputs, by=by: lvlm.editing(after=lambda x, layer: by * x))
+
+
+def in_the_code(by) -> Intervention:
+    twice = Intervention("it", lambda lvlm, inputs: lvlm.editing(after=lambda x, layer: 2.0 * x))
+    return twice if by == 2.0 else Intervention("it", lambda lvlm, inputs: lvlm.editing(after=lambda x, layer: 0.5 * x))
+
+
+def read_of_the_module(by) -> Intervention:
+    global FACTOR
+    FACTOR = by
+    return Intervention("it", lambda lvlm, inputs: lvlm.editing(after=lambda x, layer: FACTOR * x))
+
+
+class Scale:
+    def __init__(self, by) -> None:
+        self.by = by
+
+    def around(self, lvlm, inputs):
+        return lvlm.editing(after=lambda x, layer: self.by * x)
+
+
+def of_an_object(by) -> Intervention:
+    return Intervention("it", Scale(by).around)
+
+
+def of_a_module(by) -> Intervention:
+    layer = torch.nn.Linear(32, 32, bias=False)
+    layer.weight.data = by * torch.eye(32)
+    return Intervention("it", lambda lvlm, inputs: lvlm.editing(after=lambda x, _: layer(x)))
+
+
+def of_masks(by) -> Intervention:
+    mask = torch.arange(16) < 4 * by
+    return Intervention("it", lambda lvlm, inputs: ablation.hidden(lvlm, inputs, [mask] * len(inputs.image_ids)))
+
+
+def of_an_array(by) -> Intervention:
+    values = np.full(32, by, np.float32)
+    return Intervention("it", lambda lvlm, inputs: lvlm.editing(after=lambda x, layer: x * torch.from_numpy(values)))
+
+
+def kept_otherwise(by) -> Intervention:
+    return Intervention("it", lambda lvlm, inputs: lvlm.editing(after=lambda x, layer: 2 * x),
+                        keeps="tower" if by == 2.0 else "prefix")  # fmt: skip
+
+
+REACHED = {
+    "closed over": scaled,
+    "deep in what is closed over": lambda by: closed_over_deeply({"how": [by]}),
+    "a default": in_a_default,
+    "the code": in_the_code,
+    "a global": read_of_the_module,
+    "an attribute": of_an_object,
+    "weights": of_a_module,
+    "masks": of_masks,
+    "an array": of_an_array,
+    "what it keeps": kept_otherwise,
+    "the package's masks": lambda by: ablation.hide("it", {str(i): torch.arange(16) < 4 * by for i in range(3)}),
+}
+
+
+@pytest.mark.parametrize("name", REACHED)
+def test_interventions_that_differ_in_what_they_reach_have_answers_of_their_own(llava, table, tmp_path, name):
+    """Two under one name: each has its own, and finds them again."""
+    fresh = {by: evaluate(llava, table, [REACHED[name](by)], max_new_tokens=2, cache=None) for by in (2.0, 0.5)}
+    assert not fresh[2.0].logp_yes.equals(fresh[0.5].logp_yes)
+    asked = []
+    for again in (False, True):
+        for by, new in fresh.items():
+            how = REACHED[name](by)
+            hook = llava.decoder.register_forward_pre_hook(lambda *_: asked.append(1))
+            kept = evaluate(llava, table, [how], max_new_tokens=2, cache=tmp_path)
+            hook.remove()
+            pd.testing.assert_frame_equal(kept, new, check_exact=True)
+            assert bool(asked) is not again
+            asked.clear()
+
+
+@pytest.mark.parametrize("hidden", [random.Random, torch.Generator, lambda: iter([2.0]), lambda: open(__file__)])
+def test_an_intervention_whose_state_is_hidden_is_not_kept(llava, table, tmp_path, hidden):
+    state = hidden()
+    how = Intervention("odd", lambda lvlm, inputs: lvlm.editing(after=lambda x, layer: x if state else 2 * x), {"a": 1})
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="answers under 'odd' are not kept: what a .* holds cannot be told"):
+            evaluate(llava, table, [NONE, how], max_new_tokens=2, cache=tmp_path)
+    (file,) = tmp_path.iterdir()
+    assert len([line for line in file.read_bytes().splitlines() if line]) == len(table)  # those of the model as it is
+
+
+TOLD = """
+import numpy, torch
+from functools import partial
+from sinkstudy import ablation, sinks
+from sinkstudy.identity import Identity
+names = {"a", "b", "c", "d"}
+class Own:
+    def __init__(self): self.mine = self, {"x": torch.arange(3), "y": numpy.ones(2)}
+def around(lvlm, inputs, which=frozenset("pq")):
+    return partial(ablation.hidden, lvlm, masks=[x for x in names if x in "ab"], rule=sinks.rule)
+told = Identity()([around, Own(), Own, -0.0, sinks.rule("absolute", 3.0), torch.float16, torch.sqrt])
+"""
+
+
+def test_what_an_intervention_is_does_not_depend_on_the_process():
+    here = {"__name__": "__main__"}
+    exec(TOLD, here)
+    there = subprocess.run([sys.executable, "-c", TOLD + "print(told)"], capture_output=True, text=True, check=True,
+                           env=os.environ | {"PYTHONHASHSEED": "1", "PYTHONPATH": str(ROOT)})  # fmt: skip
+    assert there.stdout.strip() == here["told"] and len(here["told"]) == 64
+
+
+def test_answers_do_not_depend_on_what_was_asked_before(llava, table, tmp_path):
+    """Kept are answers of a whole batch: some of its questions in another batch are not taken from there."""
+    part, asked = table[table.question == "how many"], []
+    evaluate(llava, table, max_new_tokens=2, cache=tmp_path, batch_size=4)
+    hook = llava.decoder.register_forward_pre_hook(lambda *_: asked.append(1))
+    kept = evaluate(llava, part, max_new_tokens=2, cache=tmp_path, batch_size=4)
+    hook.remove()
+    assert asked
+    pd.testing.assert_frame_equal(
+        kept, evaluate(llava, part, max_new_tokens=2, cache=None, batch_size=4), check_exact=True
+    )
+
+
+def test_another_models_file_proves_nothing(llava, table, tmp_path):
+    evaluate(llava, table, max_new_tokens=2, cache=tmp_path)
+    (of_before,) = tmp_path.iterdir()
+    weight = llava.decoder_layers[0].mlp.down_proj.weight
+    weight.data.mul_(-1)  # which torch does not count as a change
+    try:
+        fresh = evaluate(llava, table, max_new_tokens=2, cache=None)
+        evaluate(llava, table, max_new_tokens=2, cache=tmp_path)
+        (own,) = [file for file in tmp_path.iterdir() if file != of_before]
+        own.write_bytes(of_before.read_bytes())
+        kept = evaluate(llava, table, max_new_tokens=2, cache=tmp_path)
+    finally:
+        weight.data.mul_(-1)
+    pd.testing.assert_frame_equal(kept, fresh, check_exact=True)
+
+
+def test_a_group_that_was_kept_in_part_is_answered_in_whole(llava, table, tmp_path):
+    """Cut after every line in turn: the numbers are those of an undisturbed run, to the bit."""
+    ways = [NONE, scaled(2.0)]
+    whole = evaluate(llava, table, ways, max_new_tokens=2, cache=tmp_path, batch_size=4)
+    (file,) = tmp_path.iterdir()
+    lines = file.read_bytes().splitlines(keepends=True)
+    for end in range(0, len(lines), 3):
+        file.write_bytes(b"".join(lines[:end]) + lines[end][:20])
+        again = evaluate(llava, table, ways, max_new_tokens=2, cache=tmp_path, batch_size=4)
+        pd.testing.assert_frame_equal(again, whole, check_exact=True)
+
+
+def no_folder(folder):
+    (folder / "file").write_text("")
+    return folder / "file" / "answers"
+
+
+def a_folder_for_the_file(folder):
+    for file in folder.iterdir():
+        file.unlink()
+        file.mkdir()
+    return folder
+
+
+@pytest.mark.parametrize("place", [no_folder, a_folder_for_the_file, lambda folder: Path("/proc/answers")])
+def test_answers_are_given_where_none_can_be_kept(llava, table, tmp_path, place):
+    whole = evaluate(llava, table, max_new_tokens=2, cache=tmp_path)
+    with pytest.warns(UserWarning, match="answers are not kept, and a run that is killed begins anew"):
+        said = evaluate(llava, table, max_new_tokens=2, cache=place(tmp_path))
+    pd.testing.assert_frame_equal(said, whole, check_exact=True)
+
+
+def test_a_full_disk_costs_no_answer(llava, table, tmp_path):
+    """Files may not grow beyond a kilobyte: what was written is used later, the rest is asked again."""
+    whole = evaluate(llava, table, max_new_tokens=2, cache=None)
+    kept, before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.warns(UserWarning, match="answers are not kept.*File too large"):
+            said = evaluate(llava, table, max_new_tokens=2, cache=tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, kept)
+    for found in (said, evaluate(llava, table, max_new_tokens=2, cache=tmp_path)):
+        pd.testing.assert_frame_equal(found, whole, check_exact=True)
 
 
 def test_changed_weights_have_answers_of_their_own(llava, table, tmp_path):
@@ -166,7 +365,7 @@ def test_answers_of_nan_are_refused_and_not_kept(llava, table, tmp_path, side, v
 
 def test_an_intervention_that_makes_nan_is_named(llava, table):
     bad = Intervention("bad", lambda lvlm, inputs: lvlm.editing(after=lambda x, layer: x * float("nan")), {"a": 1})
-    with pytest.raises(ValueError, match="NaN among the logits, under 'bad', picture '0'"):
+    with pytest.raises(ValueError, match="NaN or infinity among the logits, under 'bad', picture '0'"):
         evaluate(llava, table, [NONE, bad], max_new_tokens=2, cache=None)
 
 
@@ -180,3 +379,75 @@ def test_a_trace_of_nan_is_refused(llava, table, side):
         if side == "vision":
             with pytest.raises(ValueError, match="behind layer 0 of the tower, picture 0"):
                 capture.trace_tower(llava, pictures)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_behind_the_first_token_is_refused(llava, table, tmp_path, value):
+    """The first token is right, and overflow begins with the second."""
+    def spoil(module, args, out):
+        return out * value if out.shape[1] == 1 else out
+
+    handle = llava.model.lm_head.register_forward_hook(spoil)
+    try:
+        with pytest.raises(ValueError, match="among the logits, picture '0'.*another dtype"):
+            evaluate(llava, table, max_new_tokens=3, cache=tmp_path)
+    finally:
+        handle.remove()
+    assert not any(file.read_bytes().strip() for file in tmp_path.glob("*"))
+
+
+def test_a_candidate_of_probability_0_is_refused(llava, table, tmp_path):
+    words = torch.tensor(llava.processor.tokenizer.convert_tokens_to_ids(["no"]))
+    handle = llava.model.lm_head.register_forward_hook(lambda m, args, out: out.index_fill(-1, words, -float("inf")))
+    try:
+        with pytest.raises(ValueError, match="among the logits, picture '0'"):
+            evaluate(llava, table, max_new_tokens=2, cache=tmp_path)
+    finally:
+        handle.remove()
+
+
+def attributed(llava, pictures):
+    f = attribution.answer_log_prob(llava, pictures, ["how many"] * 3, ["red"] * 3)
+    return attribution.gradient_x_activation(f)
+
+
+READERS = {  # of the tower
+    "relevance": lambda llava, pictures: relevance.measure(llava, pictures),
+    "norms of a method": lambda llava, pictures: route.norms(llava, dict(enumerate(pictures))),
+    "tokens": lambda llava, pictures: ablation.read(llava, dict(enumerate(pictures))),
+    "attribution": attributed,
+    "log-probability": lambda llava, pictures: attribution.answer_log_prob(
+        llava, pictures, ["how many"] * 3, ["red"] * 3).values(),
+    "probes": lambda llava, pictures: probing.states(
+        llava, pictures, lambda i, layout, norms: torch.ones(1, len(norms)) / len(norms), followed=1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_what_reads_the_model_refuses_nan(llava, table, name):
+    with poisoned(llava.vision_layers[0], float("nan")), pytest.raises(ValueError, match="NaN or inf.*picture 0.*dty"):
+        READERS[name](llava, list(table.image[::2]))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_the_first_text_token_is_watched_too(llava, table, value):
+    """Where half precision overflows first: at the token on which attention rests."""
+    def spoil(module, args, out):
+        out = out.clone()
+        out[:, 0, 3] = value
+        return out
+
+    handle = llava.decoder_layers[-1].register_forward_hook(spoil)
+    try:
+        with pytest.raises(ValueError, match="behind layer 2 of the decoder, picture 0"):
+            capture.trace(llava, list(table.image[::2]), ["how many"] * 3)
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("criterion", sinks.NORM_CRITERIA)
+def test_norms_that_are_none_have_no_sinks(criterion):
+    norms = torch.ones(4, 16)
+    norms[2, 3] = float("nan")
+    with pytest.raises(ValueError, match="norms that are NaN or infinite"):
+        sinks.rule(criterion, 3.0)(norms)

@@ -6,12 +6,12 @@ import torch
 from sinkstudy import models, sinks
 from sinkstudy.capture import (
     _Attention,
-    _until_end,
     attention_received,
     attention_rows,
     hidden_states,
     top_dimensions,
     trace,
+    until_end,
 )
 
 close = dict(atol=1e-5, rtol=1e-5)
@@ -299,9 +299,9 @@ def test_trace_stops_at_the_end_token(tiny, images, monkeypatch):
 def test_until_end():
     tokens = torch.tensor([[5, 2, 0, 0], [5, 6, 7, 8], [2, 9, 2, 0], [7, 3, 2, 2]])
     expected = [[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]]
-    assert _until_end(tokens, [2, 3]).tolist() == expected
-    assert _until_end(tokens, []).tolist() == [[1] * 4] * 4
-    assert _until_end(tokens, [9]).tolist() == [[1] * 4, [1] * 4, [1, 1, 0, 0], [1] * 4]
+    assert until_end(tokens, [2, 3]).tolist() == expected
+    assert until_end(tokens, []).tolist() == [[1] * 4] * 4
+    assert until_end(tokens, [9]).tolist() == [[1] * 4, [1] * 4, [1, 1, 0, 0], [1] * 4]
 
 
 def test_hidden_dimensions_of_a_group(tiny, images, questions):

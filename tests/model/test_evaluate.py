@@ -180,9 +180,11 @@ def test_a_killed_run_goes_on_where_it_stopped(llava, table, tmp_path):
     again = evaluate(llava, table, max_new_tokens=STEPS, cache=tmp_path, batch_size=2)
     assert 0 < len(forward) <= 1 + STEPS  # one prefix, one answer
     forward.clear()
-    third = evaluate(llava, table, max_new_tokens=STEPS, cache=tmp_path, batch_size=64)
-    hook.remove()
+    third = evaluate(llava, table, max_new_tokens=STEPS, cache=tmp_path, batch_size=2)
     assert not forward and file.read_text().startswith(lines)
+    evaluate(llava, table, max_new_tokens=STEPS, cache=tmp_path, batch_size=64)
+    hook.remove()
+    assert forward and file.read_text().startswith(lines)  # other batches round differently
     for found in (again, third):
         pd.testing.assert_frame_equal(found, whole, check_exact=True)  # the batches are those of an undisturbed run
 
