@@ -6,6 +6,7 @@ goes before the first question, wherever the marker stands, and the loss is on t
 """
 
 import json
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ import torch
 from tqdm import tqdm
 from transformers import BatchFeature
 
+from sinkstudy import digests
 from sinkstudy.evaluate import Prefixes
 from sinkstudy.models import LVLM
 from sinkstudy.pictures import check, decode
@@ -105,6 +107,12 @@ def _sample(file: Path, index: int, raw: Any, images: Path) -> Sample | None:
     if not all(answers) or any(MARKER in answer for answer in answers):
         raise ValueError(f"{name} has an answer that is empty or contains {MARKER}")
     return Sample(str(raw.get("id", index)), images / raw["image"], tuple(zip(questions, answers, strict=True)))
+
+
+def key(sample: Sample, images: Path) -> str:
+    """What a sample is, wherever its folder of pictures lies: its id, its picture's name and content, what is said."""
+    name = os.path.relpath(sample.image, images)
+    return json.dumps([sample.id, name, digests.sha256(sample.image), sample.turns])
 
 
 class Collate:

@@ -49,6 +49,7 @@ from sinkstudy.paths import (
     hub_commit,
     lab_models,
     slug,
+    sweep,
 )
 
 WORK = RUNS / ".work"  # half-made things, never read by the book
@@ -270,8 +271,6 @@ def _execute(notebook: str, run: str, given: dict[str, Any], failed: Path) -> No
             noted["seconds"] = round(time.time() - started, 1)
             noted["revision"] = hub_commit(values.get("model", ""), values.get("revision")) or ""
             page = tidy(nbformat.read(copy, as_version=4))
-            if run != DEFAULT_MODEL:
-                _own_labels(page, run)
             page.metadata["sinkstudy"] = noted
             with atomic(RUNS / run / f"{notebook}.ipynb") as target:
                 nbformat.write(page, target)
@@ -338,22 +337,6 @@ def tidy(page):
                 merged.append(output)
         cell.outputs = merged
     return page
-
-
-def _own_labels(page, run: str) -> None:
-    """Give the labels of a page, and its references to labels of notebooks, names of this run.
-
-    The book shows one copy of a notebook for each run, and Sphinx wants every label once.
-    """
-    text = "\n".join(_text(cell) for name in notebooks() for cell in _cells(name) if cell["cell_type"] == "markdown")
-    labels = set(re.findall(r"(?m)^(?:\((?=[\w.:-]+\)=)|:name: *)([\w.:-]+)", text))
-    if not labels:
-        return
-    before = r"^\((?=[\w.:-]+\)=)|^:name: *|\]\(#?|\{(?:numref|ref|eq)\}`(?:[^`<]*<)?"
-    either = "|".join(map(re.escape, sorted(labels, key=len, reverse=True)))
-    for cell in page.cells:
-        if cell.cell_type == "markdown":
-            cell.source = re.sub(rf"(?m)({before})({either})(?=[)`>\s]|$)", rf"\1\2--{run}", cell.source)
 
 
 def surroundings() -> dict[str, Any]:
@@ -427,6 +410,7 @@ def run(
     run_name = name or slug(check_model(model))
     for folder in (WORK, RUNS / run_name, RESULTS / run_name):
         _writable(folder)
+        sweep(folder)
     claim(run_name, check_model(model))
     outdated = [nb for nb in wanted if not is_fresh(run_name, nb, plan[nb])]
     check_memory({nb: defaults(nb) | plan[nb] for nb in outdated})
@@ -600,19 +584,24 @@ def update_notebooks(only: Iterable[str] = ()) -> None:
 def render(*, stored: bool = False) -> bool:
     """Render `_build/html` if a page, an executed notebook or anything else shown has changed; say whether it did.
 
-    Executed pages of the default run whose notebook is gone, renamed say, are deleted: other pages have their labels.
+    Chapters that the default run lacks are shown with the outputs stored in `notebooks/`, and named. Executed pages of
+    that run whose notebook is gone, renamed say, are deleted: other pages have their labels.
 
-    `stored`: where the default run is out of date, show the outputs stored in `notebooks/` instead of asking for a
-    run (for tests of the pages). Raises UserError if a page is missing or Jupyter Book warns.
+    `stored`: show stored outputs where the default run is out of date, too (for tests of the pages). Raises UserError
+    if a page is missing or Jupyter Book warns.
     """
     import yaml
 
     for name in set(executed(DEFAULT_MODEL)) - set(notebooks()):
         (RUNS / DEFAULT_MODEL / f"{name}.ipynb").unlink()
-    for name in notebooks() if stored else ():
-        if not is_fresh(DEFAULT_MODEL, name, {}):
+    there = executed(DEFAULT_MODEL)
+    if lacking := [name for name in notebooks() if name not in there]:
+        print(f"not executed here, so shown as stored in {NOTEBOOKS.name}/: {', '.join(lacking)}")
+    for name in notebooks():
+        if name in lacking or stored and not is_fresh(DEFAULT_MODEL, name, {}):
             with atomic(RUNS / DEFAULT_MODEL / f"{name}.ipynb") as target:
                 shutil.copyfile(NOTEBOOKS / f"{name}.ipynb", target)
+    _lead_to_what_is_there()
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
     for page in _toc_pages(toc):
         if page.startswith("book/runs/") and not (ROOT / f"{page}.ipynb").is_file():
@@ -655,6 +644,46 @@ def _toc_pages(toc: Any) -> Iterator[str]:
     if isinstance(toc, list):
         for item in toc:
             yield from _toc_pages(item)
+
+
+def _lead_to_what_is_there() -> None:
+    """Give the labels in the pages of every run but the default one names of that run, and lead references to them.
+
+    The book shows one copy of a notebook for each run, and Sphinx wants every label once. Where a run lacks the page
+    that one of its pages refers to, the default run's is meant.
+    """
+    for run_name in runs():
+        if run_name == DEFAULT_MODEL:
+            continue
+        pages = {name: RUNS / run_name / f"{name}.ipynb" for name in executed(run_name)}
+        read = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in pages.items()}
+        defined = r"^(?:\((?=[\w.:-]+\)=)|:name: *)"
+        own: set[str] = set()
+        for page in read.values():
+            own.update(label for cell in _prose(page) for label in re.findall(rf"(?m){defined}([\w.:-]+)", _text(cell)))
+        own = {label.removesuffix(f"--{run_name}") for label in own}
+        anywhere = rf"(?m)({defined}|\]\(#?|\{{(?:numref|ref|eq)\}}`(?:[^`<]*<)?)([\w.:-]+)(?=[)`>\s]|$)"
+
+        def label(found: re.Match, own: set[str] = own, run_name: str = run_name) -> str:
+            plain = found[2].removesuffix(f"--{run_name}")
+            return found[1] + (f"{plain}--{run_name}" if plain in own else plain)
+
+        def link(found: re.Match, there: dict[str, Path] = pages) -> str:
+            return f"]({'' if found[1] in there else f'../{DEFAULT_MODEL}/'}{found[1]}.ipynb"
+
+        for name, page in read.items():
+            before = json.dumps(page)
+            for cell in _prose(page):
+                text = re.sub(anywhere, label, _text(cell))
+                text = re.sub(rf"\]\((?:\.\./{DEFAULT_MODEL}/)?(\d\d-[\w-]+)\.ipynb", link, text)
+                cell["source"] = text.splitlines(keepends=True)
+            if json.dumps(page) != before:
+                with atomic(pages[name]) as target:
+                    target.write_text(json.dumps(page, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _prose(page: dict) -> list[dict]:
+    return [cell for cell in page["cells"] if cell["cell_type"] == "markdown"]
 
 
 def _with_runs(toc: dict) -> dict:

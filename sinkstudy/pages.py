@@ -331,7 +331,7 @@ def _chapter(chapter: str) -> tuple[str, str]:
 
 
 def figure(run: str, chapter: str, label: str) -> str | None:
-    """The label of a figure as the book has it for a run (`engine.execute`); None if the book does not show it."""
+    """The label of a figure as the book has it for a run (`engine.render`); None if the book does not show it."""
     page = RUNS / run / f"{chapter}.ipynb"
     label = label if run == DEFAULT_MODEL else f"{label}--{run}"
     return label if run and page.is_file() and label in claims.labels(page) else None

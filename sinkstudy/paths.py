@@ -99,7 +99,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(path.parent)
+    sweep(path.parent)
     holder = Path(tempfile.mkdtemp(prefix=f".partial-{os.getpid()}-", dir=path.parent))
     temporary = holder / path.name
     try:
@@ -134,7 +134,7 @@ def _exchanged(one: Path, other: Path) -> bool:
     return renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
-def _sweep(folder: Path) -> None:
+def sweep(folder: Path) -> None:
     """Remove half-made things whose process is gone."""
     for left in folder.glob(".partial-[0-9]*-*"):
         if (pid := left.name.split("-")[1]).isdigit() and not _lives(int(pid)):

@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, LoraModel
 
-from sinkstudy import conversations, models, tuning
+from sinkstudy import conversations, models, sinks, tuning
 from sinkstudy.diysink import DIYSink, OneConnector, matched_width
 from sinkstudy.gates import Gates, LoRA, n_parameters
 from sinkstudy.models import LVLM
@@ -82,6 +83,13 @@ class Job:
             raise ValueError(f"{self.method} has no stage {self.stage!r}: choose from {', '.join(stages)}")
         if self.stage != "tune" and (self.connectors or self.lora or not self.decoder):
             raise ValueError(f"{self.stage} trains one new connector alone: connectors and the decoder are for tune")
+        if self.criterion not in sinks.NORM_CRITERIA:
+            raise ValueError(f"unknown criterion {self.criterion!r}: choose from {', '.join(sinks.NORM_CRITERIA)}")
+        if not math.isfinite(self.threshold) or self.criterion == "percentile" and not 0 <= self.threshold < 100:
+            bound = ", of a percentile from 0 to below 100" if self.criterion == "percentile" else ""
+            raise ValueError(f"threshold is {self.threshold}, but has to be a finite number{bound}")
+        if self.longest < 1 or self.lora is not None and self.lora < 1:
+            raise ValueError(f"longest is {self.longest} and lora {self.lora}, but they have to be 1 at least")
         if self.lora and not self.decoder:
             raise ValueError("the decoder is either frozen or trained by LoRA")
         if self.method in ALONE and (self.lora or not self.decoder):
@@ -108,6 +116,8 @@ def settings(
     samples, rate, passes = (256, 1e-3, 1) if stage != "tune" else (128, 2e-5, 1)
     if method in ALONE:
         samples, rate, passes = (20, 1e-2, 10) if method == "soft-router" else (128, 1e-3, 2)
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, but has to be 1 at least")
     if accumulate is None:
         accumulate = math.ceil(samples / batch_size / _processes())
     more = {k: v for k, v in more.items() if v is not None}
@@ -124,6 +134,7 @@ def run(job: Job, how: tuning.Settings, out: Path, *, device: str, dtype: str, o
         ValueError: anything wrong with model, data, folders or options, before the model is loaded where possible.
     """
     out = Path(out)
+    models.check_device(device, dtype)
     before = check(job, out)
     samples = conversations.read(job.data, job.images, outside=outside)
     known = _plain(job) | {"settings": how.that_matter(_processes())}
@@ -137,7 +148,9 @@ def run(job: Job, how: tuning.Settings, out: Path, *, device: str, dtype: str, o
     lvlm = models.load(job.model, device=device, dtype=dtype, revision=job.revision)
     samples = conversations.fitting(lvlm, samples)
     method, lora = start(lvlm, job, how.seed, before)
-    log = tuning.fit(method, samples, work, how, conversations.Collate(lvlm, job.longest), about=known)
+    keys = [conversations.key(sample, job.images) for sample in samples]
+    about = {name: value for name, value in known.items() if name not in ("data", "images")}  # the keys say more
+    log = tuning.fit(method, samples, work, how, conversations.Collate(lvlm, job.longest), about=about, keys=keys)
     if lora is not None:
         lora.merge_and_unload()
     if main_process:
@@ -155,6 +168,12 @@ def check(job: Job, out: Path) -> dict[str, Path]:
     models.find(job.model)
     if out.exists() and not (out / "method.json").exists():
         raise ValueError(f"{out} is there and is no method: choose another folder")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"nothing can be written to {out.parent}: {error.strerror}") from None
     if job.stage != "tune" or job.method in ALONE:
         return {}
     wanted, found = PRETRAIN[job.method], {}

@@ -259,8 +259,14 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("steps", "epochs", "batch_size", "accumulate", "lr", "clip", "checkpoint_steps"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} is {value}, but has to be above 0")
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value}, but has to be finite and above 0")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay is {self.weight_decay}, but has to be finite and 0 at least")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed is {self.seed}, but has to be 0 at least and below 2^31")
+        if not 0 <= self.workers <= 256:
+            raise ValueError(f"workers is {self.workers}, but has to be from 0 to 256")
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"warmup is {self.warmup}, but is a share of the steps, from 0 to 1")
 
@@ -280,12 +286,14 @@ def fit(
     *,
     optimizers: Callable[[list[tuple[str, nn.Parameter]]], list[Optimizer]] | None = None,
     about: Mapping[str, Any] | None = None,
+    keys: Sequence[str] | None = None,
 ) -> pd.DataFrame:
     """Train the parameters of a module that ask for gradients.
 
     A killed training goes on from its last checkpoint when it is called again, and ends with the weights that it would
     have had. A finished one is not repeated: its weights are read. Both hold for the same settings only; with others,
-    it is trained anew. With several processes (`accelerate launch`), each calls this function; a step then sees as many
+    it is trained anew, and what differs is said. Samples with `keys` may change as long as no step so far has used one
+    that did. With several processes (`accelerate launch`), each calls this function; a step then sees as many
     times more samples.
 
     Args:
@@ -301,6 +309,8 @@ def fit(
         optimizers: makes the optimizers of named parameters, each with its own learning rate; `lr` and `weight_decay`
             of the settings are not used then.
         about: further plain values that the weights depend on, such as where the module and the data came from.
+        keys: what each sample is, as text. The order of samples then follows from these texts, so that taking one out
+            leaves that of the others as it was.
 
     Returns:
         A row for each step: `step` (from 1), `loss` (of the step, before its update), `gradient` (its norm before
@@ -339,6 +349,9 @@ def fit(
 
     known = settings.that_matter(processes.num_processes) | {"steps": steps}
     known |= {"samples": len(dataset), "about": dict(about or {})}
+    draws = _Draws(dataset, settings.seed, steps * per_step, keys)
+    if keys is not None:
+        known["data"] = _sha256(sorted(keys))
     del known["epochs"]  # the number of steps says it
     known["parameters"] = hashlib.sha256(str([(k, list(p.shape)) for k, p in trained.items()]).encode()).hexdigest()
     known = json.loads(json.dumps(known))
@@ -354,15 +367,20 @@ def fit(
             print(f"{folder}: trained earlier with these settings, read", file=sys.stderr)
         return pd.read_csv(curve)
     if processes.is_main_process:
-        for other in (found, begun_with):
-            if other not in (None, known):
-                differs = ", ".join(k for k in known if other.get(k) != known[k])
-                print(f"{folder}: was trained with other settings ({differs}), is trained anew", file=sys.stderr)
-        if begun_with != known:
-            shutil.rmtree(checkpoints, ignore_errors=True)
         for path in checkpoints.glob("checkpoint-*"):
-            if not (path / _WHOLE).exists():
+            if _used(path) is None:
                 shutil.rmtree(path)
+        if found is not None:
+            print(f"{folder}: was trained with {_differences(found, known)}: is trained anew", file=sys.stderr)
+        if begun_with not in (None, known):
+            why = _differences(begun_with, known)
+            if set(begun_with) == set(known) and all(begun_with[k] == known[k] for k in known.keys() - {*_OF_DATA}):
+                why = _changed_before(checkpoints, draws, per_step)
+            if why:
+                print(f"{folder}: was begun with {why}: is trained anew", file=sys.stderr)
+                shutil.rmtree(checkpoints, ignore_errors=True)
+            else:
+                print(f"{folder}: the data changed, and no step so far has used what did: goes on", file=sys.stderr)
         with atomic(begun) as temporary:
             temporary.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
     processes.wait_for_everyone()
@@ -378,7 +396,7 @@ def fit(
         trainer = _Trainer(
             module,
             arguments,
-            train_dataset=_Draws(dataset, settings.seed, steps * per_step),
+            train_dataset=draws,
             data_collator=_Collate(collate),
             optimizers=(optimizer, schedule),
             callbacks=[_Progress(folder.name)],
@@ -386,6 +404,7 @@ def fit(
         trainer.remove_callback(PrinterCallback)
         half = any(p.dtype in (torch.bfloat16, torch.float16) for p in module.parameters())
         bf16 = half or (settings.bf16 and _has_bf16(device))
+        trainer.used = lambda step: draws.used(step, per_step)
         trainer.trained, trainer.autocast = trained, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
         whole = sorted(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
         trainer.train(resume_from_checkpoint=str(whole[-1]) if whole else None)
@@ -427,7 +446,8 @@ class Together(Optimizer):
         self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
 
-_WHOLE = "whole"  # an empty file in a checkpoint that all processes have written
+_WHOLE = "whole.json"  # in a checkpoint that all processes have written: what each step so far has used
+_OF_DATA = ("samples", "data")  # settings that follow from the samples
 
 
 class _Trainer(Trainer):
@@ -435,6 +455,7 @@ class _Trainer(Trainer):
 
     trained: dict[str, nn.Parameter]
     autocast: AbstractContextManager
+    used: Callable[[int], list[str]]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -474,7 +495,8 @@ class _Trainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             written = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            (written / _WHOLE).touch()
+            with atomic(written / _WHOLE) as temporary:
+                temporary.write_text(json.dumps(self.used(self.state.global_step)), encoding="utf-8")
             for path in written.parent.glob("checkpoint-*"):
                 if path != written:
                     shutil.rmtree(path)
@@ -509,18 +531,35 @@ class _Progress(TrainerCallback):
 class _Draws(Dataset):
     """All draws of a training: (sample, place), epoch after epoch."""
 
-    def __init__(self, dataset: Sequence, seed: int, length: int) -> None:
-        self.dataset, self.seed, self.length = dataset, seed, length
+    def __init__(self, dataset: Sequence, seed: int, length: int, keys: Sequence[str] | None = None) -> None:
+        self.dataset, self.seed, self.length, self.keys = dataset, seed, length, keys
         self.epoch, self.order = -1, np.empty(0, int)
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, place: int) -> tuple[Any, int]:
+        return self.dataset[self._index(place)], place
+
+    def _index(self, place: int) -> int:
         epoch, at = divmod(place, len(self.dataset))
         if epoch != self.epoch:
-            self.epoch, self.order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset))
-        return self.dataset[int(self.order[at])], place
+            self.epoch, self.order = epoch, self._shuffled(epoch)
+        return int(self.order[at])
+
+    def _shuffled(self, epoch: int) -> np.ndarray:
+        """The order of an epoch. With keys it is that of their digests, so that each has its place by itself."""
+        if self.keys is None:
+            return np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset))
+        digests = [hashlib.sha256(f"{self.seed} {epoch} {key}".encode()).digest() for key in self.keys]
+        return np.array(sorted(range(len(digests)), key=digests.__getitem__))
+
+    def used(self, steps: int, per_step: int) -> list[str]:
+        """For each of the first steps, a digest of the samples that it uses; without keys, nothing is known of them."""
+        if self.keys is None:
+            return []
+        drawn = [self.keys[self._index(place)] for place in range(steps * per_step)]
+        return [_sha256(drawn[step * per_step :][:per_step]) for step in range(steps)]
 
 
 class _Collate:
@@ -552,6 +591,43 @@ def _has_bf16(device: torch.device) -> bool:
 
 def _weights(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
     return {name: p.detach().cpu().contiguous() for name, p in parameters.items()}
+
+
+def _sha256(texts: Sequence[str]) -> str:
+    return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
+
+
+def _used(checkpoint: Path) -> list[str] | None:
+    """What each step up to a checkpoint has used; None if the checkpoint is not whole."""
+    try:
+        return json.loads((checkpoint / _WHOLE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What two trainings differ in; numbers are shown."""
+
+    def shown(key: str) -> str:
+        numbers = isinstance(before.get(key), (int, float)) and isinstance(now[key], (int, float))
+        return f"{key}: {before[key]}, now {now[key]}" if numbers else key
+
+    differ = [key for key in now if before.get(key) != now[key]]
+    after = ""
+    if "steps" in differ and "samples" in differ:
+        after = f"; with --steps {before['steps']} the learning rates would be those of before"
+    return f"other settings ({', '.join(map(shown, differ))}{after})"
+
+
+def _changed_before(checkpoints: Path, draws: _Draws, per_step: int) -> str:
+    """Why a training cannot go on with data that changed; empty if it can, for no step so far used what did."""
+    for path in checkpoints.glob("checkpoint-*"):
+        used = _used(path) or []
+        now = draws.used(len(used), per_step)
+        for step, (before, after) in enumerate(zip(used, now, strict=True), start=1):
+            if before != after:
+                return f"other samples in step {step} of the {len(used)} that were done"
+    return ""
 
 
 def _metadata(file: Path) -> dict[str, Any] | None:

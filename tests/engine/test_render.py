@@ -52,10 +52,13 @@ def test_render(project: Project):
     project.notebook("01-first", "print(limit)", prose=PROSE)
     project.notebook("02-second", "print(seed)")
 
+    printed = project.call("book")  # pages without outputs: none is stored yet
+    assert printed.startswith("not executed here, so shown as stored in notebooks/: 01-first, 02-second\n")
+    assert "the book is rendered" in printed
+    project.write("_toc.yml", TOC + "  - file: book/runs/lab-llava/03-third\n")
     printed = project.call("book", code=1)
-    assert printed == "sinkstudy: book/runs/lab-llava/01-first.ipynb is missing: 'sinkstudy run' makes it\n"
-
-    assert "the book is rendered" in project.call("book", "--stored")  # pages without outputs: none is stored yet
+    assert printed == "sinkstudy: book/runs/lab-llava/03-third.ipynb is missing: 'sinkstudy run' makes it\n"
+    project.write("_toc.yml", TOC)
     project.call("run")
     assert "the book is rendered" in project.call("book")
     html = project.root / "_build/html"
@@ -93,6 +96,33 @@ def test_render(project: Project):
     project.write("sinkstudy/pages.py", PAGES)
     assert "was not rendered without a warning" in project.call("book", code=1)
     assert "was not rendered without a warning" in project.call("book", code=1)  # not taken for a whole book
+
+
+def test_any_chapters_of_a_run(project: Project):
+    """A page refers to its run's other pages where they are, else to the default run's; also once they come or go."""
+    project.write("_config.yml", CONFIG)
+    project.write("_toc.yml", TOC)
+    project.write("book/intro.md", "# Intro\n")
+    (project.root / "book/dot.png").write_bytes(DOT)
+    project.notebook("01-first", "print(limit)", prose=PROSE)
+    project.notebook("02-second", "print(seed)", prose="# Two\n\nSee {ref}`that <part>`, [](01-first.ipynb).")
+    project.call("run", "--only", "02")
+    project.call("run", "owner/other", "--only", "02")
+    printed = project.call("book")  # -W: a reference that leads nowhere would fail
+    assert printed.startswith("not executed here, so shown as stored in notebooks/: 01-first\n")
+    page = project.root / "_build/html/book/runs/owner--other/02-second.html"
+    assert 'href="../lab-llava/01-first.html#part"' in page.read_text()
+    project.call("run", "owner/other", "--only", "01")
+    project.call("book")
+    assert 'href="01-first.html#part-owner-other"' in page.read_text()
+    assert "lab-llava/01-first.html#part" not in page.read_text()
+    (project.root / "book/runs/owner--other/01-first.ipynb").unlink()
+    project.call("book")
+    assert 'href="../lab-llava/01-first.html#part"' in page.read_text()
+    project.call("run", "owner/other", "--only", "01")
+    (project.root / "book/runs/owner--other/02-second.ipynb").unlink()
+    project.call("book")
+    assert not page.exists() or "owner--other/02-second" not in (project.root / "_build/toc.yml").read_text()
 
 
 def test_renamed_notebook(project: Project):

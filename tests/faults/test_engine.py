@@ -236,6 +236,106 @@ def test_killed_at_each_file_operation_readers_see_old_or_new(tmp_path):
         assert seen(tmp_path) == (new, "new") and not leftovers(tmp_path), at
 
 
+WHOLE_RUN = """
+import json, os, signal, sys
+from pathlib import Path
+import nbformat, papermill
+from nbformat.v4 import new_output
+from sinkstudy import engine
+from sinkstudy.paths import RESULTS, ROOT, RUNS, results_dir
+NAMES = "01-first", "02-second"
+TABLE = ROOT / "data/table.csv"
+
+def execute(source, copy, given, **_):  # in place of a kernel
+    page, text = nbformat.read(source, as_version=4), TABLE.read_text()
+    for name in ("a.csv", "b.csv"):
+        (results_dir("lab-llava", Path(source).stem) / name).write_text(text)
+    page.cells[-1].outputs = [new_output("stream", name="stdout", text=text)]
+    nbformat.write(page, copy)
+
+def one_after_another(run, wanted, plan, outdated, jobs):  # in place of Snakemake, which calls the same in processes
+    for name in outdated:
+        engine.execute(name, run, plan[name])
+
+papermill.execute_notebook, engine._snakemake = execute, one_after_another
+
+def run(at):
+    # In a process of its own, killed at the file operation `at`; whether it was.
+    child = os.fork()
+    if not child:
+        left = [at]
+        def hook(event, arguments):
+            if writes(event, arguments):
+                left[0] -= 1
+                if not left[0]:
+                    os.kill(os.getpid(), signal.SIGKILL)
+        sys.addaudithook(hook)
+        code = 1
+        try:
+            engine.run()
+            code = 0
+        except Exception:
+            import traceback
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, status
+    return os.WIFSIGNALED(status)
+
+def writes(event, arguments):
+    if event == "open":
+        opened = str(arguments[1])[:1] in ("w", "a", "x") or (arguments[2] or 0) & os.O_CREAT
+    else:
+        opened = event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.copytree", "shutil.rmtree")
+    return bool(opened) and str(ROOT) in str(arguments[0])
+
+def seen(name):
+    try:
+        page = json.loads((RUNS / "lab-llava" / f"{name}.ipynb").read_text())
+        told = "".join("".join(o["text"]) for cell in page["cells"] for o in cell.get("outputs", []))
+    except FileNotFoundError:
+        told = None
+    there = sorted((RESULTS / "lab-llava" / name).glob("*"))
+    return {path.name: path.read_text() for path in there} or None, told
+
+def whole(text):
+    return ({"a.csv": text, "b.csv": text}, text) if text else (None, None)
+
+old, at, failures = None, 0, []
+while True:
+    at += 1
+    new = f"x\\n{at}\\n"
+    TABLE.write_text(new)
+    killed = run(at)
+    for name in NAMES:
+        tables, told = seen(name)
+        before, after = whole(old)[0], whole(new)[0]
+        if tables not in (before, after) or told not in (old, new) or told == new and tables != after:
+            failures.append([at, name, tables, told])
+    assert not run(0)
+    left = [str(p) for p in ROOT.rglob(".partial-*")] + [str(p) for p in (RUNS / ".work").glob("run-*")]
+    if [seen(name) for name in NAMES] != [whole(new)] * 2 or left or engine.stale():
+        failures.append([at, "afterwards", left, engine.stale()])
+    old = new
+    if not killed:
+        break
+print(json.dumps({"operations": at - 1, "failures": failures}))
+"""
+
+
+def test_a_whole_run_killed_at_each_file_operation(project: Project):
+    """Nothing half-made is in place, what is not finished is done by the next run, and nothing is left lying."""
+    environment = os.environ | {"PYTHONPATH": str(project.root)}
+    environment.pop("SINKSTUDY_RESULTS", None)
+    command = [sys.executable, "-c", WHOLE_RUN]
+    done = subprocess.run(command, cwd=project.root, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["operations"] > 30 and not found["failures"], found
+    print(f"{found['operations']} file operations")
+
+
 def test_what_a_living_process_makes_is_left_alone(tmp_path):
     mine = tmp_path / f".partial-{os.getpid()}-x"
     dead = tmp_path / ".partial-999999999-x"

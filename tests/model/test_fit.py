@@ -147,7 +147,7 @@ def test_a_finished_training_is_read(tmp_path: Path, capsys):
     same(again, first, exactly=True)
     assert "trained earlier" in capsys.readouterr().err
     fit(other, DATA, tmp_path, replace(SETTINGS, lr=0.01), drawn)
-    assert "other settings (lr), is trained anew" in capsys.readouterr().err
+    assert "was trained with other settings (lr: 0.02, now 0.01): is trained anew" in capsys.readouterr().err
     assert (other.first.weight != first.first.weight).any()
     fit(moved, DATA, tmp_path, replace(SETTINGS, lr=0.01), drawn, about={"data": "b"})
     assert "other settings (about)" in capsys.readouterr().err
@@ -171,6 +171,7 @@ fit(Net(0.3), DATA, "{tmp_path}/killed", SETTINGS, killer(62), **how)
     assert "frozen.weight" not in load_file(checkpoints / "checkpoint-6/trained.safetensors")
     (checkpoints / "checkpoint-9").mkdir()
     (checkpoints / "checkpoint-9/trained.safetensors").write_bytes(b"half")
+    (checkpoints / "checkpoint-9/whole.json").write_bytes(b"[")  # cut off
     drawn_places: list[int] = []
 
     def watch(samples, places):

@@ -60,10 +60,12 @@ def train(monkeypatch):
     for name, value in cli.MALLOC.items():
         monkeypatch.setenv(name, value)
 
-    def call(*args) -> None:
+    def call(*args) -> str:
+        """Run the command, and return what it printed."""
         done = CliRunner().invoke(cli.app, options(*args))
         if done.exception:
             raise done.exception
+        return done.output
 
     return call
 
@@ -118,7 +120,7 @@ cli.main()
     environment = os.environ | cli.MALLOC | {"PYTHONPATH": str(ROOT)}
     died = subprocess.run([sys.executable, "-c", kill], env=environment, capture_output=True, text=True)
     assert died.returncode == -signal.SIGKILL, died.stderr
-    assert not killed.exists() and (tmp_path / "killed.training/checkpoints/checkpoint-2/whole").exists()
+    assert not killed.exists() and (tmp_path / "killed.training/checkpoints/checkpoint-2/whole.json").exists()
     train(model, data, killed, "tune", *tune)
     assert moved(out, killed) == set()
     before = (killed / "weights.safetensors").stat().st_mtime_ns
