@@ -69,6 +69,23 @@ def test_settings_of_the_checkpoint_play_no_part(folder, tmp_path, table, expect
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("part", ["text_config", "config"])
+def test_a_decoder_that_was_trained_without_cache(folder, tmp_path, table, expected, part):
+    """Fine-tuning with gradient checkpointing leaves `use_cache: false` in the configuration."""
+    copy = Path(shutil.copytree(folder, tmp_path / "model"))
+    config = json.loads((copy / "config.json").read_text())
+    of = config if part == "config" else config.get("text_config")
+    if of is None:
+        pytest.skip("its decoder has no configuration of its own")
+    of["use_cache"] = False
+    (copy / "config.json").write_text(json.dumps(config))
+    lvlm, (asked, images) = models.load(str(copy)), table
+    said = evaluate(lvlm, asked, [NONE, Intervention("alone", asks=True)], images=images, max_new_tokens=TOKENS,
+                    cache=None)
+    assert said.prediction[:4].tolist() == expected and said.prediction[4:].tolist() == expected
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_several_end_tokens_are_the_checkpoints(folder, tmp_path, table, expected):
     """The one thing that counts: where an answer ends."""
     lvlm, (_, images) = models.load(folder), table
