@@ -45,6 +45,7 @@ from sinkstudy.paths import (
     ROOT,
     RUNS,
     atomic,
+    check_name,
     claimed,
     hub_commit,
     lab_models,
@@ -408,6 +409,10 @@ def run(
         for notebook, values in parameters.fitted(wanted, model, given or {}).items()
     }
     run_name = name or slug(check_model(model))
+    try:
+        check_name(run_name)
+    except ValueError as problem:
+        raise UserError(str(problem)) from None
     for folder in (WORK, RUNS / run_name, RESULTS / run_name):
         _writable(folder)
         sweep(folder)

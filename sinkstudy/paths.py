@@ -36,14 +36,21 @@ def slug(model_name: str) -> str:
     return kept or f"model-{hashlib.sha256(model_name.encode()).hexdigest()[:8]}"
 
 
+def check_name(run: str) -> None:
+    """Raise ValueError unless `run` can be the name of a run."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}", run):
+        raise ValueError(
+            f"'{run[:80]}' is no name for a run: at most 120 letters, digits, '.', '_' and '-' only (--name)"
+        )
+
+
 def claimed(run: str, model: str) -> None:
     """Note in `results/<run>` whose results they are, where the name does not say it, or find it noted.
 
     Raises:
         ValueError: they are those of another model, or `run` is no name.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}", run):
-        raise ValueError(f"'{run[:80]}' is no name for a run: letters, digits, '.', '_' and '-' only (--name)")
+    check_name(run)
     note = RESULTS / run / "model.txt"
     of = note.read_text(encoding="utf-8").strip() if note.is_file() else run if run in lab_models() else model
     if of != model:
