@@ -259,11 +259,19 @@ def train(
 
 @lab.command("gates")
 def gates() -> None:
-    """Measure what the tower with sinks by construction holds, and fail if a gate is missed. Takes minutes."""
+    """Measure what the tower with sinks by construction holds, and whether the language model behind it uses it.
+
+    Fails if a gate is missed. Takes minutes.
+    """
+    import pandas as pd
+
     from sinkstudy.lab import gates as of_tower
 
-    table = of_tower.measured()
+    used, answers = of_tower.uses()
+    table = pd.concat([of_tower.measured(), used], ignore_index=True)
     typer.echo(table.to_string(index=False, float_format="{:.3f}".format))
+    typer.echo("\nright answers, %, and changes without sinks (calm patches) or as many random tokens, points:")
+    typer.echo(answers.set_index("model").to_string(float_format="{:.1f}".format))
     if not table.holds.all():
         raise engine.UserError(f"{(~table.holds).sum()} of {len(table)} gates are missed")
 

@@ -9,6 +9,7 @@ of a fact is (accuracy - chance) / (1 - chance); that of several is their mean.
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,15 +17,23 @@ import pandas as pd
 import torch
 from transformers import AutoModel, PreTrainedModel
 
-from sinkstudy import models, sinks
+from sinkstudy import ablation, models, sinks, stats
 from sinkstudy.lab import gist
+from sinkstudy.lab import questions as q
 from sinkstudy.lab.corpus import grounding
 from sinkstudy.lab.tower import LAYERS, ONSET, attentions, normalise, states
 from sinkstudy.lab.world import GRID, Scenes, render
+from sinkstudy.models import LVLM
 from sinkstudy.paths import DATA
 from sinkstudy.probing import Ridge
 from sinkstudy.sinktower import CLIPVisionModelWithSinks
 
+CONTROL = DATA / "controls" / "lab-llava-gist"  # the model behind the committed tower
+USED = 256  # pictures about which a language model is asked
+FAMILIES = {  # of questions (`lab.questions`): what no patch shows alone, and what one place shows
+    "gist": ("things", "parts", "sum", "compare"),
+    "local": ("existence", "colour", "place", "size", "mark"),
+}
 READ = LAYERS - 1  # of `states`: the residual stream that the connector reads
 FIT, JUDGE = 3072, 2048  # scenes
 LOCAL = ("texture", "colour", "kind", "thing colour", "size", "mark")  # columns of `corpus.grounding`
@@ -38,6 +47,12 @@ BOUNDS = {  # by gate: (which side, bound)
     "least precision of a norm criterion": ("at least", 0.9),
     "least recall of a norm criterion": ("at least", 0.9),
     "least attention on sinks, any head behind the onset": ("at least", 0.3),
+}
+
+
+USE_BOUNDS = {  # of the language model behind the tower, in points
+    "gist questions answered rightly, minus those of the natural model": ("at least", -3.0),
+    "gist questions lost without the sinks, minus those without as many random tokens": ("at least", 15.0),
 }
 
 
@@ -187,11 +202,67 @@ def gates(natural: PreTrainedModel, control: CLIPVisionModelWithSinks, *, fit: i
     values = [sink / cls, of["control", "ordinary"] / sink, of["control", "empty"] / sink,
               of["control", "mean"] - of["local", "mean"], of["control", "patch"] / of["natural", "patch"],
               precision, recall, seen["control"][1].attention.mean(0).min().item()]
+    return _judged(BOUNDS, values), table
+
+
+def _judged(bounds: dict[str, tuple[str, float]], values: list[float]) -> pd.DataFrame:
     rows = []
-    for (gate, (side, bound)), value in zip(BOUNDS.items(), values, strict=True):
+    for (gate, (side, bound)), value in zip(bounds.items(), values, strict=True):
         holds = bool(np.isfinite(value) and (value >= bound if side == "at least" else value <= bound))
         rows.append({"gate": gate, "value": value, "side": side, "bound": bound, "holds": holds})
-    return pd.DataFrame(rows), table
+    return pd.DataFrame(rows)
+
+
+def use(lvlm: LVLM, *, n: int = USED, seed: int = 0, batch_size: int = 32) -> pd.DataFrame:
+    """What a model's answers lose when its calm patches are taken away, and when as many random ones are.
+
+    A token that is taken away is seen by no later token of the decoder, in any layer (`ablation.hide`). Each of
+    `FAMILIES` is asked once about every test scene that admits it, open where it can be.
+
+    Returns:
+        A row for each group of families and for each family: `of`, `untouched` (% right), and the changes `without`
+        the calm patches, `random` and their difference `by_sinks` with `low` and `high` (points; 95 % bootstrap
+        interval over pictures), `questions`.
+    """
+    scenes = render("test", 0, n)
+    pictures = {str(i): image for i, image in enumerate(scenes.images)}
+    rng, rows = random.Random(seed), []
+    for i, f in enumerate(q.facts(scenes)):
+        asked = [q.ask(f, family, rng) for families in FAMILIES.values() for family in families]
+        rows += [{"image_id": str(i), "question": a.text, "answer": a.answer, "family": a.family} for a in asked if a]
+    table = pd.DataFrame(rows).drop_duplicates(["image_id", "question"])
+    calm = {str(i): mask for i, mask in enumerate(scenes.calm.flatten(1))}
+    chance = {i: sinks.random_like(mask[None], 7919 * seed + int(i))[0] for i, mask in calm.items()}
+    ways = [ablation.hide("calm", calm), ablation.hide("random", chance)]
+    said = ablation.scored(lvlm, table.assign(id=range(len(table))), ways, images=pictures, max_new_tokens=4,
+                           batch_size=batch_size, cache=None)
+    right = said.pivot(index="id", columns="intervention", values="right").join(table.assign(id=range(len(table)))
+                                                                              .set_index("id"))
+    found = []
+    groups = {name: right.family.isin(families) for name, families in FAMILIES.items()}
+    groups |= {family: right.family == family for families in FAMILIES.values() for family in families}
+    for name, mask in groups.items():
+        of = right[mask]
+        by_sinks = stats.mean_interval((of.calm - of.random).to_numpy(), clusters=of.image_id.to_numpy(), seed=seed)
+        found.append({"of": name, "untouched": of["none"].mean(), "without": (of.calm - of["none"]).mean(),
+                      "random": (of.random - of["none"]).mean(), "by_sinks": by_sinks.value, "low": by_sinks.low,
+                      "high": by_sinks.high, "questions": len(of)})
+    return pd.DataFrame(found)
+
+
+def uses(**settings: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Can a language model use such sinks? The gates of the one trained on the tower, beside lab-llava.
+
+    Args:
+        settings: of `use`.
+
+    Returns:
+        A row a gate, as `gates` has them; and the rows of `use` for both models, with `model`.
+    """
+    names = {"lab-llava": "lab-llava", CONTROL.name: str(CONTROL)}
+    table = pd.concat([use(models.load(of), **settings).assign(model=name) for name, of in names.items()])
+    natural, control = (table[(table.model == name) & (table["of"] == "gist")].iloc[0] for name in names)
+    return _judged(USE_BOUNDS, [control.untouched - natural.untouched, -control.by_sinks]), table
 
 
 def measured(**scenes: int) -> pd.DataFrame:

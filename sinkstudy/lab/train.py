@@ -22,12 +22,13 @@ from sinkstudy.lab.families import Llava, family
 from sinkstudy.lab.world import PATCH
 from sinkstudy.paths import DATA, atomic
 from sinkstudy.paths import MODELS as MODELS_FOLDER
+from sinkstudy.sinktower import CLIPVisionModelWithSinks
 
 CACHE = DATA / "cache" / "lab"
 MODELS = {"lab-llava": "plain", "lab-llava-sinks": "sinks", "lab-llava-registers": "registers",
-          "lab-qwen2vl": "qwen2vl"}
+          "lab-qwen2vl": "qwen2vl", "lab-llava-gist": "gist"}
 TOWER = dict(steps=900, batch=64, lr=2e-3, weight_decay=0.1)
-# The tower with sinks by construction, which no lab model has yet: gates first (`lab.gates`).
+# The tower with sinks by construction, kept apart from the model that has it: its gates come first (`lab.gates`).
 GIST = dict(steps=1400, batch=64, lr=2e-3, muon=3e-3, weight_decay=0.05)
 TOWERS = DATA / "towers"
 # The decoder learns the language from text, the connector to feed it (captions, decoder frozen), then both learn to
@@ -123,8 +124,13 @@ def train_model(name: str):
     """One lab model, all stages; returns it with its loss curves."""
     if name not in MODELS:
         raise ValueError(f"unknown lab model {name!r}: choose from {', '.join(MODELS)}")
-    follow = DATA / "emergence" / f"{name}.csv"
-    tower, log_tower = train_tower(f"{name}.tower", MODELS[name], follow=follow, **TOWER)
+    if MODELS[name] == "gist":
+        tower = CLIPVisionModelWithSinks.from_pretrained(TOWERS / "gist", dtype=torch.float32).to(training.device())
+        tower.set_attn_implementation("lab_matmul")
+        log_tower = pd.read_csv(TOWERS / "gist" / "training.csv")
+    else:
+        follow = DATA / "emergence" / f"{name}.csv"
+        tower, log_tower = train_tower(f"{name}.tower", MODELS[name], follow=follow, **TOWER)
     kind = family(tower.config)
     decoder, log_text = train_decoder(kind, **TEXT)
     some = torch.from_numpy(pictures()[:128].copy()).to(training.device())
@@ -155,11 +161,13 @@ def train_arms(names=tuple(ARMS)) -> None:
 def export(name: str, model, log: pd.DataFrame | None = None) -> Path:
     """Writes the model, its processor and its loss curve to `data/models/<name>` in Hugging Face format.
 
+    The control whose sinks hold the gist goes to `data/controls/<name>`: the chapters do not show it yet.
+
     Weights are stored in bfloat16, which halves the repository, and are scored as stored.
     """
     processor = family(model.config).processor()
     assert len(processor.tokenizer) == model.config.text_config.vocab_size
-    folder = MODELS_FOLDER / name
+    folder = (DATA / "controls" if MODELS[name] == "gist" else MODELS_FOLDER) / name
     model.generation_config.update(bos_token_id=1, eos_token_id=2, pad_token_id=0)
     with atomic(folder) as temporary:
         model.to(torch.bfloat16).save_pretrained(temporary)
@@ -172,6 +180,10 @@ def export(name: str, model, log: pd.DataFrame | None = None) -> Path:
 def card(name: str, kind: Llava, scores: pd.DataFrame, log: pd.DataFrame) -> str:
     """The model card: data, recipe, scores, limits."""
     what = _WHAT[MODELS[name]]
+    made = GIST if MODELS[name] == "gist" else TOWER
+    how = f"AdamW, learning rate {made['lr']}"
+    if "muon" in made:
+        how = f"Muon for weight matrices (rate {made['muon']:g}) and AdamW for the rest ({made['lr']:g})"
     asked = sum(number for number, _ in SLOTS.values())
     if MODELS[name] == "sinks":
         reached = log[["norm ratio", "attention share"]].dropna().iloc[-1]
@@ -203,8 +215,8 @@ scenes' facts. Validation and test scenes share no combination of facts with the
 the decoder {language.LAYERS} layers of width 128; word-level tokenizer. `sinkstudy lab train {name}` does all of this,
 seeds fixed:
 
-1. tower with captions: {TOWER["steps"]} steps of {TOWER["batch"]} pictures, AdamW, learning rate {TOWER["lr"]}, weight
-   decay {TOWER["weight_decay"]}; image-level loss, caption loss and a grounding loss that fades out
+1. tower with captions: {made["steps"]} steps of {made["batch"]} pictures, {how}, weight
+   decay {made["weight_decay"]}; image-level loss, caption loss and a grounding loss that fades out
    (`sinkstudy/lab/tower.py`);
 2. decoder with text, the same one for every lab {kind.title}: {TEXT["steps"]} steps of {TEXT["batch"]} captions with
    {asked} questions each and facts about the lab world;
@@ -237,6 +249,10 @@ _WHAT = {
               f"and draw {tower_module.MASS[0]:.0%}-{tower_module.MASS[1]:.0%} of the other patches' attention, and "
               f"that no other patch exceeds {tower_module.QUIET_RATIO:g} medians. Its sinks are "
               "planted, not natural; that relative criteria find them, and only them, is what it was trained for."),
+    "gist": ("the **control whose sinks hold the gist**. Its tower has sinks by construction "
+             "(`sinkstudy/sinktower.py`): flat patches see the whole picture; every other patch sees its window of "
+             "4 × 4 patches and, of the sinks, the same vector in every picture. What is true of the picture as a "
+             "whole is in the sinks alone, as `sinkstudy lab gates` measures."),
     "qwen2vl": ("the **second architecture**, trained by the recipe of lab-llava. No CLS: the image-level loss reads "
                 "the mean of the patches; captions and grounding read the last layer, as the merger does, and the "
                 "caption decoder is told where a patch lies. Two things differ from the public Qwen2-VL because this "

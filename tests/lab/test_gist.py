@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from sinkstudy import models
 from sinkstudy.lab import gates, gist
 from sinkstudy.lab.world import render
 
@@ -43,3 +44,15 @@ def test_a_probe_reads_what_is_there_and_nothing_else():
     assert abs(gates.probe(vectors[fit], labels[fit], vectors[judge], labels[judge])[0]) < 0.15
     shuffled = gates.probe(seen[fit], labels[fit], seen[judge], labels[judge], shuffled=True)[0]
     assert shuffled == pytest.approx(0, abs=0.25)
+
+
+def test_what_is_taken_away_is_counted():
+    """Groups are made of their families, and the difference is that of the two changes."""
+    found = gates.use(models.load("lab-llava"), n=24).set_index("of")
+    assert set(found.index) == {*gates.FAMILIES, *(f for of in gates.FAMILIES.values() for f in of)}
+    scores = [found.questions[f] for f in gates.FAMILIES["gist"]]
+    assert found.questions["gist"] == sum(scores) and found.questions["local"] <= 24 * 5
+    weighted = sum(found.untouched[f] * found.questions[f] for f in gates.FAMILIES["gist"]) / sum(scores)
+    assert found.untouched["gist"] == pytest.approx(weighted) and found.untouched["gist"] > 80
+    assert (found.without - found.random - found.by_sinks).abs().max() < 1e-9
+    assert (found.low <= found.by_sinks).all() and (found.by_sinks <= found.high).all()
