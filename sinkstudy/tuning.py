@@ -532,7 +532,9 @@ class _Draws(Dataset):
     """All draws of a training: (sample, place), epoch after epoch."""
 
     def __init__(self, dataset: Sequence, seed: int, length: int, keys: Sequence[str] | None = None) -> None:
-        self.dataset, self.seed, self.length, self.keys = dataset, seed, length, keys
+        self.dataset, self.seed, self.length = dataset, seed, length
+        self.keys = None if keys is None else [_sha256([key]) for key in keys]  # conversations are long, digests short
+        self.steps: list[str] = []  # what `used` knows already
         self.epoch, self.order = -1, np.empty(0, int)
 
     def __len__(self) -> int:
@@ -558,8 +560,10 @@ class _Draws(Dataset):
         """For each of the first steps, a digest of the samples that it uses; without keys, nothing is known of them."""
         if self.keys is None:
             return []
-        drawn = [self.keys[self._index(place)] for place in range(steps * per_step)]
-        return [_sha256(drawn[step * per_step :][:per_step]) for step in range(steps)]
+        for step in range(len(self.steps), steps):
+            places = range(step * per_step, (step + 1) * per_step)
+            self.steps.append(_sha256([self.keys[self._index(place)] for place in places]))
+        return self.steps[:steps]
 
 
 class _Collate:
