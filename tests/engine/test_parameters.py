@@ -25,7 +25,7 @@ BAD = {
     "revision of a folder": (["--revision", "v1"], "lab-llava is a folder and has no revision 'v1'"),
     "unknown notebook": (["--only", "07"], "no notebook begins with '07'; there are: 01-first, 02-second"),
     "bad run name": (["--name", "a/b"], "'a/b' is no name for a run"),
-    "long run name": (["--name", "n" * 300], "is no name for a run: at most 120 letters"),
+    "long run name": (["--name", "n" * 300], f"'{'n' * 80}' is no name for a run: at most 120"),
     "update of another run": (["--update-notebooks", "--seed", "1"], "--update-notebooks is for the default run"),
 }
 

@@ -111,6 +111,4 @@ def test_data_that_cannot_be_used_is_named_in_the_last_line(checkout: Commands, 
     printed = checkout.call("run", str(model), "--only", "01", "-p", f"images_dir={pictures}", code=1)
     assert printed == "sinkstudy: 01-norms: picture 1.png cannot be read: it ends too early, the file is truncated\n"
     printed = checkout.call("run", str(model), "--only", "09", "-p", f"data_dir={data}", code=1)
-    assert "Traceback" not in printed
-    assert "sinkstudy: 09-benchmarks failed on tiny-qwen in cell " in printed.splitlines()[-1]
-    assert ": ValueError: POPE: column 'answer' is missing in " in printed.splitlines()[-1]
+    assert printed.startswith("sinkstudy: POPE: column 'answer' is missing in ") and len(printed.splitlines()) == 1

@@ -564,4 +564,4 @@ def test_a_lab_model_says_which_pictures_it_takes(name, takes):
 
 def test_a_lab_model_takes_pictures_of_its_own_size(pictures):
     (pictures / "b.png").unlink()
-    memory.check_pictures("lab-llava", images_dir=str(pictures), limit=256)
+    memory.check_pictures("lab-llava", memory.asked_about(images_dir=str(pictures), limit=256))
