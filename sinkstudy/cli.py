@@ -261,17 +261,22 @@ def train(
 def gates() -> None:
     """Measure what the tower with sinks by construction holds, and whether the language model behind it uses it.
 
-    Fails if a gate is missed. Takes minutes.
+    Writes `data/controls/{gates,answers}.csv`, which a page of the book shows, and fails if a gate is missed. Takes
+    minutes.
     """
     import pandas as pd
 
     from sinkstudy.lab import gates as of_tower
+    from sinkstudy.paths import atomic
 
     used, answers = of_tower.uses()
     table = pd.concat([of_tower.measured(), used], ignore_index=True)
     typer.echo(table.to_string(index=False, float_format="{:.3f}".format))
     typer.echo("\nright answers, %, and changes without sinks (calm patches) or as many random tokens, points:")
     typer.echo(answers.set_index("model").to_string(float_format="{:.1f}".format))
+    for name, made in (("gates", table), ("answers", answers)):
+        with atomic(of_tower.CONTROL.parent / f"{name}.csv") as target:
+            made.to_csv(target, index=False, float_format="%.6g")
     if not table.holds.all():
         raise engine.UserError(f"{(~table.holds).sum()} of {len(table)} gates are missed")
 

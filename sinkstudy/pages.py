@@ -58,12 +58,39 @@ def write(folder: Path) -> None:
         "verdicts-power": power_table(ledger, judged),
         "verdicts-controls": control_table(ledger),
     }
+    parts |= {"control-gates": control_gates(), "control-answers": control_answers()}
     parts |= {f"paper-{table['table']}": paper_part(table, numbers, list(judged.model.unique())) for table in tables}
     for name, text in parts.items():
         with atomic(folder / f"{name}.md") as target:
             target.write_text(text + "\n", encoding="utf-8")
     with atomic(folder / "verdicts.csv") as target:
         judged.to_csv(target, index=False, float_format="%.6g")
+
+
+# ---- the control whose sinks hold the gist
+
+
+def control_gates(folder: Path = DATA / "controls") -> str:
+    """A table of the gates (`lab.gates`) as `sinkstudy lab gates` last wrote them."""
+    rows = [["gate", "measured", "bound", ""]]
+    for gate in pd.read_csv(folder / "gates.csv").itertuples():
+        held = "holds" if gate.holds else "**missed**"
+        rows.append([gate.gate, _number(gate.value), f"{gate.side} {gate.bound:g}".replace("-", "−"), held])
+    return list_table(rows, "here")
+
+
+def control_answers(folder: Path = DATA / "controls") -> str:
+    """A table of what answers lose without sinks, by kind of question and model (`lab.gates.use`)."""
+    rows = [["model", "questions", "n", "right, %", "without calm patches", "without random tokens", "difference"]]
+    for r in pd.read_csv(folder / "answers.csv").itertuples():
+        found = report.shown(stats.Interval(r.by_sinks, r.low, r.high, 0), ".1f").replace(", ", f",{NBSP}")
+        changes = (f"{value:.1f}".replace("-", "−") for value in (r.without, r.random))
+        rows.append([f"`{r.model}`", r.of, str(r.questions), f"{r.untouched:.1f}", *changes, found])
+    return list_table(rows, "here")
+
+
+def _number(value: float) -> str:
+    return (f"{value:.1f}" if abs(value) >= 9.5 else f"{value:.3g}").replace("-", "−")
 
 
 # ---- what came out, in sentences

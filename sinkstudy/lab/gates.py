@@ -251,17 +251,18 @@ def use(lvlm: LVLM, *, n: int = USED, seed: int = 0, batch_size: int = 32) -> pd
 
 
 def uses(**settings: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Can a language model use such sinks? The gates of the one trained on the tower, beside lab-llava.
+    """Can a language model use such sinks? The gates of the one trained on the tower, beside natural and planted ones.
 
     Args:
         settings: of `use`.
 
     Returns:
-        A row a gate, as `gates` has them; and the rows of `use` for both models, with `model`.
+        A row a gate, as `gates` has them; and the rows of `use` for the three models, with `model`.
     """
-    names = {"lab-llava": "lab-llava", CONTROL.name: str(CONTROL)}
+    names = {CONTROL.name: str(CONTROL), "lab-llava": "lab-llava", "lab-llava-sinks": "lab-llava-sinks"}
     table = pd.concat([use(models.load(of), **settings).assign(model=name) for name, of in names.items()])
-    natural, control = (table[(table.model == name) & (table["of"] == "gist")].iloc[0] for name in names)
+    of = table[table["of"] == "gist"].set_index("model")
+    control, natural = of.loc[CONTROL.name], of.loc["lab-llava"]
     return _judged(USE_BOUNDS, [control.untouched - natural.untouched, -control.by_sinks]), table
 
 

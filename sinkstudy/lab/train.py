@@ -127,6 +127,7 @@ def train_model(name: str):
     if MODELS[name] == "gist":
         tower = CLIPVisionModelWithSinks.from_pretrained(TOWERS / "gist", dtype=torch.float32).to(training.device())
         tower.set_attn_implementation("lab_matmul")
+        tower.config._name_or_path = ""  # a place on this machine
         log_tower = pd.read_csv(TOWERS / "gist" / "training.csv")
     else:
         follow = DATA / "emergence" / f"{name}.csv"

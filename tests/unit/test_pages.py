@@ -185,9 +185,10 @@ def test_everything_is_written_whole(tmp_path):
     named = {f"paper-{table['table']}.md" for table in pages.paper_tables()}
     parts = {"intro-results.md", "verdicts.csv"}
     computed = ("evidence", "summary", "themes", "matrix", "table", "power", "controls")
-    parts |= {f"verdicts-{part}.md" for part in computed}
+    parts |= {f"verdicts-{part}.md" for part in computed} | {"control-gates.md", "control-answers.md"}
     assert {path.name for path in tmp_path.iterdir()} == named | parts
-    included = "".join((BOOK / f"{page}.md").read_text() for page in ("intro", "paper", "verdicts")) + "verdicts.csv"
+    shown = ("intro", "paper", "verdicts", "control")
+    included = "".join((BOOK / f"{page}.md").read_text() for page in shown) + "verdicts.csv"
     assert not [name for name in named | parts if name not in included]
     table = pd.read_csv(tmp_path / "verdicts.csv")
     assert len(table) == len(claims.load()["claims"]) * table.model.nunique()
