@@ -80,9 +80,10 @@ def control_gates(folder: Path = DATA / "controls") -> str:
 
 
 def control_answers(folder: Path = DATA / "controls") -> str:
-    """A table of what answers lose without sinks, by kind of question and model (`lab.gates.use`)."""
+    """A table of what answers lose without sinks, by group of questions and model (`lab.gates.use`)."""
     rows = [["model", "questions", "n", "right, %", "without calm patches", "without random tokens", "difference"]]
-    for r in pd.read_csv(folder / "answers.csv").itertuples():
+    answers = pd.read_csv(folder / "answers.csv")
+    for r in answers[answers["of"].isin(("gist", "local"))].itertuples():
         found = report.shown(stats.Interval(r.by_sinks, r.low, r.high, 0), ".1f").replace(", ", f",{NBSP}")
         changes = (f"{value:.1f}".replace("-", "−") for value in (r.without, r.random))
         rows.append([f"`{r.model}`", r.of, str(r.questions), f"{r.untouched:.1f}", *changes, found])
