@@ -168,7 +168,7 @@ def export(name: str, model, log: pd.DataFrame | None = None) -> Path:
     """
     processor = family(model.config).processor()
     assert len(processor.tokenizer) == model.config.text_config.vocab_size
-    folder = (DATA / "controls" if MODELS[name] == "gist" else MODELS_FOLDER) / name
+    folder = (DATA / "controls" if MODELS.get(name) == "gist" else MODELS_FOLDER) / name
     model.generation_config.update(bos_token_id=1, eos_token_id=2, pad_token_id=0)
     with atomic(folder) as temporary:
         model.to(torch.bfloat16).save_pretrained(temporary)
