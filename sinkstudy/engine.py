@@ -46,6 +46,7 @@ from sinkstudy.paths import (
     RUNS,
     atomic,
     check_name,
+    check_writable,
     claimed,
     hub_commit,
     lab_models,
@@ -427,14 +428,12 @@ def run(
 
 
 def _writable(folder: Path) -> None:
-    """Make a folder and see that files can be written there. Raises UserError."""
+    """Make a folder and see that files, and enough of them, can be written there. Raises UserError."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-        free = shutil.disk_usage(folder).free
-    except OSError as error:
-        raise UserError(f"nothing can be written to {folder}: {error.strerror}") from None
+        check_writable(folder)
+    except ValueError as problem:
+        raise UserError(str(problem)) from None
+    free = shutil.disk_usage(folder).free
     if free < LEAST_FREE:
         raise UserError(f"{free / 1e6:.0f} MB are free on the disk of {folder}, and {LEAST_FREE / 1e6:.0f} are needed")
 

@@ -98,6 +98,16 @@ def results_dir(run: str, notebook: str) -> Path:
     return folder
 
 
+def check_writable(folder: Path) -> None:
+    """Make a folder and see that files can be written there. Raises ValueError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"nothing can be written to {folder}: {error.strerror}") from None
+
+
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
     """Yield a temporary sibling of `path` (same suffix); rename it onto `path` on success, remove it on error.

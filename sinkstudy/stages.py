@@ -10,7 +10,6 @@ import math
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from sinkstudy import conversations, models, sinks, tuning
 from sinkstudy.diysink import DIYSink, OneConnector, matched_width
 from sinkstudy.gates import Gates, LoRA, n_parameters
 from sinkstudy.models import LVLM
-from sinkstudy.paths import atomic
+from sinkstudy.paths import atomic, check_writable
 from sinkstudy.routers import ReW
 from sinkstudy.tuning import Method
 
@@ -83,8 +82,7 @@ class Job:
             raise ValueError(f"{self.method} has no stage {self.stage!r}: choose from {', '.join(stages)}")
         if self.stage != "tune" and (self.connectors or self.lora or not self.decoder):
             raise ValueError(f"{self.stage} trains one new connector alone: connectors and the decoder are for tune")
-        if self.criterion not in sinks.NORM_CRITERIA:
-            raise ValueError(f"unknown criterion {self.criterion!r}: choose from {', '.join(sinks.NORM_CRITERIA)}")
+        sinks.rule(self.criterion, self.threshold)  # which refuses an unknown criterion
         if not math.isfinite(self.threshold) or self.criterion == "percentile" and not 0 <= self.threshold < 100:
             bound = ", of a percentile from 0 to below 100" if self.criterion == "percentile" else ""
             raise ValueError(f"threshold is {self.threshold}, but has to be a finite number{bound}")
@@ -168,12 +166,7 @@ def check(job: Job, out: Path) -> dict[str, Path]:
     models.find(job.model)
     if out.exists() and not (out / "method.json").exists():
         raise ValueError(f"{out} is there and is no method: choose another folder")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out.parent):
-            pass
-    except OSError as error:
-        raise ValueError(f"nothing can be written to {out.parent}: {error.strerror}") from None
+    check_writable(out.parent)
     if job.stage != "tune" or job.method in ALONE:
         return {}
     wanted, found = PRETRAIN[job.method], {}

@@ -230,14 +230,12 @@ def use(lvlm: LVLM, *, n: int = USED, seed: int = 0, batch_size: int = 32) -> pd
     for i, f in enumerate(q.facts(scenes)):
         asked = [q.ask(f, family, rng) for families in FAMILIES.values() for family in families]
         rows += [{"image_id": str(i), "question": a.text, "answer": a.answer, "family": a.family} for a in asked if a]
-    table = pd.DataFrame(rows).drop_duplicates(["image_id", "question"])
+    table = pd.DataFrame(rows).drop_duplicates(["image_id", "question"]).rename_axis("id").reset_index()
     calm = {str(i): mask for i, mask in enumerate(scenes.calm.flatten(1))}
     chance = {i: sinks.random_like(mask[None], 7919 * seed + int(i))[0] for i, mask in calm.items()}
     ways = [ablation.hide("calm", calm), ablation.hide("random", chance)]
-    said = ablation.scored(lvlm, table.assign(id=range(len(table))), ways, images=pictures, max_new_tokens=4,
-                           batch_size=batch_size, cache=None)
-    right = said.pivot(index="id", columns="intervention", values="right").join(table.assign(id=range(len(table)))
-                                                                              .set_index("id"))
+    said = ablation.scored(lvlm, table, ways, images=pictures, max_new_tokens=4, batch_size=batch_size, cache=None)
+    right = said.pivot(index="id", columns="intervention", values="right").join(table.set_index("id"))
     found = []
     groups = {name: right.family.isin(families) for name, families in FAMILIES.items()}
     groups |= {family: right.family == family for families in FAMILIES.values() for family in families}

@@ -26,14 +26,19 @@ fit(Net(), DATA, sys.argv[1], SETTINGS, killer(62), keys=KEYS)  # in step 8; the
 """
 
 
+def run_killed(code: str, folder: Path) -> Path:
+    """Run a training's code, which kills itself, with its folder; return the folder."""
+    path = os.pathsep.join([ENVIRONMENT["PYTHONPATH"], "tests/model", "tests/faults"])
+    command = [sys.executable, "-c", code, str(folder)]
+    died = subprocess.run(command, env=ENVIRONMENT | {"PYTHONPATH": path}, capture_output=True, check=False)
+    assert died.returncode == -signal.SIGKILL, died.stderr.decode()
+    return folder
+
+
 @pytest.fixture
 def killed(tmp_path: Path) -> Path:
     """The folder of a training that was killed in its eighth step."""
-    path = os.pathsep.join([ENVIRONMENT["PYTHONPATH"], "tests/model", "tests/faults"])
-    command = [sys.executable, "-c", KILLED, str(tmp_path / "killed")]
-    died = subprocess.run(command, env=ENVIRONMENT | {"PYTHONPATH": path}, capture_output=True, check=False)
-    assert died.returncode == -signal.SIGKILL, died.stderr.decode()
-    return tmp_path / "killed"
+    return run_killed(KILLED, tmp_path / "killed")
 
 
 def places_of(used: list[int], collate=drawn):
@@ -75,11 +80,7 @@ MANY_KILLED = KILLED.replace("DATA, sys", "MANY, sys").replace("KEYS", "MANY_KEY
 @pytest.fixture
 def one_pass(tmp_path: Path) -> Path:
     """As `killed`, of so many samples that half of them were not used yet."""
-    path = os.pathsep.join([ENVIRONMENT["PYTHONPATH"], "tests/model", "tests/faults"])
-    command = [sys.executable, "-c", MANY_KILLED, str(tmp_path / "killed")]
-    died = subprocess.run(command, env=ENVIRONMENT | {"PYTHONPATH": path}, capture_output=True, check=False)
-    assert died.returncode == -signal.SIGKILL, died.stderr.decode()
-    return tmp_path / "killed"
+    return run_killed(MANY_KILLED, tmp_path / "killed")
 
 
 @pytest.mark.parametrize("change", ["taken out", "replaced", "moved"])
@@ -120,11 +121,7 @@ def test_what_was_used_and_changed_is_said(one_pass: Path, capsys):
 
 def test_another_number_of_steps_is_said(tmp_path: Path, capsys):
     passes = replace(SETTINGS, steps=None, epochs=1)
-    path = os.pathsep.join([ENVIRONMENT["PYTHONPATH"], "tests/model", "tests/faults"])
-    code = MANY_KILLED.replace("SETTINGS", "replace(SETTINGS, steps=None, epochs=1)")
-    command = [sys.executable, "-c", code, str(tmp_path / "a")]
-    died = subprocess.run(command, env=ENVIRONMENT | {"PYTHONPATH": path}, capture_output=True, check=False)
-    assert died.returncode == -signal.SIGKILL, died.stderr.decode()
+    run_killed(MANY_KILLED.replace("SETTINGS", "replace(SETTINGS, steps=None, epochs=1)"), tmp_path / "a")
     places: list[int] = []
     fit(Net(), MANY[:150], tmp_path / "a", passes, places_of(places), keys=MANY_KEYS[:150])
     said = capsys.readouterr().err
