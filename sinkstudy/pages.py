@@ -21,10 +21,11 @@ PAPER = DATA / "paper"
 COLUMNS = ("table", "row", "column", "value", "unit", "model", "source", "grade", "note")
 SYMBOLS = dict(zip(claims.VERDICTS, "✓◐≈✗?–○", strict=True))
 NBSP = "\N{NO-BREAK SPACE}"
-PLANTED = "lab-llava-sinks"
-"""The model whose sinks training planted."""
-HEADLINES = ("norm-draws-attention", "global-content", "sinks-used", "front-helps", "two-connectors-help")
-"""Claims whose outcome in that model the introduction gives."""
+CONTROL = "lab-llava-gist"
+"""The positive control, whose sinks are there by construction."""
+HEADLINES = {"norm-draws-attention": CONTROL, "global-content": CONTROL, "sinks-used": CONTROL, "front-helps": CONTROL,
+             "two-connectors-help": "lab-llava-sinks"}
+"""Claims whose outcome the introduction gives, and in which model."""
 THEMES = {
     "Where attention goes": ("03-propagation", "04-relevance"),
     "What sinks hold": ("05-content",),
@@ -105,15 +106,16 @@ def headlines(ledger: Mapping[str, list[dict]], judged: pd.DataFrame, numbers: p
         if found is not None and np.isfinite(found.value):
             share = on_things(numbers, model) if found.value else np.nan
             of = [f"{share:.0f} % of them on things"] if np.isfinite(share) else []
-            of = ["planted by training", *of] if model == PLANTED else of
+            of = ["there by construction", *of] if model == CONTROL else of
             about = f" ({', '.join(of)})" if of else ""
             counted.append(f"`{model}` {_interval(found)}{about}")
     lines = [f"- **Sinks in a picture, by the rule:** {'; '.join(counted)}."] if counted else []
     cells = judged.set_index(["claim", "model"])
     for claim in ledger["claims"]:
-        if claim["id"] in HEADLINES and (claim["id"], PLANTED) in cells.index:
-            found = cells.loc[(claim["id"], PLANTED)]
-            lines.append(f"- **{claim['claim']}** {_outcome(claim, found)}")
+        model = HEADLINES.get(claim["id"])
+        if (claim["id"], model) in cells.index:
+            where = "" if model == CONTROL else f"In `{model}`: "
+            lines.append(f"- **{claim['claim']}** {where}{_outcome(claim, cells.loc[(claim['id'], model)])}")
     return "\n".join(lines) or "No run has been made."
 
 
@@ -141,14 +143,14 @@ def evidence(judged: pd.DataFrame, numbers: pd.DataFrame) -> str:
     parts, natural = [], 0
     for model, n in counts.items():
         share = on_things(numbers, model)
-        what = ", planted by training" if model == PLANTED else ""
+        what = ", which has them by construction" if model == CONTROL else ""
         if share > 50:
             what = f", where {share:.0f} % of what the rule takes for sinks lies on things and holds what is there"
         natural += 0 if what else n
         parts.append(f"{n} on `{model}`{what}")
     text = f"{counts.sum()} judgements of a claim in a model: {'; '.join(parts)}."
-    lead = "**Nearly all evidence on sinks that lie on nothing comes from one model, in which training planted them.** "
-    return (lead if PLANTED in counts and natural <= counts.sum() / 5 else "") + text
+    lead = "**Nearly all evidence on sinks that lie on nothing comes from one model, which has them by construction.** "
+    return (lead if CONTROL in counts and natural <= counts.sum() / 5 else "") + text
 
 
 def on_things(numbers: pd.DataFrame, model: str) -> float:

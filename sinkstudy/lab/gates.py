@@ -28,7 +28,7 @@ from sinkstudy.paths import DATA
 from sinkstudy.probing import Ridge
 from sinkstudy.sinktower import CLIPVisionModelWithSinks
 
-CONTROL = DATA / "controls" / "lab-llava-gist"  # the model behind the committed tower
+CONTROL = "lab-llava-gist"  # the model behind the committed tower
 USED = 256  # pictures about which a language model is asked
 FAMILIES = {  # of questions (`lab.questions`): what no patch shows alone, and what one place shows
     "gist": ("things", "parts", "sum", "compare"),
@@ -257,10 +257,10 @@ def uses(**settings: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     Returns:
         A row a gate, as `gates` has them; and the rows of `use` for the three models, with `model`.
     """
-    names = {CONTROL.name: str(CONTROL), "lab-llava": "lab-llava", "lab-llava-sinks": "lab-llava-sinks"}
-    table = pd.concat([use(models.load(of), **settings).assign(model=name) for name, of in names.items()])
+    names = (CONTROL, "lab-llava", "lab-llava-sinks")
+    table = pd.concat([use(models.load(name), **settings).assign(model=name) for name in names])
     of = table[table["of"] == "gist"].set_index("model")
-    control, natural = of.loc[CONTROL.name], of.loc["lab-llava"]
+    control, natural = of.loc[CONTROL], of.loc["lab-llava"]
     return _judged(USE_BOUNDS, [control.untouched - natural.untouched, -control.by_sinks]), table
 
 

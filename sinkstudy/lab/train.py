@@ -162,13 +162,11 @@ def train_arms(names=tuple(ARMS)) -> None:
 def export(name: str, model, log: pd.DataFrame | None = None) -> Path:
     """Writes the model, its processor and its loss curve to `data/models/<name>` in Hugging Face format.
 
-    The control whose sinks hold the gist goes to `data/controls/<name>`: the chapters do not show it yet.
-
     Weights are stored in bfloat16, which halves the repository, and are scored as stored.
     """
     processor = family(model.config).processor()
     assert len(processor.tokenizer) == model.config.text_config.vocab_size
-    folder = (DATA / "controls" if MODELS.get(name) == "gist" else MODELS_FOLDER) / name
+    folder = MODELS_FOLDER / name
     model.generation_config.update(bos_token_id=1, eos_token_id=2, pad_token_id=0)
     with atomic(folder) as temporary:
         model.to(torch.bfloat16).save_pretrained(temporary)

@@ -63,7 +63,7 @@ def test_chapters_run_on_a_folder(checkout: Commands, model: Path, tmp_path: Pat
     ordinary = kinds[["ordinary", "stopped", "propagated", "emerged"]].sum(axis=1)
     assert (ordinary == 3 * 4).all()  # visual tokens: four patches each of 6 x 8
     page = checkout.page("03-propagation", "tiny-qwen")
-    assert printed(page).startswith("4 pictures; models: tiny-qwen\nnot run: lab-llava-sinks, lab-llava-registers\n")
+    assert printed(page).startswith("4 pictures; models: tiny-qwen\nnot run: lab-llava-gist, lab-llava-registers\n")
     assert page.metadata["sinkstudy"]["params"]["batch_size"] == 3
     assert "none: a local folder" in json.dumps(page.cells[-1].outputs)
     assert "cell" not in checkout.call("run", str(model), *options)  # nothing is executed again

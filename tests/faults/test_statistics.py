@@ -169,8 +169,8 @@ def copied(tmp_path, **changed: list[str]):
         by_name = {row["name"]: row for row in rows}
         for name in names:
             twin = by_name[f"lab-llava.{name.replace('sinks_', 'calm_')}"]
-            by_name[f"lab-llava-sinks.{name}"] = twin | {"name": f"lab-llava-sinks.{name}"}
-            matched = f"lab-llava-sinks.{name.replace('sinks_', 'calm_')}.against.lab-llava"
+            by_name[f"lab-llava-gist.{name}"] = twin | {"name": f"lab-llava-gist.{name}"}
+            matched = f"lab-llava-gist.{name.replace('sinks_', 'calm_')}.against.lab-llava"
             half = (twin["high"] - twin["low"]) / 2
             by_name[matched] = twin | {"name": matched, "value": 0.1, "low": 0.1 - half, "high": 0.1 + half}
         folder = tmp_path / "lab-llava" / chapter
@@ -187,13 +187,13 @@ def test_no_claim_on_content_passes_without_sinks(tmp_path, claim, metric):
     results = copied(tmp_path, _05_content=[metric])
     ledger = {"claims": [LEDGER[claim]], "controls": []}  # alone: no correction stands in the way
     found = claims.verdicts(results, ledger).set_index("model").verdict
-    assert found["lab-llava-sinks"] != "supported"
+    assert found["lab-llava-gist"] != "supported"
 
 
 def test_no_control_passes_without_sinks(tmp_path):
     results = copied(tmp_path, _05_content=["probe.global.sinks_minus_random"])
     ledger = copy.deepcopy(claims.load())
-    ledger["controls"] = [control for control in ledger["controls"] if control["id"] == "planted-are-global"]
+    ledger["controls"] = [control for control in ledger["controls"] if control["id"] == "built-in-are-global"]
     assert claims.controls(results, ledger).state.tolist() == ["unclear"]
 
 
@@ -227,7 +227,7 @@ def test_bound_can_be_reached_by_the_published_effect(name):
     assert LEDGER[name]["published"] == pytest.approx(effect, abs=0.02)
 
 
-@pytest.mark.parametrize("name", ["planted-are-there", "registers-are-clean"])
+@pytest.mark.parametrize("name", ["built-in-are-there", "registers-are-clean"])
 def test_rules_of_the_first_chapter_were_written_after_it(name):
     control = next(control for control in claims.load()["controls"] if control["id"] == name)
     assert control.get("seen") is True

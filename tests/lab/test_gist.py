@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from sinkstudy import models
 from sinkstudy.lab import gates, gist, train
 from sinkstudy.lab.world import render
+from sinkstudy.paths import DATA, MODELS
 
 
 def test_the_committed_tower_holds_the_gist_in_its_sinks_and_nowhere_else():
@@ -66,25 +67,25 @@ def test_the_language_model_behind_it_uses_them():
     """On fewer pictures than the command takes; and what the command wrote last is what the page shows."""
     table, answers = gates.uses(n=48)
     assert table.holds.all(), answers.to_string()
-    written = pd.read_csv(gates.CONTROL.parent / "gates.csv").set_index("gate")
+    written = pd.read_csv(DATA / "controls" / "gates.csv").set_index("gate")
     assert list(written.index) == [*gates.BOUNDS, *gates.USE_BOUNDS] and written.holds.all()
     for gate, (side, bound) in (gates.BOUNDS | gates.USE_BOUNDS).items():
         assert (written.side[gate], written.bound[gate]) == (side, bound)
-    shown = pd.read_csv(gates.CONTROL.parent / "answers.csv").set_index(["model", "of"])
+    shown = pd.read_csv(DATA / "controls" / "answers.csv").set_index(["model", "of"])
     assert list(shown.index) == list(answers.set_index(["model", "of"]).index)
     fewer = answers.set_index(["model", "of"])
-    for model in ("lab-llava", gates.CONTROL.name):
+    for model in ("lab-llava", gates.CONTROL):
         assert fewer.by_sinks[model, "gist"] == pytest.approx(shown.by_sinks[model, "gist"], abs=12)
 
 
 def test_the_folder_of_the_control_is_whole():
-    files = {path.name for path in gates.CONTROL.iterdir()}
+    files = {path.name for path in (MODELS / gates.CONTROL).iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "README.md", "training.csv", "scores.csv"} <= files
-    for file in gates.CONTROL.glob("*.json"):
+    for file in (MODELS / gates.CONTROL).glob("*.json"):
         assert not re.search(r'"/(?!\S*\s)|/home/|/tmp/', file.read_text(encoding="utf-8")), file
-    curve = pd.read_csv(gates.CONTROL / "training.csv")
+    curve = pd.read_csv(MODELS / gates.CONTROL / "training.csv")
     assert list(curve.stage.unique()) == ["gist.tower", "text", "lab-llava-gist.align", "lab-llava-gist.instruct"]
-    model = models.load(str(gates.CONTROL))
+    model = models.load(gates.CONTROL)
     tower = load_file(train.TOWERS / "gist" / "model.safetensors")
     own = {name.removeprefix("vision_tower."): p for name, p in model.vision.state_dict().items()}
     assert tower.keys() == own.keys() and all(torch.equal(own[name], p.float()) for name, p in tower.items())

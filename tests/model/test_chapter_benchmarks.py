@@ -27,7 +27,7 @@ def test_public_files(tmp_path: Path):
             pq.write_table(pa.Table.from_pylist(rows), file)
     tables = run(tmp_path, "qwen2_5_vl", data_dir=str(tmp_path / "data"), benchmarks=["POPE", "MME", "MMStar", "GQA"])
 
-    assert "controls not run: lab-llava-sinks, lab-llava-registers" in printed(tmp_path)
+    assert "controls not run: lab-llava-gist, lab-llava-registers" in printed(tmp_path)
     assert "benchmarks not run: MMStar" in printed(tmp_path)
     data = pd.read_csv(tables / "data.csv")
     assert list(data.benchmark) == ["POPE", "MME", "GQA"]

@@ -70,7 +70,7 @@ def test_rules_changed_after_their_number_say_so_and_what_they_were():
     """Also those of which the header once said otherwise: the models and chapter 01 were there before the ledger."""
     ledger = claims.load()
     rows = {row["id"]: row for kind in ("claims", "controls") for row in ledger[kind]}
-    late = {"norm-draws-attention", "planted-are-there", "registers-are-clean"}
+    late = {"norm-draws-attention", "built-in-are-there", "registers-are-clean"}
     assert all(rows[name]["seen"] is True for name in late)
     seen = {name for name, row in rows.items() if row.get("seen")}
     assert seen == late | {name for name, row in rows.items() if "was" in row}

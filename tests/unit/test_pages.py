@@ -106,11 +106,11 @@ def test_evidence_says_first_what_its_sinks_are(results):
     judged = claims.verdicts(results, LEDGER)
     counts = "4 judgements of a claim in a model: 2 on `lab-llava`; 1 on `bare`; 1 on `other`."
     assert pages.evidence(judged, claims.metrics(results)) == counts
-    planted = judged.replace({"model": {"lab-llava": pages.PLANTED}})
+    planted = judged.replace({"model": {"lab-llava": pages.CONTROL}})
     write(results, "other", [("other.on_things.sinks", 81.0, 80.0, 82.0, 20, "%")], chapter="04-relevance")
     write(results, "bare", [("bare.on_things.sinks", 60.0, 50.0, 70.0, 20, "%")], chapter="04-relevance")
     text = pages.evidence(planted, claims.metrics(results))
-    assert text.startswith("**Nearly all evidence on sinks that lie on nothing comes from one model, in which training")
+    assert text.startswith("**Nearly all evidence on sinks that lie on nothing comes from one model, which has them")
     assert "where 81 % of what the rule takes for sinks lies on things" in text
     assert pages.evidence(judged[:0], claims.metrics(results)) == "No run has been made."
 
@@ -130,9 +130,9 @@ def test_power_table_and_what_was_not_testable(results):
 
 def headline_of(results, row, **more):
     """The introduction's line on a toy claim in the planted model."""
-    write(results, "lab-llava", [(f"{pages.PLANTED}.up.effect", *row)])
+    write(results, "lab-llava", [(f"{pages.CONTROL}.up.effect", *row)])
     ledger = copy.deepcopy(LEDGER)
-    ledger["claims"][0] |= {"id": pages.HEADLINES[0], **more}
+    ledger["claims"][0] |= {"id": next(iter(pages.HEADLINES)), **more}
     return pages.headlines(ledger, claims.verdicts(results, ledger), claims.metrics(results)).replace(pages.NBSP, " ")
 
 
@@ -166,10 +166,10 @@ def test_introduction_has_five_or_six_lines_of_the_studys_results():
     judged, numbers = claims.verdicts(ledger=ledger), claims.metrics()
     lines = pages.headlines(ledger, judged, numbers).splitlines()
     assert 5 <= len(lines) <= 6 and all(line.startswith("- **") for line in lines)
-    cells = judged[judged.model == pages.PLANTED].set_index("claim")
+    cells = judged.set_index(["claim", "model"])
     in_order = [claim["id"] for claim in ledger["claims"] if claim["id"] in pages.HEADLINES]
     for line, name in zip(lines[1:], in_order, strict=True):
-        assert f" {cells.verdict[name]}" in line, "the line says what the verdict says"
+        assert f" {cells.verdict[name, pages.HEADLINES[name]]}" in line, "the line says what the verdict says"
     assert "_build/pages/intro-results.md" in (BOOK / "intro.md").read_text(encoding="utf-8")
 
 
