@@ -36,4 +36,4 @@ rule notebook:
     resources:
         gpu=lambda w: int(PLAN[w.notebook].get("device", "cpu") != "cpu"),
     shell:
-        "{sys.executable} -m sinkstudy.engine {wildcards.run} {wildcards.notebook} {params.parameters:q}"
+        "{sys.executable} -m sinkstudy.book.engine {wildcards.run} {wildcards.notebook} {params.parameters:q}"

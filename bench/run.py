@@ -35,7 +35,7 @@ def best(action: Callable[[], object], times: int = 3) -> float:
 
 def world() -> None:
     """Rendering of scenes, images and facts, against the bar of 1,000 images a second."""
-    from sinkstudy.lab.world import render
+    from sinkstudy.world.drawing import render
 
     n = 2048
     rate = n / best(lambda: render("train", 0, n))
@@ -48,9 +48,9 @@ def capture() -> None:
     if "lab-llava" not in lab_models():
         print("capture: not measured, data/models/lab-llava is not there")
         return
-    from sinkstudy.capture import attention_rows
-    from sinkstudy.lab.world import render
-    from sinkstudy.models import load
+    from sinkstudy.model.capture import attention_rows
+    from sinkstudy.model.loading import load
+    from sinkstudy.world.drawing import render
 
     lvlm = load("lab-llava")
     images = render("test", 0, 16).images
@@ -74,7 +74,7 @@ def random_llava():
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
 
-    from sinkstudy.models import LVLM, SPECS
+    from sinkstudy.model.loading import LVLM, SPECS
 
     words = "<pad> <s> </s> <unk> <image> USER: ASSISTANT: yes no".split() + POPE.split() + KINDS
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(dict.fromkeys(words))}, unk_token="<unk>"))
@@ -137,8 +137,8 @@ def evaluate() -> None:
     """POPE-shaped work, six questions an image: against one `generate` for each question, same answers."""
     import pandas as pd
 
-    from sinkstudy.evaluate import NONE, Intervention
-    from sinkstudy.evaluate import evaluate as answer
+    from sinkstudy.answers.evaluate import NONE, Intervention
+    from sinkstudy.answers.evaluate import evaluate as answer
 
     lvlm = random_llava()
     pictures = {f"image {i}": image for i, image in enumerate(noise_images(2))}
@@ -188,7 +188,7 @@ def evaluate() -> None:
 @torch.no_grad()
 def trace() -> None:
     """What a trace costs beside the plain pass that it watches, and beside the usual ways to see as much."""
-    from sinkstudy import capture
+    from sinkstudy.model import capture
 
     lvlm = random_llava()
     images, questions = noise_images(2), [POPE.format(kind) for kind in KINDS[:2]]

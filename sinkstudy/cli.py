@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sinkstudy import engine
+from sinkstudy.book import engine
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 lab = typer.Typer(no_args_is_help=True, help="The lab: the embedded world and its models.")
@@ -84,7 +84,7 @@ def route(
     Options that are not given have chapter 10's values. Answers are kept, so a killed command goes on where it was.
     """
     if method is None:
-        from sinkstudy.route import METHODS
+        from sinkstudy.effects.methods import METHODS
 
         for name, known in METHODS.items():
             typer.echo(f"{name}: {known.words}" + (f" (--{known.option})" if known.option else ""))
@@ -102,8 +102,11 @@ def route(
 def _route(
     method: str, benchmark: str, values: dict, weight: float | None, k: int | None, name: str | None
 ) -> None:
-    from sinkstudy import evaluate, models, paths, report, stats
-    from sinkstudy import route as routes
+    from sinkstudy import paths, stats
+    from sinkstudy.answers import evaluate
+    from sinkstudy.book import report
+    from sinkstudy.effects import methods as routes
+    from sinkstudy.model import loading
 
     value, public = routes.option(method, weight, k), bool(values["data_dir"] or values["hub"])
     model, check = values["model"], routes.METHODS[method].check
@@ -111,9 +114,9 @@ def _route(
     found = routes.data(model in paths.lab_models(), benchmark, values["data_dir"], values["hub"], values["limit"])
     engine.check_memory({CHAPTER: values | {"benchmarks": [found[0]]}})
     if check is not None:
-        check(models.outline(model, revision=values["revision"]))
+        check(loading.outline(model, revision=values["revision"]))
     engine.claim(run, model)
-    lvlm = models.load(model, **{key: values[key] for key in ("device", "dtype", "revision")})
+    lvlm = loading.load(model, **{key: values[key] for key in ("device", "dtype", "revision")})
     typer.echo(f"{found[0]}: {len(found[1])} questions about {len(found[2])} pictures, twice", err=True)
     of = {key: values[key] for key in ("criterion", "threshold", "max_new_tokens", "batch_size", "seed")}
     words = [method, *([] if weight is None and k is None else [f"{value:g}"])]
@@ -214,7 +217,7 @@ def diysink(
     with_malloc()
     import torch
 
-    from sinkstudy import stages
+    from sinkstudy.trained import stages
 
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -266,7 +269,7 @@ def gates() -> None:
     """
     import pandas as pd
 
-    from sinkstudy.lab import gates as of_tower
+    from sinkstudy.lab import control as of_tower
     from sinkstudy.paths import atomic
 
     used, answers = of_tower.uses()
@@ -290,12 +293,12 @@ def lab_diysink(
     A killed training goes on from its last checkpoint.
     """
     with_malloc()
-    from sinkstudy.lab import diysink
+    from sinkstudy.lab import arms
 
     for name in names or []:
-        if name not in diysink.BASES:
-            raise engine.UserError(f"'{name}' has no arms: choose from {', '.join(diysink.BASES)}")
-    diysink.main(names or list(diysink.BASES))
+        if name not in arms.BASES:
+            raise engine.UserError(f"'{name}' has no arms: choose from {', '.join(arms.BASES)}")
+    arms.main(names or list(arms.BASES))
 
 
 def with_malloc() -> None:

@@ -8,7 +8,7 @@ One row a question, whatever the benchmark:
 - `image`: a `parquet.Picture`, `pictures.File` or `files.Cell`, decoded when it is opened;
 - what the benchmark has beyond that (`Spec.extra`), such as `choices` or `group`.
 
-The lab's benchmarks have the same columns without `image`: their pictures are rendered (`sinkstudy.lab.benchmarks`).
+The lab's benchmarks have the same columns without `image`: their pictures are rendered (`sinkstudy.world.benchmarks`).
 A loaded table says where it comes from in `table.attrs`: benchmark, source, revision, sha256 of each file; and what was
 left out of it, by the ids.
 """

@@ -1,1 +1,1 @@
-"""The embedded world and the small vision-language models trained in it."""
+"""How the lab's models are made, and whether they hold what they must."""

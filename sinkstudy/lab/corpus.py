@@ -11,10 +11,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from sinkstudy.lab import gist
-from sinkstudy.lab import questions as q
-from sinkstudy.lab.world import GRID, SIDE, Scenes, patch_contents, render
 from sinkstudy.paths import atomic
+from sinkstudy.world import gist
+from sinkstudy.world import questions as q
+from sinkstudy.world.drawing import GRID, SIDE, Scenes, patch_contents, render
 
 TRAIN_SCENES = 65_536
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
@@ -82,7 +82,7 @@ class Corpus:
     """What the lab's training needs to know of n scenes besides their pictures.
 
     `caption` [n, CAPTION] starts with <s> and ends with </s>, padded with -1; `facts` are the scenes in words,
-    `fact` [n, words] sentences about the lab world at large, `gist` [n, facts] the classes of `lab.gist`.
+    `fact` [n, words] sentences about the lab world at large, `gist` [n, facts] the classes of `world.gist`.
     """
 
     def __init__(self, n: int, seed: int = 0):

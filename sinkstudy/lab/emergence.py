@@ -8,7 +8,7 @@ from scipy.stats import spearmanr
 
 from sinkstudy import sinks
 from sinkstudy.lab.tower import LAYERS, attentions, normalise, states
-from sinkstudy.lab.world import GRID, render
+from sinkstudy.world.drawing import GRID, render
 
 IMAGES = 192
 PATCHES = GRID * GRID

@@ -28,8 +28,8 @@ from transformers import (
 
 from sinkstudy.lab import tower as tower_module
 from sinkstudy.lab.corpus import VISUAL, Codec, tokenizer
-from sinkstudy.lab.world import GRID, PATCH, SIDE
-from sinkstudy.models import without_video
+from sinkstudy.model.loading import without_video
+from sinkstudy.world.drawing import GRID, PATCH, SIDE
 
 CHAT = ("<s> {% for m in messages %}{% if m['role'] == 'user' %}user : {% for c in m['content'] %}"
         "{% if c['type'] == 'image' %}PICTURE {% else %}{{ c['text'] }} {% endif %}{% endfor %}"

@@ -12,12 +12,12 @@ import pandas as pd
 import torch
 
 from sinkstudy import stats
+from sinkstudy.answers.evaluate import evaluate
 from sinkstudy.benchmarks import right
-from sinkstudy.evaluate import evaluate
-from sinkstudy.lab import benchmarks
-from sinkstudy.lab import questions as q
-from sinkstudy.lab.world import render
-from sinkstudy.models import LVLM
+from sinkstudy.model.loading import LVLM
+from sinkstudy.world import benchmarks
+from sinkstudy.world import questions as q
+from sinkstudy.world.drawing import render
 
 BENCHMARKS: dict[str, Callable[[], pd.DataFrame]] = {
     "POPE": benchmarks.pope, "MME": benchmarks.mme, "MMStar": benchmarks.mmstar}

@@ -14,9 +14,9 @@ The positive control differs in three ways, all in this file: its image-level ve
 patches instead of CLS, and hinge terms ask that from layer `ONSET` on the calm patches have a high norm and draw a
 given share of attention from the other tokens. Its sinks are planted.
 
-The tower with sinks by construction (`gist`, see `sinkstudy.sinktower`) has the planting terms too, and its image-level
+The tower with sinks by construction (`gist`, see `model.sinktower`) has the planting terms too, and its image-level
 loss reads every sink on its own, at the layer that the connector reads and no other; it is also asked for the facts of
-`lab.gist`.
+`world.gist`.
 
 The tower of Qwen2-VL has no CLS: as in `no-cls` the image-level vector is the mean of the patches. It is the last
 layer that its merger reads, and so do captions and grounding.
@@ -30,11 +30,11 @@ from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedModel, Qwen2VLVisionConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel as Qwen2VLVisionModel
 
-from sinkstudy.lab import gist
 from sinkstudy.lab.training import autocast
-from sinkstudy.lab.world import GRID, PATCH, SIDE
-from sinkstudy.registers import CLIPVisionModelWithRegisters, CLIPVisionWithRegistersConfig
-from sinkstudy.sinktower import CLIPVisionModelWithSinks, CLIPVisionWithSinksConfig
+from sinkstudy.model.registers import CLIPVisionModelWithRegisters, CLIPVisionWithRegistersConfig
+from sinkstudy.model.sinktower import CLIPVisionModelWithSinks, CLIPVisionWithSinksConfig
+from sinkstudy.world import gist
+from sinkstudy.world.drawing import GRID, PATCH, SIDE
 
 WIDTH, LAYERS, HEADS = 128, 8, 2
 KINDS = ("plain", "sinks", "gist", "registers", "no-cls", "qwen2vl")
@@ -242,7 +242,7 @@ class Objective(nn.Module):
 
     def forward(self, tower, pixels, caption, ngrams, grounding, calm, facts, progress) -> tuple[torch.Tensor, dict]:
         """pixels [n, 3, 96, 96], caption [n, length] (-1 pads), ngrams [n, k] in {0, 1}, grounding
-        [n, 12, 12, 6] (-1: no word), calm [n, 12, 12], facts [n, facts] of `lab.gist`, progress: share of the steps
+        [n, 12, 12, 6] (-1: no word), calm [n, 12, 12], facts [n, facts] of `world.gist`, progress: share of the steps
         done, 0-1."""
         planted, mean = self.kind in ("sinks", "gist"), self.kind in ("no-cls", "qwen2vl")
         for attention in attentions(tower)[ONSET:]:

@@ -13,22 +13,22 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from sinkstudy import models
 from sinkstudy.lab import language, score, training
 from sinkstudy.lab import tower as tower_module
 from sinkstudy.lab.corpus import CAPTION, SLOTS, TRAIN_SCENES, Codec, Corpus, training_pictures
 from sinkstudy.lab.emergence import Follower, log_spaced
 from sinkstudy.lab.families import Llava, family
-from sinkstudy.lab.world import PATCH
+from sinkstudy.model import loading
+from sinkstudy.model.sinktower import CLIPVisionModelWithSinks
 from sinkstudy.paths import DATA, atomic
 from sinkstudy.paths import MODELS as MODELS_FOLDER
-from sinkstudy.sinktower import CLIPVisionModelWithSinks
+from sinkstudy.world.drawing import PATCH
 
 CACHE = DATA / "cache" / "lab"
 MODELS = {"lab-llava": "plain", "lab-llava-sinks": "sinks", "lab-llava-registers": "registers",
           "lab-qwen2vl": "qwen2vl", "lab-llava-gist": "gist"}
 TOWER = dict(steps=900, batch=64, lr=2e-3, weight_decay=0.1)
-# The tower with sinks by construction, kept apart from the model that has it: its gates come first (`lab.gates`).
+# The tower with sinks by construction, kept apart from the model that has it: its gates come first (`lab.control`).
 GIST = dict(steps=1400, batch=64, lr=2e-3, muon=3e-3, weight_decay=0.05)
 TOWERS = DATA / "towers"
 # The decoder learns the language from text, the connector to feed it (captions, decoder frozen), then both learn to
@@ -249,8 +249,8 @@ _WHAT = {
               f"that no other patch exceeds {tower_module.QUIET_RATIO:g} medians. Its sinks are "
               "planted, not natural; that relative criteria find them, and only them, is what it was trained for."),
     "gist": ("the **control whose sinks hold the gist**. Its tower has sinks by construction "
-             "(`sinkstudy/sinktower.py`): flat patches see the whole picture; every other patch sees its window of "
-             "4 × 4 patches and, of the sinks, the same vector in every picture. What is true of the picture as a "
+             "(`sinkstudy/model/sinktower.py`): flat patches see the whole picture; every other patch sees its window "
+             "of 4 × 4 patches and, of the sinks, the same vector in every picture. What is true of the picture as a "
              "whole is in the sinks alone, as `sinkstudy lab gates` measures."),
     "qwen2vl": ("the **second architecture**, trained by the recipe of lab-llava. No CLS: the image-level loss reads "
                 "the mean of the patches; captions and grounding read the last layer, as the merger does, and the "
@@ -265,7 +265,7 @@ _WHAT = {
 def finish(name: str, model, log: pd.DataFrame) -> None:
     """Export, score on the test split, write scores and card."""
     folder = export(name, model, log)
-    scores = score.summary(score.score(models.load(str(folder))))
+    scores = score.summary(score.score(loading.load(str(folder))))
     with atomic(folder / "scores.csv") as file:
         scores.to_csv(file, index=False, float_format="%.4g")
     with atomic(folder / "README.md") as file:

@@ -74,7 +74,7 @@ def test_questions_of_ones_own_are_asked_as_those_like_them(family):
 
 
 def test_lab_models_are_asked_the_bare_question():
-    from sinkstudy.lab import benchmarks
+    from sinkstudy.world import benchmarks
     asked = benchmarks.mmstar(1)
     assert prompts(asked, "MMStar", "lab") == asked.question.tolist()
 

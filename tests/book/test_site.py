@@ -7,7 +7,7 @@ from urllib.parse import unquote, urldefrag, urljoin, urlparse
 import pytest
 import yaml
 
-from sinkstudy import claims
+from sinkstudy.book import claims
 from sinkstudy.paths import ROOT
 from tests.book.conftest import BUILD, CONTRAST, PATIENCE, open_page
 

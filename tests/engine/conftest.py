@@ -16,7 +16,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 PARAMETERS = """
-from sinkstudy.parameters import AtLeast1, Device, Dtype, Files, Finite, Model, Models, Revision, Seed
+from sinkstudy.book.parameters import AtLeast1, Device, Dtype, Files, Finite, Model, Models, Revision, Seed
 
 model: Model = "lab-llava"
 device: Device = "cpu"
@@ -96,8 +96,9 @@ class Project(Commands):
 
     def __init__(self, root: Path):
         super().__init__(root)
-        (root / "sinkstudy").mkdir()
-        for name in ("__init__.py", "paths.py", "pictures.py", "parameters.py", "digests.py", "engine.py", "cli.py"):
+        (root / "sinkstudy" / "book").mkdir(parents=True)
+        base = ("__init__.py", "paths.py", "pictures.py", "digests.py", "cli.py")
+        for name in (*base, "book/__init__.py", "book/parameters.py", "book/engine.py"):
             shutil.copy(REPOSITORY / "sinkstudy" / name, root / "sinkstudy" / name)
         shutil.copy(REPOSITORY / "Snakefile", root / "Snakefile")
         self.write("sinkstudy/alpha.py", "from .beta import TWO\n\n\ndef double(x):\n    return TWO * x\n")

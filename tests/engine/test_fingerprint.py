@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from sinkstudy import engine, paths
+from sinkstudy import paths
+from sinkstudy.book import engine
 
 
 @pytest.fixture

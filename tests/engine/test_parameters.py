@@ -4,7 +4,7 @@ import pytest
 
 from tests.engine.conftest import Project
 
-ALL = """from sinkstudy.parameters import AtLeast0, Model
+ALL = """from sinkstudy.book.parameters import AtLeast0, Model
 model: Model = "lab-llava"
 limit: AtLeast0 = 3  # pictures; 0: all
 """
@@ -48,7 +48,7 @@ def test_absent_cuda(project: Project, monkeypatch: pytest.MonkeyPatch):
 def test_absent_cuda_index(monkeypatch: pytest.MonkeyPatch):
     import torch
 
-    from sinkstudy import parameters
+    from sinkstudy.book import parameters
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

@@ -79,7 +79,7 @@ def test_render(project: Project):
     other = (html / "book/runs/owner--other/01-first.html").read_text()
     assert ">7\n" in other and re.search(r'href="#part-owner-other"', other)
 
-    project.write("sinkstudy/pages.py", PAGES)
+    project.write("sinkstudy/book/pages.py", PAGES)
     project.write("data/claims.yml", "claims: []")
     project.write("results/lab-llava/02-second/metrics.json", "4711")
     project.write("book/intro.md", "# Intro\n\n```{include} ../_build/pages/part.md\n```\n")
@@ -89,11 +89,11 @@ def test_render(project: Project):
     project.write("results/lab-llava/02-second/metrics.json", "0815")  # another run, say: the page follows
     project.call("book")
     assert "Computed from 0815" in (html / "book/intro.html").read_text()
-    project.write("sinkstudy/pages.py", "def write(folder):\n    raise ValueError('claim 3 has no source')\n")
+    project.write("sinkstudy/book/pages.py", "def write(folder):\n    raise ValueError('claim 3 has no source')\n")
     assert project.call("book", code=1) == "sinkstudy: claim 3 has no source\n"
 
     project.write("book/intro.md", "# Intro\n\n{ref}`nowhere`\n")
-    project.write("sinkstudy/pages.py", PAGES)
+    project.write("sinkstudy/book/pages.py", PAGES)
     assert "was not rendered without a warning" in project.call("book", code=1)
     assert "was not rendered without a warning" in project.call("book", code=1)  # not taken for a whole book
 

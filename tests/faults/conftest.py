@@ -3,7 +3,7 @@
 import pytest
 from architectures import ARCHITECTURES, write
 
-from sinkstudy import models
+from sinkstudy.model import loading
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -15,6 +15,6 @@ def folder(request, tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def lvlm(folder) -> models.LVLM:
+def lvlm(folder) -> loading.LVLM:
     """The same, loaded."""
-    return models.load(folder)
+    return loading.load(folder)

@@ -18,16 +18,19 @@ import pytest
 import torch
 from architectures import write
 
-from sinkstudy import ablation, attribution, capture, models, probing, relevance, route, sinks
-from sinkstudy.evaluate import NONE, Intervention, evaluate
+from sinkstudy import sinks
+from sinkstudy.analyses import attribution, probing, relevance
+from sinkstudy.answers.evaluate import NONE, Intervention, evaluate
+from sinkstudy.effects import ablation, methods
+from sinkstudy.model import capture, loading
 from sinkstudy.paths import ROOT
 
 
 @pytest.fixture(scope="module")
-def llava(tmp_path_factory) -> models.LVLM:
+def llava(tmp_path_factory) -> loading.LVLM:
     folder = tmp_path_factory.mktemp("llava")
     write(folder, "llava")
-    return models.load(str(folder))
+    return loading.load(str(folder))
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +230,7 @@ TOLD = """
 import numpy, torch
 from functools import partial
 from sinkstudy import ablation, sinks
-from sinkstudy.identity import Identity
+from sinkstudy.model.identity import Identity
 names = {"a", "b", "c", "d"}
 class Own:
     def __init__(self): self.mine = self, {"x": torch.arange(3), "y": numpy.ones(2)}
@@ -413,7 +416,7 @@ def attributed(llava, pictures):
 
 READERS = {  # of the tower
     "relevance": lambda llava, pictures: relevance.measure(llava, pictures),
-    "norms of a method": lambda llava, pictures: route.norms(llava, dict(enumerate(pictures))),
+    "norms of a method": lambda llava, pictures: methods.norms(llava, dict(enumerate(pictures))),
     "tokens": lambda llava, pictures: ablation.read(llava, dict(enumerate(pictures))),
     "attribution": attributed,
     "log-probability": lambda llava, pictures: attribution.answer_log_prob(

@@ -15,7 +15,8 @@ from huggingface_hub import get_local_safetensors_metadata
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from sinkstudy import engine, memory, models
+from sinkstudy.book import engine, memory
+from sinkstudy.model import loading
 
 WEIGHTS = "model.safetensors"
 
@@ -69,7 +70,7 @@ def refused(folder: Path, match: str, **how: str) -> None:
     """By the check before a kernel, in one line that names the model; of LLaVA by the loader in the same line."""
     said = set()
     loads = json.loads((folder / "config.json").read_text()).get("model_type") == "llava"
-    for call in (memory.check, models.load) if loads else (memory.check,):
+    for call in (memory.check, loading.load) if loads else (memory.check,):
         with pytest.raises(ValueError, match=match) as problem:
             call(str(folder), **how)
         said.add(str(problem.value))
@@ -78,7 +79,7 @@ def refused(folder: Path, match: str, **how: str) -> None:
 
 @pytest.mark.parametrize("what", ["tower", "connector", "one layer of the decoder", "one weight"])
 def test_weights_that_are_absent(copy, what):
-    spec = models.SPECS[json.loads((copy / "config.json").read_text())["model_type"]]
+    spec = loading.SPECS[json.loads((copy / "config.json").read_text())["model_type"]]
     piece = {"tower": part(copy, spec.vision) + ".", "connector": part(copy, spec.connector) + ".",
              "one layer of the decoder": None, "one weight": None}[what]
     if piece is None:
@@ -107,7 +108,7 @@ def test_weights_left_over(copy):
 def test_buffers_of_older_versions_may_be_there(copy):
     rewrite(copy, lambda weights: {**weights, "model.vision_tower.embeddings.position_ids": torch.arange(4),
                                    "model.language_model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)})
-    models.load(str(copy))
+    loading.load(str(copy))
 
 
 def test_another_shape(copy):
@@ -149,7 +150,7 @@ def test_values_that_are_not_finite(copy, value):
         return weights
 
     rewrite(copy, spoil)
-    for call in (models.load, memory.check):
+    for call in (loading.load, memory.check):
         with pytest.raises(ValueError, match=r"mlp.up_proj.weight holds values that are NaN or infinite in float32"):
             call(str(copy))
 
@@ -181,12 +182,12 @@ def test_quantised_weights(copy, method):
 
 @pytest.mark.parametrize("switch", ["output_attentions", "output_hidden_states", "use_cache", "return_dict"])
 def test_switches_of_an_earlier_use_play_no_part(copy, switch):
-    plain = models.load(str(copy))
+    plain = loading.load(str(copy))
     config = json.loads((copy / "config.json").read_text())
     for of in (config, config["text_config"], config["vision_config"]):
         of[switch] = switch.startswith("output")
     (copy / "config.json").write_text(json.dumps(config))
-    switched = models.load(str(copy))
+    switched = loading.load(str(copy))
     assert {k: v for k, v in switched.model.config.to_dict().items() if k != "_name_or_path"} == {
         k: v for k, v in plain.model.config.to_dict().items() if k != "_name_or_path"}
     memory.check(str(copy))
@@ -253,7 +254,7 @@ def test_no_chat_format(copy):
     if not (copy / "chat_template.jinja").exists():
         pytest.skip("it has no chat format")
     (copy / "chat_template.jinja").unlink()
-    if models.SPECS[json.loads((copy / "config.json").read_text())["model_type"]].prompt is None:
+    if loading.SPECS[json.loads((copy / "config.json").read_text())["model_type"]].prompt is None:
         refused(copy, "does not have a chat template")
 
 
@@ -330,7 +331,7 @@ def test_a_folder_of_an_adapter(llava, base):
     if not base:
         (llava / "config.json").unlink()
         (llava / WEIGHTS).unlink()
-    for call in (memory.check, models.load):
+    for call in (memory.check, loading.load):
         with pytest.raises(ValueError, match="merged into its base first"):
             call(str(llava))
 
@@ -372,7 +373,7 @@ def test_one_part_is_quantised(llava):
 def test_weights_too_large_for_a_dtype(llava):
     key = "language_model.model.norm.weight"
     rewrite(llava, lambda weights: weights | {key: weights[key] * 1e6})
-    for call in (memory.check, models.load):
+    for call in (memory.check, loading.load):
         with pytest.raises(ValueError, match=r"norm.weight holds values that are NaN or infinite in float16.*bfloat16"):
             call(str(llava), dtype="float16")
         call(str(llava), dtype="bfloat16")
@@ -394,10 +395,10 @@ def shard(folder: Path) -> dict[str, str]:
 
 
 def test_weights_in_several_files(copy):
-    whole = models.load(str(copy)).model.state_dict()
+    whole = loading.load(str(copy)).model.state_dict()
     shard(copy)
     memory.check(str(copy))
-    split = models.load(str(copy)).model.state_dict()
+    split = loading.load(str(copy)).model.state_dict()
     assert whole.keys() == split.keys() and all(torch.equal(whole[key], split[key]) for key in whole)
 
 
@@ -462,7 +463,7 @@ def tied(folder: Path) -> None:
 
 @pytest.mark.parametrize("twice", [False, True])
 def test_tied_weights_are_there_once_or_twice(copy, twice):
-    plain = models.load(str(copy))
+    plain = loading.load(str(copy))
     weights = load_file(copy / WEIGHTS)
     heads = [key for key in weights if "lm_head" in key]
     tied(copy)
@@ -472,11 +473,11 @@ def test_tied_weights_are_there_once_or_twice(copy, twice):
     elif heads:
         rewrite(copy, lambda weights: without(weights, "lm_head"))
     memory.check(str(copy))
-    lvlm = models.load(str(copy))
+    lvlm = loading.load(str(copy))
     embeddings = lvlm.model.get_input_embeddings().weight
     assert lvlm.model.get_output_embeddings().weight.data_ptr() == embeddings.data_ptr()
     assert torch.equal(embeddings, plain.model.get_input_embeddings().weight)
-    assert memory.need(models.outline(str(copy))) == memory.need(lvlm)
+    assert memory.need(loading.outline(str(copy))) == memory.need(lvlm)
 
 
 OLD = {"vision_tower.": "vision_tower.vision_model.", "language_model.model.": "model.language_model.",
@@ -486,16 +487,16 @@ OLD = {"vision_tower.": "vision_tower.vision_model.", "language_model.model.": "
 @pytest.mark.parametrize("old, new", OLD.items())
 def test_names_of_other_versions(llava, old, new):
     """Those of transformers before 5.6, and those that its modules have in memory."""
-    plain = models.load(str(llava)).model.state_dict()
+    plain = loading.load(str(llava)).model.state_dict()
     rewrite(llava, lambda weights: {key.replace(old, new): value for key, value in weights.items()})
     memory.check(str(llava))
-    renamed = models.load(str(llava)).model.state_dict()
+    renamed = loading.load(str(llava)).model.state_dict()
     assert all(torch.equal(plain[key], renamed[key]) for key in plain)
 
 
 def test_headers_of_a_hub_model_are_enough(llava, monkeypatch):
     """Before it is downloaded."""
-    checkpoints = pytest.importorskip("sinkstudy.checkpoints")
+    checkpoints = pytest.importorskip("sinkstudy.model.checkpoints")
     here = checkpoints.headers(str(llava))
     monkeypatch.setattr(checkpoints, "try_to_load_from_cache", lambda *args, **kwargs: None)
     monkeypatch.setattr(checkpoints, "get_safetensors_metadata", lambda *a, **k: get_local_safetensors_metadata(llava))
@@ -505,30 +506,30 @@ def test_headers_of_a_hub_model_are_enough(llava, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------- models in memory
 def test_what_is_wrapped_is_whole(one):
-    lvlm = models.load(str(one))
-    assert models.wrap(lvlm.model, lvlm.processor).model is lvlm.model
+    lvlm = loading.load(str(one))
+    assert loading.wrap(lvlm.model, lvlm.processor).model is lvlm.model
     with torch.device("meta"):
         empty = transformers.LlavaForConditionalGeneration(lvlm.model.config)
     with pytest.raises(ValueError, match="its weights are not there"):
-        models.wrap(empty, lvlm.processor)
+        loading.wrap(empty, lvlm.processor)
     lvlm.model.lm_head.weight.data[0, 0] = float("nan")
     with pytest.raises(ValueError, match="lm_head.weight holds values that are NaN"):
-        models.wrap(lvlm.model, lvlm.processor)
+        loading.wrap(lvlm.model, lvlm.processor)
 
 
 def test_a_wrapped_model_whose_processor_is_anothers(one):
-    lvlm = models.load(str(one))
+    lvlm = loading.load(str(one))
     lvlm.processor.patch_size = 16
     with pytest.raises(ValueError, match="its processor"):
-        models.wrap(lvlm.model, lvlm.processor)
+        loading.wrap(lvlm.model, lvlm.processor)
 
 
 def test_a_wrapped_model_with_an_adapter(one):
     peft = pytest.importorskip("peft")
-    lvlm = models.load(str(one))
+    lvlm = loading.load(str(one))
     lvlm.model.add_adapter(peft.LoraConfig(target_modules=["q_proj"], r=2))
     with pytest.raises(ValueError, match="merged into its base first"):
-        models.wrap(lvlm.model, lvlm.processor)
+        loading.wrap(lvlm.model, lvlm.processor)
 
 
 # ------------------------------------------------------------------------------------------------- pictures of the lab
@@ -557,7 +558,7 @@ def test_a_lab_model_is_not_asked_about_public_benchmarks():
 
 @pytest.mark.parametrize("name, takes", [("lab-llava", "96 x 96"), ("lab-qwen2vl", "whole 16s of")])
 def test_a_lab_model_says_which_pictures_it_takes(name, takes):
-    lvlm = models.load(name)
+    lvlm = loading.load(name)
     with pytest.raises(ValueError, match=f"{name} takes pictures of {takes} pixels.* this one has 90 x 50"):
         lvlm.inputs([Image.new("RGB", (90, 50))], ["how many ?"])
 

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from sinkstudy import digests, engine, paths
+from sinkstudy import digests, paths
+from sinkstudy.book import engine
 from tests.engine.conftest import PARAMETERS, Project
 from tests.engine.test_kill import half_way, wait_for
 

@@ -17,10 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sinkstudy import benchmarks, route, study
+from sinkstudy import benchmarks
+from sinkstudy.answers import study
 from sinkstudy.benchmarks import load, prompts, right
 from sinkstudy.benchmarks.data import several_pictures
 from sinkstudy.benchmarks.prompts import TEMPLATES
+from sinkstudy.effects import methods
 from tests.benchmarks.test_data import FILES, image, shade, write
 
 NAMES = list(FILES)
@@ -658,7 +660,7 @@ def test_a_folder_of_tables(tmp_path):
     assert len(study.benchmark("MMStar", str(tmp_path), False, 0)[0]) == 4
     tables, shown = study.load_benchmarks(["POPE", "MME", "MMStar"], str(tmp_path), False, 1)
     assert {name: len(table) for name, table in tables.items()} == {"POPE": 6, "MMStar": 1}
-    assert route.data(False, "mmstar", str(tmp_path), False, 0)[0] == "MMStar"
+    assert methods.data(False, "mmstar", str(tmp_path), False, 0)[0] == "MMStar"
 
 
 def test_a_benchmark_twice(tmp_path):

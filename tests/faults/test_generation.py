@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from sinkstudy import capture, models
-from sinkstudy.evaluate import NONE, Intervention, evaluate
+from sinkstudy.answers.evaluate import NONE, Intervention, evaluate
+from sinkstudy.model import capture, loading
 
 TOKENS = 6
 SETTINGS = {
@@ -44,7 +44,7 @@ def table() -> tuple[pd.DataFrame, dict[str, Image.Image]]:
 @pytest.fixture(scope="module")
 def expected(folder, table) -> list[str]:
     """What the library's own `generate` says, greedily, to each question alone."""
-    lvlm, (asked, images) = models.load(folder), table
+    lvlm, (asked, images) = loading.load(folder), table
     said = []
     for row in asked.itertuples():
         inputs = lvlm.inputs([images[row.image_id]], [row.question])
@@ -60,7 +60,7 @@ def test_settings_of_the_checkpoint_play_no_part(folder, tmp_path, table, expect
     copy = Path(shutil.copytree(folder, tmp_path / "model"))
     ends = {"eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0}
     (copy / "generation_config.json").write_text(json.dumps(ends | SETTINGS[setting]))
-    lvlm, (asked, images) = models.load(str(copy)), table
+    lvlm, (asked, images) = loading.load(str(copy)), table
     alone = Intervention("alone", asks=True)
     said = evaluate(lvlm, asked, [NONE, alone], images=images, max_new_tokens=TOKENS, cache=None)
     assert said.prediction[:4].tolist() == expected and said.prediction[4:].tolist() == expected
@@ -79,7 +79,7 @@ def test_a_decoder_that_was_trained_without_cache(folder, tmp_path, table, expec
         pytest.skip("its decoder has no configuration of its own")
     of["use_cache"] = False
     (copy / "config.json").write_text(json.dumps(config))
-    lvlm, (asked, images) = models.load(str(copy)), table
+    lvlm, (asked, images) = loading.load(str(copy)), table
     said = evaluate(lvlm, asked, [NONE, Intervention("alone", asks=True)], images=images, max_new_tokens=TOKENS,
                     cache=None)
     assert said.prediction[:4].tolist() == expected and said.prediction[4:].tolist() == expected
@@ -88,12 +88,12 @@ def test_a_decoder_that_was_trained_without_cache(folder, tmp_path, table, expec
 @pytest.mark.filterwarnings("ignore")
 def test_several_end_tokens_are_the_checkpoints(folder, tmp_path, table, expected):
     """The one thing that counts: where an answer ends."""
-    lvlm, (_, images) = models.load(folder), table
+    lvlm, (_, images) = loading.load(folder), table
     inputs = lvlm.inputs([images["0"]], ["how many"])
     first = int(lvlm.generate(inputs, 1).sequences[0, -1])
     copy = Path(shutil.copytree(folder, tmp_path / "model"))
     (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, first], "pad_token_id": 0}))
-    ended = models.load(str(copy))
+    ended = loading.load(str(copy))
     assert ended.ends == [2, first]
     out = ended.generate(ended.inputs([images["0"]], ["how many"]), TOKENS).sequences
     assert out.shape[1] == inputs["input_ids"].shape[1] + 1

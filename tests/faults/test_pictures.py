@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 from transformers.image_transforms import convert_to_rgb
 
-from sinkstudy import models, study
+from sinkstudy.answers import study
+from sinkstudy.answers.evaluate import evaluate
 from sinkstudy.benchmarks.parquet import Picture
-from sinkstudy.evaluate import evaluate
+from sinkstudy.model import loading
 
 RNG = np.random.default_rng(0)
 SCENE = Image.fromarray(RNG.integers(0, 256, (6, 4, 3), dtype=np.uint8))  # upright, 4 wide and 6 high
@@ -83,7 +84,7 @@ def in_parquet(content: bytes, folder: Path):
 def in_answers(content: bytes, folder: Path):
     """What the model is given: a stand-in for the processor keeps it."""
     (folder / "odd.png").write_bytes(content)
-    from sinkstudy.evaluate import opened
+    from sinkstudy.answers.evaluate import opened
 
     return opened(folder / "odd.png", "'odd'")
 
@@ -92,7 +93,7 @@ def in_training(content: bytes, folder: Path):
     (folder / "odd.png").write_bytes(content)
     turns = [{"from": "human", "value": "<image>a"}, {"from": "gpt", "value": "b"}]
     (folder / "data.json").write_text(json.dumps([{"id": "0", "image": "odd.png", "conversations": turns}]))
-    from sinkstudy import conversations
+    from sinkstudy.trained import conversations
 
     return conversations.decode(conversations.read(folder / "data.json", folder)[0].image, "odd.png")
 
@@ -160,7 +161,7 @@ def test_pictures_are_decoded_when_they_are_needed(tmp_path, monkeypatch):
 
 def test_a_turned_picture_is_answered_as_the_upright_one(tmp_path, folder):
     """To the end: the same answers and log-probabilities, whichever way the file is stored."""
-    lvlm = models.load(folder)
+    lvlm = loading.load(folder)
     big = SCENE.resize((40, 60), Image.Resampling.NEAREST)
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -15,7 +15,9 @@ import pandas as pd
 import pytest
 import scipy.stats
 
-from sinkstudy import claims, paths, stats, study
+from sinkstudy import paths, stats
+from sinkstudy.answers import study
+from sinkstudy.book import claims
 
 LEDGER = {claim["id"]: claim for claim in claims.load()["claims"]}
 

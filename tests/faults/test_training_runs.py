@@ -13,9 +13,11 @@ from PIL import Image
 from test_fit import DATA, ENVIRONMENT, SETTINGS, Net, drawn, same
 from test_stages import data, model, options, train  # noqa: F401  fixtures
 
-from sinkstudy import conversations, memory, models
-from sinkstudy.engine import UserError
-from sinkstudy.tuning import _Draws, fit
+from sinkstudy.book import memory
+from sinkstudy.book.engine import UserError
+from sinkstudy.model import loading
+from sinkstudy.trained import conversations
+from sinkstudy.trained.loop import _Draws, fit
 
 KEYS = [f"sample {i}" for i in range(len(DATA))]
 KILLED = """
@@ -170,7 +172,7 @@ ODD = {
 
 @pytest.mark.parametrize(("option", "value"), [(o, v) for o, values in ODD.items() for v in values])
 def test_odd_options_are_refused_before_work(train, model, data, tmp_path, monkeypatch, option, value):  # noqa: F811
-    monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(loading, "load", lambda *_, **__: pytest.fail("the model was loaded"))
     monkeypatch.setattr(conversations, "read", lambda *_, **__: pytest.fail("the pictures were read"))
     with pytest.raises(UserError) as problem:
         train(model, data, tmp_path / "out", "pretrain-sinks", f"{option}={value}")
@@ -195,11 +197,11 @@ def test_a_folder_that_cannot_be_written(train, model, data, tmp_path):  # noqa:
 # ------------------------------------------------------------------------------------------- memory of pictures
 def test_large_pictures_count(tmp_path, monkeypatch):
     """24 pictures of 12 megapixels in a batch take 864 MB before the model sees one."""
-    outline = models.outline("lab-llava")
+    outline = loading.outline("lab-llava")
     assert memory.need(outline, 2, (4000, 3000)) == memory.need(outline, 2)  # it takes its own size alone
     architectures.write(tmp_path / "model", "llava")
     name = str(tmp_path / "model")
-    outline = models.outline(name)
+    outline = loading.outline(name)
     more = sum(memory.need(outline, 24, (4000, 3000))) - sum(memory.need(outline, 24, (400, 300)))
     assert more == 24 * 3 * (4000 * 3000 - 400 * 300)
     folder = tmp_path / "pictures"

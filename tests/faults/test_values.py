@@ -10,7 +10,8 @@ import nbformat
 import pytest
 from PIL import Image
 
-from sinkstudy import benchmarks, engine, parameters, paths, sinks
+from sinkstudy import benchmarks, paths, sinks
+from sinkstudy.book import engine, parameters
 from sinkstudy.lab.train import ARMS
 
 NAN, INF = float("nan"), float("inf")

@@ -2,8 +2,8 @@
 
 import re
 
-from sinkstudy.lab import questions as q
-from sinkstudy.lab.world import CELLS, COLOURS
+from sinkstudy.world import questions as q
+from sinkstudy.world.drawing import CELLS, COLOURS
 
 WORDS = "zero one two three four five six seven eight nine".split()
 

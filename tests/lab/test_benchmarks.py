@@ -10,9 +10,10 @@ from oracle import oracle
 
 from sinkstudy import benchmarks as public
 from sinkstudy.benchmarks.data import COLUMNS, SPECS, check
-from sinkstudy.lab import benchmarks, score, world
-from sinkstudy.lab import questions as q
-from sinkstudy.lab.world import KINDS, render
+from sinkstudy.lab import score
+from sinkstudy.world import benchmarks, drawing
+from sinkstudy.world import questions as q
+from sinkstudy.world.drawing import KINDS, render
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def test_only_the_test_split_is_asked_about(tables):
         images, _ = benchmarks.pictures(table[table.scene == first])
         drawn = render("test", first, 1)
         assert torch.equal(images, drawn.images)
-        assert world.signature(drawn) % 100 >= world.SPLITS["test"][0]
+        assert drawing.signature(drawn) % 100 >= drawing.SPLITS["test"][0]
 
 
 def test_pictures_of_scattered_scenes():

@@ -9,8 +9,8 @@ import torch
 from oracle import oracle
 
 from sinkstudy.lab import corpus as c
-from sinkstudy.lab import questions as q
-from sinkstudy.lab.world import COLOURS, GRID, KINDS, RADIUS, SIZES, TEXTURES, render
+from sinkstudy.world import questions as q
+from sinkstudy.world.drawing import COLOURS, GRID, KINDS, RADIUS, SIZES, TEXTURES, render
 
 
 @pytest.fixture(scope="module")

@@ -7,15 +7,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sinkstudy import models
-from sinkstudy.lab import gates, gist, train
-from sinkstudy.lab.world import render
+from sinkstudy.lab import control, train
+from sinkstudy.model import loading
 from sinkstudy.paths import DATA, MODELS
+from sinkstudy.world import gist
+from sinkstudy.world.drawing import render
 
 
 def test_the_committed_tower_holds_the_gist_in_its_sinks_and_nowhere_else():
-    table = gates.measured(fit=512, judge=384).set_index("gate")
-    assert list(table.index) == list(gates.BOUNDS)
+    table = control.measured(fit=512, judge=384).set_index("gate")
+    assert list(table.index) == list(control.BOUNDS)
     # a difference of two equal things is as often above 0 as below on few scenes: the command has enough of them
     noisy = "gist of the mean of ordinary patches, minus that of a local tower"
     assert table.holds.drop(noisy).all(), table.to_string()
@@ -45,19 +46,19 @@ def test_a_probe_reads_what_is_there_and_nothing_else():
     seen = vectors.clone()
     seen[torch.arange(600), labels] += 5.0
     fit, judge = slice(0, 300), slice(300, 600)
-    assert gates.probe(seen[fit], labels[fit], seen[judge], labels[judge])[0] > 0.9
-    assert abs(gates.probe(vectors[fit], labels[fit], vectors[judge], labels[judge])[0]) < 0.15
-    shuffled = gates.probe(seen[fit], labels[fit], seen[judge], labels[judge], shuffled=True)[0]
+    assert control.probe(seen[fit], labels[fit], seen[judge], labels[judge])[0] > 0.9
+    assert abs(control.probe(vectors[fit], labels[fit], vectors[judge], labels[judge])[0]) < 0.15
+    shuffled = control.probe(seen[fit], labels[fit], seen[judge], labels[judge], shuffled=True)[0]
     assert shuffled == pytest.approx(0, abs=0.25)
 
 
 def test_what_is_taken_away_is_counted():
     """Groups are made of their families, and the difference is that of the two changes."""
-    found = gates.use(models.load("lab-llava"), n=24).set_index("of")
-    assert set(found.index) == {*gates.FAMILIES, *(f for of in gates.FAMILIES.values() for f in of)}
-    scores = [found.questions[f] for f in gates.FAMILIES["gist"]]
+    found = control.use(loading.load("lab-llava"), n=24).set_index("of")
+    assert set(found.index) == {*control.FAMILIES, *(f for of in control.FAMILIES.values() for f in of)}
+    scores = [found.questions[f] for f in control.FAMILIES["gist"]]
     assert found.questions["gist"] == sum(scores) and found.questions["local"] <= 24 * 5
-    weighted = sum(found.untouched[f] * found.questions[f] for f in gates.FAMILIES["gist"]) / sum(scores)
+    weighted = sum(found.untouched[f] * found.questions[f] for f in control.FAMILIES["gist"]) / sum(scores)
     assert found.untouched["gist"] == pytest.approx(weighted) and found.untouched["gist"] > 80
     assert (found.without - found.random - found.by_sinks).abs().max() < 1e-9
     assert (found.low <= found.by_sinks).all() and (found.by_sinks <= found.high).all()
@@ -65,27 +66,27 @@ def test_what_is_taken_away_is_counted():
 
 def test_the_language_model_behind_it_uses_them():
     """On fewer pictures than the command takes; and what the command wrote last is what the page shows."""
-    table, answers = gates.uses(n=48)
+    table, answers = control.uses(n=48)
     assert table.holds.all(), answers.to_string()
     written = pd.read_csv(DATA / "controls" / "gates.csv").set_index("gate")
-    assert list(written.index) == [*gates.BOUNDS, *gates.USE_BOUNDS] and written.holds.all()
-    for gate, (side, bound) in (gates.BOUNDS | gates.USE_BOUNDS).items():
+    assert list(written.index) == [*control.BOUNDS, *control.USE_BOUNDS] and written.holds.all()
+    for gate, (side, bound) in (control.BOUNDS | control.USE_BOUNDS).items():
         assert (written.side[gate], written.bound[gate]) == (side, bound)
     shown = pd.read_csv(DATA / "controls" / "answers.csv").set_index(["model", "of"])
     assert list(shown.index) == list(answers.set_index(["model", "of"]).index)
     fewer = answers.set_index(["model", "of"])
-    for model in ("lab-llava", gates.CONTROL):
+    for model in ("lab-llava", control.CONTROL):
         assert fewer.by_sinks[model, "gist"] == pytest.approx(shown.by_sinks[model, "gist"], abs=12)
 
 
 def test_the_folder_of_the_control_is_whole():
-    files = {path.name for path in (MODELS / gates.CONTROL).iterdir()}
+    files = {path.name for path in (MODELS / control.CONTROL).iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "README.md", "training.csv", "scores.csv"} <= files
-    for file in (MODELS / gates.CONTROL).glob("*.json"):
+    for file in (MODELS / control.CONTROL).glob("*.json"):
         assert not re.search(r'"/(?!\S*\s)|/home/|/tmp/', file.read_text(encoding="utf-8")), file
-    curve = pd.read_csv(MODELS / gates.CONTROL / "training.csv")
+    curve = pd.read_csv(MODELS / control.CONTROL / "training.csv")
     assert list(curve.stage.unique()) == ["gist.tower", "text", "lab-llava-gist.align", "lab-llava-gist.instruct"]
-    model = models.load(gates.CONTROL)
+    model = loading.load(control.CONTROL)
     tower = load_file(train.TOWERS / "gist" / "model.safetensors")
     own = {name.removeprefix("vision_tower."): p for name, p in model.vision.state_dict().items()}
     assert tower.keys() == own.keys() and all(torch.equal(own[name], p.float()) for name, p in tower.items())

@@ -5,15 +5,19 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from sinkstudy import models, routing, sinks, study, tuning
-from sinkstudy.diysink import DIYSink, OneConnector
-from sinkstudy.evaluate import NONE, Intervention, Prefixes
-from sinkstudy.gates import Gates, LoRA
-from sinkstudy.lab import diysink, language
+from sinkstudy import sinks
+from sinkstudy.answers import study
+from sinkstudy.answers.evaluate import NONE, Intervention, Prefixes
+from sinkstudy.effects import moving
+from sinkstudy.lab import arms, language
 from sinkstudy.lab.corpus import Corpus
-from sinkstudy.lab.world import render
+from sinkstudy.model import loading
 from sinkstudy.paths import METHODS
-from sinkstudy.routers import ReW
+from sinkstudy.trained import loop
+from sinkstudy.trained.connectors import DIYSink, OneConnector
+from sinkstudy.trained.gates import Gates, LoRA
+from sinkstudy.trained.routers import ReW
+from sinkstudy.world.drawing import render
 
 SCENES = 8
 
@@ -30,15 +34,15 @@ def pictures():
 
 @pytest.mark.parametrize("show", ["both", "sinks", "others"])
 @pytest.mark.parametrize("front", [True, False], ids=["front", "kept"])
-@pytest.mark.parametrize("base", [*diysink.BASES, "lab-llava"])
+@pytest.mark.parametrize("base", [*arms.BASES, "lab-llava"])
 def test_packed_stage_is_the_method(base, front, show, corpus, pictures, monkeypatch):
     """Captions: a loss over many pictures at once, and the method's own forward pass over each."""
     monkeypatch.setattr(language, "autocast", nullcontext)
     monkeypatch.setattr(language, "compiled", lambda function: function)
-    rule = {} if base in diysink.BASES else {"criterion": "percentile", "threshold": 98.0}  # it has no sinks
-    method = DIYSink(models.load(base), **rule, front=front)
+    rule = {} if base in arms.BASES else {"criterion": "percentile", "threshold": 98.0}  # it has no sinks
+    method = DIYSink(loading.load(base), **rule, front=front)
     lvlm = method.lvlm
-    stage = diysink.Stage(method, corpus, pictures, "caption")
+    stage = arms.Stage(method, corpus, pictures, "caption")
     lvlm.model.set_attn_implementation("lab_matmul")
     method.show = show
     rows = torch.arange(4)
@@ -66,11 +70,11 @@ def test_packed_stage_is_the_method(base, front, show, corpus, pictures, monkeyp
 
 def test_arms_differ_only_in_what_they_should(corpus, pictures, monkeypatch):
     """Same start of the decoder; two connectors have as many parameters as the wide one, within one neuron."""
-    monkeypatch.setattr(diysink, "Corpus", lambda n: corpus)
-    monkeypatch.setattr(diysink, "training_pictures", lambda folder, n: pictures)
-    shop = diysink.Workshop("lab-llava-sinks")
+    monkeypatch.setattr(arms, "Corpus", lambda n: corpus)
+    monkeypatch.setattr(arms, "training_pictures", lambda folder, n: pictures)
+    shop = arms.Workshop("lab-llava-sinks")
     sizes, decoders = {}, []
-    for arm in diysink.ARMS:
+    for arm in arms.ARMS:
         method = shop.method(arm, seed=1)
         sizes[arm] = sum(p.numel() for p in method.changed().values())
         decoders.append({k: v.clone() for k, v in method.lvlm.decoder.state_dict().items()})
@@ -94,23 +98,23 @@ def test_every_trained_method_runs(base, tmp_path):
         return torch.tensor(answers["logp"])
 
     def with_own_connector(method):  # in both places, if there are two
-        own = models.load(base).connector.state_dict()
-        for connector in diysink.connectors(method):
+        own = loading.load(base).connector.state_dict()
+        for connector in arms.connectors(method):
             connector.load_state_dict(own)
         return method
 
-    moved = Intervention("it", lambda lvlm, inputs: routing.reordered(lvlm, inputs, sinks.rule(**rule), ids="renumber"))
-    plain, front = said(models.load(base), NONE), said(models.load(base), moved)
-    pair = with_own_connector(DIYSink(models.load(base), **rule))
+    moved = Intervention("it", lambda lvlm, inputs: moving.reordered(lvlm, inputs, sinks.rule(**rule), ids="renumber"))
+    plain, front = said(loading.load(base), NONE), said(loading.load(base), moved)
+    pair = with_own_connector(DIYSink(loading.load(base), **rule))
     pair.save(tmp_path / "pair")
-    kept = tuning.load(tmp_path / "pair")
+    kept = loop.load(tmp_path / "pair")
     starts = [
-        (Gates(models.load(base), normalised=True, **rule), plain),
-        (LoRA(models.load(base), parameters=2000), plain),
-        (with_own_connector(OneConnector(models.load(base))), plain),
-        (with_own_connector(DIYSink(models.load(base), **rule, front=False)), plain),
+        (Gates(loading.load(base), normalised=True, **rule), plain),
+        (LoRA(loading.load(base), parameters=2000), plain),
+        (with_own_connector(OneConnector(loading.load(base))), plain),
+        (with_own_connector(DIYSink(loading.load(base), **rule, front=False)), plain),
         (pair, front),
-        (ReW(models.load(base), diysink=tmp_path / "pair"), said(kept.lvlm, kept.intervention("it"))),
+        (ReW(loading.load(base), diysink=tmp_path / "pair"), said(kept.lvlm, kept.intervention("it"))),
     ]
     assert len(plain) >= 6 and not torch.allclose(plain, front, atol=1e-3)
     for method, expected in starts:
@@ -120,8 +124,8 @@ def test_every_trained_method_runs(base, tmp_path):
 @pytest.mark.parametrize("folder", sorted(METHODS.glob("*/*-*")), ids=lambda of: f"{of.parent.name}/{of.name}")
 def test_shipped_methods(folder):
     """Each loads, on the model it names, with the seed that its folder names, and was trained to the end."""
-    method = tuning.load(folder)
-    known = tuning.Method.described(folder)
+    method = loop.load(folder)
+    known = loop.Method.described(folder)
     assert method.lvlm.name == folder.parent.name == known["base"]
     assert known["settings"]["seed"] == int(folder.name.rsplit("-", 1)[1])
     assert all(p.isfinite().all() for p in method.changed().values())

@@ -8,12 +8,14 @@ import pytest
 import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from sinkstudy import models, sinks
+from sinkstudy import sinks
 from sinkstudy.benchmarks.rules import yes_no_strict
-from sinkstudy.capture import attention_received, trace
-from sinkstudy.lab import benchmarks, score, tower, train
-from sinkstudy.lab.world import render
+from sinkstudy.lab import score, tower, train
+from sinkstudy.model import loading
+from sinkstudy.model.capture import attention_received, trace
 from sinkstudy.paths import MODELS
+from sinkstudy.world import benchmarks
+from sinkstudy.world.drawing import render
 
 LLAVAS = ("lab-llava", "lab-llava-sinks", "lab-llava-registers")
 NAMES = (*LLAVAS, "lab-qwen2vl")
@@ -28,8 +30,8 @@ def there(name: str) -> str:
 
 
 @cache
-def loaded(name: str) -> models.LVLM:
-    return models.load(there(name))
+def loaded(name: str) -> loading.LVLM:
+    return loading.load(there(name))
 
 
 @cache
@@ -114,7 +116,7 @@ def test_the_batch_does_not_change_an_answer(name):
 # ------------------------------------------------------------------------------------ files and cards
 def test_the_tokenizer_of_lab_qwen2vl_adds_words_at_the_end():
     """The same ids for the same words, so that answers and prompts can be compared token by token."""
-    qwen, llava = (models.load(there(name)).processor.tokenizer.get_vocab() for name in ("lab-qwen2vl", "lab-llava"))
+    qwen, llava = (loading.load(there(name)).processor.tokenizer.get_vocab() for name in ("lab-qwen2vl", "lab-llava"))
     assert llava.items() < qwen.items() and len(qwen) == len(llava) + 4
 
 
@@ -185,7 +187,7 @@ def test_the_loss_curve_covers_all_stages(name):
 
 
 def test_the_three_differ_only_in_their_towers():
-    configs = {name: models.load(there(name)).model.config for name in LLAVAS}
+    configs = {name: loading.load(there(name)).model.config for name in LLAVAS}
     plain = configs["lab-llava"]
     for name, config in configs.items():
         assert config.text_config.to_dict() == plain.text_config.to_dict()

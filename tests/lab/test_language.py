@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sinkstudy import models
 from sinkstudy.lab import corpus as c
 from sinkstudy.lab import language, train
 from sinkstudy.lab import tower as t
 from sinkstudy.lab.families import LLAVA, QWEN2VL, family
-from sinkstudy.lab.world import render
+from sinkstudy.model import loading
+from sinkstudy.world.drawing import render
 
 N = 2
 SEED = 7
@@ -51,7 +51,7 @@ def assembled(request, made, pictures, tmp_path_factory):
     model = language.assemble(tower, decoder, codec, t.normalise(pictures))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "MODELS_FOLDER", tmp_path_factory.mktemp("models"))
-        loaded = models.load(str(train.export("lab-random", model)))
+        loaded = loading.load(str(train.export("lab-random", model)))
     again = language.assemble(tower, decoder, codec, t.normalise(pictures))
     again.load_state_dict(loaded.model.state_dict())  # export has cast the first one's rotary frequencies too
     return model.float(), again, loaded

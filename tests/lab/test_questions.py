@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 from oracle import WORDS, oracle
 
-from sinkstudy.lab import questions as q
-from sinkstudy.lab.world import CELLS, COLOURS, KINDS, LIGHTS, SCENES, SIZES, TEXTURES, render
+from sinkstudy.world import questions as q
+from sinkstudy.world.drawing import CELLS, COLOURS, KINDS, LIGHTS, SCENES, SIZES, TEXTURES, render
 
 GLOBAL = {"scene", "light", "texture", "main colour", "things", "parts", "sum"}
 LOCAL = {"existence", "colour", "place", "size", "mark", "which colour", "material"}

@@ -9,11 +9,11 @@ from torch import nn
 from transformers import CLIPVisionModel
 from transformers.models.qwen2_vl import modeling_qwen2_vl
 
-from sinkstudy.lab import gist
 from sinkstudy.lab import tower as t
 from sinkstudy.lab.emergence import PATCHES, Follower, log_spaced
-from sinkstudy.lab.world import render
-from sinkstudy.registers import CLIPVisionModelWithRegisters
+from sinkstudy.model.registers import CLIPVisionModelWithRegisters
+from sinkstudy.world import gist
+from sinkstudy.world.drawing import render
 
 HEADS = 2
 

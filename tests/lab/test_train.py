@@ -6,10 +6,11 @@ import pandas as pd
 import pytest
 import torch
 
-from sinkstudy import models
-from sinkstudy.lab import benchmarks, emergence, language, score, train, training
+from sinkstudy.lab import emergence, language, score, train, training
 from sinkstudy.lab.families import QWEN2VL, family
-from sinkstudy.lab.world import render
+from sinkstudy.model import loading
+from sinkstudy.world import benchmarks
+from sinkstudy.world.drawing import render
 
 SCENES, STEPS = 64, 5
 NAME = "lab-qwen2vl"
@@ -48,7 +49,7 @@ def test_a_model_is_made_from_nothing(small, capsys):
     assert "A very small Qwen2-VL" in card and "second architecture" in card and QWEN2VL.parts in card
 
     # it is a Qwen2-VL, and generates
-    loaded = models.load(str(folder))
+    loaded = loading.load(str(folder))
     assert family(loaded.model.config) is QWEN2VL
     vision = loaded.model.config.vision_config
     assert (vision.depth, vision.embed_dim, vision.num_heads, vision.patch_size) == (8, 128, 2, 8)

@@ -9,8 +9,8 @@ from dataclasses import fields
 import pytest
 import torch
 
-from sinkstudy.lab import questions, world
-from sinkstudy.lab.world import CHUNK, GRID, PATCH, SIDE, Scenes, render
+from sinkstudy.world import drawing, questions
+from sinkstudy.world.drawing import CHUNK, GRID, PATCH, SIDE, Scenes, render
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def patchwise(images: torch.Tensor) -> torch.Tensor:
 
 def seen(colour, light: int) -> torch.Tensor:
     """What a paint looks like under a light: [.., 3] → [.., 3]."""
-    lit = torch.as_tensor(colour) * torch.tensor(world._LIGHT[light]) // 64
+    lit = torch.as_tensor(colour) * torch.tensor(drawing._LIGHT[light]) // 64
     return lit.clamp(0, 255)
 
 
@@ -57,13 +57,13 @@ def test_facts_do_not_depend_on_drawing(scenes):
 
 
 def test_the_splits_are_different_streams():
-    assert len({render(split, 0, 8).images.numpy().tobytes() for split in world.SPLITS}) == 3
+    assert len({render(split, 0, 8).images.numpy().tobytes() for split in drawing.SPLITS}) == 3
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_other_processors_draw_the_same_scenes(scenes, capability):
     """With the instruction sets of older processors, and one thread."""
-    code = ("import hashlib, torch; from sinkstudy.lab.world import render; torch.set_num_threads(1);"
+    code = ("import hashlib, torch; from sinkstudy.world.drawing import render; torch.set_num_threads(1);"
             "s = render('val', 0, 512); print(hashlib.sha256(s.images.numpy().tobytes() +"
             " s.calm.numpy().tobytes() + s.kind.numpy().tobytes()).hexdigest())")
     ran = subprocess.run([sys.executable, "-c", code], env=os.environ | {"ATEN_CPU_CAPABILITY": capability},
@@ -83,22 +83,22 @@ def test_arguments_are_checked():
 # --------------------------------------------------------------------------------------------- splits
 @pytest.fixture(scope="module")
 def facts_of() -> dict[str, Scenes]:
-    return {split: render(split, 0, 4096, pictures=False) for split in world.SPLITS}
+    return {split: render(split, 0, 4096, pictures=False) for split in drawing.SPLITS}
 
 
 def test_signatures_lie_in_the_range_of_their_split(facts_of):
     """By construction: the ranges are disjoint, and cover everything."""
-    ranges = sorted(world.SPLITS.values())
+    ranges = sorted(drawing.SPLITS.values())
     assert [ranges[0][0], *(high for _, high in ranges)] == [0, *(low for low, _ in ranges[1:]), 100]
     for split, facts in facts_of.items():
-        bucket = world.signature(facts) % 100
-        low, high = world.SPLITS[split]
+        bucket = drawing.signature(facts) % 100
+        low, high = drawing.SPLITS[split]
         assert ((bucket >= low) & (bucket < high)).all()
         assert bucket.unique().numel() == high - low
 
 
 def test_no_signature_is_in_two_splits(facts_of):
-    signatures = {split: set(world.signature(facts).tolist()) for split, facts in facts_of.items()}
+    signatures = {split: set(drawing.signature(facts).tolist()) for split, facts in facts_of.items()}
     assert all(len(s) > 4090 for s in signatures.values())
     assert not signatures["train"] & signatures["val"]
     assert not signatures["train"] & signatures["test"]
@@ -113,7 +113,7 @@ def test_no_scene_in_words_is_in_two_splits(facts_of):
 
 def test_the_signature_hears_every_fact(facts_of):
     s = facts_of["val"][:64]
-    before = world.signature(s)
+    before = drawing.signature(s)
     for name in ("scene", "light", "texture", "colour", "kind", "thing_colour", "size", "cell", "mark"):
         changed = render("val", 0, 64, pictures=False)
         values = getattr(changed, name)
@@ -123,7 +123,7 @@ def test_the_signature_hears_every_fact(facts_of):
             values += 1
         else:
             values[:, 0] += 1
-        assert (world.signature(changed) != before).all(), name
+        assert (drawing.signature(changed) != before).all(), name
 
 
 # -------------------------------------------------------------------------------------- calm and busy
@@ -148,11 +148,11 @@ def test_calm_patches_are_flat_and_all_others_are_not(scenes):
 def test_no_thing_lies_on_a_calm_patch_or_next_to_its_pixels(scenes):
     assert (scenes.thing_share[scenes.calm] == 0).all()
     middle = torch.arange(GRID) * PATCH + PATCH / 2
-    for i in range(world.MAX_THINGS):
+    for i in range(drawing.MAX_THINGS):
         there = scenes.kind[:, i] >= 0
         away = torch.maximum((middle[:, None] - scenes.centre[:, i, 0, None, None]).abs(),
                              (middle[None] - scenes.centre[:, i, 1, None, None]).abs())
-        assert away[there & scenes.calm.any((1, 2))][scenes.calm[there]].min() > world.RADIUS[0] + PATCH / 2
+        assert away[there & scenes.calm.any((1, 2))][scenes.calm[there]].min() > drawing.RADIUS[0] + PATCH / 2
 
 
 def test_a_calm_patch_shows_its_part_and_the_light(scenes):
@@ -161,7 +161,7 @@ def test_a_calm_patch_shows_its_part_and_the_light(scenes):
         for row, column in scenes.calm[i].nonzero().tolist():
             y, x = row * PATCH + PATCH // 2, column * PATCH + PATCH // 2
             part = nearest(scenes.seeds[i], scenes.texture[i], y, x)
-            paint = seen(world._MUTED[scenes.colour[i, part]], int(scenes.light[i]))
+            paint = seen(drawing._MUTED[scenes.colour[i, part]], int(scenes.light[i]))
             assert scenes.images[i, :, y, x].tolist() == paint.tolist()
 
 
@@ -183,7 +183,7 @@ def test_part_map_is_the_nearest_seed(scenes):
 
 
 def test_areas_are_those_of_the_picture(scenes):
-    real = torch.stack([(scenes.part_map == i).float().mean((1, 2)) for i in range(world.MAX_PARTS)], 1)
+    real = torch.stack([(scenes.part_map == i).float().mean((1, 2)) for i in range(drawing.MAX_PARTS)], 1)
     assert (real - scenes.area).abs().max() < 0.03  # counted on every fourth pixel
     there = scenes.texture >= 0
     assert (scenes.area[there] >= 0.12).all() and (real[there] > 0.09).all() and (real[~there] == 0).all()
@@ -193,7 +193,7 @@ def test_areas_are_those_of_the_picture(scenes):
 def test_the_main_part_is_the_largest_in_the_picture(scenes):
     for i, f in enumerate(questions.facts(scenes)):
         if f.has_main:
-            real = sorted(((int((scenes.part_map[i] == p).sum()), world.TEXTURES[t])
+            real = sorted(((int((scenes.part_map[i] == p).sum()), drawing.TEXTURES[t])
                            for p, t in enumerate(scenes.texture[i].tolist()) if t >= 0), reverse=True)
             assert real[0][1] == f.parts[0][0]
             assert real[0][0] > 1.1 * real[1][0]
@@ -206,9 +206,10 @@ def test_what_is_drawn_from(scenes):
         for row in columns.tolist():  # no texture, ground colour, kind or cell twice in a scene
             there = [v for v in row if v >= 0]
             assert len(set(there)) == len(there)
-    for columns, names in ((scenes.scene, world.SCENES), (scenes.light, world.LIGHTS), (scenes.cell, world.CELLS),
-                           (scenes.texture, world.TEXTURES), (scenes.kind, world.KINDS), (scenes.size, world.SIZES),
-                           (scenes.colour, world.COLOURS), (scenes.thing_colour, world.COLOURS)):
+    for columns, names in ((scenes.scene, drawing.SCENES), (scenes.light, drawing.LIGHTS),
+                           (scenes.cell, drawing.CELLS), (scenes.texture, drawing.TEXTURES),
+                           (scenes.kind, drawing.KINDS), (scenes.size, drawing.SIZES),
+                           (scenes.colour, drawing.COLOURS), (scenes.thing_colour, drawing.COLOURS)):
         assert set(columns[columns >= 0].tolist()) == set(range(len(names)))
 
 
@@ -232,7 +233,7 @@ def test_textures_and_scene_are_in_the_picture(scenes):
     """Reads both by matching tiles; what is read must be what the facts say."""
     right, asked, scene_right, n = 0, 0, 0, 48
     for i in range(n):
-        light = torch.tensor(world._LIGHT[scenes.light[i]])
+        light = torch.tensor(drawing._LIGHT[scenes.light[i]])
         busy = ~pixels(scenes.calm[i:i + 1])[0] & ~pixels(scenes.thing_share[i:i + 1] > 0)[0]
         plain = (scenes.images[i].float() * 64 / light[:, None, None]).mean(0)
         residual = torch.zeros(SIDE, SIDE)
@@ -241,11 +242,11 @@ def test_textures_and_scene_are_in_the_picture(scenes):
             if texture < 0 or region.sum() < 400:
                 continue
             residual[region] = plain[region] - plain[region].mean()
-            right += read(residual, region, world._TEXTURE) == texture
+            right += read(residual, region, drawing._TEXTURE) == texture
             asked += 1
         open_ = busy & (residual != 0)
         residual -= residual[open_].mean()
-        scene_right += read(residual, open_, world._CLUTTER) == scenes.scene[i]
+        scene_right += read(residual, open_, drawing._CLUTTER) == scenes.scene[i]
     assert asked > 2 * n
     assert right / asked > 0.97 and scene_right / n > 0.95, (right / asked, scene_right / n)
 
@@ -264,7 +265,7 @@ def is_paint(window: torch.Tensor, paint: torch.Tensor) -> torch.Tensor:
 def test_a_thing_has_its_colour(scenes):
     for i, t, window in things(scenes):
         light = int(scenes.light[i])
-        counts = [int(is_paint(window, seen(v, light)).sum()) for v in world._VIVID]
+        counts = [int(is_paint(window, seen(v, light)).sum()) for v in drawing._VIVID]
         assert max(range(len(counts)), key=counts.__getitem__) == scenes.thing_colour[i, t]
         assert max(counts) >= 25
 
@@ -275,26 +276,26 @@ def test_a_thing_has_its_outline(scenes):
     for i, t, window in things(scenes):
         if scenes.mark[i, t]:
             continue
-        vivid, light = torch.tensor(world._VIVID[scenes.thing_colour[i, t]]), int(scenes.light[i])
+        vivid, light = torch.tensor(drawing._VIVID[scenes.thing_colour[i, t]]), int(scenes.light[i])
         painted = is_paint(window, seen(vivid, light)) | is_paint(window, seen(vivid * 3 // 8, light))
         key = int(scenes.kind[i, t]), int(scenes.size[i, t])
         always[key] = painted & always.get(key, painted)
-    assert len(always) == len(world.KINDS) * 2
+    assert len(always) == len(drawing.KINDS) * 2
     for (kind, size), mask in always.items():
         rows, columns = mask.any(1).nonzero()[:, 0], mask.any(0).nonzero()[:, 0]
-        radius = world.RADIUS[size]
+        radius = drawing.RADIUS[size]
         reach = max((rows - 13).abs().max(), (columns - 13).abs().max())
-        assert 0.8 * radius <= reach <= 1.1 * radius, world.KINDS[kind]
+        assert 0.8 * radius <= reach <= 1.1 * radius, drawing.KINDS[kind]
         for (other, same_size), theirs in always.items():
             if size == same_size and kind != other:
-                assert (mask & theirs).sum() / (mask | theirs).sum() < 0.9, (world.KINDS[kind], world.KINDS[other])
+                assert (mask & theirs).sum() / (mask | theirs).sum() < 0.9, (drawing.KINDS[kind], drawing.KINDS[other])
 
 
 def test_a_mark_is_there_where_the_facts_have_one(scenes):
     marked = 0
     for i, t, window in things(scenes):
         light = int(scenes.light[i])
-        d = round(0.75 * world.RADIUS[scenes.size[i, t]])
+        d = round(0.75 * drawing.RADIUS[scenes.size[i, t]])
         top, left = 13 - d - 2, 13 + d - 2
         corner = window[top:top + 4, left:left + 4]
         white, black = is_paint(corner, seen((255,) * 3, light)), is_paint(corner, seen((12,) * 3, light))
@@ -321,7 +322,7 @@ def test_thing_share_counts_things_and_nothing_else(scenes):
     assert (scenes.thing_share[far.unflatten(1, (GRID, PATCH)).unflatten(3, (GRID, PATCH)).all(4).all(2)] == 0).all()
     painted = torch.zeros(len(scenes), SIDE, SIDE, dtype=torch.bool)
     for i, t, window in things(scenes):
-        vivid, light = torch.tensor(world._VIVID[scenes.thing_colour[i, t]]), int(scenes.light[i])
+        vivid, light = torch.tensor(drawing._VIVID[scenes.thing_colour[i, t]]), int(scenes.light[i])
         y, x = scenes.centre[i, t].tolist()
         painted[i, y - 13:y + 14, x - 13:x + 14] |= (
             is_paint(window, seen(vivid, light)) | is_paint(window, seen(vivid * 3 // 8, light))
@@ -333,7 +334,7 @@ def test_thing_share_counts_things_and_nothing_else(scenes):
 
 
 def test_patch_contents(scenes):
-    part, thing = world.patch_contents(scenes)
+    part, thing = drawing.patch_contents(scenes)
     middle = slice(PATCH // 2, None, PATCH)
     assert torch.equal(part, scenes.part_map[:, middle, middle].long())
     assert (thing[scenes.calm] == -1).all()
@@ -343,9 +344,9 @@ def test_patch_contents(scenes):
 def test_kinds_are_popular_or_rare_and_go_with_scenes(facts_of):
     """What POPE's popular and adversarial negatives need."""
     s = facts_of["train"]
-    shown = torch.stack([(s.kind == k).any(1) for k in range(len(world.KINDS))], 1).float()  # [n, kinds]
+    shown = torch.stack([(s.kind == k).any(1) for k in range(len(drawing.KINDS))], 1).float()  # [n, kinds]
     often = shown.mean(0)
     assert often[:4].min() > 1.2 * often[8:].max()
-    for scene in range(len(world.SCENES)):
+    for scene in range(len(drawing.SCENES)):
         lift = shown[s.scene == scene].mean(0) / often
-        assert set(lift.topk(2).indices.tolist()) == {k for k in range(len(world.KINDS)) if k % 6 == scene}
+        assert set(lift.topk(2).indices.tolist()) == {k for k in range(len(drawing.KINDS)) if k % 6 == scene}

@@ -22,8 +22,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from sinkstudy import models
-from sinkstudy.registers import CLIPVisionWithRegistersConfig
+from sinkstudy.model import loading
+from sinkstudy.model.registers import CLIPVisionWithRegistersConfig
 
 WORDS = "<pad> <s> </s> <unk> <image> user : assistant what is the texture how many red blue yes no".split()
 CHAT = (
@@ -73,17 +73,17 @@ def write_tiny_llava(folder: Path, tower: str) -> None:
 
 
 @pytest.fixture(scope="session", params=["clip", "registers"])
-def tiny(request, tmp_path_factory) -> models.LVLM:
+def tiny(request, tmp_path_factory) -> loading.LVLM:
     folder = tmp_path_factory.mktemp(f"tiny-{request.param}")
     write_tiny_llava(folder, request.param)
-    return models.load(str(folder))
+    return loading.load(str(folder))
 
 
 @pytest.fixture(scope="session")
-def tiny_siglip(tmp_path_factory) -> models.LVLM:
+def tiny_siglip(tmp_path_factory) -> loading.LVLM:
     folder = tmp_path_factory.mktemp("tiny-siglip")
     write_tiny_llava(folder, "siglip")
-    return models.load(str(folder))
+    return loading.load(str(folder))
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -95,9 +95,9 @@ def folder(request, tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def lvlm(folder) -> models.LVLM:
+def lvlm(folder) -> loading.LVLM:
     """The same, loaded."""
-    return models.load(folder)
+    return loading.load(folder)
 
 
 @pytest.fixture(scope="session")
@@ -119,7 +119,7 @@ def questions() -> list[str]:
 
 
 @pytest.fixture(scope="session", params=["lab-llava", "lab-llava-sinks", "lab-llava-registers"])
-def lab(request) -> models.LVLM:
-    if request.param not in models.lab_models():
+def lab(request) -> loading.LVLM:
+    if request.param not in loading.lab_models():
         pytest.skip(f"the weights of {request.param} are not there")
-    return models.load(request.param)
+    return loading.load(request.param)

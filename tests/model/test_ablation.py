@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from sinkstudy import ablation, capture, models
-from sinkstudy.evaluate import NONE, evaluate
+from sinkstudy.answers.evaluate import NONE, evaluate
+from sinkstudy.effects import ablation
+from sinkstudy.model import capture, loading
 
 STEPS = 3
 TEXTS = ["how many", "what is the texture red blue yes no", "what is the texture"]
@@ -33,19 +34,19 @@ def table() -> pd.DataFrame:
 
 
 @pytest.fixture(scope="module", params=SHARING)
-def lvlm(request, tmp_path_factory) -> models.LVLM:
+def lvlm(request, tmp_path_factory) -> loading.LVLM:
     return load(request.param, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
-def llava(tmp_path_factory) -> models.LVLM:
+def llava(tmp_path_factory) -> loading.LVLM:
     return load("llava", tmp_path_factory)
 
 
-def load(name, tmp_path_factory) -> models.LVLM:
+def load(name, tmp_path_factory) -> loading.LVLM:
     folder = tmp_path_factory.mktemp(name)
     architectures.write(folder, name)
-    return models.load(str(folder))
+    return loading.load(str(folder))
 
 
 def groups(lvlm, images, k=3, seed=0) -> dict[str, torch.Tensor]:

@@ -10,8 +10,8 @@ import transformers
 from PIL import Image
 from transformers import CONFIG_MAPPING, LlamaConfig
 
-from sinkstudy import models
-from sinkstudy.capture import attention_received, attention_rows, hidden_states, trace, trace_tower
+from sinkstudy.model import loading
+from sinkstudy.model.capture import attention_received, attention_rows, hidden_states, trace, trace_tower
 
 close = dict(atol=1e-5, rtol=1e-4)
 SIZES = [(48, 32), (32, 64), (64, 64)]  # (width, height), which the Qwen processors leave as they are
@@ -324,7 +324,7 @@ def test_injecting_the_same(lvlm, inputs, plain):
 
 def test_bfloat16(lvlm, pictures):
     """Neither capture nor unchanged features may change how bfloat16 rounds."""
-    half = models.load(lvlm.name, dtype="bfloat16")
+    half = loading.load(lvlm.name, dtype="bfloat16")
     inputs = half.inputs(pictures, QUESTIONS)
     expected = run(half, inputs)
     with (
@@ -483,9 +483,9 @@ FULL_SIZE = {  # grid of a tile, side of a visual token in patches, and visual t
 def test_full_size(kind):
     changes, grid, merge, tokens = FULL_SIZE[kind]
     config = CONFIG_MAPPING[kind](**changes)
-    models._check_layout(kind, config)
-    assert models._tile_grid(config) == grid
-    assert models.SPECS[kind].merge(config) == merge
+    loading._check_layout(kind, config)
+    assert loading._tile_grid(config) == grid
+    assert loading.SPECS[kind].merge(config) == merge
     assert grid[0] * grid[1] // merge**2 == tokens
 
 
@@ -506,13 +506,13 @@ def test_smolvlm_prompt():
 def test_capped_attention():
     config = CONFIG_MAPPING["paligemma"](text_config=dict(model_type="gemma2"))
     with pytest.raises(ValueError, match="caps its attention logits"):
-        models._check_layout("paligemma2", config)
+        loading._check_layout("paligemma2", config)
 
 
 def test_unknown_tower():
     config = CONFIG_MAPPING["llava"](vision_config=dict(model_type="pixtral"))
     with pytest.raises(ValueError, match="'pixtral' is not known.*book/architectures.md"):
-        models._check_layout("pixtral", config)
+        loading._check_layout("pixtral", config)
 
 
 def test_text_only_and_unknown_models(tmp_path):
@@ -521,10 +521,10 @@ def test_text_only_and_unknown_models(tmp_path):
     (tmp_path / "new" / "config.json").write_text(json.dumps({"model_type": "molmo"}))
     for name, kind in [("text", "llama"), ("new", "molmo")]:
         with pytest.raises(ValueError) as error:
-            models.load(str(tmp_path / name))
+            loading.load(str(tmp_path / name))
         message = str(error.value)
         assert f"'{kind}' is not known" in message and "book/architectures.md" in message
-        assert all(known in message for known in models.SPECS)
+        assert all(known in message for known in loading.SPECS)
         assert len(message.splitlines()) == 1
 
 

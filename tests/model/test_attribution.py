@@ -10,7 +10,8 @@ import torch
 from captum.attr import FeatureAblation, ImageMaskInput, LLMAttribution
 from PIL import Image
 
-from sinkstudy import attribution, models
+from sinkstudy.analyses import attribution
+from sinkstudy.model import loading
 
 TEXTS = ["how many", "what is the texture red blue", "what is the texture"]
 ANSWERS = ["red", "blue texture yes", "no"]
@@ -26,11 +27,11 @@ def pictures() -> list[Image.Image]:
 def loaded(tmp_path_factory):
     kept = {}
 
-    def load(name: str) -> models.LVLM:
+    def load(name: str) -> loading.LVLM:
         if name not in kept:
             folder = tmp_path_factory.mktemp(name)
             architectures.write(folder, name)
-            kept[name] = models.load(str(folder))
+            kept[name] = loading.load(str(folder))
         return kept[name]
 
     return load

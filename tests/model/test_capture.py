@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from sinkstudy import models, sinks
-from sinkstudy.capture import (
+from sinkstudy import sinks
+from sinkstudy.model import loading
+from sinkstudy.model.capture import (
     _Attention,
     attention_received,
     attention_rows,
@@ -321,7 +322,7 @@ def test_hidden_dimensions_of_a_group(tiny, images, questions):
 
 
 def test_bfloat16(tiny, images, questions):
-    half = models.load(tiny.name, dtype="bfloat16")
+    half = loading.load(tiny.name, dtype="bfloat16")
     seen = trace(half, images, questions, max_new_tokens=2)
     assert all(
         getattr(seen, name).dtype == torch.float32

@@ -9,10 +9,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from sinkstudy import benchmarks, evaluate, models, study, tuning
-from sinkstudy.diysink import DIYSink, OneConnector
-from sinkstudy.gates import Gates, LoRA
-from sinkstudy.routers import ReW
+from sinkstudy import benchmarks
+from sinkstudy.answers import evaluate, study
+from sinkstudy.model import loading
+from sinkstudy.trained import loop
+from sinkstudy.trained.connectors import DIYSink, OneConnector
+from sinkstudy.trained.gates import Gates, LoRA
+from sinkstudy.trained.routers import ReW
 from tests.benchmarks.test_data import FILES
 from tests.model import architectures, chapters
 
@@ -23,11 +26,11 @@ def test_own_model(tmp_path: Path, name: str):
     architectures.write(tmp_path / "tiny", name)
     rule = dict(criterion="percentile", threshold=90.0)
     for seed in (0, 1):
-        OneConnector(models.load(base), seed=seed).save(methods / f"one-{seed}")
-        DIYSink(models.load(base), **rule, seed=seed).save(methods / f"two-{seed}")
-        ReW(models.load(base), diysink=methods / f"two-{seed}", seed=seed).save(methods / f"rew-{seed}")
-        Gates(models.load(base), **rule, seed=seed).save(methods / f"gates-{seed}")
-    LoRA(models.load(base), parameters=500).save(methods / "adapters-0")
+        OneConnector(loading.load(base), seed=seed).save(methods / f"one-{seed}")
+        DIYSink(loading.load(base), **rule, seed=seed).save(methods / f"two-{seed}")
+        ReW(loading.load(base), diysink=methods / f"two-{seed}", seed=seed).save(methods / f"rew-{seed}")
+        Gates(loading.load(base), **rule, seed=seed).save(methods / f"gates-{seed}")
+    LoRA(loading.load(base), parameters=500).save(methods / "adapters-0")
     for folder in methods.iterdir():
         pd.DataFrame({"step": [1], "loss": [1.0]}).to_csv(folder / "training.csv", index=False)
     for file, rows in FILES["POPE"].items():
@@ -51,7 +54,7 @@ def test_own_model(tmp_path: Path, name: str):
     found = found.set_index("arm").value
     of_seeds = []
     for seed in (0, 1):
-        method = tuning.load(methods / f"two-{seed}")
+        method = loop.load(methods / f"two-{seed}")
         asked = table.assign(question=benchmarks.prompts(table, "POPE", study.family(method.lvlm, True)))
         with torch.no_grad():
             answers = evaluate.evaluate(method.lvlm, asked, [method.intervention("x", show="others")], images=shown,

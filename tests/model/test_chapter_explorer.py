@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from sinkstudy import capture, evaluate, models, study
+from sinkstudy.answers import evaluate, study
+from sinkstudy.model import capture, loading
 from sinkstudy.paths import RESULTS
 from tests.model.chapters import printed
 from tests.model.test_chapter_benchmarks import run
@@ -41,7 +42,7 @@ def one(request, shown):
     of = shown["models"][request.param]
     pictures, _ = study.pictures("", len(shown["pictures"]))
     questions = shown["pictures"][PICTURE]["questions"]
-    return of["pictures"][PICTURE], models.load(of["name"]), pictures, [q["text"] for q in questions], questions
+    return of["pictures"][PICTURE], loading.load(of["name"]), pictures, [q["text"] for q in questions], questions
 
 
 def test_maps_are_those_of_a_trace(one):

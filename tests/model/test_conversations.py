@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from sinkstudy.conversations import Collate, Sample, fitting, read
-from sinkstudy.evaluate import Prefixes
+from sinkstudy.answers.evaluate import Prefixes
+from sinkstudy.trained.conversations import Collate, Sample, fitting, read
 
 TURNS = [("what is the texture", "red blue"), ("how many", "yes"), ("is the red", "no red")]
 

@@ -8,9 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from sinkstudy import capture, models, routing, sinks, tuning
-from sinkstudy.diysink import DIYSink, OneConnector, linear_pair, matched_width, widen
-from sinkstudy.evaluate import Prefixes
+from sinkstudy import sinks
+from sinkstudy.answers.evaluate import Prefixes
+from sinkstudy.effects import moving
+from sinkstudy.model import capture, loading
+from sinkstudy.trained import loop
+from sinkstudy.trained.connectors import DIYSink, OneConnector, linear_pair, matched_width, widen
 
 close = dict(atol=3e-5, rtol=1e-4)
 SIZES = [(48, 32), (32, 64), (64, 64)]  # (width, height)
@@ -19,7 +22,7 @@ RULE = dict(criterion="percentile", threshold=94.0)  # one patch of sixteen, at 
 
 
 def made(folder: str, **how) -> DIYSink:
-    method = DIYSink(models.load(folder), **RULE, **how)
+    method = DIYSink(loading.load(folder), **RULE, **how)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():  # both connectors far from nothing and from each other
         for connector in (method.lvlm.connector, method.sink):
@@ -67,7 +70,7 @@ def by_hand(method: DIYSink, inputs: Prefixes, weights=(1.0, 1.0)) -> torch.Tens
         of_sinks.append(mask)
     put = lambda tokens, layer: both if layer == lvlm.feature_layer else tokens  # noqa: E731
     front = method.settings["front"]
-    order = routing.reordered(lvlm, inputs, of_sinks, ids="renumber") if front else nullcontext()
+    order = moving.reordered(lvlm, inputs, of_sinks, ids="renumber") if front else nullcontext()
     with lvlm.editing(after=put), order:
         return logits(lvlm, inputs)
 
@@ -89,7 +92,7 @@ def test_every_block_comes_from_its_own_connector(folder, front):
 
 def test_equal_connectors_are_sinks_to_the_front(folder):
     """With the model's own connector in both places only the order is new, to the bit; afterwards no trace is left."""
-    lvlm = models.load(folder)
+    lvlm = loading.load(folder)
     untouched = copy.deepcopy(lvlm.connector.state_dict())
     method = DIYSink(lvlm, **RULE)
     lvlm.connector.load_state_dict(untouched)
@@ -98,7 +101,7 @@ def test_equal_connectors_are_sinks_to_the_front(folder):
     plain = logits(lvlm, inputs)
     with method.around(inputs):
         out = logits(lvlm, inputs)
-    with routing.reordered(lvlm, inputs, lambda norms: sinks.percentile(norms, RULE["threshold"]), ids="renumber"):
+    with moving.reordered(lvlm, inputs, lambda norms: sinks.percentile(norms, RULE["threshold"]), ids="renumber"):
         assert torch.equal(logits(lvlm, inputs), out)
     assert torch.equal(logits(lvlm, inputs), plain)
 
@@ -162,7 +165,7 @@ def test_one_block_alone_is_the_sequence_without_the_other(tiny, images, questio
 
 def test_random_split(folder):
     """As many visual tokens as the sinks, drawn anew for another picture, the same for the same one."""
-    lvlm = models.load(folder)
+    lvlm = loading.load(folder)
     by_sinks = DIYSink(lvlm, **RULE)
     by_chance = DIYSink(lvlm, **RULE, split="random")
     (layout, *_) = lvlm.layout(asked(lvlm))
@@ -180,7 +183,7 @@ def test_random_split(folder):
 
 
 def test_matched_width(folder):
-    lvlm = models.load(folder)
+    lvlm = loading.load(folder)
     try:
         linear_pair(lvlm.connector)
     except ValueError as error:
@@ -205,13 +208,13 @@ def test_what_was_trained_comes_back(tiny, images, questions, tmp_path):
             p.copy_(p.bfloat16())
     inputs = Prefixes(method.lvlm.inputs(images, questions), list("abc"), questions)
     method.save(tmp_path / "one", note="a test")
-    other = DIYSink.open(models.load(tiny.name), tmp_path / "one")
+    other = DIYSink.open(loading.load(tiny.name), tmp_path / "one")
     with method.around(inputs):
         wanted = logits(method.lvlm, inputs)
     with other.around(inputs):
         assert torch.equal(logits(other.lvlm, inputs), wanted)
     with pytest.raises(ValueError, match="does not hold"):
-        OneConnector(models.load(tiny.name)).read(tmp_path / "one")
+        OneConnector(loading.load(tiny.name)).read(tmp_path / "one")
 
 
 def near(matrix: torch.Tensor) -> torch.Tensor:
@@ -224,7 +227,7 @@ def test_eight_bits():
     """Rows of very different sizes, zeros among them."""
     matrix = torch.randn(40, 3, 5) * torch.logspace(-6, 3, 40)[:, None, None]
     matrix[7] = 0
-    whole, scale = tuning.rounded(matrix)
+    whole, scale = loop.rounded(matrix)
     assert whole.dtype == torch.int8 and whole.shape == matrix.shape and scale.shape == (40,)
     error = (whole * scale.float()[:, None, None] - matrix).abs().amax((1, 2))
     assert (error <= near(matrix)).all() and (error > 0).sum() == 39
@@ -237,7 +240,7 @@ def test_kept_in_eight_bits(tiny, tmp_path):
     method.save(tmp_path / "sixteen")
     eight, sixteen = ((tmp_path / name / "weights.safetensors").stat().st_size for name in ("eight", "sixteen"))
     assert eight < 0.75 * sixteen  # tiny matrices have few columns for a scale
-    found = DIYSink.open(models.load(tiny.name), tmp_path / "eight").changed()
+    found = DIYSink.open(loading.load(tiny.name), tmp_path / "eight").changed()
     for name, own in method.changed().items():
         if own.ndim > 1:
             error = (found[name] - own).detach().flatten(1).abs().amax(1)
@@ -254,7 +257,7 @@ def test_bad_settings(tiny, how, message):
 
 
 def test_refuses_gradient_checkpointing(tiny, images, questions):
-    method = DIYSink(models.load(tiny.name), **RULE)
+    method = DIYSink(loading.load(tiny.name), **RULE)
     inputs = Prefixes(method.lvlm.inputs(images, questions), list("abc"), questions)
     method.lvlm.decoder.activation_checkpointing_enable()
     with pytest.raises(ValueError, match="activation_checkpointing_disable"):

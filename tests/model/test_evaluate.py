@@ -16,8 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-from sinkstudy import models
-from sinkstudy.evaluate import NONE, Intervention, evaluate
+from sinkstudy.answers.evaluate import NONE, Intervention, evaluate
+from sinkstudy.model import loading
 from sinkstudy.paths import ROOT
 
 STEPS = 4
@@ -49,14 +49,14 @@ def table() -> pd.DataFrame:
     )
 
 
-def loaded(name, tmp_path_factory) -> models.LVLM:
+def loaded(name, tmp_path_factory) -> loading.LVLM:
     folder = tmp_path_factory.mktemp(name)
     architectures.write(folder, name)
-    return models.load(str(folder))
+    return loading.load(str(folder))
 
 
 @pytest.fixture(scope="module")
-def llava(tmp_path_factory) -> models.LVLM:
+def llava(tmp_path_factory) -> loading.LVLM:
     return loaded("llava", tmp_path_factory)
 
 
@@ -144,7 +144,7 @@ def test_a_question_in_front_of_the_image_shares_no_prefix(table, tmp_path_facto
     architectures.write(folder, "llava")
     template = "{% for c in messages[0]['content'] | reverse %}{{ '<image>' if c['type'] == 'image' else c['text'] }} "
     (folder / "chat_template.jinja").write_text(template + "{% endfor %}")
-    lvlm = models.load(str(folder))
+    lvlm = loading.load(str(folder))
     with pytest.warns(UserWarning, match="puts the question before the image, so questions share no prefix"):
         found = evaluate(lvlm, table, max_new_tokens=STEPS, cache=None)
     assert found.prediction.tolist() == one_by_one(lvlm, table)[0]
@@ -193,7 +193,7 @@ KILLED = """
 import sys
 import test_evaluate as tests
 from sinkstudy import models
-from sinkstudy.evaluate import evaluate
+from sinkstudy.answers.evaluate import evaluate
 
 evaluate(models.load(sys.argv[1]), tests.many(), max_new_tokens=1, cache=sys.argv[2], batch_size=1)
 """

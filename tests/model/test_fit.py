@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from sinkstudy.lab.training import optimizers
 from sinkstudy.paths import ROOT
-from sinkstudy.tuning import Settings, fit
+from sinkstudy.trained.loop import Settings, fit
 
 SETTINGS = Settings(
     steps=12, batch_size=4, accumulate=2, lr=0.02, weight_decay=0.1, clip=0.5, bf16=False, checkpoint_steps=3

@@ -12,10 +12,12 @@ import torch
 import transformers
 from PIL import Image
 
-from sinkstudy import models, routing, sinks
-from sinkstudy.evaluate import evaluate
-from sinkstudy.gates import Gates, LoRA, n_parameters, prompt_ends, ranks
-from sinkstudy.tuning import Settings, fit
+from sinkstudy import sinks
+from sinkstudy.answers.evaluate import evaluate
+from sinkstudy.effects import moving
+from sinkstudy.model import loading
+from sinkstudy.trained.gates import Gates, LoRA, n_parameters, prompt_ends, ranks
+from sinkstudy.trained.loop import Settings, fit
 
 close = dict(atol=2e-5, rtol=1e-4)
 SIZES = [(48, 32), (32, 64), (64, 64)]  # (width, height)
@@ -27,23 +29,23 @@ DECODE = dict(
 )
 
 
-def loaded(name, folder) -> models.LVLM:
+def loaded(name, folder) -> loading.LVLM:
     architectures.write(folder, name)
-    return models.load(str(folder))
+    return loading.load(str(folder))
 
 
 @pytest.fixture(scope="module", params=architectures.ARCHITECTURES)
-def lvlm(request, tmp_path_factory) -> models.LVLM:
+def lvlm(request, tmp_path_factory) -> loading.LVLM:
     return loaded(request.param, tmp_path_factory.mktemp(request.param))
 
 
 @pytest.fixture(scope="module", params=["llava", "qwen2_vl"])
-def two(request, tmp_path_factory) -> models.LVLM:
+def two(request, tmp_path_factory) -> loading.LVLM:
     return loaded(request.param, tmp_path_factory.mktemp(request.param))
 
 
 @pytest.fixture
-def llava(tmp_path) -> models.LVLM:
+def llava(tmp_path) -> loading.LVLM:
     """One that a test may change."""
     return loaded("llava", tmp_path / "llava")
 
@@ -158,7 +160,7 @@ def test_the_beginning(lvlm):
     plain = logits(lvlm, inputs)
     assert torch.equal(logits(lvlm, inputs, Gates(lvlm, **RULE, normalised=True).around(inputs)), plain)
     gates = Gates(lvlm, **RULE)
-    half = routing.gated(lvlm, inputs, lambda norms: norms < 0, 1.0, 0.5, layers=[1, 2])
+    half = moving.gated(lvlm, inputs, lambda norms: norms < 0, 1.0, 0.5, layers=[1, 2])
     ours = logits(lvlm, inputs, gates.around(inputs))
     assert torch.equal(ours, logits(lvlm, inputs, half)) and not torch.allclose(ours[:, -1], plain[:, -1], atol=1e-3)
     assert torch.equal(gates.weights(inputs), torch.full((3, 2, 2), 0.5))
@@ -266,7 +268,7 @@ def planted(lvlm, seed, n, rules):
     asked, answers, kinds = [], [], []
     for kind, question in enumerate(QUESTIONS[:2]):
         inputs = lvlm.inputs(images, [question] * n)
-        said = [logits(lvlm, inputs, routing.gated(lvlm, inputs, sinks.rule(**RULE), *by, layers=[1])) for by in rules]
+        said = [logits(lvlm, inputs, moving.gated(lvlm, inputs, sinks.rule(**RULE), *by, layers=[1])) for by in rules]
         said = [words + of_rule[:, -1, words:].argmax(-1) for of_rule in said]
         for i in (said[0] != said[1]).nonzero()[:, 0].tolist():
             asked.append((images[i], question))
@@ -305,7 +307,7 @@ def test_fit_trains_what_is_the_methods_own(llava, tmp_path, kind):
     untouched = copy.deepcopy(llava.model.state_dict())
     ends = []
     for again in ("a", "b"):
-        own = models.load(llava.name)
+        own = loading.load(llava.name)
         torch.manual_seed(len(ends))  # what was drawn before does not matter
         method = Gates(own, **RULE) if kind == "lsg" else LoRA(own, parameters=1000)
         settings = Settings(steps=3, batch_size=1, lr=1e-2, bf16=False)
@@ -351,14 +353,14 @@ def test_bad_choices(llava):
 # ------------------------------------------------------------------------------------------------- LoRA
 def test_lora_begins_at_the_untouched_model_and_leaves_its_parts_in_place(lvlm):
     inputs = lvlm.inputs(pictures(), QUESTIONS)
-    own = models.load(lvlm.name)
+    own = loading.load(lvlm.name)
     lora = LoRA(own, parameters=1000, targets=["q_proj", "k_proj", "v_proj"])
     assert torch.equal(logits(own, inputs), logits(lvlm, inputs))
     torch.manual_seed(0)
     for name, parameter in lora.changed().items():
         if "lora_B" in name:
             parameter.data += 0.3 * torch.randn_like(parameter)
-    by_hand = models.load(lvlm.name)  # the same change as full matrices, W + B A
+    by_hand = loading.load(lvlm.name)  # the same change as full matrices, W + B A
     for plain, adapted in zip(by_hand.decoder_layers, own.decoder_layers, strict=True):
         for target in ("q_proj", "k_proj", "v_proj"):
             one, two = (x.get_submodule(f"{lvlm.spec.decoder_attention}.{target}") for x in (plain, adapted))
@@ -366,7 +368,7 @@ def test_lora_begins_at_the_untouched_model_and_leaves_its_parts_in_place(lvlm):
                 one.weight.data += two.lora_B["default"].weight.data @ two.lora_A["default"].weight.data
     assert not torch.allclose(logits(own, inputs)[:, -1], logits(lvlm, inputs)[:, -1], atol=1e-2)
     here = real(inputs)
-    for contexts in ([None, None], [routing.gated(x, inputs, sinks.rule(**RULE), 2.0, 0.5) for x in (own, by_hand)]):
+    for contexts in ([None, None], [moving.gated(x, inputs, sinks.rule(**RULE), 2.0, 0.5) for x in (own, by_hand)]):
         ours, expected = (logits(x, inputs, context) for x, context in zip((own, by_hand), contexts, strict=True))
         torch.testing.assert_close(ours[here], expected[here], atol=1e-4, rtol=1e-3)
     assert {name for name, p in own.model.named_parameters() if p.requires_grad} == {
@@ -422,7 +424,7 @@ def test_lora_trained_saved_and_read(llava, tmp_path):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_in_half_precision_what_is_trained_is_in_float32(tmp_path, dtype):
     architectures.write(tmp_path, "llava")
-    llava = models.load(str(tmp_path), dtype=dtype)
+    llava = loading.load(str(tmp_path), dtype=dtype)
     whole, labels = answered(llava, llava.inputs(pictures(), QUESTIONS), [[30, 31], [32], [33]])
     for method in (Gates(llava, **RULE), LoRA(llava, parameters=1000)):
         method(whole, labels).backward()

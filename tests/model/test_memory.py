@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 from transformers import DynamicCache
 
-from sinkstudy import memory, models
+from sinkstudy.book import memory
+from sinkstudy.model import loading
 
 
-def stored(lvlm: models.LVLM) -> int:
+def stored(lvlm: loading.LVLM) -> int:
     """Bytes of the weights' storages, each once, however many parameters share it."""
     storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in lvlm.model.parameters()}
     return sum(storages.values())
@@ -20,8 +21,8 @@ def stored(lvlm: models.LVLM) -> int:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_weights_of_a_lab_model(lab, dtype):
-    there = models.load(lab.name, dtype=dtype)
-    outline = models.outline(lab.name, dtype=dtype)
+    there = loading.load(lab.name, dtype=dtype)
+    outline = loading.outline(lab.name, dtype=dtype)
     assert memory.need(outline).weights == stored(there)
     assert memory.need(outline) == memory.need(there)
     assert all(p.is_meta for p in outline.model.parameters())  # no memory itself
@@ -30,8 +31,8 @@ def test_weights_of_a_lab_model(lab, dtype):
 @pytest.mark.parametrize("name", architectures.ARCHITECTURES)
 def test_weights_and_cache_of_every_architecture(name, tmp_path):
     architectures.write(tmp_path, name)
-    there = models.load(str(tmp_path), dtype="bfloat16")
-    need = memory.need(models.outline(str(tmp_path), dtype="bfloat16"), batch_size=2)
+    there = loading.load(str(tmp_path), dtype="bfloat16")
+    need = memory.need(loading.outline(str(tmp_path), dtype="bfloat16"), batch_size=2)
     assert need.weights == stored(there)
     inputs = there.inputs([Image.new("RGB", memory.PICTURE)] * 2, [""] * 2)
     cache = DynamicCache()  # without a config it keeps all, sliding windows or not
@@ -42,7 +43,7 @@ def test_weights_and_cache_of_every_architecture(name, tmp_path):
 
 
 def test_more_in_a_batch_takes_more_but_the_weights():
-    outline = models.outline("lab-llava")
+    outline = loading.outline("lab-llava")
     one, four = memory.need(outline), memory.need(outline, 4)
     assert four.weights == one.weights
     assert four.cache == 4 * one.cache and four.activations == 4 * one.activations
@@ -76,7 +77,7 @@ def test_a_model_that_does_not_fit(tmp_path, monkeypatch):
 def test_a_model_that_fits(tmp_path, monkeypatch):
     architectures.write(tmp_path, "qwen2_5_vl")
     memory.check(str(tmp_path), dtype="bfloat16", batch_size=32)
-    exactly = sum(memory.need(models.outline(str(tmp_path))))
+    exactly = sum(memory.need(loading.outline(str(tmp_path))))
     monkeypatch.setattr(memory, "free", lambda device: exactly)
     memory.check(str(tmp_path))
     monkeypatch.setattr(memory, "free", lambda device: exactly - 1)

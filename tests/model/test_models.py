@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 
-from sinkstudy import models
-from sinkstudy.capture import trace
+from sinkstudy.model import loading
+from sinkstudy.model.capture import trace
 
 
 def test_parts(tiny):
@@ -62,7 +62,7 @@ def test_prompt_and_image_types(tiny, images):
 
 
 def test_bfloat16(tiny, images):
-    half = models.load(tiny.name, dtype="bfloat16")
+    half = loading.load(tiny.name, dtype="bfloat16")
     inputs = half.inputs(images[:1], ["how many"])
     assert inputs.pixel_values.dtype == torch.bfloat16 and inputs.input_ids.dtype == torch.long
     assert half.model(**inputs).logits.dtype == torch.bfloat16
@@ -78,11 +78,11 @@ def test_unequal_numbers(tiny, images):
 @pytest.mark.parametrize("name", ["no-such-model", "./missing/folder", "a/b/c", "/tmp"])
 def test_unknown_model(name):
     with pytest.raises(ValueError, match="unknown model"):
-        models.load(name)
+        loading.load(name)
 
 
 def test_a_loaded_model_is_wrapped(tiny, images):
-    own = models.wrap(tiny.model, tiny.processor)
+    own = loading.wrap(tiny.model, tiny.processor)
     assert (own.spec, own.grid, own.n_prefix) == (tiny.spec, tiny.grid, tiny.n_prefix) and own.model is tiny.model
     inputs = tiny.inputs(images[:1], ["how many"])
     assert torch.equal(own.inputs(images[:1], ["how many"]).input_ids, inputs.input_ids)
@@ -91,31 +91,31 @@ def test_a_loaded_model_is_wrapped(tiny, images):
 def test_what_cannot_be_wrapped(tiny):
     config = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8)
     with pytest.raises(ValueError, match="architecture 'llama' is not known"):
-        models.wrap(LlamaForCausalLM(config), tiny.processor)
+        loading.wrap(LlamaForCausalLM(config), tiny.processor)
     with pytest.raises(ValueError, match="load it as LlavaForConditionalGeneration, not as LlavaModel"):
-        models.wrap(tiny.model.model, tiny.processor)
+        loading.wrap(tiny.model.model, tiny.processor)
     with pytest.raises(ValueError, match="is no processor for pictures and text"):
-        models.wrap(tiny.model, tiny.processor.tokenizer)
+        loading.wrap(tiny.model, tiny.processor.tokenizer)
     several = copy.deepcopy(tiny.model)
     several.config.vision_feature_layer = [-2, -1]
     with pytest.raises(ValueError, match="is not a single layer"):
-        models.wrap(several, tiny.processor)
+        loading.wrap(several, tiny.processor)
 
 
 def test_hub_id_passes():
-    assert models.find("llava-hf/llava-1.5-7b-hf") == "llava-hf/llava-1.5-7b-hf"
+    assert loading.find("llava-hf/llava-1.5-7b-hf") == "llava-hf/llava-1.5-7b-hf"
 
 
 def test_unknown_architecture_dtype_device(tiny, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(ValueError, match="'gpt2' is not known"):
-        models.load(str(tmp_path))
+        loading.load(str(tmp_path))
     with pytest.raises(ValueError, match="unknown dtype 'int8'"):
-        models.load(tiny.name, dtype="int8")
+        loading.load(tiny.name, dtype="int8")
     with pytest.raises(ValueError, match="device 'cuda:97' is not there"):
-        models.load(tiny.name, device="cuda:97")
+        loading.load(tiny.name, device="cuda:97")
     with pytest.raises(ValueError, match="device 'abacus' is not there"):
-        models.load(tiny.name, device="abacus")
+        loading.load(tiny.name, device="abacus")
 
 
 def test_a_folder_that_cannot_be_read(tiny, tmp_path):
@@ -123,21 +123,21 @@ def test_a_folder_that_cannot_be_read(tiny, tmp_path):
     tiny.model.config.save_pretrained(tmp_path)
     torch.save(tiny.model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="cannot be read: .*safetensors") as found:
-        models.load(str(tmp_path))
+        loading.load(str(tmp_path))
     assert "\n" not in str(found.value)
     tiny.model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="cannot be read"):
-        models.load(str(tmp_path))  # no processor
+        loading.load(str(tmp_path))  # no processor
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ValueError, match="cannot be read"):
-        models.load(str(tmp_path))
+        loading.load(str(tmp_path))
 
 
 def test_a_hub_model_without_network(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="llava-hf/no-such-model cannot be read: .*connect"):
-        models.load("llava-hf/no-such-model")
+        loading.load("llava-hf/no-such-model")
 
 
 def test_a_hub_model_that_cannot_be_reached(monkeypatch, tmp_path):
@@ -149,20 +149,20 @@ def test_a_hub_model_that_cannot_be_reached(monkeypatch, tmp_path):
     monkeypatch.setattr(httpx.HTTPTransport, "handle_request", refused)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     with pytest.raises(ValueError, match="owner/no-such-model cannot be read: .*connect") as found:
-        models.load("owner/no-such-model")
+        loading.load("owner/no-such-model")
     assert "\n" not in str(found.value)
 
 
 def test_a_folder_has_no_revision(tiny):
     with pytest.raises(ValueError, match="is a folder and has no revision 'v1'"):
-        models.load(tiny.name, revision="v1")
-    assert models.load(tiny.name, revision="").revision is None
+        loading.load(tiny.name, revision="v1")
+    assert loading.load(tiny.name, revision="").revision is None
 
 
 @pytest.mark.parametrize("dtype, others", [("float16", "bfloat16 or float32"), ("bfloat16", "float16 or float32")])
 def test_a_device_that_lacks_a_dtype(tiny, monkeypatch, dtype, others):
     """The CPU of this torch computes in all three; one that does not raises, as older ones do."""
-    models.check_device("cpu", dtype)
+    loading.check_device("cpu", dtype)
 
     def lacks(one, other):
         raise RuntimeError(f"\"addmm_impl_cpu_\" not implemented for {one.dtype}")
@@ -170,11 +170,11 @@ def test_a_device_that_lacks_a_dtype(tiny, monkeypatch, dtype, others):
     monkeypatch.setattr(torch.Tensor, "__matmul__", lacks)
     message = rf"device 'cpu' does not compute in {dtype}: take another dtype \({others}\)"
     with pytest.raises(ValueError, match=message):
-        models.load(tiny.name, dtype=dtype)
+        loading.load(tiny.name, dtype=dtype)
 
 
 def test_an_outline_is_the_model_without_weights(tiny):
-    outline = models.outline(tiny.name, dtype="bfloat16")
+    outline = loading.outline(tiny.name, dtype="bfloat16")
     shapes = {name: tuple(p.shape) for name, p in tiny.model.named_parameters()}
     assert {name: tuple(p.shape) for name, p in outline.model.named_parameters()} == shapes
     assert outline.model.dtype == torch.bfloat16 and outline.device.type == "meta"
@@ -187,7 +187,7 @@ def test_an_outline_is_the_model_without_weights(tiny):
 
 def test_auto_without_a_gpu_is_the_cpu(tiny, images, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    auto = models.load(tiny.name, device="auto")
+    auto = loading.load(tiny.name, device="auto")
     inputs = auto.inputs(images[:1], ["how many"])
     assert auto.device.type == "cpu"
     assert torch.equal(auto.model(**inputs).logits, tiny.model(**inputs).logits)
@@ -200,7 +200,7 @@ def test_layouts_that_do_not_fit(tiny):
     ]:
         config = type(tiny.model.config).from_dict({**tiny.model.config.to_dict(), **change})
         with pytest.raises(ValueError, match=message):
-            models._check_layout("some-model", config)
+            loading._check_layout("some-model", config)
 
 
 def test_tower_without_cls(tiny_siglip, images):
@@ -215,10 +215,10 @@ def test_llava_15_layout():
     """The default config of LLaVA is LLaVA-1.5-7B; the model is made without weights."""
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(LlavaConfig())
-    lvlm = models.LVLM(model, None, "llava-1.5", None, models.SPECS["llava"])
+    lvlm = loading.LVLM(model, None, "llava-1.5", None, loading.SPECS["llava"])
     assert (lvlm.n_prefix, lvlm.grid, lvlm.feature_layer, lvlm.image_token_id) == (1, (24, 24), 22, 32000)
     assert (len(lvlm.vision_layers), len(lvlm.decoder_layers)) == (24, 32)
-    models._check_layout("llava-1.5", model.config)
+    loading._check_layout("llava-1.5", model.config)
 
 
 def test_lab_model(lab):

@@ -6,12 +6,13 @@ import pytest
 import torch
 from PIL import Image
 
-from sinkstudy import models, probing
+from sinkstudy.analyses import probing
+from sinkstudy.model import loading
 
 
-def load(folder, name) -> models.LVLM:
+def load(folder, name) -> loading.LVLM:
     architectures.write(folder / name, name)
-    return models.load(str(folder / name))
+    return loading.load(str(folder / name))
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from sinkstudy import capture, models, relevance
+from sinkstudy.analyses import relevance
+from sinkstudy.model import capture, loading
 
 
 def noise(width: int, height: int, seed: int) -> Image.Image:
@@ -16,7 +17,7 @@ def noise(width: int, height: int, seed: int) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def whole_attention(lvlm, picture) -> tuple[list[torch.Tensor], models.ImageLayout]:
+def whole_attention(lvlm, picture) -> tuple[list[torch.Tensor], loading.ImageLayout]:
     """Of each layer [heads, tokens, tokens] over all tiles and windows, 0 where nothing is seen; and the layout."""
     inputs = lvlm.inputs([picture], [""])
     with capture.attention_rows(lvlm, "vision", rows="all") as rows, torch.no_grad():
@@ -92,4 +93,4 @@ def test_bad_input(tiny, pictures, cover, message):
 def test_pictures_of_two_sizes(tmp_path, batch_size):
     architectures.write(tmp_path, "qwen2_vl")
     with pytest.raises(ValueError, match="images need one size"):
-        relevance.measure(models.load(str(tmp_path)), [noise(64, 32, 0), noise(32, 64, 0)], batch_size=batch_size)
+        relevance.measure(loading.load(str(tmp_path)), [noise(64, 32, 0), noise(32, 64, 0)], batch_size=batch_size)

@@ -12,18 +12,22 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from sinkstudy import ablation, cli, engine, evaluate, models, neurons, paths, route, routing, sinks, study
+from sinkstudy import cli, paths, sinks
+from sinkstudy.answers import evaluate, study
 from sinkstudy.benchmarks import prompts
+from sinkstudy.book import engine
+from sinkstudy.effects import ablation, methods, moving, neurons
+from sinkstudy.model import loading
 from tests.benchmarks.test_data import FILES
 
 YES_NO = ("yes", "no")
 
 
 @pytest.fixture(scope="module")
-def llava(tmp_path_factory) -> models.LVLM:
+def llava(tmp_path_factory) -> loading.LVLM:
     folder = tmp_path_factory.mktemp("llava")
     architectures.write(folder, "llava")
-    return models.load(str(folder))
+    return loading.load(str(folder))
 
 
 @pytest.fixture(scope="module")
@@ -39,15 +43,15 @@ def benchmark() -> tuple[pd.DataFrame, dict]:
 def expected(method, lvlm, inputs, norms, own, random):
     """The context of a method, called by hand."""
     contexts = {
-        "front": lambda: routing.reordered(lvlm, inputs, [own], "front", "travel"),
-        "front-renumber": lambda: routing.reordered(lvlm, inputs, [own], "front", "renumber"),
-        "end": lambda: routing.reordered(lvlm, inputs, [own], "end", "travel"),
-        "random-front": lambda: routing.reordered(lvlm, inputs, [random], "front", "travel"),
+        "front": lambda: moving.reordered(lvlm, inputs, [own], "front", "travel"),
+        "front-renumber": lambda: moving.reordered(lvlm, inputs, [own], "front", "renumber"),
+        "end": lambda: moving.reordered(lvlm, inputs, [own], "end", "travel"),
+        "random-front": lambda: moving.reordered(lvlm, inputs, [random], "front", "travel"),
         "sinks-only": lambda: ablation.hidden(lvlm, inputs, [~own]),
         "others-only": lambda: ablation.hidden(lvlm, inputs, [own]),
         "keep-top-k": lambda: ablation.hidden(lvlm, inputs, [norms < norms.sort().values[-4]]),
-        "features": lambda: routing.reweighted(lvlm, inputs, [own], 0.5, 1.0),
-        "keys": lambda: routing.gated(lvlm, inputs, [own], 0.0, 1.0),
+        "features": lambda: moving.reweighted(lvlm, inputs, [own], 0.5, 1.0),
+        "keys": lambda: moving.gated(lvlm, inputs, [own], 0.0, 1.0),
     }
     return contexts[method]()
 
@@ -83,11 +87,11 @@ def logp(rows: pd.DataFrame) -> dict[str, float]:
 HOW = {"criterion": "percentile", "threshold": 80.0, "seed": 3, "max_new_tokens": 1, "cache": None}
 
 
-@pytest.mark.parametrize("method", [m for m in route.METHODS if m != "var" and "registers" not in m])
+@pytest.mark.parametrize("method", [m for m in methods.METHODS if m != "var" and "registers" not in m])
 @torch.no_grad()
 def test_a_method_is_what_its_name_says(llava, benchmark, method):
     """Log-probabilities of the table against one pass a question under the context called by hand."""
-    rows = route.effect(llava, method, route.option(method), "POPE", *benchmark, **HOW)
+    rows = methods.effect(llava, method, methods.option(method), "POPE", *benchmark, **HOW)
     groups = {}
     for i, (name, picture) in enumerate(benchmark[1].items()):
         norms = hand_norms(llava, picture)
@@ -116,10 +120,10 @@ def test_registers_take_the_neurons_of_the_sinks(llava, benchmark):
     found = neurons.register_neurons(llava, list(pictures.values()), own, k=5)
     first = {name: norms[i] == norms[i].max() for i, name in enumerate(pictures)}
     for method in ("test-time-registers", "test-time-registers-passed"):
-        rows = route.effect(llava, method, 5, "POPE", *benchmark, **HOW)
+        rows = methods.effect(llava, method, 5, "POPE", *benchmark, **HOW)
 
         def context(inputs, name):
-            return routing.registered(llava, inputs, [first[name]] if "passed" in method else None, neurons=found)
+            return moving.registered(llava, inputs, [first[name]] if "passed" in method else None, neurons=found)
 
         before, after, _ = by_hand(llava, benchmark, context)
         assert logp(rows)["difference"] == pytest.approx((after - before).mean(), abs=1e-4)
@@ -129,28 +133,28 @@ def test_registers_take_the_neurons_of_the_sinks(llava, benchmark):
 @torch.no_grad()
 def test_var_is_about_the_dimension_that_the_first_token_lights(benchmark, tmp_path, monkeypatch):
     architectures.write(tmp_path, "llava")
-    lvlm = models.load(str(tmp_path))
+    lvlm = loading.load(str(tmp_path))
     first = lvlm.inputs([benchmark[1]["a"]], [""])["input_ids"][0, 0]
     lvlm.model.get_input_embeddings().weight.data[first, 3] = 1000
-    case = route.Case(lvlm, benchmark[1], {}, {}, {}, 4)
-    made = route.METHODS["var"].make(case, None)
+    case = methods.Case(lvlm, benchmark[1], {}, {}, {}, 4)
+    made = methods.METHODS["var"].make(case, None)
     assert made.parameters["dimensions"][0] == 3
     assert made.parameters["tau"] == pytest.approx(20 * (32 / 4096) ** 0.5)
-    monkeypatch.setattr(route, "sink_dimensions", lambda *_: [])
+    monkeypatch.setattr(methods, "sink_dimensions", lambda *_: [])
     with pytest.raises(ValueError, match="VAR has nothing to move"):
-        route.METHODS["var"].make(case, None)
+        methods.METHODS["var"].make(case, None)
 
 
 def test_without_sinks_the_tail_stands_for_them(llava, benchmark):
-    of = route.norms(llava, benchmark[1], batch_size=3)
+    of = methods.norms(llava, benchmark[1], batch_size=3)
     for name, picture in benchmark[1].items():
         torch.testing.assert_close(of[name], hand_norms(llava, picture))
-    name, own, random = route.groups(of, "absolute", 1e9)
+    name, own, random = methods.groups(of, "absolute", 1e9)
     assert name == "top 2 %" and all(mask.sum() == 1 and of[key][mask] == of[key].max() for key, mask in own.items())
     assert all(mask.sum() == 1 and not (mask & own[key]).any() for key, mask in random.items())
     half = sorted(of[key].max().item() for key in of)[1:]
-    assert route.groups(of, "absolute", half[1]).name == "sinks"  # one in two pictures
-    assert route.groups(of, "absolute", half[2]).name == "top 2 %"  # one in four
+    assert methods.groups(of, "absolute", half[1]).name == "sinks"  # one in two pictures
+    assert methods.groups(of, "absolute", half[2]).name == "top 2 %"  # one in four
 
 
 # ------------------------------------------------------------------------------------------------- the command
@@ -217,7 +221,7 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_what_is_wrong_is_said_before_a_model_is_loaded(elsewhere, monkeypatch, case):
-    monkeypatch.setattr(models, "load", None)
+    monkeypatch.setattr(loading, "load", None)
     arguments, message = BAD[case]
     problem = call(*arguments).exception
     assert isinstance(problem, engine.UserError) and message in str(problem) and "\n" not in str(problem)
@@ -226,7 +230,7 @@ def test_what_is_wrong_is_said_before_a_model_is_loaded(elsewhere, monkeypatch, 
 
 def test_methods_are_listed():
     listed = call("lab-llava").stdout.splitlines()
-    assert [line.split(":")[0] for line in listed] == list(route.METHODS)
+    assert [line.split(":")[0] for line in listed] == list(methods.METHODS)
 
 
 # ------------------------------------------------------------------------------------------------- the README
@@ -234,7 +238,7 @@ def test_the_readmes_lines_move_sinks_of_a_loaded_model(capsys):
     """Its code as it stands, on a lab model that transformers loads; the answer is the one of the study's own way."""
     code = re.findall(r"```python\n(.*?)```", (paths.ROOT / "README.md").read_text(), re.DOTALL)
     assert len(code) == 1
-    own = models.load("lab-llava-sinks")
+    own = loading.load("lab-llava-sinks")
     picture = study.pictures("", 1)[0][0]
     image = Image.fromarray(np.asarray(picture).transpose(1, 2, 0))
     given = {"model": own.model, "processor": own.processor, "image": image}
@@ -242,7 +246,7 @@ def test_the_readmes_lines_move_sinks_of_a_loaded_model(capsys):
     inputs = own.inputs([picture], ["What is in the picture?"])
     mask = hand_norms(own, picture) >= 3 * hand_norms(own, picture).median()
     assert 0 < mask.sum() < 20
-    with torch.no_grad(), routing.reordered(own, inputs, [mask]):
+    with torch.no_grad(), moving.reordered(own, inputs, [mask]):
         tokens = own.model.generate(**inputs, max_new_tokens=16)
     assert torch.equal(given["output"], tokens)
     assert capsys.readouterr().out.strip() == own.processor.batch_decode(tokens, skip_special_tokens=True)[0].strip()
@@ -257,4 +261,4 @@ def test_the_readmes_commands_are_known(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for command in commands:
         assert CliRunner().invoke(cli.app, command.split()).exit_code == 0
-    assert len(asked) == 2 and all(method in route.METHODS for method, *_ in asked)
+    assert len(asked) == 2 and all(method in methods.METHODS for method, *_ in asked)

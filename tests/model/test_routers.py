@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from conftest import write_tiny_llava
-from sinkstudy import models, routers, tuning
-from sinkstudy.diysink import DIYSink
-from sinkstudy.evaluate import Prefixes, evaluate
-from sinkstudy.lab import benchmarks
+from sinkstudy.answers.evaluate import Prefixes, evaluate
+from sinkstudy.model import loading
+from sinkstudy.trained import loop, routers
+from sinkstudy.trained.connectors import DIYSink
+from sinkstudy.world import benchmarks
 
 THRESHOLD = 1.15  # leaves some patches of a random tower on either side
 ASKED = ["how many", "what is the texture red", "yes"]
@@ -30,17 +31,17 @@ TINY = routers.Wording(
 def base(request, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
     write_tiny_llava(folder, "clip") if request.param == "llava" else architectures.write(folder, request.param)
-    DIYSink(models.load(str(folder)), threshold=THRESHOLD).save(folder / "diysink")
+    DIYSink(loading.load(str(folder)), threshold=THRESHOLD).save(folder / "diysink")
     return folder
 
 
 @pytest.fixture
-def lvlm(base) -> models.LVLM:
+def lvlm(base) -> loading.LVLM:
     """A fresh one for each test: methods change its weights."""
-    return models.load(str(base))
+    return loading.load(str(base))
 
 
-def rew(lvlm: models.LVLM, router: tuple[float, float] | None = None, **settings) -> routers.ReW:
+def rew(lvlm: loading.LVLM, router: tuple[float, float] | None = None, **settings) -> routers.ReW:
     """With weights (1 + router) for every question, or with random ones that depend on it."""
     method = routers.ReW(lvlm, **{"diysink": Path(lvlm.name) / "diysink", "activation": "free"} | settings)
     torch.manual_seed(1)
@@ -52,7 +53,7 @@ def rew(lvlm: models.LVLM, router: tuple[float, float] | None = None, **settings
     return method
 
 
-def asked(lvlm: models.LVLM, images: list, questions: list[str] = ASKED) -> Prefixes:
+def asked(lvlm: loading.LVLM, images: list, questions: list[str] = ASKED) -> Prefixes:
     pictures = [images[i % len(images)] for i in range(len(questions))]
     return Prefixes(lvlm.inputs(pictures, questions), [str(i) for i in range(len(questions))], questions)
 
@@ -229,7 +230,7 @@ def test_saved_and_read_back(lvlm, base, tmp_path, images):
     assert not Path(known["diysink"]["folder"]).is_absolute()
     inputs = asked(lvlm, images)
     before = logits(method, inputs)
-    again = routers.ReW.open(models.load(str(base)), tmp_path / "rew")
+    again = routers.ReW.open(loading.load(str(base)), tmp_path / "rew")
     assert torch.equal(logits(again, inputs), before)
     assert method.intervention("rew").parameters == again.intervention("rew").parameters
 
@@ -237,11 +238,11 @@ def test_saved_and_read_back(lvlm, base, tmp_path, images):
 def test_belongs_to_its_diysink(lvlm, base, tmp_path):
     method = rew(lvlm)
     method.save(tmp_path / "rew")
-    trained_on = DIYSink.open(models.load(str(base)), base / "diysink")
+    trained_on = DIYSink.open(loading.load(str(base)), base / "diysink")
     with torch.no_grad():
         next(trained_on.sink.parameters()).mul_(2)
     trained_on.save(tmp_path / "other")
-    other = rew(models.load(str(base)), diysink=tmp_path / "other")
+    other = rew(loading.load(str(base)), diysink=tmp_path / "other")
     assert other.settings == method.settings and other.diysink.settings == method.diysink.settings
     with pytest.raises(ValueError, match="belongs to another DIYSink"):
         other.read(tmp_path / "rew")
@@ -314,7 +315,7 @@ def test_trained_by_fit(lvlm, images, tmp_path):
         return {"inputs": inputs, "labels": labels}
 
     before = {name: p.clone() for name, p in method.named_parameters()}
-    curve = tuning.fit(method, range(4), tmp_path / "fit", tuning.Settings(steps=4, batch_size=2, lr=1e-2), collate)
+    curve = loop.fit(method, range(4), tmp_path / "fit", loop.Settings(steps=4, batch_size=2, lr=1e-2), collate)
     moved = {name for name, p in method.named_parameters() if not torch.equal(p, before[name])}
     assert moved == set(method.changed()) and len(curve) == 4
     assert load_file(tmp_path / "fit" / "trained.safetensors").keys() == moved
@@ -365,9 +366,9 @@ def test_a_model_without_the_words_is_not_asked(lvlm):
 
 def test_lab_models_count_things():
     """The one half of CoT routing that the lab's language can express."""
-    if "lab-llava" not in models.lab_models():
+    if "lab-llava" not in loading.lab_models():
         pytest.skip("the weights of lab-llava are not there")
-    lab = models.load("lab-llava")
+    lab = loading.load("lab-llava")
     table = benchmarks.mmstar(questions=2)
     drawn, place = benchmarks.pictures(table)
     shown = {image: drawn[at].numpy() for image, at in zip(table.image_id, place, strict=True)}

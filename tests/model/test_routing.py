@@ -9,10 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from sinkstudy import models, routing
-from sinkstudy.capture import attention_rows
-from sinkstudy.evaluate import evaluate
-from sinkstudy.models import SPECS
+from sinkstudy.answers.evaluate import evaluate
+from sinkstudy.effects import moving
+from sinkstudy.model import loading
+from sinkstudy.model.capture import attention_rows
+from sinkstudy.model.loading import SPECS
 
 close = dict(atol=2e-5, rtol=1e-4)
 SIZES = [(48, 32), (32, 64), (64, 64)]  # (width, height)
@@ -77,7 +78,7 @@ def real(inputs) -> torch.Tensor:
 @pytest.mark.parametrize("ids", ["travel", "renumber"])
 def test_moving_nothing_or_all_changes_nothing(lvlm, inputs, plain, ids):
     for select in (lambda norms: norms < 0, lambda norms: norms >= 0):
-        with routing.reordered(lvlm, inputs, select, ids=ids):
+        with moving.reordered(lvlm, inputs, select, ids=ids):
             if lvlm.spec.anyres and select(torch.ones(1)).all():
                 continue  # newline tokens are never moved, so they would come last
             assert torch.equal(logits(lvlm, inputs), plain)
@@ -91,7 +92,7 @@ def test_order_and_ids(lvlm, inputs, to):
     with lvlm.editing(before=keep):
         before = watched(lvlm, inputs)
     for ids in ("travel", "renumber"):
-        with routing.reordered(lvlm, inputs, TWO, to, ids):
+        with moving.reordered(lvlm, inputs, TWO, to, ids):
             after = watched(lvlm, inputs)
         for layout in layouts:
             strongest = set(norms[0][layout.connector].topk(2).indices.tolist())
@@ -140,13 +141,13 @@ def test_renumbered_is_a_permutation_of_what_the_connector_puts_out(lvlm, inputs
     window = lvlm._window_order(inputs)
     with lvlm.editing(before=keep, after=permuted):
         other = logits(lvlm, inputs)
-    with routing.reordered(lvlm, inputs, TWO, "front", "renumber"):
+    with moving.reordered(lvlm, inputs, TWO, "front", "renumber"):
         torch.testing.assert_close(logits(lvlm, inputs)[real(inputs)], other[real(inputs)], **close)
 
 
 def test_where_image_tokens_see_each_other_travelling_changes_nothing(lvlm, inputs, plain):
     """Order is then a matter of the ids alone."""
-    with routing.reordered(lvlm, inputs, TWO, "front", "travel"):
+    with moving.reordered(lvlm, inputs, TWO, "front", "travel"):
         moved = logits(lvlm, inputs)
     text = real(inputs) & (inputs["input_ids"] != lvlm.image_token_id)
     same = torch.allclose(moved[text], plain[text], **close)
@@ -154,9 +155,9 @@ def test_where_image_tokens_see_each_other_travelling_changes_nothing(lvlm, inpu
 
 
 @pytest.mark.parametrize("method", [
-    lambda lvlm, inputs: routing.reordered(lvlm, inputs, TWO),
-    lambda lvlm, inputs: routing.reordered(lvlm, inputs, TWO, "end", "renumber"),
-    lambda lvlm, inputs: routing.gated(lvlm, inputs, TWO, 2.0, 0.5),
+    lambda lvlm, inputs: moving.reordered(lvlm, inputs, TWO),
+    lambda lvlm, inputs: moving.reordered(lvlm, inputs, TWO, "end", "renumber"),
+    lambda lvlm, inputs: moving.gated(lvlm, inputs, TWO, 2.0, 0.5),
 ], ids=["front", "end", "gated"])
 @torch.no_grad()
 def test_generate_is_the_same_with_and_without_cache(lvlm, inputs, method):
@@ -171,7 +172,7 @@ def test_generate_is_the_same_with_and_without_cache(lvlm, inputs, method):
 
 
 def test_gate_of_one_is_the_identity_to_the_bit(lvlm, inputs, plain):
-    with routing.gated(lvlm, inputs, TWO, 1.0):
+    with moving.gated(lvlm, inputs, TWO, 1.0):
         assert torch.equal(logits(lvlm, inputs), plain)
 
 
@@ -187,7 +188,7 @@ def test_gate_against_eager_attention(lvlm, inputs):
 
     with lvlm.editing(before=keep):
         before = scores()
-    with routing.gated(lvlm, inputs, TWO, 0.5, layers=[1]):
+    with moving.gated(lvlm, inputs, TWO, 0.5, layers=[1]):
         after = scores()
     for layout in layouts:
         mask = layout.lift(TWO(norms[0][layout.connector]), "any")
@@ -201,12 +202,12 @@ def test_gate_against_eager_attention(lvlm, inputs):
 
 
 def test_weights_of_one_change_nothing_and_others_scale_the_tokens(lvlm, inputs, plain):
-    with routing.reweighted(lvlm, inputs, TWO):
+    with moving.reweighted(lvlm, inputs, TWO):
         assert torch.equal(logits(lvlm, inputs), plain)
     if lvlm.spec.anyres:
         return  # tokens are mixed and padding is cut off behind the connector
     before = watched(lvlm, inputs)["inputs_embeds"]
-    with routing.reweighted(lvlm, inputs, TWO, 0.25, 3.0):
+    with moving.reweighted(lvlm, inputs, TWO, 0.25, 3.0):
         after = watched(lvlm, inputs)["inputs_embeds"]
     ratios = (after / before)[inputs["input_ids"] == lvlm.image_token_id]
     one = [0.25, 3.0]
@@ -218,7 +219,7 @@ def test_weights_of_one_change_nothing_and_others_scale_the_tokens(lvlm, inputs,
 
 
 def test_nothing_is_left_behind(lvlm, inputs, plain):
-    with pytest.raises(KeyError), routing.reordered(lvlm, inputs, TWO):
+    with pytest.raises(KeyError), moving.reordered(lvlm, inputs, TWO):
         raise KeyError
     assert not lvlm.decoder._forward_pre_hooks and not lvlm.connector._forward_pre_hooks
     assert torch.equal(logits(lvlm, inputs), plain)
@@ -229,13 +230,13 @@ def test_masks_given_for_each_image_are_as_good_as_a_rule(lvlm, inputs):
     with lvlm.editing(before=keep):
         logits(lvlm, inputs)
     masks = [TWO(norms[0][layout.connector]) for layout in lvlm.layout(inputs)]
-    ways = (routing.reordered, lambda *args: routing.gated(*args, 0.5), lambda *args: routing.reweighted(*args, 2))
+    ways = (moving.reordered, lambda *args: moving.gated(*args, 0.5), lambda *args: moving.reweighted(*args, 2))
     for method in ways:
         with method(lvlm, inputs, TWO):
             judged = logits(lvlm, inputs)
         with method(lvlm, inputs, masks):
             assert torch.equal(logits(lvlm, inputs), judged)
-    with pytest.raises(ValueError, match="patches"), routing.reordered(lvlm, inputs, [masks[0][:-1], *masks[1:]]):
+    with pytest.raises(ValueError, match="patches"), moving.reordered(lvlm, inputs, [masks[0][:-1], *masks[1:]]):
         pass
 
 
@@ -245,18 +246,18 @@ def test_moved_mass_by_hand():
     sink = torch.tensor([True, False, False, True, False])
     visual = torch.tensor([False, True, True, True, False])
     weights = torch.tensor([[0.4, 0.1, 0.2, 0.2, 0.1], [0.0, 0.1, 0.1, 0.7, 0.1], [0.9, 0.04, 0.02, 0.02, 0.02]])
-    moved = routing.moved_mass(weights, sink, visual, p=0.6, rho=0.5, least=0.2)
+    moved = moving.moved_mass(weights, sink, visual, p=0.6, rho=0.5, least=0.2)
     expected = torch.tensor([0.24, 0.1 + 0.24 / 3, 0.2 + 0.48 / 3, 0.12, 0.1])
     torch.testing.assert_close(moved[0], expected)
     assert torch.equal(moved[1:], weights[1:])  # too much on sinks; too little on the image
     random = torch.rand(50, 4, 5, generator=torch.Generator().manual_seed(0)).softmax(-1)
-    torch.testing.assert_close(routing.moved_mass(random, sink, visual, 0.3, 1.0, 0.0).sum(-1), torch.ones(50, 4))
-    assert torch.equal(routing.moved_mass(random, sink, visual, 1.0, 1.0, 0.0), random)
+    torch.testing.assert_close(moving.moved_mass(random, sink, visual, 0.3, 1.0, 0.0).sum(-1), torch.ones(50, 4))
+    assert torch.equal(moving.moved_mass(random, sink, visual, 1.0, 1.0, 0.0), random)
     with pytest.raises(ValueError, match="shares"):
-        routing.moved_mass(weights, sink, visual, 1.2, 0.5, 0.2)
+        moving.moved_mass(weights, sink, visual, 1.2, 0.5, 0.2)
 
 
-def deep(lvlm) -> models.LVLM:
+def deep(lvlm) -> loading.LVLM:
     """VAR leaves the first two layers and the last alone; the tiny decoders have three."""
     layers = lvlm.model.get_submodule(lvlm.spec.decoder_layers)
     if len(layers) == 3:
@@ -275,7 +276,7 @@ def deep(lvlm) -> models.LVLM:
 def deeper(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("deeper")
     architectures.write(folder, request.param)
-    return deep(models.load(str(folder)))
+    return deep(loading.load(str(folder)))
 
 
 SOME = ("llava", "llava-siglip-qwen2", "qwen2_vl", "internvl")
@@ -309,7 +310,7 @@ def test_var_against_attention_computed_anew(deeper):
     with attention_rows(lvlm, "decoder", rows="all", layers=[2]) as rows:
         logits(lvlm, inputs)
     plain_heads, value = seen["heads"], layer.v_proj(seen["hidden"])
-    with routing.redistributed(lvlm, inputs, **settings):
+    with moving.redistributed(lvlm, inputs, **settings):
         logits(lvlm, inputs)
     for hook in hooks:
         hook.remove()
@@ -345,12 +346,12 @@ def test_var_while_decoding(deeper):
     settings = dict(max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=0, output_logits=True,
                     return_dict_in_generate=True, suppress_tokens=[lvlm.image_token_id])
     plain = logits(lvlm, inputs)
-    with routing.redistributed(lvlm, inputs, list(range(32)), 2.2, 0.25, 1.0, 0.0):
+    with moving.redistributed(lvlm, inputs, list(range(32)), 2.2, 0.25, 1.0, 0.0):
         assert not torch.allclose(logits(lvlm, inputs)[:, -1], plain[:, -1], atol=1e-4)
         ways = [lvlm.model.generate(**inputs, **settings, use_cache=cache) for cache in (True, False)]
     for cached, anew in zip(ways[0].logits, ways[1].logits, strict=True):
         torch.testing.assert_close(cached, anew, **close)
-    with routing.redistributed(lvlm, inputs, [0], 5.6):  # a threshold that nothing reaches
+    with moving.redistributed(lvlm, inputs, [0], 5.6):  # a threshold that nothing reaches
         assert torch.equal(logits(lvlm, inputs), plain)
     assert torch.equal(logits(lvlm, inputs), plain)
     assert not hasattr(lvlm.decoder_layers[2].get_submodule(lvlm.spec.decoder_attention), "_editors")
@@ -359,19 +360,19 @@ def test_var_while_decoding(deeper):
 # ------------------------------------------------------------------------------------------------- in evaluate
 def test_interventions_answer_as_generate_does_under_the_same_context(tmp_path):
     architectures.write(tmp_path, "llava")
-    lvlm = deep(models.load(str(tmp_path)))
+    lvlm = deep(loading.load(str(tmp_path)))
     random = np.random.default_rng(2)
     images = {name: random.integers(0, 256, (3, 32, 32), dtype=np.uint8) for name in "ab"}
     masks = {name: torch.from_numpy(random.random(16) < 0.3) for name in images}
     table = pd.DataFrame([{"id": f"{name}{q}", "image_id": name, "question": q} for name in images for q in QUESTIONS])
     hows = [
-        (routing.reordered, masks, {"to": "front"}),
-        (routing.reordered, masks, {"to": "end", "ids": "renumber"}),
-        (routing.reweighted, masks, {"chosen_by": 3.0, "others_by": 0.5}),
-        (routing.gated, masks, {"chosen_by": 3.0, "layers": [0, 1]}),
-        (routing.redistributed, None, {"dimensions": list(range(32)), "tau": 2.2, "p": 0.1, "rho": 1.0, "least": 0.0}),
+        (moving.reordered, masks, {"to": "front"}),
+        (moving.reordered, masks, {"to": "end", "ids": "renumber"}),
+        (moving.reweighted, masks, {"chosen_by": 3.0, "others_by": 0.5}),
+        (moving.gated, masks, {"chosen_by": 3.0, "layers": [0, 1]}),
+        (moving.redistributed, None, {"dimensions": list(range(32)), "tau": 2.2, "p": 0.1, "rho": 1.0, "least": 0.0}),
     ]
-    interventions = [routing.intervention(f"{i}", method, own, **how) for i, (method, own, how) in enumerate(hows)]
+    interventions = [moving.intervention(f"{i}", method, own, **how) for i, (method, own, how) in enumerate(hows)]
     said = evaluate(lvlm, table, interventions, images=images, candidates=["yes", "no"], max_new_tokens=3, cache=None)
     for i, (method, own, how) in enumerate(hows):
         of = said[said.intervention == f"{i}"]
@@ -385,6 +386,6 @@ def test_interventions_answer_as_generate_does_under_the_same_context(tmp_path):
 
 
 def test_bad_choices(lvlm, inputs):
-    with pytest.raises(ValueError, match="'front' or 'end'"), routing.reordered(lvlm, inputs, TWO, "back"):
+    with pytest.raises(ValueError, match="'front' or 'end'"), moving.reordered(lvlm, inputs, TWO, "back"):
         pass
     assert set(SPECS)

@@ -17,9 +17,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from sinkstudy import cli, diysink, models, stages, tuning
-from sinkstudy.engine import UserError
+from sinkstudy import cli
+from sinkstudy.book.engine import UserError
+from sinkstudy.model import loading
 from sinkstudy.paths import ROOT
+from sinkstudy.trained import connectors, loop, stages
 
 WORDS = "red blue yes no".split()
 COMMON = ["--batch-size", "2", "--accumulate", "2", "--checkpoint-steps", "2", "--device", "cpu"]
@@ -85,7 +87,7 @@ def test_two_connectors(train, model, data, tmp_path: Path, capsys):
     low = ("--threshold", "1.02")  # so that the tiny tower has some
     sinks, others, out, killed = (tmp_path / name for name in ("sinks", "others", "tune", "killed"))
     fresh = tmp_path / "fresh"
-    diysink.DIYSink(models.load(str(model)), threshold=1.02, decoder=False).save(fresh)
+    connectors.DIYSink(loading.load(str(model)), threshold=1.02, decoder=False).save(fresh)
     train(model, data, sinks, "pretrain-sinks", *SHORT, *low)
     train(model, data, others, "pretrain-others", *SHORT, *low)
     assert moved(fresh, sinks) == {"sink"} and moved(fresh, others) == {"connector"}
@@ -95,12 +97,12 @@ def test_two_connectors(train, model, data, tmp_path: Path, capsys):
     assert not out.with_name("tune.training").exists()
     assert len(pd.read_csv(out / "training.csv")) == 5
 
-    method = tuning.load(out)
-    assert isinstance(method, diysink.DIYSink) and method.settings["threshold"] == 1.02
+    method = loop.load(out)
+    assert isinstance(method, connectors.DIYSink) and method.settings["threshold"] == 1.02
     assert method.lvlm.name == str(model) and not any(p.requires_grad for p in method.parameters())
     for name, p in method.changed().items():
         torch.testing.assert_close(p, weights(out)[name].float(), rtol=0, atol=0)
-    untouched = models.load(str(model))
+    untouched = loading.load(str(model))
     assert torch.equal(method.lvlm.vision_layers[0].state_dict()["mlp.fc1.weight"],
                        untouched.vision_layers[0].state_dict()["mlp.fc1.weight"])  # fmt: skip
     assert not torch.equal(method.lvlm.model.get_output_embeddings().weight,
@@ -139,7 +141,7 @@ def test_one_connector(train, data, method: str, tmp_path: Path):
     assert all(name.startswith("connector.") for name in found)
     assert moved(tmp_path / "first", tmp_path / "frozen") == {"connector"}
     if method == "matched-width":
-        own = sum(p.numel() for p in models.load(str(model)).connector.parameters())
+        own = sum(p.numel() for p in loading.load(str(model)).connector.parameters())
         trained = sum(p.numel() for p in found.values())
         assert 0.95 < trained / (2 * own) <= 1
 
@@ -148,9 +150,9 @@ def test_one_connector(train, data, method: str, tmp_path: Path):
     ("two-connectors", "sinks", True), ("random-split", "random", True), ("in-place", "sinks", False)])
 def test_two_connectors_and_their_controls(model, data, method: str, split: str, front: bool, tmp_path: Path):
     job = stages.Job(str(model), method, "pretrain-sinks", data / "data.json", data)
-    made, _ = stages.start(models.load(str(model)), job, 0, {})
+    made, _ = stages.start(loading.load(str(model)), job, 0, {})
     made.save(tmp_path / "one")
-    kept = tuning.load(tmp_path / "one").settings
+    kept = loop.load(tmp_path / "one").settings
     assert (kept["split"], kept["front"]) == (split, front)
     assert {name.split(".")[0] for name, p in made.changed().items() if p.requires_grad} == {"sink"}
 
@@ -161,7 +163,7 @@ def test_low_rank_updates_end_in_the_weights(train, data, tmp_path: Path):
     train(model, data, tmp_path / "first", "pretrain", "--method", "one-connector", *SHORT)
     tune = ("--method", "one-connector", *SHORT, "--connectors", str(tmp_path / "first"), "--lora", "2")
     train(model, data, tmp_path / "lora", "tune", *tune)
-    method, base = tuning.load(tmp_path / "lora"), models.load(str(model))
+    method, base = loop.load(tmp_path / "lora"), loading.load(str(model))
     own = dict(base.decoder.named_parameters())
     for name, p in method.lvlm.decoder.named_parameters():
         change = (p - own[name].to(torch.bfloat16).float()).detach()
@@ -216,19 +218,19 @@ def test_connectors_of_another_training(train, data, tmp_path: Path):
 
 
 def test_load(tmp_path: Path):
-    for kind, (module, name) in tuning.KINDS.items():
+    for kind, (module, name) in loop.KINDS.items():
         assert getattr(importlib.import_module(module), name).kind == kind
     with pytest.raises(ValueError, match="no readable method.json"):
-        tuning.load(tmp_path)
+        loop.load(tmp_path)
     (tmp_path / "method.json").write_text('{"kind": "x"}')
     with pytest.raises(ValueError, match="unknown kind 'x'; known: one-connector, diysink"):
-        tuning.load(tmp_path)
+        loop.load(tmp_path)
 
 
 def test_what_is_trained_alone(train, model, data, tmp_path: Path):
     """Router, gates and adapters: one stage each, which moves their own parameters and keeps nothing else."""
     pair = tmp_path / "pair"
-    diysink.DIYSink(models.load(str(model)), threshold=1.02).save(pair)
+    connectors.DIYSink(loading.load(str(model)), threshold=1.02).save(pair)
     kept = {"soft-router": "router.", "gates": "gates.", "adapters": "layers."}
     for method, prefix in kept.items():
         out, more = tmp_path / method, ["--connectors", str(pair)] if method == "soft-router" else []
@@ -236,7 +238,7 @@ def test_what_is_trained_alone(train, model, data, tmp_path: Path):
         assert all(name.startswith(prefix) for name in weights(out))
         last = [p for name, p in weights(out).items() if "lora_B" in name or name.endswith(("2.weight", "3.weight"))]
         assert last and any((p != 0).any() for p in last)  # zero before training
-        assert tuning.load(out).kind == tuning.Method.described(out)["kind"]
+        assert loop.load(out).kind == loop.Method.described(out)["kind"]
 
 
 @pytest.mark.parametrize(("more", "message"), [

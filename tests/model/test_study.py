@@ -7,15 +7,18 @@ import pytest
 import torch
 from PIL import Image
 
-from sinkstudy import ablation, benchmarks, models, stats, study
-from sinkstudy.evaluate import NONE, evaluate
-from sinkstudy.lab import questions as lab
-from sinkstudy.lab import world
+from sinkstudy import benchmarks, stats
+from sinkstudy.answers import study
+from sinkstudy.answers.evaluate import NONE, evaluate
+from sinkstudy.effects import ablation
+from sinkstudy.model import loading
+from sinkstudy.world import drawing
+from sinkstudy.world import questions as lab
 
 
 def test_lab_pictures_come_with_their_facts():
     shown, scenes = study.pictures("", 3)
-    assert torch.equal(torch.stack(shown), world.render("test", 0, 3).images) and len(scenes) == 3
+    assert torch.equal(torch.stack(shown), drawing.render("test", 0, 3).images) and len(scenes) == 3
 
 
 def test_pictures_of_a_folder(tmp_path):
@@ -38,7 +41,7 @@ def test_pictures_that_are_not_there(tmp_path, make, message):
 
 
 def test_questions_are_answered_by_the_scene_and_of_every_type():
-    scenes = world.render("test", 0, 24)
+    scenes = drawing.render("test", 0, 24)
     table = study.questions(scenes, 24, "", seed=5)
     assert table.id.is_unique and table.type.tolist() == ["global", "local", "mixed"] * 24
     assert (table.family.map(lab.TYPES) == table.type).all()
@@ -114,7 +117,7 @@ def test_mean_of_several_trainings_counts_benchmarks_alike():
 
 def test_what_is_asked_twice_is_answered_once(monkeypatch):
     """POPE asks about what is there in each of its three parts. Every row gets its answer, under each intervention."""
-    lvlm, numbers = models.load("lab-llava-sinks"), []
+    lvlm, numbers = loading.load("lab-llava-sinks"), []
 
     def counting(lvlm, table, *more, **how):
         numbers.append(len(table))
@@ -136,7 +139,7 @@ def test_what_is_asked_twice_is_answered_once(monkeypatch):
 
 def test_answers_are_judged_and_their_logp_is_the_true_ones():
     """Against `evaluate` and the benchmark's rule, called directly."""
-    lvlm = models.load("lab-llava-sinks")
+    lvlm = loading.load("lab-llava-sinks")
     table, shown = study.benchmark("MMStar", "", False, 2)
     said = study.answers(lvlm, "MMStar", table, shown, [NONE], public=False, cache=None)
     asked = table.assign(question=benchmarks.prompts(table, "MMStar", "lab"))

@@ -8,8 +8,10 @@ import torch
 from PIL import Image
 from torch.nn.functional import layer_norm
 
-from sinkstudy import ablation, models, neurons, routing, sinks
-from sinkstudy.evaluate import evaluate
+from sinkstudy import sinks
+from sinkstudy.answers.evaluate import evaluate
+from sinkstudy.effects import ablation, moving, neurons
+from sinkstudy.model import loading
 
 QUESTIONS = ["how many", "what is the texture red blue yes no"]
 FOUND = {0: torch.tensor([3, 17]), 1: torch.tensor([30])}
@@ -17,10 +19,10 @@ close = dict(atol=2e-5, rtol=1e-4)
 
 
 @pytest.fixture(scope="module")
-def llava(tmp_path_factory) -> models.LVLM:
+def llava(tmp_path_factory) -> loading.LVLM:
     folder = tmp_path_factory.mktemp("llava")
     architectures.write(folder, "llava")
-    lvlm = models.load(str(folder))
+    lvlm = loading.load(str(folder))
     first = lvlm.vision_layers[0].mlp.fc1  # a neuron that is below zero everywhere: its largest is its most negative
     first.weight.data[17] *= 0.1
     first.bias.data[17] = -0.6
@@ -76,7 +78,7 @@ def test_the_answer_is_that_of_a_tower_computed_by_hand(llava, pictures):
     patches, register = tower_with_register(llava, inputs["pixel_values"])
     with torch.no_grad():
         plain = llava.model(**inputs).logits[:, -1]
-        with routing.registered(llava, inputs, neurons=FOUND):
+        with moving.registered(llava, inputs, neurons=FOUND):
             found = llava.model(**inputs).logits[:, -1]
     torch.testing.assert_close(found, logits_of(llava, inputs, patches), **close)
     assert not torch.allclose(found, plain, atol=1e-3)
@@ -84,11 +86,11 @@ def test_the_answer_is_that_of_a_tower_computed_by_hand(llava, pictures):
     masks = [torch.isin(torch.arange(16), torch.tensor(at)) for at in places]
     for image, at in enumerate(places):
         patches[image, at] = register[image]
-    with torch.no_grad(), routing.registered(llava, inputs, masks, neurons=FOUND):
+    with torch.no_grad(), moving.registered(llava, inputs, masks, neurons=FOUND):
         passed = llava.model(**inputs).logits[:, -1]
     torch.testing.assert_close(passed, logits_of(llava, inputs, patches), **close)
     assert not torch.allclose(passed, found, atol=1e-3)
-    with pytest.raises(ValueError, match="16 patches"), routing.registered(
+    with pytest.raises(ValueError, match="16 patches"), moving.registered(
         llava, inputs, [masks[0][:3], masks[1]], neurons=FOUND
     ):
         pass
@@ -100,7 +102,7 @@ def test_each_tile_passes_its_own_register(name, norm_behind, tmp_path_factory):
     """Where a picture is cut into tiles, and where several patches make a token: what the connector reads."""
     folder = tmp_path_factory.mktemp(name)
     architectures.write(folder, name)
-    lvlm = models.load(str(folder))
+    lvlm = loading.load(str(folder))
     random = np.random.default_rng(1)
     inputs = lvlm.inputs([Image.fromarray(random.integers(0, 256, (64, 32, 3), dtype=np.uint8))] * 2, QUESTIONS)
     last, read = [], []
@@ -108,7 +110,7 @@ def test_each_tile_passes_its_own_register(name, norm_behind, tmp_path_factory):
         lambda module, args, output: last.append(output))]
     masks = [torch.zeros(len(layout.vision), dtype=torch.bool) for layout in lvlm.layout(inputs)]
     masks[0][[1, -2]] = True
-    with routing.registered(lvlm, inputs, masks, neurons=FOUND):
+    with moving.registered(lvlm, inputs, masks, neurons=FOUND):
         hooks.append(lvlm.connector.register_forward_pre_hook(lambda module, args: read.append(args[0])))
         with torch.no_grad():
             lvlm.model(**inputs)
@@ -129,15 +131,15 @@ def test_in_evaluate_the_tower_is_computed_again(llava, pictures):
     masks = {i: torch.arange(16) == 5 for i in pictures}
     plain = {layer: of.tolist() for layer, of in FOUND.items()}
     ways = [
-        routing.intervention("features", routing.reweighted, masks, chosen_by=0.5),
-        routing.intervention("left out", routing.registered, neurons=plain),
-        routing.intervention("passed", routing.registered, masks, neurons=plain),
+        moving.intervention("features", moving.reweighted, masks, chosen_by=0.5),
+        moving.intervention("left out", moving.registered, neurons=plain),
+        moving.intervention("passed", moving.registered, masks, neurons=plain),
     ]
     said = evaluate(llava, table, ways, images=pictures, candidates=["yes", "no"], max_new_tokens=2, cache=None)
     for row in said[said.intervention != "features"].itertuples():
         inputs = llava.inputs([pictures[row.image_id]], [row.question])
         own = [masks[row.image_id]] if row.intervention == "passed" else None
-        with torch.no_grad(), routing.registered(llava, inputs, own, neurons=FOUND):
+        with torch.no_grad(), moving.registered(llava, inputs, own, neurons=FOUND):
             logp = llava.model(**inputs).logits[0, -1].log_softmax(-1)
         yes = llava.processor.tokenizer.convert_tokens_to_ids("yes")
         assert abs(logp[yes].item() - row.logp_yes) < 1e-4
@@ -147,9 +149,9 @@ def test_in_evaluate_the_tower_is_computed_again(llava, pictures):
 def test_towers_that_take_no_further_token(name, tmp_path_factory):
     folder = tmp_path_factory.mktemp(name)
     architectures.write(folder, name)
-    lvlm = models.load(str(folder))
+    lvlm = loading.load(str(folder))
     inputs = lvlm.inputs([Image.new("RGB", (32, 32))], ["how many"])
-    with pytest.raises(ValueError, match="takes no added token"), routing.registered(lvlm, inputs, neurons=FOUND):
+    with pytest.raises(ValueError, match="takes no added token"), moving.registered(lvlm, inputs, neurons=FOUND):
         pass
     assert not lvlm.connector._forward_pre_hooks
 

@@ -8,7 +8,8 @@ import pytest
 import scipy.stats
 import yaml
 
-from sinkstudy import claims, stats
+from sinkstudy import stats
+from sinkstudy.book import claims
 
 LEDGER = {
     "claims": [

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sinkstudy import routers
+from sinkstudy.trained import routers
 
 IDS = [f"{i:02d}" for i in range(12)]
 

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from nbformat.v4 import new_markdown_cell, new_notebook
 
-from sinkstudy import claims, pages
+from sinkstudy.book import claims, pages
 from sinkstudy.paths import BOOK
 from tests.unit.test_claims import LEDGER, write
 

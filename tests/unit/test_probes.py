@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from sinkstudy import probing
+from sinkstudy.analyses import probing
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -10,7 +10,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from sinkstudy.registers import CLIPVisionModelWithRegisters, CLIPVisionWithRegistersConfig
+from sinkstudy.model.registers import CLIPVisionModelWithRegisters, CLIPVisionWithRegistersConfig
 
 SIZES = dict(
     hidden_size=16,

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.spatial.distance import cdist
 
-from sinkstudy.relevance import distances, effective_patches, share_on, specialisation, spread, within
+from sinkstudy.analyses.relevance import distances, effective_patches, share_on, specialisation, spread, within
 
 SIDE = 41
 PLACES = torch.cartesian_prod(torch.arange(SIDE), torch.arange(SIDE))

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
-from sinkstudy import report
+from sinkstudy.book import report
 from sinkstudy.paths import BOOK
 from sinkstudy.stats import Interval
 

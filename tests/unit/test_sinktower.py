@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from sinkstudy.sinktower import CLIPVisionModelWithSinks, CLIPVisionWithSinksConfig
+from sinkstudy.model.sinktower import CLIPVisionModelWithSinks, CLIPVisionWithSinksConfig
 
 SIDE, WINDOW = 6, 3  # patches; so there are four windows
 SINKS = (4, 20, 33)  # places of flat patches: windows 2, 1 (row 3, column 2 is window 3), 4

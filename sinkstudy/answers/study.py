@@ -1,0 +1,263 @@
+"""What chapters have in common: pictures, questions about them, the model beside its controls, and its answers."""
+
+import random
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from sinkstudy import benchmarks, paths, stats
+from sinkstudy.answers.evaluate import Intervention, evaluate
+from sinkstudy.benchmarks.files import TABLES
+from sinkstudy.model import loading
+from sinkstudy.model.loading import LVLM
+from sinkstudy.pictures import folder
+from sinkstudy.world import benchmarks as lab_benchmarks
+from sinkstudy.world import drawing
+from sinkstudy.world import questions as lab
+
+FORMS = (".parquet", *TABLES)  # of a benchmark in one file
+LAB = {"POPE": lab_benchmarks.pope, "MME": lab_benchmarks.mme, "MMStar": lab_benchmarks.mmstar}
+
+
+def pictures(images_dir: str, limit: int) -> tuple[list[Any], drawing.Scenes | None]:
+    """The first pictures of a folder, in order of name; without a folder the lab's test scenes, with their facts.
+
+    Args:
+        images_dir: a path, from the project's root; empty for the lab.
+        limit: the number of pictures at most.
+
+    Returns:
+        The pictures, `pictures.File` to be opened when they are needed, or of the lab uint8 [3, 96, 96]; and the lab's
+        scenes, or None.
+
+    Raises:
+        ValueError: as `pictures.folder`.
+    """
+    if not images_dir:
+        scenes = drawing.render("test", 0, limit)
+        return list(scenes.images), scenes
+    found, others = folder(paths.place(images_dir), limit)
+    if others:
+        print(f"{images_dir}: {others} files that are no pictures passed over", file=sys.stderr)
+    return found, None
+
+
+def questions(scenes: drawing.Scenes | None, n: int, prompt: str, seed: int) -> pd.DataFrame:
+    """What is asked about each picture: of the lab a global, a local and a mixed question, drawn at random.
+
+    Args:
+        scenes: the lab's scenes; None for other pictures, which are all asked `prompt`.
+        n: the number of pictures.
+        seed: of the draw.
+
+    Returns:
+        A row a question, the rows of a picture together: `id`, `image` (index), `image_id`, `type` (global, local or
+        mixed; generic for other pictures), `family`, `question`, `answer` (None if it is not known).
+    """
+    if scenes is None:
+        rows = [{"image": i, "type": "generic", "family": None, "question": prompt, "answer": None} for i in range(n)]
+        return _with_ids(pd.DataFrame(rows))
+    rng, rows = random.Random(seed), []
+    for image, facts in enumerate(lab.facts(scenes)):
+        for kind in ("global", "local", "mixed"):
+            families = [family for family, of in lab.TYPES.items() if of == kind]
+            asked = (lab.ask(facts, family, rng) for family in rng.sample(families, len(families)))
+            q = next(q for q in asked if q is not None)
+            rows.append({"image": image, "type": kind, "family": q.family, "question": q.text, "answer": q.answer})
+    return _with_ids(pd.DataFrame(rows))
+
+
+def _with_ids(table: pd.DataFrame) -> pd.DataFrame:
+    table.insert(0, "id", [f"{image}-{i}" for i, image in enumerate(table.image)])
+    return table.assign(image_id=table.image.map(str))
+
+
+def load(
+    model: str,
+    controls: Sequence[str],
+    picture: Any,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    revision: str | None = None,
+) -> tuple[dict[str, LVLM], list[str]]:
+    """The model of the run and, beside it, those controls that are there and cut `picture` into the same patches.
+
+    Args:
+        picture: one of those that will be shown.
+        revision: of the model, if it is one of the hub; not of the controls.
+
+    Returns:
+        The models by the name of their run, the model first; and the names of the controls that are left out.
+
+    Raises:
+        ValueError: as `loading.load`, for the model itself.
+    """
+    lvlms, left_out = {paths.slug(model): loading.load(model, device=device, dtype=dtype, revision=revision)}, []
+    own = patch_grid(lvlms[paths.slug(model)], picture)
+    for name in controls:
+        try:
+            control = loading.load(name, device=device, dtype=dtype)
+            fits = patch_grid(control, picture) == own
+        except ValueError:  # it is not there, or takes no picture of this size
+            fits = False
+        if not fits:
+            left_out.append(name)
+        elif name != model:
+            lvlms[paths.slug(name)] = control
+    return lvlms, left_out
+
+
+def patch_grid(lvlm: LVLM, picture: Any) -> tuple[int, int, int]:
+    """(tiles, rows, columns) of the patches of a picture; rows and columns are those of a tile."""
+    layout = lvlm.layout(lvlm.inputs([picture], [""]))[0]
+    return layout.tiles, *layout.grid
+
+
+def benchmark(name: str, data_dir: str, hub: bool, limit: int) -> tuple[pd.DataFrame, dict[str, Any]] | None:
+    """A benchmark's questions and pictures: public ones from files or the hub, otherwise the lab's.
+
+    Args:
+        name: of `benchmarks.load`; of the lab POPE, MME or MMStar.
+        data_dir: a folder with a folder or file for each benchmark, by its name in any case, in any form that
+            `benchmarks.load` reads; from the project's root. Empty for the lab.
+        hub: public data from the Hugging Face Hub, at the pinned revisions.
+        limit: the number of pictures of each category at most; 0 for all.
+
+    Returns:
+        The table of `benchmarks.load`, and the picture of each `image_id`; None if the data are not there. What one
+        picture cannot answer is left out; this and what else the table lacks is said on stderr.
+
+    Raises:
+        ValueError: as `benchmarks.load`, or two folders or files of one benchmark.
+    """
+    if data_dir or hub:
+        place = None if hub else _place(paths.place(data_dir), name)
+        if not hub and place is None:
+            return None
+        table = benchmarks.askable(benchmarks.load(name, path=place))
+        for line in benchmarks.remarks(table):
+            print(line, file=sys.stderr)
+    elif name in LAB:
+        table = LAB[name]()
+    else:
+        return None
+    if limit:
+        number = table.groupby("category").image_id.transform(lambda images: pd.factorize(images)[0])
+        table = table[number < limit].reset_index(drop=True)
+    if data_dir or hub:
+        return table, dict(zip(table.image_id, table["image"], strict=True))
+    pixels, place = lab_benchmarks.pictures(table)
+    return table, {image: pixels[i] for image, i in zip(table.image_id, place, strict=True)}
+
+
+def _place(folder: Path, name: str) -> Path | None:
+    """The folder or file of a benchmark in a folder, by its name in any case, or None."""
+    there = folder.iterdir() if folder.is_dir() else ()
+    found = sorted(p for p in there if (p.name if p.is_dir() else p.stem).lower() == name.lower()
+                   and (p.is_dir() or p.suffix.lower() in FORMS))
+    if len(found) > 1:
+        raise ValueError(f"{name} is in {folder} twice: {' and '.join(p.name for p in found)}; leave one")
+    return found[0] if found else None
+
+
+def load_benchmarks(
+    names: Sequence[str], data_dir: str, hub: bool, limit: int
+) -> tuple[dict[str, pd.DataFrame], dict[str, dict[str, Any]]]:
+    """`benchmark` for each name: tables, and pictures, of those that are there.
+
+    Raises:
+        ValueError: none of them is.
+    """
+    found = {name: of for name in names if (of := benchmark(name, data_dir, hub, limit)) is not None}
+    if not found:
+        raise ValueError(f"none of {', '.join(names)} is there: data_dir {data_dir!r} needs a folder or file for each")
+    return {name: of[0] for name, of in found.items()}, {name: of[1] for name, of in found.items()}
+
+
+def family(lvlm: LVLM, public: bool) -> str:
+    """Whose prompts a model is asked with: the lab's own on the lab's data, otherwise those of its family."""
+    return benchmarks.FAMILIES.get(lvlm.model.config.model_type, "llava") if public else "lab"
+
+
+def answers(
+    lvlm: LVLM,
+    benchmark: str,
+    table: pd.DataFrame,
+    pictures: Mapping[str, Any],
+    interventions: Sequence[Intervention],
+    *,
+    public: bool,
+    **settings: Any,
+) -> pd.DataFrame:
+    """A model's answers to a benchmark, asked in the words of `family` and judged by the benchmark's official rule.
+
+    Args:
+        benchmark, table, pictures: its name, and what `benchmark` gives for it.
+        settings: further ones of `evaluate`.
+
+    Returns:
+        The rows of `evaluate`, with `benchmark`; `picture`, the image's id behind the benchmark's name; `right`, 100 or
+        0; and `logp`, the log-probability (nats) of the true answer's first token, NaN where first tokens do not tell
+        the possible answers apart. What a benchmark asks twice, as POPE does, is answered once.
+
+    Raises:
+        ValueError: as `evaluate`.
+    """
+    asked = table.assign(question=benchmarks.prompts(table, benchmark, family(lvlm, public)))
+    asked = asked.drop(columns="image", errors="ignore")
+    where = ["image_id", "question"]
+    once = evaluate(lvlm, asked.drop_duplicates(where), interventions, images=pictures, **settings)
+    new = once[[*where, *once.columns.difference(asked.columns)]]
+    parts = [asked.merge(of, on=where, how="left") for _, of in new.groupby("intervention", sort=False)]
+    said = pd.concat(parts, ignore_index=True)
+    said["right"] = pd.concat([100.0 * benchmarks.right(of, benchmark) for _, of in said.groupby("intervention")])
+    said["logp"] = [row.get(f"logp_{row['answer']}", float("nan")) for row in said.to_dict("records")]
+    return said.assign(benchmark=benchmark, picture=benchmark + " " + said.image_id.astype(str))
+
+
+def mean(said: pd.DataFrame, measure: str, seed: int = 0) -> stats.Interval:
+    """Mean of a column of `answers`, each benchmark counting alike, with its 95 % bootstrap interval over pictures.
+
+    Pictures are drawn within each benchmark. Rows without a value do not count. The interval is the percentiles'.
+    Where no picture of several benchmarks differs in `right`, it is that of the rule of three.
+    """
+    said = said.dropna(subset=measure)
+    if said.empty:
+        return stats.mean_interval([float("nan")], missing="drop")
+    found = stats.mean_interval(
+        said[measure], clusters=said.picture, strata=said.benchmark, method="percentile", seed=seed
+    )
+    return _widened(found, said, measure)
+
+
+def mean_of_seeds(said: pd.DataFrame, seeds: Sequence[Any], measure: str) -> tuple[stats.Interval, float]:
+    """Mean over the columns `seeds`, one for each training, with a 95 % t interval over seeds and pictures.
+
+    Benchmarks count alike, as in `mean`; rows that lack a seed do not count.
+
+    Args:
+        said: a row a question: `benchmark`, `picture` and a column for each seed.
+        seeds: the names of these columns.
+        measure: what they hold, "right" or "logp".
+
+    Returns:
+        As `stats.seeds_interval`: the interval, without low and high if there is one seed, and its degrees of freedom.
+    """
+    said = said.dropna(subset=list(seeds))
+    if said.empty:
+        return stats.mean_interval([float("nan")], missing="drop"), float("nan")
+    found, df = stats.seeds_interval(said[list(seeds)], clusters=said.picture, strata=said.benchmark)
+    return _widened(found, said, measure), df
+
+
+def _widened(found: stats.Interval, said: pd.DataFrame, measure: str) -> stats.Interval:
+    """By the rule of three, if no picture of several benchmarks differs in a share; for one there is `claims.widen`."""
+    sizes = said.groupby("benchmark").picture.nunique()
+    if measure != "right" or len(sizes) < 2 or found.low != found.high:
+        return found
+    half = 100 * stats.rule_of_three(len(sizes) * sizes.min())
+    return found._replace(low=found.value - half, high=found.value + half)

@@ -1,0 +1,737 @@
+"""Which notebooks are out of date, how one is executed, how the book is rendered.
+
+Snakemake (see the `Snakefile`) decides what runs; what makes an executed notebook out of date is its
+*fingerprint*: SHA-256 digests of the notebook's own text, of its parameters, of the `sinkstudy` modules that it
+imports, and of the model, data and result files that its parameters name. Times of files play no part.
+
+A notebook declares what it reads through the types of its parameters (`parameters.Names`): a model, files, a folder of
+pictures, or a pattern of results of other notebooks, after which it is then executed.
+"""
+
+import ast
+import contextlib
+import csv
+import ctypes
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+
+from sinkstudy import digests
+from sinkstudy.book import parameters
+from sinkstudy.book.parameters import UserError, check_model, defaults, files
+from sinkstudy.paths import (
+    BOOK,
+    DATA,
+    DEFAULT_MODEL,
+    NOTEBOOKS,
+    RESULTS,
+    ROOT,
+    RUNS,
+    atomic,
+    check_name,
+    check_writable,
+    claimed,
+    hub_commit,
+    lab_models,
+    slug,
+    sweep,
+)
+
+WORK = RUNS / ".work"  # half-made things, never read by the book
+BUILD = ROOT / "_build"
+LEAST_FREE = 50_000_000  # bytes: a run's notebooks and tables take less
+VERSIONS = ("torch", "transformers", "captum", "numpy", "pandas", "scipy", "seaborn", "papermill", "jupyter-book")
+
+
+# ---- notebooks and their fingerprints
+
+
+def notebooks(only: Iterable[str] = ()) -> list[str]:
+    """Names of the source notebooks, all or those that begin with one of `only`. Raises UserError if none does."""
+    names = sorted(path.stem for path in NOTEBOOKS.glob("[0-9]*.ipynb"))
+    for prefix in only:
+        if not any(name.startswith(prefix) for name in names):
+            raise UserError(f"no notebook begins with '{prefix}'; there are: {', '.join(names)}")
+    return [name for name in names if not only or name.startswith(tuple(only))]
+
+
+def fingerprint(notebook: str, given: dict[str, Any]) -> dict[str, str]:
+    """SHA-256 of all that the outputs of `notebook` follow from where `given` differs from its defaults, by kind."""
+    values = defaults(notebook) | given
+    text = [[cell["cell_type"], _text(cell), cell["metadata"].get("tags", [])] for cell in _cells(notebook)]
+    models, data = parameters.depends_on(notebook, values)
+    return {
+        "source_sha256": _sha256(json.dumps(text)),
+        "params_sha256": _sha256(json.dumps(values, sort_keys=True)),
+        "package_sha256": files_sha256(modules(notebook)),
+        "model_sha256": files_sha256(models),
+        "data_sha256": files_sha256(data),
+    }
+
+
+def modules(notebook: str) -> list[Path]:
+    """The files of `sinkstudy` that a notebook imports, directly or through one another (static, by syntax tree)."""
+    code = "\n".join(_text(cell) for cell in _cells(notebook) if cell["cell_type"] == "code")
+    return _imported(re.sub(r"(?m)^\s*[%!].*$", "", code))
+
+
+def _imported(code: str) -> list[Path]:
+    waiting = _imports(code, "")
+    found: set[Path] = set()
+    while waiting:
+        name = waiting.pop()
+        base = ROOT.joinpath(*name.split("."))
+        for path in (base.with_suffix(".py"), base / "__init__.py"):
+            if path.is_file() and path not in found:
+                found.add(path)
+                package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+                waiting |= _imports(path.read_text(encoding="utf-8"), package)
+    return sorted(found)
+
+
+def _imports(code: str, package: str) -> set[str]:
+    """Dotted names under `sinkstudy` that `code`, a module of `package`, imports, with the packages around them."""
+    names = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            module = ".".join([*parents, *([node.module] if node.module else [])])
+            names |= {module, *(f"{module}.{alias.name}" for alias in node.names)}  # a name may be a submodule
+    names = {name for name in names if name.split(".")[0] == "sinkstudy"}
+    return {name.rsplit(".", depth)[0] for name in names for depth in range(name.count(".") + 1)}
+
+
+def read_by(notebook: str, run: str, given: dict[str, Any]) -> list[str]:
+    """The notebooks whose results in `run` a notebook reads: they have to be executed before it."""
+    others = [name for name in notebooks() if name != notebook]
+    return parameters.reads(notebook, run, defaults(notebook) | given, others)
+
+
+def files_sha256(paths: Iterable[Path]) -> str:
+    """SHA-256 over the names and contents of files; the same wherever the project lies."""
+    digest = hashlib.sha256()
+    for path in sorted(set(paths)):
+        digest.update(os.path.relpath(path, ROOT).encode("utf-8", "surrogateescape") + b"\0")
+        digest.update(bytes.fromhex(digests.sha256(path)))
+    digests.remember()
+    return digest.hexdigest()
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _cells(notebook: str) -> list[dict]:
+    return json.loads((NOTEBOOKS / f"{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
+
+
+def _text(cell: dict) -> str:
+    return "".join(cell["source"])
+
+
+# ---- executed notebooks
+
+
+def record(run: str, notebook: str) -> dict[str, Any]:
+    """What the engine noted in an executed notebook; empty if there is none that can be read whole."""
+    try:
+        page = json.loads((RUNS / run / f"{notebook}.ipynb").read_text(encoding="utf-8"))
+        noted = page["metadata"].get("sinkstudy", {}) if isinstance(page["cells"], list) else {}
+        return noted if isinstance(noted.get("params"), dict) else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # cut off by a power loss, say
+        return {}
+
+
+def is_fresh(run: str, notebook: str, given: dict[str, Any] | None = None) -> bool:
+    """Does the executed notebook, and what it wrote, follow from today's sources, under the values `given`, if any?"""
+    noted = record(run, notebook)
+    if not noted or not (NOTEBOOKS / f"{notebook}.ipynb").is_file():
+        return False
+    try:
+        now = fingerprint(notebook, noted["params"] if given is None else given)
+    except ValueError:  # the folder of pictures that it names is gone
+        return False
+    results = files_sha256(files(RESULTS / run / notebook))
+    return all(noted.get(key) == value for key, value in (now | {"results_sha256": results}).items())
+
+
+def executed(run: str) -> list[str]:
+    """Names of the executed notebooks of a run."""
+    return sorted(path.stem for path in (RUNS / run).glob("[0-9]*.ipynb"))
+
+
+def runs() -> list[str]:
+    """Names of the runs that have an executed notebook, the default model's first."""
+    found = sorted({path.parent.name for path in RUNS.glob("[!.]*/[0-9]*.ipynb")})
+    return sorted(found, key=lambda run: run != DEFAULT_MODEL)
+
+
+def stale() -> list[str]:
+    """`run/notebook` of every executed notebook that is out of date."""
+    return [f"{run}/{name}" for run in runs() for name in executed(run) if not is_fresh(run, name)]
+
+
+def execute(notebook: str, run: str, given: dict[str, Any]) -> None:
+    """Execute a notebook into `book/runs/<run>/` and its tables into `results/<run>/`, each appearing only whole.
+
+    `given` are the parameters that differ from the notebook's defaults. Raises UserError, in one line, if a cell fails
+    or anything else does; the notebook up to that cell, or the traceback, is kept under `book/runs/.work/failed/`.
+    """
+    failed = WORK / "failed" / f"{run}--{notebook}.ipynb"
+    try:
+        _execute(notebook, run, given, failed)
+    except Exception as error:
+        told = error if isinstance(error, UserError) else one_line(error, f"{notebook} failed on {run}", failed)
+        # for the command that started this process
+        with contextlib.suppress(OSError):
+            failed.with_suffix(".txt").write_text(str(told), encoding="utf-8", errors="replace")
+        raise told from None
+
+
+def one_line(error: Exception, what: str, beside: Path) -> UserError:
+    """Any error in one line, with what to do where that is known; its traceback goes to a file that the line names."""
+    log = beside.with_suffix(".log")
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text("".join(traceback.format_exception(error)), encoding="utf-8", errors="replace")
+        seen = f" (see {log})"
+    except OSError:
+        seen = ""
+    said = next(iter(str(error).strip().splitlines()), "")
+    hint = ""
+    if type(error).__name__ == "DeadKernelError":
+        said, hint = "its kernel died", ": the system may have killed it for want of memory; try a smaller --batch-size"
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        hint = ": the disk is full; make room and run again, what was finished is kept"
+    elif isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        hint = ": it must be writable"
+    return UserError(f"{what}: {said or type(error).__name__}{hint}{seen}")
+
+
+def _execute(notebook: str, run: str, given: dict[str, Any], failed: Path) -> None:
+    import nbformat
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+    from traitlets.config import Config
+
+    WORK.mkdir(parents=True, exist_ok=True)
+    with _alone(f"{run}--{notebook}"):
+        if is_fresh(run, notebook, given):  # an earlier process, thought dead, has done it meanwhile
+            return
+        with (
+            tempfile.TemporaryDirectory(prefix="run-", dir=WORK) as work,
+            _sockets() as sockets,
+        ):
+            values = defaults(notebook) | given
+            noted = {"run": run, "params": given, "values": values, **fingerprint(notebook, given)}
+            noted |= surroundings() | {key: values.get(key) for key in ("model", "device", "dtype", "seed")}
+            _kernel_environment(Path(work), values)
+            copy = Path(work) / f"{notebook}.ipynb"
+            started = time.time()
+            try:
+                papermill.execute_notebook(
+                    NOTEBOOKS / f"{notebook}.ipynb",
+                    copy,
+                    given,
+                    kernel_name="python3",
+                    language="python",
+                    cwd=NOTEBOOKS,
+                    config=Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"}),  # no open ports
+                    progress_bar={"desc": notebook, "bar_format": "{desc}: cell {n_fmt}/{total_fmt} ({elapsed})"},
+                )
+            except PapermillExecutionError as error:
+                failed.parent.mkdir(exist_ok=True)
+                copy.replace(failed)
+                reason = next(iter(error.evalue.strip().splitlines()), "")
+                problem = f"{notebook} failed on {run} in cell {error.cell_index + 1}: {error.ename}: {reason}"
+                problem += f" (see {failed.relative_to(ROOT)})"
+                raise UserError(problem) from None
+            made = Path(work) / "results" / slug(values.get("model", run)) / notebook
+            made.mkdir(parents=True, exist_ok=True)
+            _put(made, RESULTS / run / notebook)
+            noted["results_sha256"] = files_sha256(files(RESULTS / run / notebook))
+            noted["started"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started))
+            noted["seconds"] = round(time.time() - started, 1)
+            noted["revision"] = hub_commit(values.get("model", ""), values.get("revision")) or ""
+            page = tidy(nbformat.read(copy, as_version=4))
+            page.metadata["sinkstudy"] = noted
+            with atomic(RUNS / run / f"{notebook}.ipynb") as target:
+                nbformat.write(page, target)
+
+
+@contextmanager
+def _sockets() -> Iterator[str]:
+    """A folder for a kernel's sockets, whose paths must be short; those that killed processes left are removed."""
+    for left in Path(tempfile.gettempdir()).glob("sinkstudy-[0-9]*-*"):
+        if (pid := left.name.split("-")[1]).isdigit() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"sinkstudy-{os.getpid()}-") as folder:
+        # the longest address of a socket is about 100 characters; below a longer TMPDIR there is /tmp
+        if len(folder) < 70 or not os.access("/tmp", os.W_OK):
+            yield folder
+            return
+        with tempfile.TemporaryDirectory(prefix=f"sinkstudy-{os.getpid()}-", dir="/tmp") as short:
+            yield short
+
+
+def _kernel_environment(work: Path, values: dict[str, Any]) -> None:
+    """Settings that the kernel inherits: tables go to `work`, this checkout is imported, nothing is random."""
+    os.environ["SINKSTUDY_RESULTS"] = str(work / "results")
+    os.environ["PYTHONPATH"] = str(ROOT)
+    os.environ["PYTHONHASHSEED"] = "0"
+    # threads that wait for one another sleep: on a shared machine spinning takes several times as long as the work
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if values.get("model") in lab_models():
+        os.environ["HF_HUB_OFFLINE"] = "1"  # the embedded models need no network
+
+
+def _put(made: Path, target: Path) -> None:
+    """Put a copy of the folder `made` in the place of `target`, which may lie on another file system, all at once."""
+    if any(made.iterdir()):
+        with atomic(target) as temporary:
+            shutil.copytree(made, temporary)
+    else:
+        shutil.rmtree(target, ignore_errors=True)
+
+
+def tidy(page):
+    """Make an executed notebook fit to be read and compared.
+
+    Drops what went to stderr (progress bars), merges consecutive stdout outputs, strips papermill's notes, and folds
+    the cell of injected parameters.
+    """
+    page.metadata.pop("papermill", None)
+    page.metadata.pop("widgets", None)  # their scripts lie on another host
+    for cell in page.cells:
+        for key in ("papermill", "execution", "ExecuteTime"):
+            cell.metadata.pop(key, None)
+        tags = cell.metadata.get("tags", [])
+        if "injected-parameters" in tags and "hide-input" not in tags:
+            cell.metadata["tags"] = [*tags, "hide-input"]
+        if cell.cell_type != "code":
+            continue
+        merged = []
+        for output in cell.outputs:
+            if output.output_type == "stream" and output.name == "stderr":
+                continue
+            if output.output_type == "stream" and merged and merged[-1].output_type == "stream":
+                merged[-1].text += output.text
+            else:
+                merged.append(output)
+        cell.outputs = merged
+    return page
+
+
+def surroundings() -> dict[str, Any]:
+    """Commit, whether tracked files differ from it, Python and the versions of the packages that matter."""
+
+    def git(*arguments: str) -> str:
+        try:
+            return subprocess.run(
+                ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+            ).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return ""
+
+    versions = {"python": sys.version.split()[0]}
+    for name in VERSIONS:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "sinkstudy", "notebooks", "data")
+    return {"git_commit": git("rev-parse", "HEAD"), "dirty": bool(changed), "versions": versions}
+
+
+@contextmanager
+def _alone(name: str, otherwise: str = "") -> Iterator[None]:
+    """Hold the lock `name`; the system frees it when its holder dies.
+
+    Where a process has it: wait, or raise a UserError that says `otherwise`.
+    """
+    with (WORK / f"{name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if otherwise:
+                raise UserError(otherwise) from None
+            print(f"{name} is being executed by another process: waiting for it", file=sys.stderr, flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+# ---- runs
+
+
+def run(
+    model: str = DEFAULT_MODEL,
+    *,
+    only: Iterable[str] = (),
+    given: dict[str, Any] | None = None,
+    name: str | None = None,
+    jobs: int = 1,
+) -> str:
+    """Bring the notebooks of a run up to date and return the run's name.
+
+    Args:
+        model: a lab model, a local folder with config.json, or a hub id `owner/name`.
+        only: beginnings of notebook names; all notebooks without it.
+        given: values for the notebooks' parameters, besides `model`.
+        name: the run's name; by default the slug of the model's.
+        jobs: notebooks executed at the same time.
+
+    Raises UserError, before any kernel starts, for parameters that no notebook has or that do not fit, and for a
+    model that cannot be read or does not fit into memory; and after the run if a notebook failed.
+    """
+    wanted = notebooks(only)
+    if not wanted:
+        raise UserError("there are no notebooks")
+    plan = {
+        notebook: {key: value for key, value in values.items() if value != defaults(notebook)[key]}
+        for notebook, values in parameters.fitted(wanted, model, given or {}).items()
+    }
+    run_name = name or slug(check_model(model))
+    try:
+        check_name(run_name)
+    except ValueError as problem:
+        raise UserError(str(problem)) from None
+    for folder in (WORK, RUNS / run_name, RESULTS / run_name):
+        _writable(folder)
+        sweep(folder)
+    claim(run_name, check_model(model))
+    outdated = [nb for nb in wanted if not is_fresh(run_name, nb, plan[nb])]
+    check_memory({nb: defaults(nb) | plan[nb] for nb in outdated})
+    _clear_work()
+    busy = f"another process executes the run {run_name}: wait for it, or give this one another name (--name)"
+    with _alone(f"whole--{run_name}", otherwise=busy):
+        _snakemake(run_name, wanted, plan, outdated, jobs)
+    return run_name
+
+
+def _writable(folder: Path) -> None:
+    """Make a folder and see that files, and enough of them, can be written there. Raises UserError."""
+    try:
+        check_writable(folder)
+    except ValueError as problem:
+        raise UserError(str(problem)) from None
+    free = shutil.disk_usage(folder).free
+    if free < LEAST_FREE:
+        raise UserError(f"{free / 1e6:.0f} MB are free on the disk of {folder}, and {LEAST_FREE / 1e6:.0f} are needed")
+
+
+def _snakemake(run_name: str, wanted: list[str], plan: dict, outdated: list[str], jobs: int) -> None:
+    """Bring a run's notebooks up to date, in processes that end when this one does. Raises UserError if one fails."""
+    problems = [WORK / "failed" / f"{run_name}--{nb}.txt" for nb in wanted]
+    for problem in problems:
+        problem.unlink(missing_ok=True)
+    with tempfile.NamedTemporaryFile("w", suffix=".json", dir=WORK) as config:
+        json.dump({"run": run_name, "notebooks": plan}, config)
+        config.flush()
+        command = [sys.executable, "-m", "snakemake", "--snakefile", ROOT / "Snakefile", "--directory", ROOT]
+        command += ["--cores", jobs, "--configfile", config.name, "--rerun-triggers", "params"]
+        # Nothing half-made is ever in place and every notebook has a lock of its own: a killed run needs no unlocking.
+        command += ["--nolock", "--rerun-incomplete", "--keep-going", "--quiet", "rules", "host"]
+        if outdated:
+            command += ["--forcerun", *(f"book/runs/{run_name}/{nb}.ipynb" for nb in outdated)]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "SINKSTUDY_ENGINE": str(os.getpid()), "PYTHONUTF8": "1"}
+        log = WORK / f"whole--{run_name}.log"
+        with subprocess.Popen(
+            [str(part) for part in command],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            preexec_fn=_die_with_parent,
+        ) as process:
+            try:
+                _pass_on(process.stdout, log)
+                code = process.wait()
+            except BaseException:  # interrupted, or nobody reads what is said any more
+                _end_children()
+                raise
+    if code:
+        said = [problem.read_text(encoding="utf-8") for problem in problems if problem.is_file()]
+        raise UserError("; ".join(said) or f"the run {run_name} did not end well: what failed stands in {log}")
+
+
+def _pass_on(source: IO[bytes], log: Path) -> None:
+    """Show the bars of notebooks on stderr as they come, and keep all that is said in a file."""
+    bar = re.compile(rb"\S+: cell \d+/\d+ |is being executed by another process")
+    with log.open("wb") as kept:
+        while piece := source.read1(65536):
+            kept.write(piece)
+            kept.flush()
+            if shown := b"".join(line for line in re.split(rb"(?<=[\r\n])", piece) if bar.search(line)):
+                sys.stderr.buffer.write(shown)
+                sys.stderr.flush()
+
+
+def _die_with_parent() -> None:
+    """On Linux: have the system end this process when the one that started it ends, however that happens."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def _end_children(patience: float = 3) -> None:
+    """End all processes that this one has started, kernels included."""
+    children = psutil.Process().children(recursive=True)
+    for child in children:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.terminate()
+    for child in psutil.wait_procs(children, timeout=patience)[1]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+
+
+def _end_with_engine() -> None:
+    """Watch, in a thread, the command that this process works for; when it is gone, end this one and its kernel."""
+    engine = os.environ.get("SINKSTUDY_ENGINE", "")
+
+    def watch() -> None:
+        while psutil.pid_exists(int(engine)):
+            time.sleep(1)
+        _end_children(patience=1)
+        os._exit(1)
+
+    if engine.isdigit():
+        threading.Thread(target=watch, daemon=True).start()
+
+
+def claim(run: str, model: str) -> None:
+    """Make sure that the results of a run are of this model, or that there are none yet.
+
+    Raises:
+        UserError: the run is that of another model, or its name is none.
+    """
+    try:
+        claimed(run, model)
+        noted = (record(run, name).get("values", {}) for name in executed(run))
+        of = next((values["model"] for values in noted if "model" in values), model)
+    except ValueError as problem:
+        raise UserError(str(problem)) from None
+    if of != model:
+        raise UserError(f"the run {run} holds results of {of}: give those of {model} another name (--name)")
+
+
+def _clear_work() -> None:
+    """Remove what killed runs left behind; a folder in use belongs to a held lock, so it stays."""
+    for lock in WORK.glob("*.lock"):
+        with lock.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return
+    for leftover in (*WORK.glob("run-*"), *WORK.glob("tmp*.json")):
+        shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+
+
+def check_memory(values: dict[str, dict[str, Any]]) -> None:
+    """Raise UserError unless the models that notebooks load can be read and fit; `values` are their parameters.
+
+    Lab models fit anywhere, and take their own pictures. The work is done in a process of its own, which gives back
+    what torch takes of memory, on a GPU too, before a kernel needs it.
+    """
+    loader = ROOT / "sinkstudy" / "model" / "loading.py"
+    asked = ("images_dir", "data_dir", "hub")  # pictures that are not the lab's
+    keys = ("model", "device", "dtype", "revision", "batch_size", "benchmarks", "benchmark", "limit", "fit", *asked)
+    settings = {
+        json.dumps({key: of[key] for key in keys if key in of})
+        for notebook, of in values.items()
+        if loader in modules(notebook) and (of.get("model") not in lab_models() or any(map(of.get, asked)))
+    }
+    if not settings:
+        return
+    command = [sys.executable, "-m", "sinkstudy.book.memory", *sorted(settings)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, check=False)
+    if ended.returncode:
+        raise UserError(ended.stderr.strip().splitlines()[-1])
+
+
+def update_notebooks(only: Iterable[str] = ()) -> None:
+    """Store the outputs of the default run in `notebooks/`, where nbval compares them and readers see them."""
+    import nbformat
+
+    for name in notebooks(only):
+        source = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+        page = nbformat.read(RUNS / DEFAULT_MODEL / f"{name}.ipynb", as_version=4)
+        for cell, done in zip(source.cells, page.cells, strict=True):
+            if cell.cell_type == "code":
+                cell.outputs, cell.execution_count = done.outputs, done.execution_count
+        with atomic(NOTEBOOKS / f"{name}.ipynb") as target:
+            nbformat.write(tidy(source), target)
+
+
+# ---- the book
+
+
+def render(*, stored: bool = False) -> bool:
+    """Render `_build/html` if a page, an executed notebook or anything else shown has changed; say whether it did.
+
+    Chapters that the default run lacks are shown with the outputs stored in `notebooks/`, and named. Executed pages of
+    that run whose notebook is gone, renamed say, are deleted: other pages have their labels.
+
+    `stored`: show stored outputs where the default run is out of date, too (for tests of the pages). Raises UserError
+    if a page is missing or Jupyter Book warns.
+    """
+    import yaml
+
+    for name in set(executed(DEFAULT_MODEL)) - set(notebooks()):
+        (RUNS / DEFAULT_MODEL / f"{name}.ipynb").unlink()
+    there = executed(DEFAULT_MODEL)
+    if lacking := [name for name in notebooks() if name not in there]:
+        print(f"not executed here, so shown as stored in {NOTEBOOKS.name}/: {', '.join(lacking)}")
+    for name in notebooks():
+        if name in lacking or stored and not is_fresh(DEFAULT_MODEL, name, {}):
+            with atomic(RUNS / DEFAULT_MODEL / f"{name}.ipynb") as target:
+                shutil.copyfile(NOTEBOOKS / f"{name}.ipynb", target)
+    _lead_to_what_is_there()
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
+    for page in _toc_pages(toc):
+        if page.startswith("book/runs/") and not (ROOT / f"{page}.ipynb").is_file():
+            raise UserError(f"{page}.ipynb is missing: 'sinkstudy run' makes it")
+    write_provenance()
+    shown = [path for folder in (BOOK, DATA, RESULTS) for path in files(folder)]
+    shown += [path for path in (ROOT / "_config.yml", ROOT / "_toc.yml", ROOT / "CITATION.cff") if path.is_file()]
+    computed = (DATA / "claims.yml").is_file()  # pages that follow from the ledger and from the results of all runs
+    shown += _imported("import sinkstudy.book.pages") if computed else []
+    content = files_sha256(path for path in shown if WORK not in path.parents)
+    stamp = BUILD / "rendered-from"
+    index = BUILD / "html" / "index.html"
+    if index.is_file() and stamp.is_file() and stamp.read_text(encoding="utf-8") == content:
+        print(f"the book is up to date: {index.relative_to(ROOT)}")
+        return False
+    stamp.unlink(missing_ok=True)
+    BUILD.mkdir(exist_ok=True)
+    if computed:
+        from sinkstudy.book import pages  # only now: pandas and seaborn take seconds
+
+        try:
+            pages.write(BUILD / "pages")
+        except ValueError as problem:
+            raise UserError(str(problem)) from None
+    (BUILD / "toc.yml").write_text(yaml.safe_dump(_with_runs(toc), sort_keys=False))
+    command = [str(Path(sys.executable).with_name("jupyter-book")), "build", ".", "--toc", str(BUILD / "toc.yml")]
+    ended = subprocess.run([*command, "--all", "-W", "-n", "--keep-going"], cwd=ROOT, check=False)
+    if ended.returncode or not index.is_file():
+        raise UserError("the book was not rendered without a warning: Jupyter Book's messages stand above")
+    with atomic(stamp) as target:
+        target.write_text(content, encoding="utf-8")
+    print(f"the book is rendered: {index.relative_to(ROOT)}")
+    return True
+
+
+def _toc_pages(toc: Any) -> Iterator[str]:
+    if isinstance(toc, dict):
+        yield from (toc[key] for key in ("root", "file") if key in toc)
+        toc = list(toc.values())
+    if isinstance(toc, list):
+        for item in toc:
+            yield from _toc_pages(item)
+
+
+def _lead_to_what_is_there() -> None:
+    """Give the labels in the pages of every run but the default one names of that run, and lead references to them.
+
+    The book shows one copy of a notebook for each run, and Sphinx wants every label once. Where a run lacks the page
+    that one of its pages refers to, the default run's is meant.
+    """
+    for run_name in runs():
+        if run_name == DEFAULT_MODEL:
+            continue
+        pages = {name: RUNS / run_name / f"{name}.ipynb" for name in executed(run_name)}
+        read = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in pages.items()}
+        defined = r"^(?:\((?=[\w.:-]+\)=)|:name: *)"
+        own: set[str] = set()
+        for page in read.values():
+            own.update(label for cell in _prose(page) for label in re.findall(rf"(?m){defined}([\w.:-]+)", _text(cell)))
+        own = {label.removesuffix(f"--{run_name}") for label in own}
+        anywhere = rf"(?m)({defined}|\]\(#?|\{{(?:numref|ref|eq)\}}`(?:[^`<]*<)?)([\w.:-]+)(?=[)`>\s]|$)"
+
+        def label(found: re.Match, own: set[str] = own, run_name: str = run_name) -> str:
+            plain = found[2].removesuffix(f"--{run_name}")
+            return found[1] + (f"{plain}--{run_name}" if plain in own else plain)
+
+        def link(found: re.Match, there: dict[str, Path] = pages) -> str:
+            return f"]({'' if found[1] in there else f'../{DEFAULT_MODEL}/'}{found[1]}.ipynb"
+
+        for name, page in read.items():
+            before = json.dumps(page)
+            for cell in _prose(page):
+                text = re.sub(anywhere, label, _text(cell))
+                text = re.sub(rf"\]\((?:\.\./{DEFAULT_MODEL}/)?(\d\d-[\w-]+)\.ipynb", link, text)
+                cell["source"] = text.splitlines(keepends=True)
+            if json.dumps(page) != before:
+                with atomic(pages[name]) as target:
+                    target.write_text(json.dumps(page, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _prose(page: dict) -> list[dict]:
+    return [cell for cell in page["cells"] if cell["cell_type"] == "markdown"]
+
+
+def _with_runs(toc: dict) -> dict:
+    """The table of contents with one part for each run of another model that `_toc.yml` does not name."""
+    named = set(_toc_pages(toc))
+    parts = [
+        {"caption": f"On {run}", "chapters": [{"file": page} for page in pages]}
+        for run in runs()
+        if (pages := [p for name in executed(run) if (p := f"book/runs/{run}/{name}") not in named])
+    ]
+    if not parts:
+        return toc
+    if "parts" in toc:
+        return toc | {"parts": toc["parts"] + parts}
+    rest = {key: value for key, value in toc.items() if key != "chapters"}
+    return rest | {"parts": [{"chapters": toc.get("chapters", [])}, *parts]}
+
+
+def write_provenance() -> None:
+    """Write `book/runs/{provenance,versions,checksums}.csv` for the provenance page, from the executed notebooks."""
+    columns = ("run", "notebook", "model", "device", "dtype", "seed", "git_commit", "dirty", "started", "seconds")
+    rows, versions = [columns], [("run", "package", "version")]
+    for run_name in runs():
+        for name in executed(run_name):
+            noted = record(run_name, name) | {"notebook": name, "run": run_name}
+            if noted.get("revision"):
+                noted["model"] += f"@{noted['revision'][:12]}"
+            rows.append(tuple(noted.get(column, "") for column in columns))
+        packages = noted.get("versions", {})
+        versions += [(run_name, package, version) for package, version in packages.items()]
+    checksums = [("file", "sha256")]
+    for path in sorted(files(DATA)) if DATA.is_dir() else ():
+        checksums.append((str(path.relative_to(ROOT)), digests.sha256(path)))
+    for stem, table in (("provenance", rows), ("versions", versions), ("checksums", checksums)):
+        if len(table) == 1:  # Sphinx refuses a table without a row; the pages show stored outputs, say
+            table.append(("no notebook was executed here", *[""] * (len(table[0]) - 1)))
+        with atomic(RUNS / f"{stem}.csv") as target, target.open("w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(table)
+
+
+if __name__ == "__main__":  # called by the Snakefile: run, notebook, parameters as JSON
+    _end_with_engine()
+    try:
+        execute(sys.argv[2], sys.argv[1], json.loads(sys.argv[3]))
+    except UserError as problem:
+        sys.exit(f"sinkstudy: {problem}")

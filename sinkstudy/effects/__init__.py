@@ -1,0 +1,1 @@
+"""What becomes of answers when tokens, keys, neurons or dimensions are changed; no training."""

@@ -1,0 +1,262 @@
+"""Which neurons of the vision tower write high norms: find them, silence them, let them fire elsewhere.
+
+A *neuron* is one entry of the hidden layer of a tower layer's MLP, after the nonlinearity: an input of the linear map
+`Spec.vision_neurons`. Neurons are given as {layer: indices, long [k]}, tokens as rows of the tower's hidden states
+flattened to [tokens of the batch, width], where `ImageLayout.vision` finds a patch.
+
+The contexts change every forward pass inside them and leave no trace when they end.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from sinkstudy.model import capture
+from sinkstudy.model.loading import LVLM
+
+Neurons = Mapping[int, torch.Tensor]  # {vision layer: long [neurons]}
+
+
+@torch.no_grad()
+def mean_activations(
+    lvlm: LVLM,
+    pictures: Sequence[Any],
+    masks: Mapping[str, torch.Tensor],
+    magnitude: bool = True,
+    batch_size: int = 16,
+) -> dict[str, torch.Tensor]:
+    """Mean post-activation of every neuron over the patches of each group.
+
+    Args:
+        lvlm: the model.
+        pictures: as for `LVLM.inputs`, of one number of patches.
+        masks: the patches of each group, bool [pictures, patches].
+        magnitude: of |activation|; otherwise of the activation with its sign.
+        batch_size: pictures in one pass.
+
+    Returns:
+        For each group float32 [vision layers, neurons], over all its patches of all pictures; NaN for an empty group.
+        Layers behind the connector's, which nothing reads, are there too.
+    """
+    sums: dict[str, list] = {group: [0.0] * len(lvlm.vision_layers) for group in masks}
+
+    def adder(layer: int) -> Callable:
+        def add(module: nn.Module, args: tuple) -> None:
+            active = args[0].detach().flatten(0, -2).float()  # [tokens of the batch, neurons]
+            active = active.abs() if magnitude else active
+            for group, tokens in chosen.items():
+                sums[group][layer] = sums[group][layer] + active[tokens.to(active.device)].sum(0).cpu()
+
+        return add
+
+    handles = [_reader(lvlm, layer).register_forward_pre_hook(adder(layer)) for layer in range(len(lvlm.vision_layers))]
+    try:
+        for start in range(0, len(pictures), batch_size):
+            batch = pictures[start : start + batch_size]
+            inputs = lvlm.inputs(batch, [""] * len(batch))
+            chosen = {
+                group: torch.cat([layout.vision[mask] for layout, mask in zip(lvlm.layout(inputs), part, strict=True)])
+                for group, part in ((group, mask[start : start + batch_size]) for group, mask in masks.items())
+            }
+            lvlm.see(inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    counts = {group: mask.sum() for group, mask in masks.items()}
+    return {group: torch.stack(of_layers) / counts[group] for group, of_layers in sums.items()}
+
+
+def strongest(scores: torch.Tensor, k: int, last_layer: int) -> dict[int, torch.Tensor]:
+    """The k neurons of the highest scores, [vision layers, neurons], in the layers up to and with `last_layer`.
+
+    Jiang et al., "Vision Transformers Don't Need Trained Registers" (2506.08010), score a neuron by the mean
+    |post-activation| at the positions of high norm, and look no further than the layer in which norms rise.
+
+    Raises:
+        ValueError: if there are fewer than k.
+    """
+    eligible = scores[: last_layer + 1]
+    if k > eligible.numel():
+        raise ValueError(f"{len(eligible)} layers have {eligible.numel()} neurons, fewer than k = {k}")
+    best = eligible.flatten().topk(k).indices
+    return _by_layer(best // scores.shape[1], best % scores.shape[1])
+
+
+def register_neurons(
+    lvlm: LVLM, pictures: Sequence[Any], masks: torch.Tensor, k: int = 10, batch_size: int = 16
+) -> dict[int, torch.Tensor]:
+    """The k neurons that write a group's norm: mean |activation| on its patches less that on the others.
+
+    They are looked for in the layers up to the one where the group's norm over the picture's median has come half the
+    way from 1 to its largest value. Jiang et al. (2506.08010) take the plain mean on outliers, and a last layer by
+    hand; 10 is their number in CLIP-B/16.
+
+    Args:
+        pictures: as for `LVLM.inputs`, of one number of patches.
+        masks: the group, bool [pictures, patches].
+
+    Raises:
+        ValueError: an empty group, pictures of different sizes, or fewer than k neurons in those layers.
+    """
+    if not masks.any() or masks.all():
+        raise ValueError("register neurons are found by a group of patches and the others: one of the two is empty")
+    norms = capture.trace_tower(lvlm, pictures, batch_size)[0]  # [pictures, layers, patches]
+    over_median = norms / norms.quantile(0.5, dim=-1, keepdim=True)
+    ratio = torch.stack([of_layer[masks].mean() for of_layer in over_median.unbind(1)])[: lvlm.feature_layer + 1]
+    last = int((ratio >= (1 + ratio.max()) / 2).nonzero()[0])
+    active = mean_activations(lvlm, pictures, {"group": masks, "others": ~masks}, batch_size=batch_size)
+    return strongest(active["group"] - active["others"], k, last)
+
+
+def random_neurons(neurons: Neurons, n: int, seed: int) -> dict[int, torch.Tensor]:
+    """As many other neurons of the same layers, drawn at random from the n that each layer has.
+
+    Where a layer has too few others, all of them are taken.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    drawn = {}
+    for layer, taken in neurons.items():
+        order = torch.randperm(n, generator=generator)
+        drawn[layer] = order[~torch.isin(order, taken)][: len(taken)].sort().values
+    return drawn
+
+
+@contextmanager
+def setting(
+    lvlm: LVLM,
+    neurons: Neurons,
+    tokens: torch.Tensor | None = None,
+    values: Mapping[int, torch.Tensor] | float = 0.0,
+) -> Iterator[None]:
+    """Set the post-activation of neurons at some tokens of the tower; everything else computes as it does.
+
+    Args:
+        lvlm: the model.
+        neurons: which.
+        tokens: where, long [n]; by default everywhere, CLS and registers included.
+        values: of each neuron, float [k] a layer; or one for all, by default 0: the neurons are silent.
+    """
+
+    def setter(layer: int) -> Callable:
+        def set_(module: nn.Module, args: tuple) -> tuple:
+            active = args[0].clone()
+            flat = active.view(-1, active.shape[-1])  # [tokens of the batch, neurons]
+            value = values if isinstance(values, float) else values[layer].to(flat)
+            where = slice(None) if tokens is None else tokens.to(flat.device)[:, None]
+            flat[where, neurons[layer].to(flat.device)] = value
+            return (active, *args[1:])
+
+        return set_
+
+    handles = []
+    try:
+        for layer in neurons:
+            handles.append(_reader(lvlm, layer).register_forward_pre_hook(setter(layer)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def check_takes_register(lvlm: LVLM) -> None:
+    """Raise ValueError for towers that see all images as one sequence (Qwen) or merge patches before the connector
+    (InternVL): they take no further token."""
+    if lvlm.spec.packed or lvlm.spec.order != "rows":
+        raise ValueError(f"{lvlm.name}: this tower takes no added token; silence the neurons instead (`setting`)")
+
+
+@contextmanager
+def moved_to_register(lvlm: LVLM, neurons: Neurons, passed: torch.Tensor | None = None) -> Iterator[None]:
+    """Move what neurons write to a token that is added behind the patches of every tile: a test-time register.
+
+    The added token enters the first layer as zeros. There each of the neurons takes the activation of the largest
+    magnitude that it has anywhere in the tile, and everywhere else 0. Before the connector the token is left out
+    again, so that nobody reads it, or takes the place of some patches. Jiang et al. (2506.08010). Inside the context
+    the tower's hidden states have one token more in each tile, so `ImageLayout.vision` does not hold for more than one
+    tile.
+
+    Args:
+        lvlm: the model.
+        neurons: which.
+        passed: patches in whose place the connector reads their tile's register: rows of its input as
+            `ImageLayout.connector` has them, long [n]; none by default.
+
+    Raises:
+        ValueError: as `check_takes_register`.
+    """
+    check_takes_register(lvlm)
+
+    def append(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = torch.cat([hidden, torch.zeros_like(hidden[:, :1])], dim=1)
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+    def mover(layer: int) -> Callable:
+        def move(module: nn.Module, args: tuple) -> tuple:
+            active = args[0].clone()  # [tiles, tokens + 1, neurons]
+            of = neurons[layer].to(active.device)
+            own = active[..., of]
+            active[..., of] = 0.0
+            active[:, -1, of] = own.gather(1, own.abs().argmax(1, keepdim=True))[:, 0]
+            return (active, *args[1:])
+
+        return move
+
+    def leave_out(module: nn.Module, args: tuple) -> tuple:
+        hidden, register = args[0][:, :-1], args[0][:, -1:]  # [tiles, patches, width], [tiles, 1, width]
+        if passed is not None:
+            there = torch.zeros(hidden.shape[0] * hidden.shape[1], dtype=torch.bool, device=hidden.device)
+            there[passed.to(hidden.device)] = True
+            hidden = torch.where(there.view(*hidden.shape[:2], 1), register, hidden)
+        return (hidden, *args[1:])
+
+    handles = [lvlm.vision_layers[0].register_forward_pre_hook(append, with_kwargs=True)]
+    try:
+        for layer in neurons:
+            handles.append(_reader(lvlm, layer).register_forward_pre_hook(mover(layer)))
+        for connector in lvlm.connectors.values():
+            handles.append(connector.register_forward_pre_hook(leave_out))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def setting_dimensions(
+    lvlm: LVLM, dimensions: Sequence[int], patches: torch.Tensor, values: torch.Tensor | float
+) -> Iterator[None]:
+    """Set some dimensions of some patches where the connector reads them.
+
+    The intervention of Sun et al., "Massive Activations in Large Language Models" (2402.17762), who set massive
+    activations to zero or to their mean over inputs. Of several connectors (Qwen3-VL) only the main one is meant.
+
+    Args:
+        lvlm: the model.
+        dimensions: which, of the tower's width.
+        patches: where: rows of the connector's input as `ImageLayout.connector` has them, long [n].
+        values: for each of the dimensions, float [dimensions], or one for all.
+    """
+
+    def set_(hidden: torch.Tensor, layer: int) -> torch.Tensor:
+        if layer != lvlm.feature_layer:
+            return hidden
+        hidden = hidden.clone()
+        where = patches.to(hidden.device)[:, None], torch.tensor(dimensions, device=hidden.device, dtype=torch.long)
+        hidden[where] = values if isinstance(values, float) else values.to(hidden)
+        return hidden
+
+    with lvlm.editing(before=set_):
+        yield
+
+
+def _reader(lvlm: LVLM, layer: int) -> nn.Module:
+    """The linear map that reads a layer's neurons."""
+    return lvlm.vision_layers[layer].get_submodule(lvlm.spec.vision_neurons)
+
+
+def _by_layer(layers: torch.Tensor, indices: torch.Tensor) -> dict[int, torch.Tensor]:
+    return {layer: indices[layers == layer].sort().values for layer in sorted(set(layers.tolist()))}

@@ -1,0 +1,1 @@
+"""Methods that are trained: connectors, routers, gates, and the loop that trains them."""

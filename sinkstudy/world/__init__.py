@@ -1,0 +1,1 @@
+"""The lab's world: scenes, and questions whose answers and types are known by construction."""
