@@ -1,0 +1,229 @@
+"""From a chapter's observations to what its reader meets: estimates, tables of text, sentences and figures.
+
+Observations are one long tidy table, a row a measured value, with columns that say what was measured (model, image_id,
+group, way, type of question, ..). `estimates` turns them into means with intervals over images, `paired` into
+differences to a control on the same questions. Everything else takes estimates: rows with `value`, `low`, `high` and
+`n` beside the columns that name them.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+
+from sinkstudy import stats
+from sinkstudy.book import report
+
+NOTHING = stats.Interval(float("nan"), float("nan"), float("nan"), 0)
+BLUE, ORANGE, GREEN, PINK, RED = report.PALETTE
+GROUPS = {"sinks": RED, "top 2 %": ORANGE, "calm": GREEN, "calm patches": GREEN, "things": BLUE, "random": report.INK,
+          "next in norm": PINK, "others": report.INK, "all": report.INK}
+"""The colour of each group of tokens, the same in every chapter."""
+
+MODELS = {"lab-llava": "#5661c9", "lab-llava-gist": "#a8432f", "lab-llava-registers": "#2b8f8a",
+          "lab-qwen2vl": "#8d6a1f", "lab-llava-sinks": "#93459c"}
+"""The colour of each lab model where models share a panel; none is that of a group."""
+
+
+def colour(name: str, among: Sequence[str] = ()) -> str:
+    """The colour of a group or model. Models that are not the lab's take the free ones, in the order of `among`."""
+    known = GROUPS | MODELS
+    if name in known:
+        return known[name]
+    free = [of for model, of in MODELS.items() if model not in among]
+    others = [model for model in among if model not in known]
+    return free[others.index(name) % len(free)] if name in others and free else report.INK
+
+
+def estimates(
+    observations: pd.DataFrame,
+    by: Sequence[str],
+    value: str = "value",
+    *,
+    images: str = "image_id",
+    strata: str | None = None,
+    least: int = 1,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Mean of a column in each cell, with its 95 % bootstrap interval that draws whole images.
+
+    Args:
+        observations: a row a value; values that are not finite are left out.
+        by: columns that name a cell. Cells stand in the order of their first row.
+        value: the column that is averaged.
+        images: the column that says which rows belong together.
+        strata: a column, say the benchmark, within whose values images are drawn; see `stats.mean_interval`.
+        least: cells that fewer images have get no estimate, and `n` 0.
+        seed: of the bootstrap.
+
+    Returns:
+        `by`, `value` (in the unit of the column), `low`, `high`, `n` (images).
+    """
+    rows = []
+    for cell, of in observations.groupby(list(by), sort=False, observed=True):
+        there = of[np.isfinite(of[value].astype(float))]
+        found = NOTHING
+        if len(there) and there[images].nunique() >= least:
+            within = None if strata is None else there[strata].to_numpy()
+            found = stats.mean_interval(there[value].to_numpy(float), clusters=there[images].to_numpy(), strata=within,
+                                        seed=seed)
+        rows.append((*cell, *found))
+    return pd.DataFrame(rows, columns=[*by, "value", "low", "high", "n"])
+
+
+def paired(
+    observations: pd.DataFrame, on: Sequence[str], which: str, own: str, control: str, value: str = "value"
+) -> pd.DataFrame:
+    """Differences between two ways on the same rows: the mean of `own` less the mean of `control`.
+
+    Args:
+        observations: a row a value.
+        on: columns that name what is paired, the image among them (model, image_id, question, ..). Several rows of
+            one way, such as draws of random tokens, are averaged first.
+        which: the column that says `own` or `control`.
+        value: the column that is subtracted.
+
+    Returns:
+        `on` and the difference in the column `value`, for what has both, in the order of the first rows of `own`.
+    """
+    mean = {way: observations[observations[which] == way].groupby(list(on), sort=False)[value].mean()
+            for way in (own, control)}
+    return (mean[own] - mean[control].reindex(mean[own].index)).dropna().reset_index(name=value)
+
+
+def one(rows: pd.DataFrame, **where: Any) -> stats.Interval:
+    """The only estimate for which columns have these values; one without value and `n` 0 if there is none.
+
+    Raises:
+        ValueError: there are several.
+    """
+    for column, wanted in where.items():
+        rows = rows[rows[column] == wanted]
+    if len(rows) > 1:
+        raise ValueError(f"{len(rows)} estimates for {where}")
+    return stats.Interval(*rows[["value", "low", "high", "n"]].iloc[0]) if len(rows) else NOTHING
+
+
+def keep(results: report.Results, rows: pd.DataFrame, name: str, unit: str | Mapping[str, str] = "") -> None:
+    """Every estimate becomes a metric.
+
+    Args:
+        rows: estimates.
+        name: with the columns of a row in braces, "{model}.{way}.{group}.accuracy"; see `report.key`.
+        unit: of all rows, or by the row's `measure`.
+    """
+    for row in rows.to_dict("records"):
+        of = unit if isinstance(unit, str) else unit[row["measure"]]
+        filled = name.format(**{column: report.key(str(of)) for column, of in row.items()})
+        results.metric(filled, row["value"], row["low"], row["high"], row["n"], unit=of)
+
+
+def shown(rows: pd.DataFrame, index: str | Sequence[str], columns: str, fmt: str | None = None) -> pd.DataFrame:
+    """Estimates as a table of text, "2.86 [2.70, 3.03]"; a dash where there is none. Order as in `rows`."""
+    index = [index] if isinstance(index, str) else list(index)
+    text = [report.shown(of, fmt) for of in map(_interval, rows.itertuples())]
+    table = rows.assign(text=text).pivot_table(index=index, columns=columns, values="text", aggfunc="first", sort=False)
+    return table.fillna("–").rename_axis(None, axis=1)
+
+
+def told(
+    rows: pd.DataFrame,
+    above: str,
+    below: str,
+    unclear: str = "not clearly different",
+    *,
+    reference: float = 0,
+    fmt: str | None = None,
+    unit: str = "",
+    label: str = "{model}",
+    none: str = "no model of this run has such tokens",
+) -> str:
+    """Estimates in a sentence: "lab-llava −1.2 [−2.0, −0.4] points (loss); ..". What has no value is left out.
+
+    Args:
+        rows: estimates.
+        above, below, unclear: words where the whole interval lies above `reference`, below it, or on neither side.
+        fmt, unit: of the numbers.
+        label: what names a row, with its columns in braces.
+        none: the sentence if no row has a value.
+    """
+    parts = []
+    for row in rows.itertuples():
+        found = _interval(row)
+        if words := report.phrase(found, reference, above, below, unclear, ""):
+            number = f"{report.shown(found, fmt)} {unit}".strip()
+            parts.append(f"{label.format(**row._asdict())} {number} ({words})")
+    return "; ".join(parts) or none
+
+
+def dots(
+    rows: pd.DataFrame,
+    *,
+    y: str,
+    hue: str,
+    panels: str = "model",
+    lines: str | None = None,
+    hollow: str | None = None,
+    unit: str = "",
+    reference: float = 0,
+    titles: Mapping[str, str] | None = None,
+) -> mpl.figure.Figure:
+    """Dots with intervals: a column of panels for each model, a row of dots for each type, a colour for each group.
+
+    Args:
+        rows: estimates.
+        y, hue, panels, lines: columns whose values become rows of dots, colours (`colour`), columns and rows of panels.
+        hollow: a column; where it is "random", dots are hollow and thin: the control beside its group.
+        unit: label of the x axis.
+        reference: where the dotted line of no effect stands.
+        titles: words for the values of `lines`.
+    """
+    down = list(dict.fromkeys(rows[lines])) if lines else [None]
+    across, ys, hues = (list(dict.fromkeys(rows[column])) for column in (panels, y, hue))
+    height = 0.9 + len(down) * (0.6 + 0.17 * len(ys) * max(2, len(hues)))
+    fig, axes = plt.subplots(len(down), len(across), figsize=(1.2 + 1.9 * len(across), height), squeeze=False,
+                             sharey=True, sharex="row")
+    for line, row_of_axes in zip(down, axes, strict=True):
+        for panel, ax in zip(across, row_of_axes, strict=True):
+            of = rows[(rows[panels] == panel) & ((rows[lines] == line) if lines else True)]
+            for i, name in enumerate(hues):
+                own = of[of[hue] == name]
+                _dots(ax, own, [ys.index(at) for at in own[y]], 0.7 * ((i + 0.5) / len(hues) - 0.5),
+                      colour(name, hues), own[hollow] == "random" if hollow else None)
+            ax.axvline(reference, ls=":", color=report.INK)
+            title = "" if line is None else f"\n{(titles or {}).get(line, line)}"
+            ax.set(title=f"{panel}{title}", ylim=(len(ys) - 0.5, -0.5), yticks=range(len(ys)), yticklabels=ys)
+        row_of_axes[len(across) // 2].set_xlabel(unit)
+    key(fig, hues, random=hollow is not None)
+    return fig
+
+
+def _dots(ax: Any, rows: pd.DataFrame, at: Sequence[int], offset: float, of: str, thin: pd.Series | None) -> None:
+    for i, row in zip(at, rows.itertuples(), strict=True):
+        control = thin is not None and thin[row.Index]
+        nudge = 0.06 if control else 0
+        half = [[row.value - row.low], [row.high - row.value]]
+        ax.errorbar(row.value, i + offset + nudge, xerr=half, fmt="o", ms=4.5, lw=0.8 if control else 1.2, color=of,
+                    mfc="none" if control else of, mew=1)
+
+
+def key(fig: mpl.figure.Figure, names: Iterable[str], *, random: bool = False) -> None:
+    """A legend below the figure: a dot for each name, and one for what is hollow."""
+    names = list(names)
+    of = [mpl.lines.Line2D([], [], marker="o", ls="", color=colour(name, names), label=name) for name in names]
+    if random:
+        of.append(mpl.lines.Line2D([], [], marker="o", ls="", color=report.INK, mfc="none", label="as many random"))
+    fig.legend(handles=of, loc="outside lower center", ncols=min(5, len(of)))
+
+
+def answer(text: str, sure: str) -> None:
+    """What the box at the top of the chapter says: its answer, and how sure that is."""
+    report.glue("answer", text)
+    report.glue("sure", sure)
+
+
+def _interval(row: Any) -> stats.Interval:
+    return stats.Interval(row.value, row.low, row.high, row.n)
