@@ -28,7 +28,7 @@ def test_inside_the_context_the_connector_reads_the_new_norms():
     lvlm, (shown, scenes) = loading.load("lab-llava"), pictures("", 2)
     masks, read = list(scenes.calm.flatten(1)), []
     inputs = lvlm.inputs(shown, ["", ""])
-    hook = lvlm.connector.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+    hook = lvlm.connector.linear_1.register_forward_pre_hook(lambda module, args: read.append(args[0]))
     try:
         plain = lvlm.model(**inputs).logits
         with norms.lengthened(lvlm, inputs, masks, norms.LONG):
@@ -63,7 +63,7 @@ def test_the_committed_cells_are_two_by_two():
     trained = cells[cells.connector == "trained on"]
     assert set(zip(trained.model, trained.norm, strict=True)) == {
         cell for cell in norms.CELLS if norms.AS_TRAINED[cell[0]] != cell[1]}
-    assert set(cells.about) == {"gist", "local"} and (cells.low <= cells.lost).all() and (cells.lost <= cells.high).all()
+    assert set(cells.about) == {"gist", "local"} and cells.lost.between(cells.low, cells.high).all()
     curves = pd.read_csv(DATA / "controls" / "norms-training.csv")
     assert curves.groupby(["model", "norm"]).step.max().eq(norms.TUNE.steps).all()
 
