@@ -239,16 +239,27 @@ def fitted(wanted: list[str], model: str, parameters: dict[str, Any]) -> dict[st
         if not any(key in of for of in known.values()):
             names = sorted({name for of in known.values() for name in of})
             raise UserError(f"unknown parameter {key[:80]!r}; the notebooks have: {', '.join(names)}")
+    return {
+        notebook: fitted_to(of, {key: value for key, value in given.items() if key in of}, notebook)
+        for notebook, of in known.items()
+    }
+
+
+def fitted_to(declared: dict[str, Declared], given: dict[str, Any], notebook: str = "") -> dict[str, Any]:
+    """What is given of declared parameters, of a notebook or a command, as these take it.
+
+    Raises:
+        UserError: a value that does not fit.
+    """
+    model = given["model"]
     if given.get("revision") and (model in lab_models() or len(model) < 500 and Path(model).expanduser().is_dir()):
         raise UserError(f"{model} is a folder and has no revision {given['revision']!r}: revisions are of hub models")
-    plan = {}
-    for notebook, of in known.items():
-        plan[notebook] = {key: _fit(notebook, key, of[key], value) for key, value in given.items() if key in of}
-        try:
-            _together({name: declared.default for name, declared in of.items()} | plan[notebook], of)
-        except ValueError as problem:
-            raise UserError(f"{notebook}: {problem}") from None
-    return plan
+    values = {key: _fit(notebook, key, declared[key], value) for key, value in given.items()}
+    try:
+        _together({name: of.default for name, of in declared.items()} | values, declared)
+    except ValueError as problem:
+        raise UserError(f"{notebook}: {problem}" if notebook else str(problem)) from None
+    return values
 
 
 def _fit(notebook: str, key: str, declared: Declared, value: Any) -> Any:

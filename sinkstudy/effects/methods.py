@@ -21,6 +21,8 @@ from sinkstudy.effects.ablation import Masks
 from sinkstudy.model import capture
 from sinkstudy.model.loading import LVLM
 
+# of `effect`; chapter 10 has the same, as a test holds, for papermill wants plain values in a notebook
+DEFAULTS = {"criterion": "above_median", "threshold": 3.0, "max_new_tokens": 16, "batch_size": 64, "seed": 0}
 LOOKED_AT = 64  # pictures at most by which neurons are found; a quarter of them for the decoder's dimensions
 
 
@@ -261,11 +263,11 @@ def effect(
     pictures: Mapping[str, Any],
     *,
     public: bool = False,
-    criterion: str = "above_median",
-    threshold: float = 3.0,
-    max_new_tokens: int = 16,
-    batch_size: int = 16,
-    seed: int = 0,
+    criterion: str = DEFAULTS["criterion"],
+    threshold: float = DEFAULTS["threshold"],
+    max_new_tokens: int = DEFAULTS["max_new_tokens"],
+    batch_size: int = DEFAULTS["batch_size"],
+    seed: int = DEFAULTS["seed"],
     cache: str | Path | None = ANSWERS,
     harnesses: Path | None = None,
 ) -> pd.DataFrame:

@@ -21,6 +21,8 @@ from PIL import Image
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
+    AutoConfig,
+    AutoModel,
     BatchFeature,
     PretrainedConfig,
     PreTrainedModel,
@@ -33,10 +35,14 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from transformers.vision_utils import get_vision_window_index
 
 from sinkstudy.model import checkpoints
-from sinkstudy.model import registers as _registers  # noqa: F401  (makes the register tower known to AutoModel)
-from sinkstudy.model import sinktower as _sinktower  # noqa: F401  (likewise the tower with sinks by construction)
+from sinkstudy.model.registers import CLIPVisionModelWithRegisters
+from sinkstudy.model.sinktower import CLIPVisionModelWithSinks
 from sinkstudy.paths import MODELS, hub_commit, lab_models
 from sinkstudy.pictures import opened
+
+for _tower in (CLIPVisionModelWithRegisters, CLIPVisionModelWithSinks):  # the study's own, for models that have one
+    AutoConfig.register(_tower.config_class.model_type, _tower.config_class, exist_ok=True)
+    AutoModel.register(_tower.config_class, _tower, exist_ok=True)
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,14 @@
 """Methods that are trained: what they have in common, how they are kept, and how they are trained.
 
 A method changes a vision-language model and has parameters of its own; it may train parts of the model too. It is used
-like those of `routing`: `around` is a context in which the model computes with it. What was trained is kept as a folder
-with `method.json` and `weights.safetensors`, without the model's untouched weights.
+like those of `effects.moving`: `around` is a context in which the model computes with it. What was trained is kept as a
+folder with `method.json` and `weights.safetensors`, without the model's untouched weights.
 
 `fit` trains any module that computes its own loss, with the `Trainer` of transformers: on a CPU, on one GPU, or on
 several with `accelerate launch`.
 """
 
 import hashlib
-import importlib
 import json
 import math
 import shutil
@@ -38,7 +37,6 @@ from transformers import (
 )
 
 from sinkstudy.answers.evaluate import Intervention, Prefixes
-from sinkstudy.model import loading
 from sinkstudy.model.loading import LVLM
 from sinkstudy.paths import atomic
 
@@ -190,29 +188,6 @@ def check_finite(weights: Mapping[str, torch.Tensor]) -> None:
             raise FloatingPointError(
                 f"the weights {name} are no longer finite: train with a smaller learning rate, or in float32"
             )
-
-
-KINDS = {  # by `kind`: module and class
-    "one-connector": ("sinkstudy.trained.connectors", "OneConnector"),
-    "diysink": ("sinkstudy.trained.connectors", "DIYSink"),
-    "rew": ("sinkstudy.trained.routers", "ReW"),
-    "lsg": ("sinkstudy.trained.gates", "Gates"),
-    "lora": ("sinkstudy.trained.gates", "LoRA"),
-}
-
-
-def load(folder: str | Path, *, device: str = "cpu", dtype: str | torch.dtype = "float32") -> Method:
-    """Load a method that `Method.save` wrote, with the model that it was trained on; see `loading.load`.
-
-    Raises:
-        ValueError: no such folder, an unknown kind, weights of another model, or as `loading.load`.
-    """
-    known = Method.described(folder)
-    if known["kind"] not in KINDS:
-        raise ValueError(f"{folder} holds a method of unknown kind {known['kind']!r}; known: {', '.join(KINDS)}")
-    module, name = KINDS[known["kind"]]
-    lvlm = loading.load(known["base"], device=device, dtype=dtype, revision=known["revision"])
-    return getattr(importlib.import_module(module), name).open(lvlm, folder).eval().requires_grad_(False)
 
 
 def digest(weights: dict[str, torch.Tensor]) -> str:

@@ -192,10 +192,10 @@ def test_a_killed_run_goes_on_where_it_stopped(llava, table, tmp_path):
 KILLED = """
 import sys
 import test_evaluate as tests
-from sinkstudy import models
 from sinkstudy.answers.evaluate import evaluate
+from sinkstudy.model import loading
 
-evaluate(models.load(sys.argv[1]), tests.many(), max_new_tokens=1, cache=sys.argv[2], batch_size=1)
+evaluate(loading.load(sys.argv[1]), tests.many(), max_new_tokens=1, cache=sys.argv[2], batch_size=1)
 """
 
 
