@@ -27,8 +27,8 @@ class Ridge:
     """Ridge regression from the same tokens to any number of targets, in float64.
 
     Tokens are standardised by the mean and standard deviation of those given here; the intercept is not penalised. The
-    penalty is chosen from `PENALTIES` anew for every target, by the exact leave-one-out error of the ridge solution
-    (PRESS; Hastie, Tibshirani & Friedman 2009, section 7.10), so no rows are set apart for it.
+    penalty is chosen from `PENALTIES` for all targets of a call together, by the exact leave-one-out error of the ridge
+    solution (PRESS; Hastie, Tibshirani & Friedman 2009, section 7.10), so no rows are set apart for it.
 
     Args:
         tokens: [n, width], one row a token.

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from sinkstudy import digests
 from sinkstudy.benchmarks import files as plain
 from sinkstudy.benchmarks import rows
 
@@ -209,9 +210,7 @@ def load(name: str, *, path: str | Path | None = None, split: str | None = None,
 
 def _digests(files: list[Path], root: Path) -> dict[str, str]:
     """SHA-256 of each file; of hundreds, as MME's texts, that of all their digests."""
-    from sinkstudy.benchmarks import parquet  # only now: the lab and the scorers need no parquet
-
-    of = {str(_within(file, root)): parquet.sha256(file) for file in files}
+    of = {str(_within(file, root)): digests.sha256(file) for file in files}
     if len(of) < 100:
         return of
     listed = "".join(f"{name} {of[name]}\n" for name in sorted(of))

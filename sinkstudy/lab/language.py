@@ -1,6 +1,6 @@
 """The lab's decoder and connector behind a frozen tower: captions, then instruction tuning.
 
-Text pretraining stands here too; the shipped models did without it (see `train.TEXT`).
+The decoder's text pretraining stands here too (see `train.TEXT`).
 """
 
 from __future__ import annotations

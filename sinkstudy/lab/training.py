@@ -1,4 +1,7 @@
-"""The one training loop of the lab: seeded, resumable, with its loss curve kept as a table."""
+"""How towers and decoders of the lab are trained from nothing: seeded, resumable, with a loss curve.
+
+Methods on top of a model are trained by `trained.loop`.
+"""
 
 from __future__ import annotations
 

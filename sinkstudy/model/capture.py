@@ -64,15 +64,6 @@ def token_norms(hidden: torch.Tensor, layer: int | None = None) -> torch.Tensor:
     return hidden.float().norm(dim=-1)
 
 
-def top_dimensions(hidden: torch.Tensor, k: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k entries of largest magnitude of every token, largest first.
-
-    [.., tokens, width] -> values float32 (with sign) and dimensions long, both [.., tokens, k].
-    """
-    dimensions = hidden.float().abs().topk(k, dim=-1).indices
-    return hidden.float().gather(-1, dimensions), dimensions
-
-
 @contextmanager
 def hidden_states(
     lvlm: LVLM,

@@ -7,7 +7,6 @@ whatever that reaches: what it closes over, its defaults, what it reads of its n
 
 import dis
 import hashlib
-import json
 import sys
 import sysconfig
 from collections.abc import Iterator, Mapping
@@ -30,6 +29,7 @@ import torch
 import transformers
 from PIL import Image
 
+from sinkstudy import digests
 from sinkstudy.model.loading import LVLM
 from sinkstudy.paths import ROOT
 
@@ -175,9 +175,4 @@ def fingerprint(lvlm: LVLM) -> str:
         lvlm.processor.tokenizer.backend_tokenizer.to_str(),
     ]
     versions = [torch.__version__, transformers.__version__]
-    return sha256([weights.hexdigest(), settings, code, versions])
-
-
-def sha256(values: Any) -> str:
-    """SHA-256 of plain values."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+    return digests.of_values([weights.hexdigest(), settings, code, versions])

@@ -34,10 +34,11 @@ from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 from transformers.vision_utils import get_vision_window_index
 
+from sinkstudy import devices
 from sinkstudy.model import checkpoints
 from sinkstudy.model.registers import CLIPVisionModelWithRegisters
 from sinkstudy.model.sinktower import CLIPVisionModelWithSinks
-from sinkstudy.paths import MODELS, hub_commit, lab_models
+from sinkstudy.paths import hub_commit, model_folder
 from sinkstudy.pictures import opened
 
 for _tower in (CLIPVisionModelWithRegisters, CLIPVisionModelWithSinks):  # the study's own, for models that have one
@@ -594,8 +595,8 @@ def load(
         ValueError: as `outline`; a device that is not there or does not compute in that dtype, or weights that are not
             finite in it.
     """
-    dtype = _dtype(dtype)
-    check_device(device, dtype)
+    dtype = devices.dtype_of(dtype)
+    devices.check(device, dtype)
     known = outline(name, dtype=dtype, revision=revision)
     model = _read(
         name,
@@ -659,7 +660,7 @@ def outline(name: str, *, dtype: str | torch.dtype = "float32", revision: str | 
         config,
         generation_config=settings,
         state_dict=weights,
-        dtype=_dtype(dtype),
+        dtype=devices.dtype_of(dtype),
         device_map={"": "meta"},
     )
     model.tie_weights()  # also what is stored twice
@@ -846,57 +847,9 @@ def _line(error: Exception) -> str:
 
 
 def find(name: str) -> str:
-    """What `from_pretrained` needs for `name`: a folder's path, or the hub id itself.
-
-    Raises:
-        ValueError: if `name` is no lab model, no folder with a config.json, and does not look like a hub id.
-    """
-    if name in lab_models():
-        return str(MODELS / name)
-    folder = Path(name).expanduser()
-    if (folder / "config.json").is_file():
-        return str(folder)
-    if (folder / checkpoints.ADAPTER).is_file():
-        raise ValueError(f"{name} is an adapter, no model: {checkpoints.MERGE}")
-    looks_like_hub_id = name.count("/") == 1 and all(name.split("/")) and not name.startswith((".", "~"))
-    if folder.exists() or not looks_like_hub_id:
-        known = ", ".join(lab_models()) or "none are there"
-        raise ValueError(f"unknown model {name!r}: not a lab model ({known}), a model folder, or a hub id owner/name")
-    return name
-
-
-def _dtype(dtype: str | torch.dtype) -> torch.dtype:
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype in known.values():
-        return dtype
-    if dtype not in known:
-        raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(known)}")
-    return known[dtype]
-
-
-def check_device(device: str, dtype: str | torch.dtype = "float32") -> None:
-    """Make sure that a device is there and computes in a dtype; "auto" is the first GPU, or the CPU.
-
-    Raises:
-        ValueError: it is not, or does not.
-    """
-    dtype = _dtype(dtype)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # AssertionError where torch was built without CUDA
-        raise ValueError(f"device {device!r} is not there: {str(error).splitlines()[0]}") from error
-    try:
-        one = torch.ones(1, 1, device=device, dtype=dtype)
-        one @ one
-        lacks = dtype == torch.bfloat16 and one.is_cuda and not torch.cuda.is_bf16_supported(including_emulation=False)
-    except (RuntimeError, TypeError):  # TypeError on an older Apple GPU
-        lacks = True
-    if lacks:
-        name = str(dtype).removeprefix("torch.")
-        others = "float16 or float32" if dtype == torch.bfloat16 else "bfloat16 or float32"
-        raise ValueError(f"device {device!r} does not compute in {name}: take another dtype ({others})")
+    """What `from_pretrained` needs for `name`: a folder's path, or the hub id itself; see `paths.model_folder`."""
+    folder = model_folder(name)
+    return name if folder is None else str(folder)
 
 
 def without_video(name: str) -> type[ProcessorMixin]:

@@ -36,6 +36,7 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
+from sinkstudy import digests
 from sinkstudy.answers.evaluate import Intervention, Prefixes
 from sinkstudy.model.loading import LVLM
 from sinkstudy.paths import atomic
@@ -326,7 +327,7 @@ def fit(
     known |= {"samples": len(dataset), "about": dict(about or {})}
     draws = _Draws(dataset, settings.seed, steps * per_step, keys)
     if keys is not None:
-        known["data"] = _sha256(sorted(keys))
+        known["data"] = digests.of_values(sorted(keys))
     del known["epochs"]  # the number of steps says it
     known["parameters"] = hashlib.sha256(str([(k, list(p.shape)) for k, p in trained.items()]).encode()).hexdigest()
     known = json.loads(json.dumps(known))
@@ -508,7 +509,8 @@ class _Draws(Dataset):
 
     def __init__(self, dataset: Sequence, seed: int, length: int, keys: Sequence[str] | None = None) -> None:
         self.dataset, self.seed, self.length = dataset, seed, length
-        self.keys = None if keys is None else [_sha256([key]) for key in keys]  # conversations are long, digests short
+        # conversations are long, digests short
+        self.keys = None if keys is None else [digests.of_values([key]) for key in keys]
         self.steps: list[str] = []  # what `used` knows already
         self.epoch, self.order = -1, np.empty(0, int)
 
@@ -528,8 +530,8 @@ class _Draws(Dataset):
         """The order of an epoch. With keys it is that of their digests, so that each has its place by itself."""
         if self.keys is None:
             return np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset))
-        digests = [hashlib.sha256(f"{self.seed} {epoch} {key}".encode()).digest() for key in self.keys]
-        return np.array(sorted(range(len(digests)), key=digests.__getitem__))
+        drawn = [hashlib.sha256(f"{self.seed} {epoch} {key}".encode()).digest() for key in self.keys]
+        return np.array(sorted(range(len(drawn)), key=drawn.__getitem__))
 
     def used(self, steps: int, per_step: int) -> list[str]:
         """For each of the first steps, a digest of the samples that it uses; without keys, nothing is known of them."""
@@ -537,7 +539,7 @@ class _Draws(Dataset):
             return []
         for step in range(len(self.steps), steps):
             places = range(step * per_step, (step + 1) * per_step)
-            self.steps.append(_sha256([self.keys[self._index(place)] for place in places]))
+            self.steps.append(digests.of_values([self.keys[self._index(place)] for place in places]))
         return self.steps[:steps]
 
 
@@ -570,10 +572,6 @@ def _has_bf16(device: torch.device) -> bool:
 
 def _weights(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
     return {name: p.detach().cpu().contiguous() for name, p in parameters.items()}
-
-
-def _sha256(texts: Sequence[str]) -> str:
-    return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
 
 
 def _used(checkpoint: Path) -> list[str] | None:

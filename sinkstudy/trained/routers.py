@@ -7,7 +7,6 @@ picks among the same three passes, so nothing is computed again: answer all ques
 *Soft* routing (the paper's ReW) gives both kinds of tokens a weight that follows from the question: `ReW`.
 """
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoTokenizer
 
+from sinkstudy import digests
 from sinkstudy.answers.evaluate import NONE, Intervention, Prefixes, evaluate
 from sinkstudy.model.loading import LVLM
 from sinkstudy.trained.connectors import DIYSink
@@ -261,8 +261,7 @@ class ReW(Method):
         super().__init__(lvlm, encoder=encoder, width=width, activation=activation, seed=seed)
         self.encoder, self.tokenizer = (None, None) if encoder == "own" else _sentence_encoder(encoder, lvlm.device)
         self.folder, self.diysink = Path(diysink), DIYSink.open(lvlm, diysink)
-        with open(self.folder / "weights.safetensors", "rb") as file:
-            self.of = hashlib.file_digest(file, "sha256").hexdigest()
+        self.of = digests.sha256(self.folder / "weights.safetensors")
         self.requires_grad_(False)
         torch.manual_seed(seed)
         q_width = (lvlm.decoder if self.encoder is None else self.encoder).config.hidden_size

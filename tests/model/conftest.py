@@ -22,6 +22,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from sinkstudy import paths
 from sinkstudy.model import loading
 from sinkstudy.model.registers import CLIPVisionWithRegistersConfig
 
@@ -120,6 +121,6 @@ def questions() -> list[str]:
 
 @pytest.fixture(scope="session", params=["lab-llava", "lab-llava-sinks", "lab-llava-registers"])
 def lab(request) -> loading.LVLM:
-    if request.param not in loading.lab_models():
+    if request.param not in paths.lab_models():
         pytest.skip(f"the weights of {request.param} are not there")
     return loading.load(request.param)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from conftest import write_tiny_llava
+from sinkstudy import paths
 from sinkstudy.answers.evaluate import Prefixes, evaluate
 from sinkstudy.model import loading
 from sinkstudy.trained import loop, routers
@@ -366,7 +367,7 @@ def test_a_model_without_the_words_is_not_asked(lvlm):
 
 def test_lab_models_count_things():
     """The one half of CoT routing that the lab's language can express."""
-    if "lab-llava" not in loading.lab_models():
+    if "lab-llava" not in paths.lab_models():
         pytest.skip("the weights of lab-llava are not there")
     lab = loading.load("lab-llava")
     table = benchmarks.mmstar(questions=2)
