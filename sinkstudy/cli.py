@@ -261,7 +261,7 @@ def train(
     with_malloc()
     from sinkstudy.lab import train as training
 
-    known = [*training.MODELS, "emergence", "gist"]
+    known = [*training.TOWER_OF, "emergence", "gist"]
     wanted = known if not names or names == ["all"] else names
     for name in wanted:
         if name not in known:

@@ -13,14 +13,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "data"
 MODELS = DATA / "models"
-METHODS = DATA / "methods"
+TRAINED = DATA / "methods"
 RESULTS = ROOT / "results"
 PLAIN = DATA / "cache" / "plain"
 NOTEBOOKS = ROOT / "notebooks"
 BOOK = ROOT / "book"
 RUNS = BOOK / "runs"
 DEFAULT_MODEL = "lab-llava"
-ADAPTER = "; an adapter has to be merged into its base first (merge_and_unload of peft)"
+UNMERGED = (
+    "an adapter has to be merged into its base first (merge_and_unload of peft), and the model that it makes saved"
+)
 
 
 def slug(model_name: str) -> str:
@@ -85,8 +87,8 @@ def model_folder(name: str) -> Path | None:
             if (folder / "config.json").is_file():
                 return folder
             if folder.is_dir():
-                adapter = (folder / "adapter_config.json").is_file()
-                raise ValueError(f"the folder {name} holds no model: it has no config.json{ADAPTER if adapter else ''}")
+                hint = f"; {UNMERGED}" if (folder / "adapter_config.json").is_file() else ""
+                raise ValueError(f"the folder {name} holds no model: it has no config.json{hint}")
             if not folder.exists() and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name, re.ASCII):
                 return None
         except OSError as error:

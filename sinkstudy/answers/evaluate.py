@@ -32,7 +32,7 @@ from transformers import BatchFeature, DynamicCache, ProcessorMixin
 
 from sinkstudy import digests
 from sinkstudy.model.capture import ADVICE, hidden_states, until_end
-from sinkstudy.model.identity import Identity, Unknown, fingerprint
+from sinkstudy.model.identity import Identity, Unknown, model_digest
 from sinkstudy.model.loading import LVLM
 from sinkstudy.paths import DATA
 from sinkstudy.pictures import opened
@@ -596,7 +596,7 @@ class _Answers:
         self.identity = Identity()
         if folder is None:
             return
-        name = digests.of_values([fingerprint(lvlm), max_new_tokens, batch_size])[:32]
+        name = digests.of_values([model_digest(lvlm), max_new_tokens, batch_size])[:32]
         self.path, self._name = Path(folder) / f"{name}.jsonl", name.encode()
         try:
             lines = self.path.read_bytes().splitlines()

@@ -19,7 +19,7 @@ from sinkstudy.world import drawing
 from sinkstudy.world import questions as lab
 
 FORMS = (".parquet", *TABLES)  # of a benchmark in one file
-LAB = {"POPE": lab_benchmarks.pope, "MME": lab_benchmarks.mme, "MMStar": lab_benchmarks.mmstar}
+LAB_BENCHMARKS = {"POPE": lab_benchmarks.pope, "MME": lab_benchmarks.mme, "MMStar": lab_benchmarks.mmstar}
 
 
 def pictures(images_dir: str, limit: int) -> tuple[list[Any], drawing.Scenes | None]:
@@ -141,8 +141,8 @@ def benchmark(name: str, data_dir: str, hub: bool, limit: int) -> tuple[pd.DataF
         table = benchmarks.askable(benchmarks.load(name, path=place))
         for line in benchmarks.remarks(table):
             print(line, file=sys.stderr)
-    elif name in LAB:
-        table = LAB[name]()
+    elif name in LAB_BENCHMARKS:
+        table = LAB_BENCHMARKS[name]()
     else:
         return None
     if limit:

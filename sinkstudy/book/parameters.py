@@ -18,8 +18,6 @@ from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from sinkstudy import pictures
 from sinkstudy.paths import MODELS, NOTEBOOKS, RESULTS, ROOT, lab_models, model_folder, place
 
-DTYPES = ("float32", "bfloat16", "float16")
-
 
 class UserError(Exception):
     """Something the user can put right, said in one line."""
@@ -81,7 +79,7 @@ Model = Annotated[_Model, Names("model")]
 Models = Annotated[list[_Model], AfterValidator(_different), Names("model")]
 SomeModels = Annotated[list[_Model], Field(min_length=1), AfterValidator(_different), Names("model")]
 Device = Annotated[str, AfterValidator(check_device)]
-Dtype = Literal[DTYPES]
+Dtype = Literal["float32", "bfloat16", "float16"]  # of devices.DTYPES
 Revision = Annotated[str, Field(pattern=r"^[\w./-]*$")]
 
 AtLeast0 = Annotated[int, Field(ge=0)]  # of a limit: 0 is all
@@ -99,8 +97,8 @@ Counts = Annotated[list[AtLeast1], Field(min_length=1), AfterValidator(_differen
 Weights = Annotated[list[NotNegative], Field(min_length=1), AfterValidator(_different)]
 
 Criterion = Literal["absolute", "mean_sd", "percentile", "above_median", "norm_drop"]  # of sinks.NORM_CRITERIA
-_Benchmark = Literal["POPE", "MME", "MMStar", "GQA", "ScienceQA-IMG", "TextVQA", "MMMU", "MathVista", "own"]  # of SPECS
-Benchmark = _Benchmark | Literal[""]
+_Benchmark = Literal["POPE", "MME", "MMStar", "GQA", "ScienceQA-IMG", "TextVQA", "MMMU", "MathVista", "own"]
+Benchmark = _Benchmark | Literal[""]  # of benchmarks.SOURCES
 Benchmarks = Annotated[list[_Benchmark], Field(min_length=1), AfterValidator(_different)]
 
 Text = Annotated[str, AfterValidator(_said)]
@@ -108,7 +106,7 @@ Texts = Annotated[list[Text], Field(min_length=1), AfterValidator(_different)]
 Files = Annotated[str, AfterValidator(_there), Names("files")]
 FolderIfAny = Annotated[str, AfterValidator(_folder_if_any), Names("files")]
 PicturesIfAny = Annotated[str, AfterValidator(_folder_if_any), Names("pictures")]
-Results = Annotated[list[Text], Field(min_length=1), Names("results")]
+ResultFiles = Annotated[list[Text], Field(min_length=1), Names("results")]
 
 
 # ---- declarations of a notebook

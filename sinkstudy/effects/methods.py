@@ -130,7 +130,7 @@ class Case:
     batch_size: int
 
 
-class Method(NamedTuple):
+class TrainingFree(NamedTuple):
     words: str
     make: Callable[[Case, Any], Intervention]  # with the option's value
     option: Literal["", "weight", "k"] = ""
@@ -195,18 +195,18 @@ def _register_passed(case: Case, k: int) -> Intervention:
 
 _takes = neurons.check_takes_register
 METHODS = {
-    "front": Method("sinks to the front of the visual tokens, position ids travel", _front),
-    "front-renumber": Method("the same, position ids renumbered", _front_renumber),
-    "end": Method("sinks to the end of the visual tokens, position ids travel", _end),
-    "random-front": Method("control: as many random others to the front", _random_front),
-    "sinks-only": Method("no later token sees a visual token but sinks", _sinks_only),
-    "others-only": Method("no later token sees a sink", _others_only),
-    "keep-top-k": Method("only the k patches of highest norm, a quarter by default", _keep_top_k, "k"),
-    "features": Method("projected features of sinks times a weight", _features, "weight", 0.5),
-    "keys": Method("keys of sinks times a weight, in all decoder layers", _keys, "weight", 0.0),
-    "var": Method("attention of the decoder's sinks to other visual tokens", _var),
-    "test-time-registers": Method("k register neurons write to an added token", _register, "k", 10, _takes),
-    "test-time-registers-passed": Method(
+    "front": TrainingFree("sinks to the front of the visual tokens, position ids travel", _front),
+    "front-renumber": TrainingFree("the same, position ids renumbered", _front_renumber),
+    "end": TrainingFree("sinks to the end of the visual tokens, position ids travel", _end),
+    "random-front": TrainingFree("control: as many random others to the front", _random_front),
+    "sinks-only": TrainingFree("no later token sees a visual token but sinks", _sinks_only),
+    "others-only": TrainingFree("no later token sees a sink", _others_only),
+    "keep-top-k": TrainingFree("only the k patches of highest norm, a quarter by default", _keep_top_k, "k"),
+    "features": TrainingFree("projected features of sinks times a weight", _features, "weight", 0.5),
+    "keys": TrainingFree("keys of sinks times a weight, in all decoder layers", _keys, "weight", 0.0),
+    "var": TrainingFree("attention of the decoder's sinks to other visual tokens", _var),
+    "test-time-registers": TrainingFree("k register neurons write to an added token", _register, "k", 10, _takes),
+    "test-time-registers-passed": TrainingFree(
         "the same, and the token takes the place of the patch of highest norm", _register_passed, "k", 10, _takes
     ),
 }
@@ -243,7 +243,7 @@ def data(
     public = hub or bool(data_dir)
     if not public and not model_is_labs:
         raise ValueError("the lab's benchmarks are for lab models: --hub or --data-dir FOLDER gives public ones")
-    known = {name.lower(): name for name in (benchmarks.SPECS if public else study.LAB)}
+    known = {name.lower(): name for name in (benchmarks.SOURCES if public else study.LAB_BENCHMARKS)}
     if benchmark.lower() not in known:
         whose = "public" if public else "of the lab"
         raise ValueError(f"unknown benchmark {benchmark!r}; those {whose} are {', '.join(known.values())}")

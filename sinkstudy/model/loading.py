@@ -38,7 +38,7 @@ from sinkstudy import devices
 from sinkstudy.model import checkpoints
 from sinkstudy.model.registers import CLIPVisionModelWithRegisters
 from sinkstudy.model.sinktower import CLIPVisionModelWithSinks
-from sinkstudy.paths import hub_commit, model_folder
+from sinkstudy.paths import UNMERGED, hub_commit, model_folder
 from sinkstudy.pictures import opened
 
 for _tower in (CLIPVisionModelWithRegisters, CLIPVisionModelWithSinks):  # the study's own, for models that have one
@@ -629,9 +629,9 @@ def wrap(model: PreTrainedModel, processor: ProcessorMixin) -> LVLM:
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(f"{name}: its weights are not there (torch's meta device): load it with from_pretrained")
     if getattr(model, "_hf_peft_config_loaded", False):
-        raise ValueError(f"{name} has an adapter: {checkpoints.MERGE}")
+        raise ValueError(f"{name} has an adapter: {UNMERGED}")
     if getattr(model, "hf_quantizer", None) or not all(weight.is_floating_point() for weight in model.parameters()):
-        raise ValueError(f"{name}: its weights are quantised; {checkpoints.PLAIN}")
+        raise ValueError(f"{name}: its weights are quantised; {checkpoints.UNQUANTISED}")
     _check_layout(name, config)
     checkpoints.check_values(name, model.named_parameters(), model.dtype)
     lvlm = LVLM(model, processor, name, getattr(config, "_commit_hash", None), spec)
@@ -677,14 +677,14 @@ def _configuration(name: str, revision: str | None) -> tuple[Spec, PretrainedCon
     with _reading(name):
         adapter = find_adapter_config_file(source, revision=revision or None)
     if adapter:  # transformers would put it on top of the weights, whether they hold it already or not
-        raise ValueError(f"{name}: {checkpoints.ADAPTER} is in it: {checkpoints.MERGE}")
+        raise ValueError(f"{name}: {checkpoints.ADAPTER} is in it: {UNMERGED}")
     with _reading(name):
         known, _ = PretrainedConfig.get_config_dict(source, revision=revision or None)
     spec = _spec(name, known.get("model_type"))
     for key, value in _entries(known):
         if key in ("quantization_config", "compression_config") and value:
             method = value.get("quant_method", key) if isinstance(value, dict) else key
-            raise ValueError(f"{name}: its weights are quantised ({method}); {checkpoints.PLAIN}")
+            raise ValueError(f"{name}: its weights are quantised ({method}); {checkpoints.UNQUANTISED}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name}: {key} in its config.json is {value}, which is no number")
     with _reading(name, "its config.json: "):

@@ -42,7 +42,7 @@ class OneConnector(Method):
         super().__init__(lvlm, width=width, seed=seed, decoder=decoder)
         torch.manual_seed(seed)
         if width is not None:
-            widen(lvlm.connector, width)
+            set_width(lvlm.connector, width)
         renew(lvlm, lvlm.connector)
 
     @contextmanager
@@ -226,7 +226,7 @@ def matched_width(connector: nn.Module) -> int:
     return (doubled - fixed) // each
 
 
-def widen(connector: nn.Module, width: int) -> None:
+def set_width(connector: nn.Module, width: int) -> None:
     """Give a connector new linear layers with `width` neurons between them."""
     module, *names = linear_pair(connector)
     first, second = (getattr(module, name) for name in names)

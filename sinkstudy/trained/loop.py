@@ -81,7 +81,7 @@ class Method(nn.Module):
 
     def identity(self) -> dict[str, Any]:
         """What the method does, as plain values, see `identity.Identity`."""
-        return {"kind": self.kind, **self.settings, "weights": digest(self.changed())}
+        return {"kind": self.kind, **self.settings, "weights": digest_of_weights(self.changed())}
 
     def intervention(self, name: str, **more: Any) -> Intervention:
         """The method for `evaluate`; `more` plain values that change what it does."""
@@ -98,7 +98,7 @@ class Method(nn.Module):
             FloatingPointError: a weight that is NaN or infinite; nothing is written.
         """
         known = {"kind": self.kind, "base": self.lvlm.name, "revision": self.lvlm.revision, "settings": self.settings}
-        check_finite(self.changed())
+        check_weights(self.changed())
         weights = {}
         for name, parameter in self.changed().items():
             if eight_bits and parameter.ndim > 1:
@@ -176,13 +176,13 @@ def kept(folder: str | Path) -> dict[str, torch.Tensor]:
     for name, scale in scales.items():
         found[name] = (found[name].flatten(1).float() * scale.float()[:, None]).view(found[name].shape)
     try:
-        check_finite(found)
+        check_weights(found)
     except FloatingPointError as problem:
         raise ValueError(f"{folder}: {problem}") from None
     return found
 
 
-def check_finite(weights: Mapping[str, torch.Tensor]) -> None:
+def check_weights(weights: Mapping[str, torch.Tensor]) -> None:
     """Raises FloatingPointError, with its name, for a weight that is NaN or infinite."""
     for name, values in weights.items():
         if not values.isfinite().all():
@@ -191,7 +191,7 @@ def check_finite(weights: Mapping[str, torch.Tensor]) -> None:
             )
 
 
-def digest(weights: dict[str, torch.Tensor]) -> str:
+def digest_of_weights(weights: dict[str, torch.Tensor]) -> str:
     """SHA-256 of named tensors."""
     sha256 = hashlib.sha256()
     for name, tensor in weights.items():
@@ -459,7 +459,7 @@ class _Trainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:
-            check_finite(self.trained)  # a checkpoint from which nothing could go on takes no good one's place
+            check_weights(self.trained)  # a checkpoint from which nothing could go on takes no good one's place
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             save_file(_weights(self.trained), Path(output_dir) / "trained.safetensors")
 

@@ -24,7 +24,7 @@ from sinkstudy import digests
 from sinkstudy.answers.evaluate import NONE, Intervention, Prefixes, evaluate
 from sinkstudy.model.loading import LVLM
 from sinkstudy.trained.connectors import DIYSink
-from sinkstudy.trained.loop import Method, digest
+from sinkstudy.trained.loop import Method, digest_of_weights
 
 ROUTES = ("sinks", "others", "both")
 OF_TYPE = {"global": "sinks", "local": "others", "mixed": "both"}  # what the paper holds to be right
@@ -148,7 +148,7 @@ def constant(ids: Sequence[str], route: str) -> pd.Series:
     return pd.Series(route, index=pd.Index(ids, name="id"), name="route")
 
 
-def random_like(route: pd.Series, seed: int = 0) -> pd.Series:
+def dealt_at_random(route: pd.Series, seed: int = 0) -> pd.Series:
     """The decisions of another router dealt out at random: each route exactly as often, to random questions."""
     return pd.Series(np.random.default_rng(seed).permutation(route.to_numpy()), index=route.index, name="route")
 
@@ -313,7 +313,9 @@ class ReW(Method):
         return {f"router.{name}": p for name, p in self.router.named_parameters()}
 
     def identity(self) -> dict[str, Any]:
-        encoder = {} if self.encoder is None else {"encoder_weights": digest(dict(self.encoder.named_parameters()))}
+        encoder = {}
+        if self.encoder is not None:
+            encoder = {"encoder_weights": digest_of_weights(dict(self.encoder.named_parameters()))}
         diysink = {**self.diysink.settings, "show": self.diysink.show, "weights": self.of}
         return super().identity() | encoder | {"diysink": diysink}
 

@@ -146,7 +146,7 @@ def run(job: Job, how: loop.Settings, out: Path, *, device: str, dtype: str, out
         return
     lvlm = loading.load(job.model, device=device, dtype=dtype, revision=job.revision)
     samples = conversations.fitting(lvlm, samples)
-    method, lora = start(lvlm, job, how.seed, before)
+    method, lora = prepared(lvlm, job, how.seed, before)
     keys = [conversations.key(sample, job.images) for sample in samples]
     about = {name: value for name, value in known.items() if name not in ("data", "images")}  # the keys say more
     log = loop.fit(method, samples, work, how, conversations.Collate(lvlm, job.longest), about=about, keys=keys)
@@ -183,7 +183,7 @@ def check(job: Job, out: Path) -> dict[str, Path]:
     return {stage: found[stage] for stage in wanted}
 
 
-def start(lvlm: LVLM, job: Job, seed: int, before: Mapping[str, Path]) -> tuple[Method, LoraModel | None]:
+def prepared(lvlm: LVLM, job: Job, seed: int, before: Mapping[str, Path]) -> tuple[Method, LoraModel | None]:
     """The method as a stage finds it, with gradients for what it trains; peft's `LoraModel` if asked for."""
     if job.method in ALONE:
         method = _alone(lvlm, job, seed)

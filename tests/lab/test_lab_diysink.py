@@ -12,7 +12,7 @@ from sinkstudy.effects import moving
 from sinkstudy.lab import arms, language
 from sinkstudy.lab.corpus import Corpus
 from sinkstudy.model import loading
-from sinkstudy.paths import METHODS
+from sinkstudy.paths import TRAINED
 from sinkstudy.trained import loop
 from sinkstudy.trained.connectors import DIYSink, OneConnector
 from sinkstudy.trained.gates import Gates, LoRA
@@ -122,7 +122,7 @@ def test_every_trained_method_runs(base, tmp_path):
         torch.testing.assert_close(said(method.lvlm, method.intervention("it")), expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("folder", sorted(METHODS.glob("*/*-*")), ids=lambda of: f"{of.parent.name}/{of.name}")
+@pytest.mark.parametrize("folder", sorted(TRAINED.glob("*/*-*")), ids=lambda of: f"{of.parent.name}/{of.name}")
 def test_shipped_methods(folder):
     """Each loads, on the model it names, with the seed that its folder names, and was trained to the end."""
     method = load_method(folder)

@@ -151,7 +151,7 @@ def test_one_connector(train, data, method: str, tmp_path: Path):
     ("two-connectors", "sinks", True), ("random-split", "random", True), ("in-place", "sinks", False)])
 def test_two_connectors_and_their_controls(model, data, method: str, split: str, front: bool, tmp_path: Path):
     job = stages.Job(str(model), method, "pretrain-sinks", data / "data.json", data)
-    made, _ = stages.start(loading.load(str(model)), job, 0, {})
+    made, _ = stages.prepared(loading.load(str(model)), job, 0, {})
     made.save(tmp_path / "one")
     kept = load_method(tmp_path / "one").settings
     assert (kept["split"], kept["front"]) == (split, front)
