@@ -17,7 +17,8 @@ from torch import nn
 
 from sinkstudy import stats
 from sinkstudy.model.capture import hidden_states, not_finite, token_norms
-from sinkstudy.model.loading import LVLM, ImageLayout
+from sinkstudy.model.layout import ImageLayout
+from sinkstudy.model.lvlm import LVLM
 
 PENALTIES = tuple(10.0**k for k in range(-4, 3))
 """Ridge penalties to choose from, each times the number of rows."""

@@ -33,7 +33,7 @@ from transformers import BatchFeature, DynamicCache, ProcessorMixin
 from sinkstudy import digests
 from sinkstudy.model.capture import ADVICE, hidden_states, until_end
 from sinkstudy.model.identity import Identity, Unknown, model_digest
-from sinkstudy.model.loading import LVLM
+from sinkstudy.model.lvlm import LVLM
 from sinkstudy.paths import DATA
 from sinkstudy.pictures import opened
 

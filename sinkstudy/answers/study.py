@@ -12,7 +12,7 @@ from sinkstudy import benchmarks, paths, stats
 from sinkstudy.answers.evaluate import Intervention, evaluate
 from sinkstudy.benchmarks.files import TABLES
 from sinkstudy.model import loading
-from sinkstudy.model.loading import LVLM
+from sinkstudy.model.lvlm import LVLM
 from sinkstudy.pictures import folder
 from sinkstudy.world import benchmarks as lab_benchmarks
 from sinkstudy.world import drawing

@@ -15,7 +15,7 @@ import torch
 
 from sinkstudy import devices
 from sinkstudy.model import checkpoints, loading
-from sinkstudy.model.loading import LVLM
+from sinkstudy.model.lvlm import LVLM
 from sinkstudy.paths import place
 from sinkstudy.pictures import folder, opened
 

@@ -19,7 +19,7 @@ from sinkstudy.benchmarks import harness
 from sinkstudy.effects import ablation, moving, neurons
 from sinkstudy.effects.ablation import Masks
 from sinkstudy.model import capture
-from sinkstudy.model.loading import LVLM
+from sinkstudy.model.lvlm import LVLM
 
 # of `effect`; chapter 10 has the same, as a test holds, for papermill wants plain values in a notebook
 DEFAULTS = {"criterion": "above_median", "threshold": 3.0, "max_new_tokens": 16, "batch_size": 64, "seed": 0}

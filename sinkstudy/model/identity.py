@@ -30,7 +30,7 @@ import transformers
 from PIL import Image
 
 from sinkstudy import digests
-from sinkstudy.model.loading import LVLM
+from sinkstudy.model.lvlm import LVLM
 from sinkstudy.paths import ROOT
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, range, slice, PurePath, torch.dtype, torch.device)

@@ -20,7 +20,8 @@ from sinkstudy.answers.evaluate import Intervention, Prefixes
 from sinkstudy.effects import moving
 from sinkstudy.effects.ablation import narrowed, places
 from sinkstudy.model import capture
-from sinkstudy.model.loading import LVLM, ImageLayout
+from sinkstudy.model.layout import ImageLayout
+from sinkstudy.model.lvlm import LVLM
 from sinkstudy.trained.loop import Method
 
 Show = Literal["both", "sinks", "others"]

@@ -38,7 +38,7 @@ from transformers import (
 
 from sinkstudy import digests
 from sinkstudy.answers.evaluate import Intervention, Prefixes
-from sinkstudy.model.loading import LVLM
+from sinkstudy.model.lvlm import LVLM
 from sinkstudy.paths import atomic
 
 

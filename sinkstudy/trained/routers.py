@@ -22,7 +22,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from sinkstudy import digests
 from sinkstudy.answers.evaluate import NONE, Intervention, Prefixes, evaluate
-from sinkstudy.model.loading import LVLM
+from sinkstudy.model.lvlm import LVLM
 from sinkstudy.trained.connectors import DIYSink
 from sinkstudy.trained.loop import Method, digest_of_weights
 

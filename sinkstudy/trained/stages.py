@@ -19,7 +19,7 @@ from peft import LoraConfig, LoraModel
 
 from sinkstudy import devices, digests, sinks
 from sinkstudy.model import loading
-from sinkstudy.model.loading import LVLM
+from sinkstudy.model.lvlm import LVLM
 from sinkstudy.paths import atomic, check_writable
 from sinkstudy.trained import conversations, loop
 from sinkstudy.trained.connectors import DIYSink, OneConnector, matched_width

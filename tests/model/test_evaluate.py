@@ -18,6 +18,7 @@ from PIL import Image
 
 from sinkstudy.answers.evaluate import NONE, Intervention, evaluate
 from sinkstudy.model import loading
+from sinkstudy.model.lvlm import LVLM
 from sinkstudy.paths import ROOT
 
 STEPS = 4
@@ -49,14 +50,14 @@ def table() -> pd.DataFrame:
     )
 
 
-def loaded(name, tmp_path_factory) -> loading.LVLM:
+def loaded(name, tmp_path_factory) -> LVLM:
     folder = tmp_path_factory.mktemp(name)
     architectures.write(folder, name)
     return loading.load(str(folder))
 
 
 @pytest.fixture(scope="module")
-def llava(tmp_path_factory) -> loading.LVLM:
+def llava(tmp_path_factory) -> LVLM:
     return loaded("llava", tmp_path_factory)
 
 

@@ -13,6 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForCon
 from sinkstudy import devices
 from sinkstudy.model import loading
 from sinkstudy.model.capture import trace
+from sinkstudy.model.lvlm import LVLM
+from sinkstudy.model.specs import SPECS
 
 
 def test_parts(tiny):
@@ -216,7 +218,7 @@ def test_llava_15_layout():
     """The default config of LLaVA is LLaVA-1.5-7B; the model is made without weights."""
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(LlavaConfig())
-    lvlm = loading.LVLM(model, None, "llava-1.5", None, loading.SPECS["llava"])
+    lvlm = LVLM(model, None, "llava-1.5", None, SPECS["llava"])
     assert (lvlm.n_prefix, lvlm.grid, lvlm.feature_layer, lvlm.image_token_id) == (1, (24, 24), 22, 32000)
     assert (len(lvlm.vision_layers), len(lvlm.decoder_layers)) == (24, 32)
     loading._check_layout("llava-1.5", model.config)

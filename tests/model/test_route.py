@@ -18,13 +18,14 @@ from sinkstudy.benchmarks import prompts
 from sinkstudy.book import engine, parameters
 from sinkstudy.effects import ablation, methods, moving, neurons
 from sinkstudy.model import loading
+from sinkstudy.model.lvlm import LVLM
 from tests.benchmarks.test_data import FILES
 
 YES_NO = ("yes", "no")
 
 
 @pytest.fixture(scope="module")
-def llava(tmp_path_factory) -> loading.LVLM:
+def llava(tmp_path_factory) -> LVLM:
     folder = tmp_path_factory.mktemp("llava")
     architectures.write(folder, "llava")
     return loading.load(str(folder))

@@ -16,6 +16,7 @@ from conftest import write_tiny_llava
 from sinkstudy import paths
 from sinkstudy.answers.evaluate import Prefixes, evaluate
 from sinkstudy.model import loading
+from sinkstudy.model.lvlm import LVLM
 from sinkstudy.trained import loop, routers
 from sinkstudy.trained.connectors import DIYSink
 from sinkstudy.world import benchmarks
@@ -37,12 +38,12 @@ def base(request, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def lvlm(base) -> loading.LVLM:
+def lvlm(base) -> LVLM:
     """A fresh one for each test: methods change its weights."""
     return loading.load(str(base))
 
 
-def rew(lvlm: loading.LVLM, router: tuple[float, float] | None = None, **settings) -> routers.ReW:
+def rew(lvlm: LVLM, router: tuple[float, float] | None = None, **settings) -> routers.ReW:
     """With weights (1 + router) for every question, or with random ones that depend on it."""
     method = routers.ReW(lvlm, **{"diysink": Path(lvlm.name) / "diysink", "activation": "free"} | settings)
     torch.manual_seed(1)
@@ -54,7 +55,7 @@ def rew(lvlm: loading.LVLM, router: tuple[float, float] | None = None, **setting
     return method
 
 
-def asked(lvlm: loading.LVLM, images: list, questions: list[str] = ASKED) -> Prefixes:
+def asked(lvlm: LVLM, images: list, questions: list[str] = ASKED) -> Prefixes:
     pictures = [images[i % len(images)] for i in range(len(questions))]
     return Prefixes(lvlm.inputs(pictures, questions), [str(i) for i in range(len(questions))], questions)
 
