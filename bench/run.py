@@ -74,7 +74,8 @@ def random_llava():
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
 
-    from sinkstudy.model.loading import LVLM, SPECS
+    from sinkstudy.model.lvlm import LVLM
+    from sinkstudy.model.specs import SPECS
 
     words = "<pad> <s> </s> <unk> <image> USER: ASSISTANT: yes no".split() + POPE.split() + KINDS
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(dict.fromkeys(words))}, unk_token="<unk>"))

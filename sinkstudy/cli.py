@@ -7,13 +7,11 @@ from typing import Annotated
 
 import typer
 
-from sinkstudy.book import engine
+from sinkstudy.book import engine, parameters
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 lab = typer.Typer(no_args_is_help=True, help="The lab: the embedded world and its models.")
 app.add_typer(lab, name="lab")
-
-CHAPTER = "10-training-free"  # whose parameters `route` has
 
 # glibc gives freed memory back to the system at every training step, which makes a CPU up to seven times slower.
 # It reads these settings when a process starts.
@@ -48,15 +46,15 @@ def run_command(
     """Execute the notebooks on a model: those that are out of date, and no other."""
     options = {"device": device, "dtype": dtype, "revision": revision, "batch_size": batch_size}
     options |= {"limit": limit, "seed": seed}
-    parameters = {key: value for key, value in options.items() if value is not None}
+    given = {key: value for key, value in options.items() if value is not None}
     for item in parameter or []:
         key, equals, value = item.partition("=")
         if not equals:
             raise engine.UserError(f"-p takes NAME=VALUE, not '{item}'")
-        parameters[key] = value
-    if update_notebooks and (parameters or name or model != engine.DEFAULT_MODEL):
+        given[key] = value
+    if update_notebooks and (given or name or model != engine.DEFAULT_MODEL):
         raise engine.UserError("--update-notebooks is for the default run: no other model, parameter or name")
-    run = engine.run(model, only=only or [], given=parameters, name=name, jobs=jobs)
+    run = engine.run(model, only=only or [], given=given, name=name, jobs=jobs)
     if update_notebooks:
         engine.update_notebooks(only or [])
     typer.echo(f"run {run} is up to date: book/runs/{run}, results/{run}")
@@ -81,18 +79,29 @@ def route(
 ) -> None:
     """Measure one training-free method on one benchmark, beside the untouched model.
 
-    Options that are not given have chapter 10's values. Answers are kept, so a killed command goes on where it was.
+    What is not given is as in chapter 10, but for the limit. Answers are kept: a killed command goes on where it was.
     """
-    if method is None:
-        from sinkstudy.effects.methods import METHODS
+    from sinkstudy.effects import methods
 
-        for name, known in METHODS.items():
+    if method is None:
+        for name, known in methods.METHODS.items():
             typer.echo(f"{name}: {known.words}" + (f" (--{known.option})" if known.option else ""))
         return
-    options = {"limit": limit, "device": device, "dtype": dtype, "batch_size": batch_size, "revision": revision}
-    options |= {"data_dir": data_dir, "hub": hub, "seed": seed}
-    given = {key: value for key, value in options.items() if value is not None}
-    values = engine.defaults(CHAPTER) | {"limit": 0} | engine.parameters.fitted([CHAPTER], model, given)[CHAPTER]
+    declared = {
+        "model": parameters.Declared(parameters.Model, engine.DEFAULT_MODEL),
+        "limit": parameters.Declared(parameters.AtLeast0, 0),
+        "device": parameters.Declared(parameters.Device, "cpu"),
+        "dtype": parameters.Declared(parameters.Dtype, "float32"),
+        "batch_size": parameters.Declared(parameters.AtLeast1, methods.DEFAULTS["batch_size"]),
+        "revision": parameters.Declared(parameters.Revision, ""),
+        "data_dir": parameters.Declared(parameters.FolderIfAny, ""),
+        "hub": parameters.Declared(parameters.Switch, False),
+        "seed": parameters.Declared(parameters.Seed, methods.DEFAULTS["seed"]),
+    }
+    options = {"model": model, "limit": limit, "device": device, "dtype": dtype, "batch_size": batch_size}
+    options |= {"revision": revision, "data_dir": data_dir, "hub": hub, "seed": seed}
+    given = parameters.fitted_to(declared, {key: value for key, value in options.items() if value is not None})
+    values = methods.DEFAULTS | {key: of.default for key, of in declared.items()} | given
     try:
         _route(method, benchmark, values, weight, k, name)
     except ValueError as problem:
@@ -105,26 +114,26 @@ def _route(
     from sinkstudy import paths, stats
     from sinkstudy.answers import evaluate
     from sinkstudy.book import report
-    from sinkstudy.effects import methods as routes
+    from sinkstudy.effects import methods
     from sinkstudy.model import loading
 
-    value, public = routes.option(method, weight, k), bool(values["data_dir"] or values["hub"])
-    model, check = values["model"], routes.METHODS[method].check
+    value, public = methods.option(method, weight, k), bool(values["data_dir"] or values["hub"])
+    model, check = values["model"], methods.METHODS[method].check
     run = name or paths.slug(model)
-    found = routes.data(model in paths.lab_models(), benchmark, values["data_dir"], values["hub"], values["limit"])
-    engine.check_memory({CHAPTER: values | {"benchmarks": [found[0]]}})
+    found = methods.data(model in paths.lab_models(), benchmark, values["data_dir"], values["hub"], values["limit"])
+    engine.check_memory({"": values | {"benchmarks": [found[0]]}})
     if check is not None:
         check(loading.outline(model, revision=values["revision"]))
     engine.claim(run, model)
     lvlm = loading.load(model, **{key: values[key] for key in ("device", "dtype", "revision")})
     typer.echo(f"{found[0]}: {len(found[1])} questions about {len(found[2])} pictures, twice", err=True)
-    of = {key: values[key] for key in ("criterion", "threshold", "max_new_tokens", "batch_size", "seed")}
+    of = {key: values[key] for key in methods.DEFAULTS}
     words = [method, *([] if weight is None and k is None else [f"{value:g}"])]
     part = [f"{key}-{values[key]}" for key in ("limit", "seed") if values[key]]  # all pictures, seed 0
     stem = "-".join(["public" if public else "lab", found[0].lower(), *words, *part])
     target = paths.RESULTS / run / "route" / f"{stem}.csv"
     beside = target.with_suffix("") if public else None
-    rows = routes.effect(lvlm, method, value, *found, public=public, cache=evaluate.ANSWERS, harnesses=beside, **of)
+    rows = methods.effect(lvlm, method, value, *found, public=public, cache=evaluate.ANSWERS, harnesses=beside, **of)
     rows = rows.assign(model=run, revision=lvlm.revision or "", dtype=values["dtype"],
                        limit=values["limit"])
     with paths.atomic(target) as temporary:
@@ -133,7 +142,7 @@ def _route(
     rule = f"{values['criterion']} {values['threshold']:g}"
     stand_for = rule if first.group == "sinks" else f"the 2 % of highest norm, for lack of any by {rule}"
     typer.echo(f"{model} on {found[0]} ({first.data}): {first.questions} questions about {first.pictures} pictures")
-    typer.echo(f"{' '.join(words)}: {routes.METHODS[method].words}. Sinks: {stand_for}")
+    typer.echo(f"{' '.join(words)}: {methods.METHODS[method].words}. Sinks: {stand_for}")
     for (measure, unit), part in rows.groupby(["measure", "unit"], sort=False):
         label = {"right": "right answers", "logp": "log-probability of the right answer"}[measure]
         fmt = ".1f" if measure == "right" else ".2g"
@@ -252,7 +261,7 @@ def train(
     with_malloc()
     from sinkstudy.lab import train as training
 
-    known = [*training.MODELS, "emergence", "gist"]
+    known = [*training.TOWER_OF, "emergence", "gist"]
     wanted = known if not names or names == ["all"] else names
     for name in wanted:
         if name not in known:

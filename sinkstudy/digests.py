@@ -1,16 +1,22 @@
-"""SHA-256 of files, remembered for large ones, so that gigabytes of pictures are not read for every notebook."""
+"""SHA-256 of plain values and of files; of large ones remembered, so that gigabytes are not read for every notebook."""
 
 import hashlib
 import json
 import time
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from sinkstudy.paths import DATA, atomic
 
 REMEMBERED = DATA / "cache" / "digests.json"
 LARGE = 1 << 16  # bytes; smaller files are read each time
 SETTLED = 2.0  # seconds: a file changed so shortly before it is read could change again with the same times
+
+
+def of_values(values: Any) -> str:
+    """The digest of plain values; of others, that of the text for them."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def sha256(path: Path) -> str:

@@ -13,13 +13,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "data"
 MODELS = DATA / "models"
-METHODS = DATA / "methods"
+TRAINED = DATA / "methods"
 RESULTS = ROOT / "results"
 PLAIN = DATA / "cache" / "plain"
 NOTEBOOKS = ROOT / "notebooks"
 BOOK = ROOT / "book"
 RUNS = BOOK / "runs"
 DEFAULT_MODEL = "lab-llava"
+UNMERGED = (
+    "an adapter has to be merged into its base first (merge_and_unload of peft), and the model that it makes saved"
+)
 
 
 def slug(model_name: str) -> str:
@@ -70,14 +73,40 @@ def lab_models() -> list[str]:
     return sorted(path.parent.name for path in MODELS.glob("*/config.json"))
 
 
+def model_folder(name: str) -> Path | None:
+    """The folder of a model; None for a model of the hub, whose name is an id `owner/name`.
+
+    Raises:
+        ValueError: no lab model, no folder with a config.json, and no such id.
+    """
+    if name in lab_models():
+        return MODELS / name
+    if len(name) < 500 and "\n" not in name:
+        folder = Path(name).expanduser()
+        try:
+            if (folder / "config.json").is_file():
+                return folder
+            if folder.is_dir():
+                hint = f"; {UNMERGED}" if (folder / "adapter_config.json").is_file() else ""
+                raise ValueError(f"the folder {name} holds no model: it has no config.json{hint}")
+            if not folder.exists() and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name, re.ASCII):
+                return None
+        except OSError as error:
+            raise ValueError(f"the folder {name} cannot be read: {error.strerror}") from None
+    raise ValueError(
+        f"unknown model {name[:80]!r}: not one of {', '.join(lab_models()) or 'the lab models (none is here)'},"
+        " not a folder with config.json, not a hub id of the form owner/name"
+    )
+
+
 def hub_commit(model: str, revision: str | None = None) -> str | None:
     """The commit of a hub model in this machine's cache, once it was loaded; None for a folder or a lab model.
 
     Args:
-        model: a name as notebooks take it.
+        model: a name as notebooks take it; empty for none.
         revision: a branch, tag or commit; None or "" is the main branch.
     """
-    if model in lab_models() or model.count("/") != 1 or Path(model).is_dir():
+    if not model or model_folder(model) is not None:
         return None
     from huggingface_hub import try_to_load_from_cache  # only now: the engine starts without it
 

@@ -208,17 +208,6 @@ def llm_sinks(hidden: torch.Tensor, dimensions: Sequence[int], tau: float = 20.0
     return phi(hidden, dimensions) >= tau
 
 
-def massive_activations(hidden: torch.Tensor, ratio: float = 1000.0, magnitude: float = 100.0) -> torch.Tensor:
-    """|a| > magnitude and |a| >= ratio x the median |a| of the same image: -> bool [.., tokens, width].
-
-    Sun et al., "Massive Activations in Large Language Models" (2402.17762). The median is over all tokens and
-    dimensions of a hidden state [tokens, width]. `magnitude=0` leaves the relative half, for small models.
-    """
-    a = hidden.float().abs()
-    median = a.flatten(-2).quantile(0.5, dim=-1)[..., None, None]
-    return (a > magnitude) & (a >= ratio * median)
-
-
 # --- from masks to numbers ---
 
 

@@ -23,7 +23,8 @@ from transformers import BatchFeature
 from transformers.utils import ModelOutput
 
 from sinkstudy.model.capture import not_finite
-from sinkstudy.model.loading import LVLM, ImageLayout
+from sinkstudy.model.layout import ImageLayout
+from sinkstudy.model.lvlm import LVLM
 from sinkstudy.pictures import opened
 
 _OF_TOKENS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")  # inputs [rows, tokens]

@@ -17,7 +17,8 @@ from torch import nn
 
 from sinkstudy import stats
 from sinkstudy.model.capture import hidden_states, not_finite, token_norms
-from sinkstudy.model.loading import LVLM, ImageLayout
+from sinkstudy.model.layout import ImageLayout
+from sinkstudy.model.lvlm import LVLM
 
 PENALTIES = tuple(10.0**k for k in range(-4, 3))
 """Ridge penalties to choose from, each times the number of rows."""
@@ -27,8 +28,8 @@ class Ridge:
     """Ridge regression from the same tokens to any number of targets, in float64.
 
     Tokens are standardised by the mean and standard deviation of those given here; the intercept is not penalised. The
-    penalty is chosen from `PENALTIES` anew for every target, by the exact leave-one-out error of the ridge solution
-    (PRESS; Hastie, Tibshirani & Friedman 2009, section 7.10), so no rows are set apart for it.
+    penalty is chosen from `PENALTIES` for all targets of a call together, by the exact leave-one-out error of the ridge
+    solution (PRESS; Hastie, Tibshirani & Friedman 2009, section 7.10), so no rows are set apart for it.
 
     Args:
         tokens: [n, width], one row a token.

@@ -18,7 +18,8 @@ import torch
 from transformers import BatchFeature
 
 from sinkstudy.model import capture
-from sinkstudy.model.loading import LVLM, ImageLayout
+from sinkstudy.model.layout import ImageLayout
+from sinkstudy.model.lvlm import LVLM
 
 
 def distances(places: torch.Tensor) -> torch.Tensor:

@@ -30,9 +30,10 @@ from torch import nn
 from tqdm import tqdm
 from transformers import BatchFeature, DynamicCache, ProcessorMixin
 
+from sinkstudy import digests
 from sinkstudy.model.capture import ADVICE, hidden_states, until_end
-from sinkstudy.model.identity import Identity, Unknown, fingerprint, sha256
-from sinkstudy.model.loading import LVLM
+from sinkstudy.model.identity import Identity, Unknown, model_digest
+from sinkstudy.model.lvlm import LVLM
 from sinkstudy.paths import DATA
 from sinkstudy.pictures import opened
 
@@ -180,7 +181,7 @@ def evaluate(
         for group in _groups(rows, batch_size):
             pictures = {image: opened(shown[image], repr(image)) for image in group}
             of_group = {image: rows[image] for image in group}
-            asked = sha256(
+            asked = digests.of_values(
                 [
                     [_picture_sha256(pictures[image]), [[lvlm.prompt(texts[row]), options[row]] for row in of_image]]
                     for image, of_image in of_group.items()
@@ -217,7 +218,7 @@ def evaluate(
 
 def _key(asked: str, told: str | None, number: int) -> str | None:
     """Where the answer to a question of a group that is asked together is kept; None if it is not."""
-    return None if told is None else sha256([asked, told, number])
+    return None if told is None else digests.of_values([asked, told, number])
 
 
 def _not_finite(lvlm: LVLM, inputs: BatchFeature, how: Intervention) -> str:
@@ -276,6 +277,7 @@ def _result(table: pd.DataFrame, name: str, answers: list[dict]) -> pd.DataFrame
 
 
 # ------------------------------------------------------------------------------------------------- forward passes
+Filled = tuple[DynamicCache, torch.Tensor | None]  # with Qwen's shift of positions behind each image, [images, 1]
 Said = tuple[Intervention, int, str, torch.Tensor]  # with the row, and the first token's log-probabilities [vocabulary]
 
 
@@ -296,39 +298,78 @@ def _answer(
         for image, of_image in wanted.items():
             yield from _answer(lvlm, pictures, texts, {image: of_image}, interventions, max_new_tokens, batch_size)
         return
-    place = {row: i for i, of_image in enumerate(wanted.values()) for row in of_image}
     tower: dict[int, torch.Tensor] = {}
     untouched = None
-    image_of = {row: image for image, of_image in wanted.items() for row in of_image}
-    rows = list(place)
     for how in interventions:
         if how.asks:
-            by_length = sorted(rows, key=lambda row: len(texts[row]))
-            for start in range(0, len(rows), batch_size):
-                chunk = by_length[start : start + batch_size]
-                asked, about = [texts[row] for row in chunk], [image_of[row] for row in chunk]
-                inputs = Prefixes(lvlm.inputs([pictures[image] for image in about], asked), about, asked)
-                with how.around(lvlm, inputs):
-                    yield from zip([how] * len(chunk), chunk, *_generate(lvlm, inputs, max_new_tokens))
-            continue
-        if prefix is None:
-            for row in rows:
-                whole = lvlm.inputs([pictures[image] for image in wanted], [texts[row]])
-                inputs = Prefixes(whole, wanted, [texts[row]])
-                with _tower_once(lvlm, tower, how.keeps), how.around(lvlm, inputs):
-                    yield from zip([how], [row], *_generate(lvlm, inputs, max_new_tokens))
-            continue
-        if how.keeps == "prefix" and untouched is None:
-            with _tower_once(lvlm, tower, "tower"):
-                untouched = _prefilled(lvlm, prefix)
-        prefix.rows = torch.arange(len(wanted))
-        with _tower_once(lvlm, tower, how.keeps), how.around(lvlm, prefix):
-            filled = untouched if how.keeps == "prefix" else _prefilled(lvlm, prefix)
-            for chunk in _chunks({row: len(rest[row]) for row in rows}, batch_size, filled[0]):
-                prefix.rows = torch.tensor([place[row] for row in chunk])
-                of = prefix.rows.to(lvlm.device)
-                inputs = _continuation(lvlm, prefix, filled, of, [rest[row] for row in chunk])
-                yield from zip([how] * len(chunk), chunk, *_generate(lvlm, inputs, max_new_tokens))
+            yield from _each_with_question(lvlm, pictures, texts, wanted, how, max_new_tokens, batch_size)
+        elif prefix is None:
+            ((image, rows),) = wanted.items()
+            yield from _one_by_one(lvlm, image, pictures[image], texts, rows, how, tower, max_new_tokens)
+        else:
+            if how.keeps == "prefix" and untouched is None:
+                with _tower_once(lvlm, tower, "tower"):
+                    untouched = _prefilled(lvlm, prefix)
+            prefix.rows = torch.arange(len(wanted))
+            with _tower_once(lvlm, tower, how.keeps), how.around(lvlm, prefix):
+                filled = untouched if how.keeps == "prefix" else _prefilled(lvlm, prefix)
+                yield from _behind_prefixes(lvlm, prefix, filled, wanted, rest, how, max_new_tokens, batch_size)
+
+
+def _each_with_question(
+    lvlm: LVLM,
+    pictures: Mapping[str, Any],
+    texts: Sequence[str],
+    wanted: Mapping[str, list[int]],
+    how: Intervention,
+    max_new_tokens: int,
+    batch_size: int,
+) -> Iterator[Said]:
+    """Answers under an intervention that asks: whole prompts, in batches of similar length."""
+    image_of = {row: image for image, of_image in wanted.items() for row in of_image}
+    by_length = sorted(image_of, key=lambda row: len(texts[row]))
+    for start in range(0, len(by_length), batch_size):
+        chunk = by_length[start : start + batch_size]
+        asked, about = [texts[row] for row in chunk], [image_of[row] for row in chunk]
+        inputs = Prefixes(lvlm.inputs([pictures[image] for image in about], asked), about, asked)
+        with how.around(lvlm, inputs):
+            yield from zip([how] * len(chunk), chunk, *_generate(lvlm, inputs, max_new_tokens))
+
+
+def _one_by_one(
+    lvlm: LVLM,
+    image: str,
+    picture: Any,
+    texts: Sequence[str],
+    rows: Sequence[int],
+    how: Intervention,
+    tower: dict[int, torch.Tensor],
+    max_new_tokens: int,
+) -> Iterator[Said]:
+    """Answers about an image whose prompts share no prefix: only the tower's pass is shared."""
+    for row in rows:
+        inputs = Prefixes(lvlm.inputs([picture], [texts[row]]), [image], [texts[row]])
+        with _tower_once(lvlm, tower, how.keeps), how.around(lvlm, inputs):
+            yield from zip([how], [row], *_generate(lvlm, inputs, max_new_tokens))
+
+
+def _behind_prefixes(
+    lvlm: LVLM,
+    prefix: Prefixes,
+    filled: Filled,
+    wanted: Mapping[str, list[int]],
+    rest: Mapping[int, torch.Tensor],
+    how: Intervention,
+    max_new_tokens: int,
+    batch_size: int,
+) -> Iterator[Said]:
+    """Answers that go on from the images' prefixes in a cache."""
+    place = {row: i for i, of_image in enumerate(wanted.values()) for row in of_image}
+    for chunk in _chunks({row: len(rest[row]) for row in place}, batch_size, filled[0]):
+        prefix.rows = torch.tensor([place[row] for row in chunk])
+        of = prefix.rows.to(lvlm.device)
+        inputs = _continuation(lvlm, prefix, filled, of, [rest[row] for row in chunk])
+        yield from zip([how] * len(chunk), chunk, *_generate(lvlm, inputs, max_new_tokens))
 
 
 def _split(
@@ -374,9 +415,6 @@ def _not_shared(lvlm: LVLM, picture: Any) -> str:
 
 def _unpadded(inputs: BatchFeature, row: int) -> torch.Tensor:
     return inputs["input_ids"][row][inputs["attention_mask"][row] == 1]
-
-
-Filled = tuple[DynamicCache, torch.Tensor | None]  # with Qwen's shift of positions behind each image, [images, 1]
 
 
 def _prefilled(lvlm: LVLM, prefix: Prefixes) -> Filled:
@@ -558,7 +596,7 @@ class _Answers:
         self.identity = Identity()
         if folder is None:
             return
-        name = sha256([fingerprint(lvlm), max_new_tokens, batch_size])[:32]
+        name = digests.of_values([model_digest(lvlm), max_new_tokens, batch_size])[:32]
         self.path, self._name = Path(folder) / f"{name}.jsonl", name.encode()
         try:
             lines = self.path.read_bytes().splitlines()

@@ -12,14 +12,14 @@ from sinkstudy import benchmarks, paths, stats
 from sinkstudy.answers.evaluate import Intervention, evaluate
 from sinkstudy.benchmarks.files import TABLES
 from sinkstudy.model import loading
-from sinkstudy.model.loading import LVLM
+from sinkstudy.model.lvlm import LVLM
 from sinkstudy.pictures import folder
 from sinkstudy.world import benchmarks as lab_benchmarks
 from sinkstudy.world import drawing
 from sinkstudy.world import questions as lab
 
 FORMS = (".parquet", *TABLES)  # of a benchmark in one file
-LAB = {"POPE": lab_benchmarks.pope, "MME": lab_benchmarks.mme, "MMStar": lab_benchmarks.mmstar}
+LAB_BENCHMARKS = {"POPE": lab_benchmarks.pope, "MME": lab_benchmarks.mme, "MMStar": lab_benchmarks.mmstar}
 
 
 def pictures(images_dir: str, limit: int) -> tuple[list[Any], drawing.Scenes | None]:
@@ -141,8 +141,8 @@ def benchmark(name: str, data_dir: str, hub: bool, limit: int) -> tuple[pd.DataF
         table = benchmarks.askable(benchmarks.load(name, path=place))
         for line in benchmarks.remarks(table):
             print(line, file=sys.stderr)
-    elif name in LAB:
-        table = LAB[name]()
+    elif name in LAB_BENCHMARKS:
+        table = LAB_BENCHMARKS[name]()
     else:
         return None
     if limit:

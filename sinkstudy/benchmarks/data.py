@@ -6,7 +6,7 @@ One row a question, whatever the benchmark:
 - `question`, `answer`: str; yes/no answers are lower-case, multiple choice is a letter;
 - `category`: str, the part of the benchmark that scores are broken down by;
 - `image`: a `parquet.Picture`, `pictures.File` or `files.Cell`, decoded when it is opened;
-- what the benchmark has beyond that (`Spec.extra`), such as `choices` or `group`.
+- what the benchmark has beyond that (`Source.extra`), such as `choices` or `group`.
 
 The lab's benchmarks have the same columns without `image`: their pictures are rendered (`sinkstudy.world.benchmarks`).
 A loaded table says where it comes from in `table.attrs`: benchmark, source, revision, sha256 of each file; and what was
@@ -23,6 +23,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from sinkstudy import digests
 from sinkstudy.benchmarks import files as plain
 from sinkstudy.benchmarks import rows
 
@@ -36,7 +37,7 @@ MME_GROUPS = {  # the fourteen tasks of MME, in its order
 
 
 @dataclass(frozen=True)
-class Spec:
+class Source:
     """One benchmark's data set: where its files are and how its columns become ours."""
 
     repo: str | None             # owner/name on the Hugging Face Hub; None: only local files
@@ -102,42 +103,42 @@ def _own(raw: pd.DataFrame) -> pd.DataFrame:
 
 # The commits are those that public code pins, two or more projects each (seen in November 2026, when no download could
 # be tried here). The Hub leads lmms-lab/… on to lmms-lab-encoder/…, with the same commits.
-SPECS = {
-    "POPE": Spec(  # three splits of 3000 questions about the same 500 images
+SOURCES = {
+    "POPE": Source(  # three splits of 3000 questions about the same 500 images
         repo="lmms-lab/POPE", revision="4db1276663dfa5eb8ad16a52d24c31a09e470896",
         splits={s: f"Full/{s}-*.parquet" for s in ("random", "popular", "adversarial")},
         row=rows.Pope, tidy=_pope, table=plain.pope_table),
-    "MME": Spec(  # 2374 questions about 1187 images
+    "MME": Source(  # 2374 questions about 1187 images
         repo="lmms-lab/MME", revision="d6c9023f017b564f7b3ccccf5348166bce8fdbcd",
         splits={"test": "data/test-*.parquet"},
         row=rows.Mme, tidy=_mme, extra=("group",), table=plain.mme_table),
-    "MMStar": Spec(  # 1500 questions
+    "MMStar": Source(  # 1500 questions
         repo="Lin-Chen/MMStar", revision="bc98d668301da7b14f648724866e57302778ab27",
         splits={"val": "mmstar.parquet"},
         row=rows.MmStar, tidy=_mmstar, extra=("l2_category",), table=plain.mmstar_table),
-    "GQA": Spec(  # 12,578 questions about 398 images, which lie in files of their own
+    "GQA": Source(  # 12,578 questions about 398 images, which lie in files of their own
         repo="lmms-lab/GQA", revision="a6e72d6e1b912da88af8b2f9eba05d5ea8ec2dd8",
         splits={"testdev": "testdev_balanced_instructions/*.parquet"},
         row=rows.Gqa, tidy=_gqa, images=("testdev_balanced_images/*.parquet",)),
-    "ScienceQA-IMG": Spec(  # 2017 questions
+    "ScienceQA-IMG": Source(  # 2017 questions
         repo="lmms-lab/ScienceQA", revision="69dd4d6b67373d38f96a5badd5d24d0eb5bcdc50",
         splits={"test": "ScienceQA-IMG/test-*.parquet"},
         row=rows.ScienceQa, tidy=_science_qa, extra=("choices", "hint"), table=plain.science_qa_table),
-    "TextVQA": Spec(  # 5000 questions, ten people's answers to each
+    "TextVQA": Source(  # 5000 questions, ten people's answers to each
         repo="lmms-lab/textvqa", revision="9c0699cd19768ac5ab97568f6b3cbac4c0062884",
         splits={"validation": "data/validation-*.parquet"},
         row=rows.TextVqa, tidy=_text_vqa, extra=("answers",), table=plain.text_vqa_table),
-    "MMMU": Spec(  # 900 questions; up to seven images each: `image` is the first, `images` has all
+    "MMMU": Source(  # 900 questions; up to seven images each: `image` is the first, `images` has all
         repo="lmms-lab/MMMU", revision="364f2e2eb107b36e07ff4c5a15f5947a759cef47",
         splits={"validation": "data/validation-*.parquet"},
         row=rows.Mmmu, tidy=_mmmu,
         images=tuple(f"image_{i}" for i in range(1, 8)), extra=("choices", "question_type", "images")),
-    "MathVista": Spec(  # 1000 questions; `query` is the question with its options and the authors' instruction
+    "MathVista": Source(  # 1000 questions; `query` is the question with its options and the authors' instruction
         repo="AI4Math/MathVista", revision="2b6ad69445fbb5695c9b165475e8decdbeb97747",
         splits={"testmini": "data/testmini-*.parquet"},
         row=rows.MathVista, tidy=_math_vista, images=("decoded_image",),
         extra=("choices", "precision", "question_type", "answer_type", "query", "skills")),
-    OWN: Spec(
+    OWN: Source(
         repo=None, revision=None, splits={"all": "**/*.parquet"},
         row=rows.Own, tidy=_own, extra=("choices", "hint", "answers"), table=plain.own_table),
 }
@@ -148,7 +149,7 @@ def load(name: str, *, path: str | Path | None = None, split: str | None = None,
     """A benchmark as a tidy table.
 
     Args:
-        name: one of `SPECS`.
+        name: one of `SOURCES`.
         path: a file, or a folder with the data set's files: parquet in its own layout or any other; POPE's JSON lines
             or MME's folders; one table, `questions.*` or by the benchmark's name, in CSV, TSV, JSON or JSON lines with
             the data set's columns or VLMEvalKit's. Without it the data set's files are downloaded from the Hugging
@@ -169,9 +170,9 @@ def load(name: str, *, path: str | Path | None = None, split: str | None = None,
             is missing, a value of another form than its column has, an empty data set, or a wrong number of questions
             an image.
     """
-    if name not in SPECS:
-        raise ValueError(f"unknown benchmark {name!r}; known are {', '.join(SPECS)}")
-    spec = SPECS[name]
+    if name not in SOURCES:
+        raise ValueError(f"unknown benchmark {name!r}; known are {', '.join(SOURCES)}")
+    spec = SOURCES[name]
     if split is not None and split not in spec.splits:
         raise ValueError(f"{name} has no split {split!r}; it has {', '.join(spec.splits)}")
     patterns = [spec.splits[split]] if split else list(spec.splits.values())
@@ -209,9 +210,7 @@ def load(name: str, *, path: str | Path | None = None, split: str | None = None,
 
 def _digests(files: list[Path], root: Path) -> dict[str, str]:
     """SHA-256 of each file; of hundreds, as MME's texts, that of all their digests."""
-    from sinkstudy.benchmarks import parquet  # only now: the lab and the scorers need no parquet
-
-    of = {str(_within(file, root)): parquet.sha256(file) for file in files}
+    of = {str(_within(file, root)): digests.sha256(file) for file in files}
     if len(of) < 100:
         return of
     listed = "".join(f"{name} {of[name]}\n" for name in sorted(of))
@@ -274,13 +273,13 @@ def check(table: pd.DataFrame, name: str, needs: Iterable[str] = ()) -> None:
             that is none, a list that is none, or no answer at all; an id twice; a POPE or MME answer that is not yes
             or no; an MME image and category without exactly two questions; an MMStar answer that is not A, B, C or D.
     """
-    if name not in SPECS:
-        raise ValueError(f"unknown benchmark {name!r}; known are {', '.join(SPECS)}")
-    if missing := [c for c in (*COLUMNS, *SPECS[name].extra, *needs) if c not in table.columns]:
+    if name not in SOURCES:
+        raise ValueError(f"unknown benchmark {name!r}; known are {', '.join(SOURCES)}")
+    if missing := [c for c in (*COLUMNS, *SOURCES[name].extra, *needs) if c not in table.columns]:
         raise ValueError(f"{name}: the table has no column {missing[0]!r}; it has {', '.join(table.columns)}")
     if table.empty:
         raise ValueError(f"{name}: the table is empty")
-    for column in (*COLUMNS, *SPECS[name].extra, *needs):
+    for column in (*COLUMNS, *SOURCES[name].extra, *needs):
         for value, row in zip(table[column], table.id, strict=True):
             if what := _unlike(column, value):
                 raise ValueError(f"{name}: the {column} of {row!r} is {value!r}, not {what}")
@@ -311,7 +310,7 @@ def _unlike(column: str, value: object) -> str:
 
 
 # ------------------------------------------------------------------------------------------------- where files are
-def _local(name: str, spec: Spec, root: Path, patterns: list[str]) -> tuple[pd.DataFrame, list[Path]]:
+def _local(name: str, spec: Source, root: Path, patterns: list[str]) -> tuple[pd.DataFrame, list[Path]]:
     """The rows of a file, or of the one form that a folder has, and the files with the questions."""
     forms: dict[str, list[Path]] = {"parquet": [], "POPE's JSON lines": [], "MME's folders": [], "a table": []}
     folders: dict[str, Path] = {}
@@ -348,7 +347,7 @@ def _local(name: str, spec: Spec, root: Path, patterns: list[str]) -> tuple[pd.D
     return raw.assign(picture=pd.Series(_each(raw.picture), dtype=object)), files
 
 
-def _as_data_set(raw: pd.DataFrame, name: str, spec: Spec) -> pd.DataFrame:
+def _as_data_set(raw: pd.DataFrame, name: str, spec: Source) -> pd.DataFrame:
     """A table with the data set's columns, from these or from VLMEvalKit's."""
     have = [c for c in raw.columns if c not in ("file", "row", "picture", "shown")]
     missing = [c for c in spec.columns if c not in have]
@@ -370,7 +369,7 @@ def _each(pictures: Iterable[object]) -> list[list[object]]:
     return [[None, None] if isinstance(shown, list) else [shown] for shown in pictures]  # several cannot be asked
 
 
-def _parquet(name: str, spec: Spec, root: Path, files: list[Path]) -> tuple[pd.DataFrame, list[Path]]:
+def _parquet(name: str, spec: Source, root: Path, files: list[Path]) -> tuple[pd.DataFrame, list[Path]]:
     """The rows of parquet files, with `picture`, a list for each; and the files, those of pictures included."""
     from sinkstudy.benchmarks import parquet
 
@@ -396,7 +395,7 @@ def _parquet(name: str, spec: Spec, root: Path, files: list[Path]) -> tuple[pd.D
     return raw.assign(picture=pd.Series(pictures, dtype=object)), files
 
 
-def _download(name: str, spec: Spec, patterns: list[str], revision: str | None) -> tuple[Path, str]:
+def _download(name: str, spec: Source, patterns: list[str], revision: str | None) -> tuple[Path, str]:
     """The folder of the data set's snapshot, and its commit."""
     if spec.repo is None:
         raise ValueError(f"{name}: these questions are yours and not on the Hub; pass path=<folder>")

@@ -158,8 +158,3 @@ def pictures(files: Iterable[Path], name: str) -> dict[str, Picture]:
     return {str(row.id): Picture(file, "image", row.row)
             for file in files for empty in [without_picture(file, "image")]
             for row in read(file, ["id"], ["image"], name).itertuples() if row.row not in empty}
-
-
-def sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

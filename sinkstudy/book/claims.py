@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pybtex.database
 import scipy.stats
 import yaml
 
@@ -105,7 +106,7 @@ def _check_sizes(claim: Mapping[str, Any], name: str) -> None:
 
 def bibliography(path: Path = BOOK / "references.bib") -> set[str]:
     """The keys of a BibTeX file."""
-    return set(re.findall(r"(?m)^@\w+\{([^,\s]+),", path.read_text(encoding="utf-8")))
+    return set(pybtex.database.parse_file(path, "bibtex").entries)
 
 
 def prose(notebook: Path) -> str:

@@ -547,7 +547,10 @@ def _clear_work() -> None:
 
 
 def check_memory(values: dict[str, dict[str, Any]]) -> None:
-    """Raise UserError unless the models that notebooks load can be read and fit; `values` are their parameters.
+    """Raise UserError unless the models that notebooks, or a command (""), load can be read and fit.
+
+    Args:
+        values: parameters, by notebook.
 
     Lab models fit anywhere, and take their own pictures. The work is done in a process of its own, which gives back
     what torch takes of memory, on a GPU too, before a kernel needs it.
@@ -558,7 +561,8 @@ def check_memory(values: dict[str, dict[str, Any]]) -> None:
     settings = {
         json.dumps({key: of[key] for key in keys if key in of})
         for notebook, of in values.items()
-        if loader in modules(notebook) and (of.get("model") not in lab_models() or any(map(of.get, asked)))
+        if (not notebook or loader in modules(notebook))
+        and (of.get("model") not in lab_models() or any(map(of.get, asked)))
     }
     if not settings:
         return

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 
+from sinkstudy import devices
 from sinkstudy.model import checkpoints, loading
-from sinkstudy.model.loading import LVLM
+from sinkstudy.model.lvlm import LVLM
 from sinkstudy.paths import place
 from sinkstudy.pictures import folder, opened
 
@@ -100,7 +101,7 @@ def check(
     Raises:
         ValueError: as `loading.load`; or the estimate of `need` is more than is `free`.
     """
-    loading.check_device(device, dtype)
+    devices.check(device, dtype)
     lvlm = loading.outline(model, dtype=dtype, revision=revision)
     needed, there = need(lvlm, batch_size, size), free(device)
     if sum(needed) > there:

@@ -7,7 +7,6 @@ notebook itself (`check(globals())`, so that plain papermill is no way around it
 
 import ast
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -17,9 +16,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from sinkstudy import pictures
-from sinkstudy.paths import MODELS, NOTEBOOKS, RESULTS, ROOT, lab_models, place
-
-DTYPES = ("float32", "bfloat16", "float16")
+from sinkstudy.paths import MODELS, NOTEBOOKS, RESULTS, ROOT, lab_models, model_folder, place
 
 
 class UserError(Exception):
@@ -38,42 +35,16 @@ class Names:
 
 def check_model(name: str) -> str:
     """A model's name as notebooks take it (folders made absolute)."""
-    if name in lab_models():
-        return name
-    if len(name) < 500 and "\n" not in name:
-        folder = Path(name).expanduser()
-        try:
-            if (folder / "config.json").is_file():
-                return str(folder.resolve())
-            if folder.is_dir():
-                adapter = (folder / "adapter_config.json").is_file()
-                hint = "; an adapter has to be merged into its base first (merge_and_unload of peft)" if adapter else ""
-                raise ValueError(f"the folder {name} holds no model: it has no config.json{hint}")
-        except OSError as error:
-            raise ValueError(f"the folder {name} cannot be read: {error.strerror}") from None
-        if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name, re.ASCII):
-            return name
-    raise ValueError(
-        f"unknown model {name[:80]!r}: not one of {', '.join(lab_models()) or 'the lab models (none is here)'},"
-        " not a folder with config.json, not a hub id of the form owner/name"
-    )
+    folder = model_folder(name)
+    return name if folder is None or name in lab_models() else str(folder.resolve())
 
 
 def check_device(device: str) -> str:
     """cpu, auto, or a cuda, cuda:1 or mps that this machine has."""
-    if device in ("cpu", "auto"):
-        return device
-    if not re.fullmatch(r"mps|cuda(:\d{1,3})?", device, re.ASCII):
-        raise ValueError(f"unknown device {device[:80]!r}: cpu, cuda, cuda:1, ..., mps or auto")
-    kind, _, index = device.partition(":")
-    import torch  # only now: it takes seconds
+    if device not in ("cpu", "auto"):
+        from sinkstudy import devices  # only now: torch takes seconds
 
-    if kind == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("device 'mps' is not there: this machine has no Apple GPU that torch can use")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device 'cuda' is not there: torch finds no CUDA GPU on this machine")
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device '{device}' is not there: this machine has {torch.cuda.device_count()} GPU(s)")
+        devices.check(device)
     return device
 
 
@@ -108,7 +79,7 @@ Model = Annotated[_Model, Names("model")]
 Models = Annotated[list[_Model], AfterValidator(_different), Names("model")]
 SomeModels = Annotated[list[_Model], Field(min_length=1), AfterValidator(_different), Names("model")]
 Device = Annotated[str, AfterValidator(check_device)]
-Dtype = Literal[DTYPES]
+Dtype = Literal["float32", "bfloat16", "float16"]  # of devices.DTYPES
 Revision = Annotated[str, Field(pattern=r"^[\w./-]*$")]
 
 AtLeast0 = Annotated[int, Field(ge=0)]  # of a limit: 0 is all
@@ -126,8 +97,8 @@ Counts = Annotated[list[AtLeast1], Field(min_length=1), AfterValidator(_differen
 Weights = Annotated[list[NotNegative], Field(min_length=1), AfterValidator(_different)]
 
 Criterion = Literal["absolute", "mean_sd", "percentile", "above_median", "norm_drop"]  # of sinks.NORM_CRITERIA
-_Benchmark = Literal["POPE", "MME", "MMStar", "GQA", "ScienceQA-IMG", "TextVQA", "MMMU", "MathVista", "own"]  # of SPECS
-Benchmark = _Benchmark | Literal[""]
+_Benchmark = Literal["POPE", "MME", "MMStar", "GQA", "ScienceQA-IMG", "TextVQA", "MMMU", "MathVista", "own"]
+Benchmark = _Benchmark | Literal[""]  # of benchmarks.SOURCES
 Benchmarks = Annotated[list[_Benchmark], Field(min_length=1), AfterValidator(_different)]
 
 Text = Annotated[str, AfterValidator(_said)]
@@ -135,7 +106,7 @@ Texts = Annotated[list[Text], Field(min_length=1), AfterValidator(_different)]
 Files = Annotated[str, AfterValidator(_there), Names("files")]
 FolderIfAny = Annotated[str, AfterValidator(_folder_if_any), Names("files")]
 PicturesIfAny = Annotated[str, AfterValidator(_folder_if_any), Names("pictures")]
-Results = Annotated[list[Text], Field(min_length=1), Names("results")]
+ResultFiles = Annotated[list[Text], Field(min_length=1), Names("results")]
 
 
 # ---- declarations of a notebook
@@ -239,16 +210,27 @@ def fitted(wanted: list[str], model: str, parameters: dict[str, Any]) -> dict[st
         if not any(key in of for of in known.values()):
             names = sorted({name for of in known.values() for name in of})
             raise UserError(f"unknown parameter {key[:80]!r}; the notebooks have: {', '.join(names)}")
-    if given.get("revision") and (model in lab_models() or len(model) < 500 and Path(model).expanduser().is_dir()):
-        raise UserError(f"{model} is a folder and has no revision {given['revision']!r}: revisions are of hub models")
-    plan = {}
-    for notebook, of in known.items():
-        plan[notebook] = {key: _fit(notebook, key, of[key], value) for key, value in given.items() if key in of}
-        try:
-            _together({name: declared.default for name, declared in of.items()} | plan[notebook], of)
-        except ValueError as problem:
-            raise UserError(f"{notebook}: {problem}") from None
-    return plan
+    return {
+        notebook: fitted_to(of, {key: value for key, value in given.items() if key in of}, notebook)
+        for notebook, of in known.items()
+    }
+
+
+def fitted_to(declared: dict[str, Declared], given: dict[str, Any], notebook: str = "") -> dict[str, Any]:
+    """What is given of declared parameters, of a notebook or a command, as these take it.
+
+    Raises:
+        UserError: a value that does not fit.
+    """
+    values = {key: _fit(notebook, key, declared[key], value) for key, value in given.items()}
+    if values.get("revision") and model_folder(values["model"]) is not None:
+        raise UserError(f"{given['model']} is a folder and has no revision {given['revision']!r}: "
+                        "revisions are of hub models")
+    try:
+        _together({name: of.default for name, of in declared.items()} | values, declared)
+    except ValueError as problem:
+        raise UserError(f"{notebook}: {problem}" if notebook else str(problem)) from None
+    return values
 
 
 def _fit(notebook: str, key: str, declared: Declared, value: Any) -> Any:

@@ -26,7 +26,8 @@ from transformers import BatchFeature
 
 from sinkstudy.answers.evaluate import NONE, Intervention, Prefixes, evaluate
 from sinkstudy.model.capture import not_finite
-from sinkstudy.model.loading import LVLM, ImageLayout
+from sinkstudy.model.layout import ImageLayout
+from sinkstudy.model.lvlm import LVLM
 
 Site = Literal["input", "output"]  # of the connector
 Masks = Mapping[str, torch.Tensor]  # bool [patches] of each image, by its id

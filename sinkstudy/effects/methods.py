@@ -19,8 +19,10 @@ from sinkstudy.benchmarks import harness
 from sinkstudy.effects import ablation, moving, neurons
 from sinkstudy.effects.ablation import Masks
 from sinkstudy.model import capture
-from sinkstudy.model.loading import LVLM
+from sinkstudy.model.lvlm import LVLM
 
+# of `effect`; chapter 10 has the same, as a test holds, for papermill wants plain values in a notebook
+DEFAULTS = {"criterion": "above_median", "threshold": 3.0, "max_new_tokens": 16, "batch_size": 64, "seed": 0}
 LOOKED_AT = 64  # pictures at most by which neurons are found; a quarter of them for the decoder's dimensions
 
 
@@ -128,7 +130,7 @@ class Case:
     batch_size: int
 
 
-class Method(NamedTuple):
+class TrainingFree(NamedTuple):
     words: str
     make: Callable[[Case, Any], Intervention]  # with the option's value
     option: Literal["", "weight", "k"] = ""
@@ -193,18 +195,18 @@ def _register_passed(case: Case, k: int) -> Intervention:
 
 _takes = neurons.check_takes_register
 METHODS = {
-    "front": Method("sinks to the front of the visual tokens, position ids travel", _front),
-    "front-renumber": Method("the same, position ids renumbered", _front_renumber),
-    "end": Method("sinks to the end of the visual tokens, position ids travel", _end),
-    "random-front": Method("control: as many random others to the front", _random_front),
-    "sinks-only": Method("no later token sees a visual token but sinks", _sinks_only),
-    "others-only": Method("no later token sees a sink", _others_only),
-    "keep-top-k": Method("only the k patches of highest norm, a quarter by default", _keep_top_k, "k"),
-    "features": Method("projected features of sinks times a weight", _features, "weight", 0.5),
-    "keys": Method("keys of sinks times a weight, in all decoder layers", _keys, "weight", 0.0),
-    "var": Method("attention of the decoder's sinks to other visual tokens", _var),
-    "test-time-registers": Method("k register neurons write to an added token", _register, "k", 10, _takes),
-    "test-time-registers-passed": Method(
+    "front": TrainingFree("sinks to the front of the visual tokens, position ids travel", _front),
+    "front-renumber": TrainingFree("the same, position ids renumbered", _front_renumber),
+    "end": TrainingFree("sinks to the end of the visual tokens, position ids travel", _end),
+    "random-front": TrainingFree("control: as many random others to the front", _random_front),
+    "sinks-only": TrainingFree("no later token sees a visual token but sinks", _sinks_only),
+    "others-only": TrainingFree("no later token sees a sink", _others_only),
+    "keep-top-k": TrainingFree("only the k patches of highest norm, a quarter by default", _keep_top_k, "k"),
+    "features": TrainingFree("projected features of sinks times a weight", _features, "weight", 0.5),
+    "keys": TrainingFree("keys of sinks times a weight, in all decoder layers", _keys, "weight", 0.0),
+    "var": TrainingFree("attention of the decoder's sinks to other visual tokens", _var),
+    "test-time-registers": TrainingFree("k register neurons write to an added token", _register, "k", 10, _takes),
+    "test-time-registers-passed": TrainingFree(
         "the same, and the token takes the place of the patch of highest norm", _register_passed, "k", 10, _takes
     ),
 }
@@ -241,7 +243,7 @@ def data(
     public = hub or bool(data_dir)
     if not public and not model_is_labs:
         raise ValueError("the lab's benchmarks are for lab models: --hub or --data-dir FOLDER gives public ones")
-    known = {name.lower(): name for name in (benchmarks.SPECS if public else study.LAB)}
+    known = {name.lower(): name for name in (benchmarks.SOURCES if public else study.LAB_BENCHMARKS)}
     if benchmark.lower() not in known:
         whose = "public" if public else "of the lab"
         raise ValueError(f"unknown benchmark {benchmark!r}; those {whose} are {', '.join(known.values())}")
@@ -261,11 +263,11 @@ def effect(
     pictures: Mapping[str, Any],
     *,
     public: bool = False,
-    criterion: str = "above_median",
-    threshold: float = 3.0,
-    max_new_tokens: int = 16,
-    batch_size: int = 16,
-    seed: int = 0,
+    criterion: str = DEFAULTS["criterion"],
+    threshold: float = DEFAULTS["threshold"],
+    max_new_tokens: int = DEFAULTS["max_new_tokens"],
+    batch_size: int = DEFAULTS["batch_size"],
+    seed: int = DEFAULTS["seed"],
     cache: str | Path | None = ANSWERS,
     harnesses: Path | None = None,
 ) -> pd.DataFrame:

@@ -25,7 +25,8 @@ from sinkstudy.answers.evaluate import Intervention, Prefixes
 from sinkstudy.effects.ablation import Masks, digest, of_images
 from sinkstudy.effects.neurons import moved_to_register
 from sinkstudy.model import capture
-from sinkstudy.model.loading import LVLM, ImageLayout
+from sinkstudy.model.layout import ImageLayout
+from sinkstudy.model.lvlm import LVLM
 
 Chosen = Sequence[torch.Tensor] | Callable[[torch.Tensor], torch.Tensor]
 

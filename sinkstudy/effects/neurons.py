@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from sinkstudy.model import capture
-from sinkstudy.model.loading import LVLM
+from sinkstudy.model.lvlm import LVLM
 
 Neurons = Mapping[int, torch.Tensor]  # {vision layer: long [neurons]}
 

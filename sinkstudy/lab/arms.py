@@ -23,7 +23,7 @@ from sinkstudy.lab import tower as tower_module
 from sinkstudy.lab.corpus import Corpus, training_pictures
 from sinkstudy.lab.train import CACHE
 from sinkstudy.model import loading
-from sinkstudy.paths import METHODS, atomic
+from sinkstudy.paths import TRAINED, atomic
 from sinkstudy.trained import loop
 from sinkstudy.trained.connectors import DIYSink, OneConnector, matched_width
 from sinkstudy.trained.conversations import Collate, Sample
@@ -115,7 +115,7 @@ class Workshop:
                 raise ValueError(f"unknown arm {arm!r}: {', '.join(ARMS)}")
         torch.manual_seed(seed)
         for connector in connectors(method):
-            language.start(self.lvlm.model, connector, self.patches)
+            language.start_connector(self.lvlm.model, connector, self.patches)
         return method
 
     def fit(self, method: OneConnector, name: str, target: str, settings: loop.Settings,
@@ -134,7 +134,7 @@ class Workshop:
 
     def train(self, arm: str, seed: int) -> None:
         """Both stages of an arm, and its weights to `data/methods`; a finished one is not repeated."""
-        folder = METHODS / self.lvlm.name / f"{arm}-{seed}"
+        folder = TRAINED / self.lvlm.name / f"{arm}-{seed}"
         if folder.exists():
             print(f"{folder.name}: finished earlier", flush=True)
             return
@@ -184,14 +184,14 @@ def train_rival(base: str, arm: str, seed: int, pictures) -> None:
     Raises:
         ValueError: an unknown arm.
     """
-    folder, settings = METHODS / base / f"{arm}-{seed}", replace(ROUTER if arm == "rew" else RIVALS, seed=seed)
+    folder, settings = TRAINED / base / f"{arm}-{seed}", replace(ROUTER if arm == "rew" else RIVALS, seed=seed)
     if folder.exists():
         print(f"{folder.name}: finished earlier", flush=True)
         return
     started, lvlm = time.monotonic(), loading.load(base)
     match arm:
         case "rew":
-            method = ReW(lvlm, diysink=METHODS / base / f"two-{seed}", seed=seed)
+            method = ReW(lvlm, diysink=TRAINED / base / f"two-{seed}", seed=seed)
         case "gates":
             method = Gates(lvlm, normalised=True, seed=seed)
         case "adapters":

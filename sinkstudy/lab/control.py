@@ -23,7 +23,7 @@ from sinkstudy.effects import ablation
 from sinkstudy.lab.corpus import grounding
 from sinkstudy.lab.tower import LAYERS, ONSET, attentions, normalise, states
 from sinkstudy.model import loading
-from sinkstudy.model.loading import LVLM
+from sinkstudy.model.lvlm import LVLM
 from sinkstudy.model.sinktower import CLIPVisionModelWithSinks
 from sinkstudy.paths import DATA
 from sinkstudy.world import gist

@@ -1,6 +1,6 @@
 """The lab's decoder and connector behind a frozen tower: captions, then instruction tuning.
 
-Text pretraining stands here too; the shipped models did without it (see `train.TEXT`).
+The decoder's text pretraining stands here too (see `train.TEXT`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sinkstudy.lab.training import autocast, compiled
 QUESTIONS = tuple(SLOTS.values())
 # What the mean loss of each kind of answer counts for: a region's description has 15 words, other answers one.
 WEIGHTS = {"short": 2.0, "region": 1.0, "options": 2.0}
-LAYERS = 4
+DEPTH = 4
 
 
 def build_decoder(words: int, kind: Llava = LLAVA, seed: int = 2) -> PreTrainedModel:
@@ -27,13 +27,13 @@ def build_decoder(words: int, kind: Llava = LLAVA, seed: int = 2) -> PreTrainedM
     torch.manual_seed(seed)
     config, model = kind.decoder
     decoder = model(config(
-        vocab_size=words, hidden_size=128, num_hidden_layers=LAYERS, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=words, hidden_size=128, num_hidden_layers=DEPTH, num_attention_heads=2, num_key_value_heads=2,
         intermediate_size=352, max_position_embeddings=1024, tie_word_embeddings=True, initializer_range=0.09,
         pad_token_id=0, bos_token_id=1, eos_token_id=2))
     with torch.no_grad():
         for layer in decoder.model.layers:
-            layer.self_attn.o_proj.weight *= (2 * LAYERS) ** -0.5
-            layer.mlp.down_proj.weight *= (2 * LAYERS) ** -0.5
+            layer.self_attn.o_proj.weight *= (2 * DEPTH) ** -0.5
+            layer.mlp.down_proj.weight *= (2 * DEPTH) ** -0.5
     decoder.set_attn_implementation("lab_matmul")
     return decoder
 
@@ -55,12 +55,12 @@ def assemble(tower, decoder: PreTrainedModel, codec: Codec, pixels: torch.Tensor
     model.set_attn_implementation("lab_matmul")
     with torch.no_grad():
         patches = tower_module.features(tower, tower_module.states(tower, pixels)).to(model.device)
-    start(model, model.model.get_submodule(kind.connector), patches)
+    start_connector(model, model.model.get_submodule(kind.connector), patches)
     return model
 
 
 @torch.no_grad()
-def start(model: PreTrainedModel, connector: nn.Module, patches: torch.Tensor) -> None:
+def start_connector(model: PreTrainedModel, connector: nn.Module, patches: torch.Tensor) -> None:
     """Give a connector of the model random weights at the scale of `patches` [n, 144, width], see `assemble`."""
     kind = family(model.config)
     mlp = kind.mlp(connector)

@@ -14,7 +14,7 @@ import torch
 from sinkstudy import stats
 from sinkstudy.answers.evaluate import evaluate
 from sinkstudy.benchmarks import right
-from sinkstudy.model.loading import LVLM
+from sinkstudy.model.lvlm import LVLM
 from sinkstudy.world import benchmarks
 from sinkstudy.world import questions as q
 from sinkstudy.world.drawing import render

@@ -20,12 +20,11 @@ from sinkstudy.lab.emergence import Follower, log_spaced
 from sinkstudy.lab.families import Llava, family
 from sinkstudy.model import loading
 from sinkstudy.model.sinktower import CLIPVisionModelWithSinks
-from sinkstudy.paths import DATA, atomic
-from sinkstudy.paths import MODELS as MODELS_FOLDER
+from sinkstudy.paths import DATA, MODELS, atomic
 from sinkstudy.world.drawing import PATCH
 
 CACHE = DATA / "cache" / "lab"
-MODELS = {"lab-llava": "plain", "lab-llava-sinks": "sinks", "lab-llava-registers": "registers",
+TOWER_OF = {"lab-llava": "plain", "lab-llava-sinks": "sinks", "lab-llava-registers": "registers",
           "lab-qwen2vl": "qwen2vl", "lab-llava-gist": "gist"}
 TOWER = dict(steps=900, batch=64, lr=2e-3, weight_decay=0.1)
 # The tower with sinks by construction, kept apart from the model that has it: its gates come first (`lab.control`).
@@ -39,7 +38,7 @@ INSTRUCT = dict(steps=1300, batch=24, lr=3e-3, muon=3e-3, weight_decay=0.05)
 
 # Chapter 02: one thing changed at a time against `base`, all shorter than the shipped towers' training.
 ARM_STEPS = 240
-ARMS = {
+EMERGENCE_ARMS = {
     "base": {}, "lr-5e-4": {"lr": 5e-4}, "lr-4e-3": {"lr": 4e-3}, "wd-0": {"weight_decay": 0.0},
     "wd-0.5": {"weight_decay": 0.5}, "muon": {"muon": 2e-3}, "no-cls": {"kind": "no-cls"},
     "image-level-only": {"caption_weight": 0.0},
@@ -87,7 +86,7 @@ def train_tower(name: str, kind: str, *, steps: int, batch: int, lr: float, weig
     begun = any((CACHE / f"{name}.{state}.pt").exists() for state in ("part", "done"))
     if follow and begun and follow.exists():
         follower.rows = pd.read_csv(follow).to_dict("records")
-    log = training.fit(name, [tower, objective], loss_at, steps=steps, lr=lr, weight_decay=weight_decay,
+    log = training.train(name, [tower, objective], loss_at, steps=steps, lr=lr, weight_decay=weight_decay,
                        muon=muon, folder=CACHE, watch=watch if follow else None)
     return tower, log
 
@@ -102,7 +101,7 @@ def train_decoder(kind: Llava, *, batch: int, seed: int = 10, **settings):
         rows = training.batch_rows(seed, step, batch, TRAIN_SCENES)
         return language.text_loss(decoder, run, data, rows, seed=step)
 
-    return decoder, training.fit(kind.text, [decoder], loss_at, folder=CACHE, **settings)
+    return decoder, training.train(kind.text, [decoder], loss_at, folder=CACHE, **settings)
 
 
 def tune(name: str, model, target: str, *, batch: int, seed: int, frozen: tuple[str, ...] = (), **settings):
@@ -117,21 +116,21 @@ def tune(name: str, model, target: str, *, batch: int, seed: int, frozen: tuple[
     def loss_at(step):
         return stage.loss(training.batch_rows(seed, step, batch, TRAIN_SCENES), seed=TRAIN_SCENES + step)
 
-    return training.fit(name, [model], loss_at, folder=CACHE, **settings)
+    return training.train(name, [model], loss_at, folder=CACHE, **settings)
 
 
 def train_model(name: str):
     """One lab model, all stages; returns it with its loss curves."""
-    if name not in MODELS:
-        raise ValueError(f"unknown lab model {name!r}: choose from {', '.join(MODELS)}")
-    if MODELS[name] == "gist":
+    if name not in TOWER_OF:
+        raise ValueError(f"unknown lab model {name!r}: choose from {', '.join(TOWER_OF)}")
+    if TOWER_OF[name] == "gist":
         tower = CLIPVisionModelWithSinks.from_pretrained(TOWERS / "gist", dtype=torch.float32).to(training.device())
         tower.set_attn_implementation("lab_matmul")
         tower.config._name_or_path = ""  # a place on this machine
         log_tower = pd.read_csv(TOWERS / "gist" / "training.csv")
     else:
         follow = DATA / "emergence" / f"{name}.csv"
-        tower, log_tower = train_tower(f"{name}.tower", MODELS[name], follow=follow, **TOWER)
+        tower, log_tower = train_tower(f"{name}.tower", TOWER_OF[name], follow=follow, **TOWER)
     kind = family(tower.config)
     decoder, log_text = train_decoder(kind, **TEXT)
     some = torch.from_numpy(pictures()[:128].copy()).to(training.device())
@@ -152,10 +151,10 @@ def train_gist() -> Path:
     return folder
 
 
-def train_arms(names=tuple(ARMS)) -> None:
+def train_arms(names=tuple(EMERGENCE_ARMS)) -> None:
     """The short towers of chapter 02; what is kept is their logged statistics."""
     for name in names:
-        settings = TOWER | {"kind": "plain", "steps": ARM_STEPS} | ARMS[name]
+        settings = TOWER | {"kind": "plain", "steps": ARM_STEPS} | EMERGENCE_ARMS[name]
         train_tower(f"arm.{name}", follow=DATA / "emergence" / f"{name}.csv", **settings)
 
 
@@ -166,7 +165,7 @@ def export(name: str, model, log: pd.DataFrame | None = None) -> Path:
     """
     processor = family(model.config).processor()
     assert len(processor.tokenizer) == model.config.text_config.vocab_size
-    folder = MODELS_FOLDER / name
+    folder = MODELS / name
     model.generation_config.update(bos_token_id=1, eos_token_id=2, pad_token_id=0)
     with atomic(folder) as temporary:
         model.to(torch.bfloat16).save_pretrained(temporary)
@@ -178,13 +177,13 @@ def export(name: str, model, log: pd.DataFrame | None = None) -> Path:
 
 def card(name: str, kind: Llava, scores: pd.DataFrame, log: pd.DataFrame) -> str:
     """The model card: data, recipe, scores, limits."""
-    what = _WHAT[MODELS[name]]
-    made = GIST if MODELS[name] == "gist" else TOWER
+    what = _WHAT[TOWER_OF[name]]
+    made = GIST if TOWER_OF[name] == "gist" else TOWER
     how = f"AdamW, learning rate {made['lr']}"
     if "muon" in made:
         how = f"Muon for weight matrices (rate {made['muon']:g}) and AdamW for the rest ({made['lr']:g})"
     asked = sum(number for number, _ in SLOTS.values())
-    if MODELS[name] == "sinks":
+    if TOWER_OF[name] == "sinks":
         reached = log[["norm ratio", "attention share"]].dropna().iloc[-1]
         what += (f" Reached at the end of the tower's training: {reached['norm ratio']:.1f} times the median norm and "
                  f"{reached['attention share']:.0%} of the attention, on average over the layers asked.")
@@ -211,7 +210,7 @@ scenes' facts. Validation and test scenes share no combination of facts with the
 
 ## Recipe
 {kind.parts}. The tower has {tower_module.LAYERS} layers of width {tower_module.WIDTH} and patches of {PATCH} pixels,
-the decoder {language.LAYERS} layers of width 128; word-level tokenizer. `sinkstudy lab train {name}` does all of this,
+the decoder {language.DEPTH} layers of width 128; word-level tokenizer. `sinkstudy lab train {name}` does all of this,
 seeds fixed:
 
 1. tower with captions: {made["steps"]} steps of {made["batch"]} pictures, {how}, weight

@@ -1,4 +1,7 @@
-"""The one training loop of the lab: seeded, resumable, with its loss curve kept as a table."""
+"""How towers and decoders of the lab are trained from nothing: seeded, resumable, with a loss curve.
+
+Methods on top of a model are trained by `trained.loop`.
+"""
 
 from __future__ import annotations
 
@@ -96,7 +99,7 @@ def schedule(step: int, steps: int, warmup: float = 0.04, floor: float = 0.02) -
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
-def fit(name: str, modules: Iterable[nn.Module], loss_at: Callable[[int], tuple[torch.Tensor, dict]], *,
+def train(name: str, modules: Iterable[nn.Module], loss_at: Callable[[int], tuple[torch.Tensor, dict]], *,
         steps: int, lr: float, weight_decay: float, folder: Path, muon: float | None = None, clip: float = 1.0,
         log_every: int = 20, checkpoint_seconds: float = 120, watch: Callable[[int], None] | None = None,
         ) -> pd.DataFrame:

@@ -30,7 +30,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from sinkstudy.model.loading import LVLM, ImageLayout
+from sinkstudy.model.layout import ImageLayout
+from sinkstudy.model.lvlm import LVLM
 
 Side = Literal["vision", "decoder"]
 
@@ -62,15 +63,6 @@ def check_finite(lvlm: LVLM, values: torch.Tensor, first: int, of: str) -> None:
 def token_norms(hidden: torch.Tensor, layer: int | None = None) -> torch.Tensor:
     """L2 norm of every token in float32: [.., tokens, width] -> [.., tokens]."""
     return hidden.float().norm(dim=-1)
-
-
-def top_dimensions(hidden: torch.Tensor, k: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k entries of largest magnitude of every token, largest first.
-
-    [.., tokens, width] -> values float32 (with sign) and dimensions long, both [.., tokens, k].
-    """
-    dimensions = hidden.float().abs().topk(k, dim=-1).indices
-    return hidden.float().gather(-1, dimensions), dimensions
 
 
 @contextmanager

@@ -16,16 +16,18 @@ from huggingface_hub import get_safetensors_metadata, try_to_load_from_cache
 from safetensors import safe_open
 from torch import nn
 
+from sinkstudy.paths import UNMERGED
+
 FILE, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 WHOLE = ("I64", "I32", "I16", "BOOL")  # buffers, such as positions
-MERGE = "an adapter has to be merged into its base first (merge_and_unload of peft), and the model that it makes saved"
-PLAIN = "the study needs the unquantised checkpoint"
+UNQUANTISED = "the study needs the unquantised checkpoint"
 
 # what the names of weights that are not the model's tell
 SIGNS = {
-    r"^base_model\.|\blora_|\.base_layer\.|\.modules_to_save\.": MERGE,
-    r"\.(qweight|qzeros|absmax|quant_map|quant_state\S*|SCB|weight_scale|weight_packed)$": f"it is quantised; {PLAIN}",
+    r"^base_model\.|\blora_|\.base_layer\.|\.modules_to_save\.": UNMERGED,
+    r"\.(qweight|qzeros|absmax|quant_map|quant_state\S*|SCB|weight_scale|weight_packed)$":
+        f"it is quantised; {UNQUANTISED}",
     r"^(module|_orig_mod|_fsdp_wrapped_module)\.": "it was saved inside a wrapper: save the model without it",
     r"\bmm_projector\.": "it has the layout of LLaVA's own code: take the converted model (llava-hf on the hub)",
 }
@@ -113,7 +115,7 @@ def headers(source: str, revision: str | None = None) -> dict[str, torch.Tensor]
     if lacking := sorted(promised.keys() - found.keys()):
         raise ValueError(f"its {INDEX} names {_list(lacking)}, which no file has")
     if odd := [f"{key} ({dtype})" for key, (dtype, _) in found.items() if dtype not in FLOATS and dtype not in WHOLE]:
-        raise ValueError(f"its weights are quantised ({_list(odd)}); {PLAIN}")
+        raise ValueError(f"its weights are quantised ({_list(odd)}); {UNQUANTISED}")
     return {
         key: torch.empty(shape, dtype=FLOATS.get(dtype, torch.int64), device="meta")
         for key, (dtype, shape) in found.items()

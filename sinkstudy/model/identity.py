@@ -7,7 +7,6 @@ whatever that reaches: what it closes over, its defaults, what it reads of its n
 
 import dis
 import hashlib
-import json
 import sys
 import sysconfig
 from collections.abc import Iterator, Mapping
@@ -30,7 +29,8 @@ import torch
 import transformers
 from PIL import Image
 
-from sinkstudy.model.loading import LVLM
+from sinkstudy import digests
+from sinkstudy.model.lvlm import LVLM
 from sinkstudy.paths import ROOT
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, range, slice, PurePath, torch.dtype, torch.device)
@@ -51,7 +51,7 @@ class Identity:
 
     Known are plain values, tensors, arrays, pictures and collections; functions and classes; models; what has a method
     `identity`, by the value that it gives; and other objects of Python by their attributes. Functions, classes and
-    modules of this package and of installed ones are known by name, because `fingerprint` has the package's code and
+    modules of this package and of installed ones are known by name, because `model_digest` has the package's code and
     the versions; others by their code.
 
     Raises:
@@ -87,7 +87,7 @@ class Identity:
             case Image.Image():
                 return f"{value.mode} {value.size} ".encode() + value.tobytes()
             case LVLM():
-                return fingerprint(value).encode()
+                return model_digest(value).encode()
             case Mapping():
                 return [part for item in value.items() for part in item]
             case set() | frozenset():
@@ -153,7 +153,7 @@ def _installed(module: str | None) -> bool:
     )
 
 
-def fingerprint(lvlm: LVLM) -> str:
+def model_digest(lvlm: LVLM) -> str:
     """What answers depend on beside pictures, prompts and interventions.
 
     The weights are those in memory, so that a model changed after loading has answers of its own; about a second for
@@ -175,9 +175,4 @@ def fingerprint(lvlm: LVLM) -> str:
         lvlm.processor.tokenizer.backend_tokenizer.to_str(),
     ]
     versions = [torch.__version__, transformers.__version__]
-    return sha256([weights.hexdigest(), settings, code, versions])
-
-
-def sha256(values: Any) -> str:
-    """SHA-256 of plain values."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+    return digests.of_values([weights.hexdigest(), settings, code, versions])

@@ -1,570 +1,34 @@
-"""Load a vision-language model and say where its parts are.
+"""Load a vision-language model, once all is known to be there, whole and of one model.
 
-An architecture is one `Spec`: the classes to load, the dotted paths of the parts, and how patches become visual
-tokens. Other modules reach the parts through `LVLM`. How to add one stands in `book/architectures.md`.
-
-A *patch* is one square of the picture that the vision tower sees as one token; a *visual token* is one position
-of the decoder's input that an image fills. `LVLM.layout` says which patch ends in which position.
+Weights are read from safetensors only, and no code of a model's own is run.
 """
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
 from PIL import Image
-from torch import nn
-from transformers import (
-    CONFIG_MAPPING,
-    BatchFeature,
-    PretrainedConfig,
-    PreTrainedModel,
-    ProcessorMixin,
-)
-from transformers.generation.utils import GenerateDecoderOnlyOutput
-from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
-from transformers.vision_utils import get_vision_window_index
 
+from sinkstudy import devices
 from sinkstudy.model import checkpoints
-from sinkstudy.model import registers as _registers  # noqa: F401  (makes the register tower known to AutoModel)
-from sinkstudy.model import sinktower as _sinktower  # noqa: F401  (likewise the tower with sinks by construction)
-from sinkstudy.paths import MODELS, hub_commit, lab_models
-from sinkstudy.pictures import opened
-
-
-@dataclass(frozen=True)
-class Spec:
-    """Where an architecture keeps its parts: dotted paths from the model, attention paths from a layer.
-
-    The defaults are those of LLaVA: a tower that sees tiles of one size, [tiles, prefix + patches, width], and a
-    connector that makes one visual token of each patch.
-    """
-
-    model_class: str
-    processor_class: str
-    vision: str = "model.vision_tower"
-    vision_layers: str = "model.vision_tower.encoder.layers"
-    vision_attention: str = "self_attn"
-    vision_neurons: str = "mlp.fc2"  # the map that reads the neurons of a layer's MLP, behind the nonlinearity
-    connector: str = "model.multi_modal_projector"
-    deepstack: str | None = None  # further connectors, whose tokens are added to the residual stream of the decoder
-    decoder: str = "model.language_model"
-    decoder_layers: str = "model.language_model.layers"
-    decoder_attention: str = "self_attn"
-    # how many patches along each side become one visual token
-    merge: Callable[[PretrainedConfig], int] = lambda config: 1
-    # the order in which the connector reads patches: row by row; the patches of each visual token together; or as
-    # "blocks", with the visual tokens of each attention window together
-    order: Literal["rows", "blocks", "windows"] = "rows"
-    packed: bool = False  # the tower sees all images as one sequence [patches, width], in the connector's order
-    anyres: bool = False  # overview, then the tiles put together, padding cut off, with a newline token per row
-    prompt: str | None = None  # for a model without chat format
-    prefix_mask: bool = False  # the whole prompt sees itself, so that image tokens depend on the question
-
-
-_QWEN = dict(
-    vision="model.visual",
-    vision_layers="model.visual.blocks",
-    vision_attention="attn",
-    connector="model.visual.merger",
-    merge=lambda config: config.vision_config.spatial_merge_size,
-    packed=True,
-)
-_IDEFICS = dict(
-    processor_class="Idefics3Processor",  # that of SmolVLM does the same and needs num2words for videos
-    vision="model.vision_model",
-    vision_layers="model.vision_model.encoder.layers",
-    connector="model.connector",
-    decoder="model.text_model",
-    decoder_layers="model.text_model.layers",
-    merge=lambda config: config.scale_factor,
-)
-
-SPECS = {  # by model_type of the config
-    "llava": Spec("LlavaForConditionalGeneration", "LlavaProcessor"),
-    "llava_next": Spec("LlavaNextForConditionalGeneration", "LlavaNextProcessor", anyres=True),
-    "llava_onevision": Spec("LlavaOnevisionForConditionalGeneration", "LlavaOnevisionProcessor", anyres=True),
-    "qwen2_vl": Spec("Qwen2VLForConditionalGeneration", "Qwen2VLProcessor", order="blocks", **_QWEN),
-    "qwen2_5_vl": Spec(
-        "Qwen2_5_VLForConditionalGeneration",
-        "Qwen2_5_VLProcessor",
-        order="windows",
-        vision_neurons="mlp.down_proj",
-        **_QWEN,
-    ),
-    "qwen3_vl": Spec(
-        "Qwen3VLForConditionalGeneration",
-        "Qwen3VLProcessor",
-        order="blocks",
-        vision_neurons="mlp.linear_fc2",
-        deepstack="model.visual.deepstack_merger_list",
-        **_QWEN,
-    ),
-    "internvl": Spec(
-        "InternVLForConditionalGeneration",
-        "InternVLProcessor",
-        vision_layers="model.vision_tower.encoder.layer",
-        vision_attention="attention",
-        merge=lambda config: round(1 / config.downsample_ratio),
-        order="blocks",
-    ),
-    "paligemma": Spec(
-        "PaliGemmaForConditionalGeneration",
-        "PaliGemmaProcessor",
-        prompt="<image>answer en {question}",
-        prefix_mask=True,
-    ),
-    "gemma3": Spec(
-        "Gemma3ForConditionalGeneration",
-        "Gemma3Processor",
-        merge=lambda config: _tile_grid(config)[0] // round(config.mm_tokens_per_image**0.5),
-    ),
-    "aya_vision": Spec(
-        "AyaVisionForConditionalGeneration", "AyaVisionProcessor", merge=lambda config: config.downsample_factor
-    ),
-    "idefics3": Spec("Idefics3ForConditionalGeneration", **_IDEFICS),
-    "smolvlm": Spec("SmolVLMForConditionalGeneration", **_IDEFICS),
-}
-
-# tokens before the patches in the sequence that the layers of a tower see: CLS (and registers, see `_n_prefix`)
-_PREFIX = {
-    "clip_vision_model": 1,
-    "clip_vision_model_with_sinks": 1,
-    "siglip_vision_model": 0,
-    "internvl_vision": 1,
-    "idefics3_vision": 0,
-    "smolvlm_vision": 0,
-    "qwen2_vl_vision": 0,
-    "qwen2_5_vl_vision": 0,
-    "qwen3_vl_vision": 0,
-}
-
-
-@dataclass(frozen=True)
-class ImageLayout:
-    """Where the patches of one image are: in the picture, the tower, the connector and the decoder.
-
-    Patches count row by row within a tile, tile after tile. All tensors are long, on the CPU.
-    """
-
-    row: int  # of the batch
-    grid: tuple[int, int]  # (rows, columns) of the patches of a tile
-    tiles: int
-    visual: torch.Tensor  # [visual tokens], positions in `input_ids[row]`, newline tokens included
-    vision: torch.Tensor  # [patches], index in the tower's hidden states flattened to [tokens of the batch, width]
-    connector: torch.Tensor  # [patches], index in the connector's input as [patches of the batch, width]
-    output: torch.Tensor  # [patches], index in the connector's output as [tokens of the batch, decoder width]
-    positions: torch.Tensor  # [patches, k], positions in `input_ids[row]`; -1 where there is none (k is mostly 1)
-
-    def lift(self, values: torch.Tensor, how: Literal["any", "mean", "max"]) -> torch.Tensor:
-        """Bring a value of each patch to the visual tokens: [patches] -> [visual tokens].
-
-        Args:
-            values: a mask of patches for "any"; a mask or numbers for "mean" and "max".
-            how: "any" gives bool, true where at least one patch of the token is; "mean" and "max" over the
-                patches of the token give float32, NaN for a token without patches (newline).
-
-        Raises:
-            ValueError: if `how` is unknown, or if there are not as many values as patches.
-        """
-        if how not in ("any", "mean", "max"):
-            raise ValueError(f"how is 'any', 'mean' or 'max', not {how!r}")
-        if values.shape != self.vision.shape:
-            raise ValueError(f"the image has {len(self.vision)} patches, got values {list(values.shape)}")
-        patch, slot = (self.positions >= 0).nonzero(as_tuple=True)
-        token = torch.searchsorted(self.visual, self.positions[patch, slot])
-        numbers = values.detach().cpu().float()[patch]
-        if how == "any":
-            return torch.zeros(len(self.visual)).index_add_(0, token, (numbers != 0).float()) > 0
-        empty = torch.full((len(self.visual),), float("nan"))
-        return empty.scatter_reduce(0, token, numbers, {"mean": "mean", "max": "amax"}[how], include_self=False)
-
-
-@dataclass(frozen=True)
-class LVLM:
-    """A loaded model with its processor, and the names that the study uses for their parts.
-
-    Layers count from 0 and *layer l* always means the residual stream after layer l. The vision sequence of a
-    tile is `n_prefix` tokens (CLS, registers) and then the patches, row by row: [tiles, n_prefix + patches, width].
-    The Qwen towers see all images of a batch as one sequence [patches, width] in an order of their own;
-    `layout(inputs)` gives each patch's place in it.
-    """
-
-    model: PreTrainedModel
-    processor: ProcessorMixin
-    name: str
-    revision: str | None  # commit of a hub model; None for a local folder
-    spec: Spec
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
-
-    @property
-    def vision(self) -> PreTrainedModel:
-        return self.model.get_submodule(self.spec.vision)
-
-    @property
-    def decoder(self) -> PreTrainedModel:
-        return self.model.get_submodule(self.spec.decoder)
-
-    @property
-    def vision_layers(self) -> list[nn.Module]:
-        return list(self.model.get_submodule(self.spec.vision_layers))
-
-    @property
-    def decoder_layers(self) -> list[nn.Module]:
-        return list(self.model.get_submodule(self.spec.decoder_layers))
-
-    @property
-    def connector(self) -> nn.Module:
-        """The module that maps patches [.., vision width] to visual tokens [.., decoder width]."""
-        return self.model.get_submodule(self.spec.connector)
-
-    @property
-    def connectors(self) -> dict[int, nn.Module]:
-        """Every connector by the vision layer that feeds it; more than one where features are stacked (Qwen3-VL)."""
-        modules = {self.feature_layer: self.connector}
-        if self.spec.deepstack:
-            layers = self.model.config.vision_config.deepstack_visual_indexes
-            modules = {**dict(zip(layers, self.model.get_submodule(self.spec.deepstack))), **modules}
-        return modules
-
-    @property
-    def n_prefix(self) -> int:
-        """Leading tokens of the vision sequence that are not patches: CLS and registers."""
-        return _n_prefix(self.model.config.vision_config)
-
-    @property
-    def vision_width(self) -> int:
-        """Width of the tower's hidden states."""
-        vision = self.model.config.vision_config
-        return getattr(vision, "embed_dim", vision.hidden_size)  # hidden_size of Qwen2-VL's tower is the decoder's
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(rows, columns) of the patches of a tile; token `n_prefix + row * columns + column` is the patch.
-
-        Raises:
-            ValueError: if the grid differs from image to image (Qwen).
-        """
-        if self.spec.packed:
-            raise ValueError(f"{self.name}: the patch grid differs from image to image; see LVLM.layout")
-        return _tile_grid(self.model.config)
-
-    @property
-    def merge(self) -> int:
-        """How many patches along each side of the grid become one visual token."""
-        return self.spec.merge(self.model.config)
-
-    @property
-    def feature_layer(self) -> int:
-        """Index of the vision layer whose output enters the connector (LLaVA's -2 is the last but one).
-
-        Where it is the last layer the tower's final norm, if it has one, may stand in between.
-        """
-        layer = getattr(self.model.config, "vision_feature_layer", -1)  # of hidden_states: they begin with embeddings
-        return len(self.vision_layers) + layer if layer < 0 else layer - 1
-
-    @property
-    def image_token_id(self) -> int:
-        """Id of the placeholder that stands once for each visual token in `input_ids`."""
-        return self.model.config.image_token_id
-
-    def prompt(self, question: str) -> str:
-        """The question about one image in the model's own chat format, up to where the answer begins."""
-        if self.spec.prompt and not self.processor.chat_template:
-            return self.spec.prompt.format(question=question)
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        turns = [{"role": "user", "content": content}]
-        return self.processor.apply_chat_template(turns, add_generation_prompt=True)
-
-    def inputs(self, images: Sequence[Any], questions: Sequence[str]) -> BatchFeature:
-        """Model inputs for one question per image, padded on the left, on the model's device.
-
-        Args:
-            images: n of them, of any sizes, each as `pictures.opened` takes it: PIL images, arrays or tensors uint8
-                [3, height, width], paths, or what is opened when it is needed.
-            questions: n plain questions, without the chat format.
-
-        Returns:
-            `input_ids` and `attention_mask` int [n, tokens]; `pixel_values` float in the model's dtype, for LLaVA
-            [n, 3, height, width], elsewhere as the architecture has it; and what else the model takes.
-
-        Raises:
-            ValueError: if the numbers of images and questions differ, or for a picture that the model does not take.
-        """
-        return self._prepared(images, questions).to(self.device, dtype=self.model.dtype)
-
-    def _prepared(self, images: Sequence[Any], questions: Sequence[str]) -> BatchFeature:
-        """`inputs` as the processor makes them, in float32 on the CPU."""
-        if len(images) != len(questions):
-            raise ValueError(f"one question per image: got {len(images)} images and {len(questions)} questions")
-        images = [opened(image) for image in images]
-        for image in images:
-            self.check_size(*(image.size if isinstance(image, Image.Image) else (image.shape[2], image.shape[1])))
-        prompts = [self.prompt(question) for question in questions]
-        bos = self.processor.tokenizer.bos_token
-        batch = self.processor(
-            images=[[image] for image in images],
-            text=prompts,
-            padding=True,
-            padding_side="left",
-            # never two BOS; the processor of a model with a prompt of its own adds one itself
-            add_special_tokens=not self.spec.prompt and not (bos and prompts[0].startswith(bos)),
-            return_tensors="pt",
-        )
-        batch.pop("labels", None)
-        return batch
-
-    def check_size(self, width: int, height: int) -> None:
-        """Make sure that the model takes pictures of so many pixels; only one whose processor resizes takes all.
-
-        Raises:
-            ValueError: it does not.
-        """
-        if getattr(self.processor.image_processor, "do_resize", True):
-            return
-        vision = self.model.config.vision_config
-        if self.spec.packed:
-            step = vision.patch_size * self.merge
-            takes, fits = f"whole {step}s of", width % step == height % step == 0
-        else:
-            high, wide = _pair(vision.image_size)
-            takes, fits = f"{wide} x {high}", (width, height) == (wide, high)
-        if not fits:
-            raise ValueError(
-                f"{self.name} takes pictures of {takes} pixels, for its processor resizes none, and this one has "
-                f"{width} x {height}: resize the pictures, or take another model"
-            )
-
-    @property
-    def ends(self) -> list[int]:
-        """Ids of the tokens that end an answer: those of the checkpoint's generation settings, or the tokenizer's."""
-        ends = self.model.generation_config.eos_token_id
-        ends = self.processor.tokenizer.eos_token_id if ends is None else ends
-        return [] if ends is None else list(ends) if isinstance(ends, (list, tuple)) else [ends]
-
-    def generate(self, inputs: Mapping[str, Any], max_new_tokens: int) -> GenerateDecoderOnlyOutput:
-        """Greedy answers by the library's own `generate`, with the logits of each step.
-
-        The settings are the study's, so that answers of all models, alone and behind a shared prefix, are made alike:
-        greedy, one answer, a growing cache of keys and values. Of the checkpoint's own settings only `ends` count, and
-        padding is the tokenizer's; penalties, suppressed words, beams, samples, stop strings, caches of other kinds do
-        not.
-
-        Args:
-            inputs: of `inputs`, or what continues a cache.
-        """
-        ends, kept = self.ends, self.model.generation_config
-        padding = self.processor.tokenizer.pad_token_id
-        settings = transformers.GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            use_cache=True,
-            bos_token_id=kept.bos_token_id,
-            eos_token_id=ends or None,
-            pad_token_id=padding if padding is not None else next(iter(ends), None),
-            return_dict_in_generate=True,
-            output_logits=True,
-        )
-        self.model.generation_config = settings  # what `settings` leave open would come from there
-        try:
-            return self.model.generate(**inputs, generation_config=settings)
-        finally:
-            self.model.generation_config = kept
-
-    def see(self, inputs: BatchFeature) -> None:
-        """Send the images of a batch through tower and connector, without the decoder, for hooks to watch."""
-        self.model.get_image_features(**{k: v for k, v in inputs.items() if "pixel" in k or "image" in k})
-
-    def visual_positions(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Positions of the visual tokens, long [batch, n_visual]; for LLaVA visual token j is patch j.
-
-        Raises:
-            ValueError: if the rows of `input_ids` [batch, tokens] hold different numbers of them, or none.
-        """
-        visual = input_ids == self.image_token_id
-        counts = visual.sum(-1)
-        if counts.min() == 0 or counts.min() != counts.max():
-            raise ValueError(f"every prompt needs the same number of visual tokens, got {counts.tolist()}")
-        return visual.nonzero()[:, 1].view(len(input_ids), -1)
-
-    def layout(self, inputs: BatchFeature) -> list[ImageLayout]:
-        """Where the patches of each image of a batch are; one image for each row, as `inputs` makes them.
-
-        Raises:
-            ValueError: if a row has no image, or a number of visual tokens that does not fit its image.
-        """
-        layouts = []
-        start = 0  # patches of the images before
-        size = self.merge**2  # patches of a visual token
-        window = self._window_order(inputs)
-        for row, ids in enumerate(inputs["input_ids"].cpu()):
-            visual = (ids == self.image_token_id).nonzero()[:, 0]
-            (rows, columns), tiles = self._shape(inputs, row, len(visual))
-            n = rows * columns
-            tile = torch.arange(tiles)[:, None]
-            raster = (start + tile * n + torch.arange(n)).flatten()
-            block = (start + tile * n + _block_order(rows, columns, self.merge)).flatten()
-            output = block // size
-            if self.spec.anyres:
-                tokens = self._anyres_tokens(inputs["image_sizes"][row], tiles)
-            else:
-                tokens = (output - start // size)[:, None]
-            if window is not None:
-                output = window[output]
-            connector = raster if self.spec.order == "rows" else output * size + block % size
-            if tokens.max() >= len(visual):
-                raise ValueError(f"row {row} has {len(visual)} visual tokens, too few for {tiles} x {rows} x {columns}")
-            layouts.append(
-                ImageLayout(
-                    row=row,
-                    grid=(rows, columns),
-                    tiles=tiles,
-                    visual=visual,
-                    vision=connector if self.spec.packed else raster + self.n_prefix * (raster // n + 1),
-                    connector=connector,
-                    output=output,
-                    positions=torch.where(tokens >= 0, visual[tokens.clamp(min=0)], -1),
-                )
-            )
-            start += tiles * n
-        return layouts
-
-    def patch_pixels(self, inputs: BatchFeature) -> list[torch.Tensor]:
-        """What the tower sees of each patch: for each image float32 [patches, values], in the order of `layout`."""
-        pixels = inputs["pixel_values"].float().cpu()
-        found, start = [], 0
-        for layout in self.layout(inputs):
-            rows, columns = layout.grid
-            if self.spec.packed:  # one row a patch, the patches of a visual token together
-                found.append(pixels[start + _block_order(rows, columns, self.merge)])
-                start += rows * columns
-                continue
-            tiles = pixels[layout.row, : layout.tiles] if pixels.ndim == 5 else pixels[start : start + layout.tiles]
-            start += layout.tiles
-            vision = self.model.config.vision_config
-            values = nn.functional.unfold(tiles, vision.patch_size, stride=vision.patch_size)
-            found.append(values.transpose(1, 2).flatten(0, 1))  # from [tiles, values, patches]
-        return found
-
-    def unembed(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The logit lens: final norm and LM head on the residual stream, [.., decoder width] -> [.., vocabulary]."""
-        return self.model.get_output_embeddings()(self.decoder.norm(hidden))
-
-    def _shape(self, inputs: BatchFeature, row: int, n_visual: int) -> tuple[tuple[int, int], int]:
-        """Patch grid of an image's tiles, and how many there are."""
-        if n_visual == 0:
-            raise ValueError(f"row {row} has 0 visual tokens")
-        if self.spec.packed:
-            _, rows, columns = inputs["image_grid_thw"][row].tolist()
-            return (rows, columns), 1
-        rows, columns = self.grid
-        if self.spec.anyres:
-            high, wide = self._anyres_tiles(inputs["image_sizes"][row])
-            return (rows, columns), 1 + high * wide
-        tiles, left = divmod(n_visual * self.merge**2, rows * columns)
-        if left:
-            raise ValueError(f"row {row} has {n_visual} visual tokens, which are no whole tiles of {rows} x {columns}")
-        return (rows, columns), tiles
-
-    def _anyres_tiles(self, image_size: torch.Tensor) -> tuple[int, int]:
-        """(rows, columns) of the tiles into which LLaVA-NeXT cuts an image of (height, width) pixels."""
-        config = self.model.config
-        return get_anyres_image_grid_shape(image_size, config.image_grid_pinpoints, config.vision_config.image_size)
-
-    def _window_order(self, inputs: BatchFeature) -> torch.Tensor | None:
-        """Place of each visual token in the order of attention windows, long [visual tokens of the batch]."""
-        if self.spec.order != "windows":
-            return None
-        vision = self.model.config.vision_config
-        order, _ = get_vision_window_index(
-            inputs["image_grid_thw"].cpu(), self.merge, vision.window_size, vision.patch_size
-        )
-        return order.argsort()
-
-    def _anyres_tokens(self, image_size: torch.Tensor, tiles: int) -> torch.Tensor:
-        """Visual tokens of an image that read each patch of overview and tiles: long [patches, k], -1 for none.
-
-        The model's own packing runs on coordinates in the place of features. Bilinear shrinking, which
-        LLaVA-OneVision applies to images of many tiles, turns them into those between which each token reads.
-        """
-        rows, columns = self.grid
-        n = rows * columns
-        high, wide = self._anyres_tiles(image_size)
-        y, x = torch.meshgrid(torch.arange(high * rows), torch.arange(wide * columns), indexing="ij")
-        where = torch.stack([y, x], -1).float()  # [rows of all tiles, columns of all tiles, 2]
-        where = where.view(high, rows, wide, columns, 2).transpose(1, 2).reshape(high * wide, n, 2)
-        config = self.model.config
-        if self.spec.model_class == "LlavaOnevisionForConditionalGeneration":
-            how = dict(vision_aspect_ratio=config.vision_aspect_ratio)
-        else:
-            how = dict(vision_feature_select_strategy=config.vision_feature_select_strategy)
-        packed, _ = self.model.model.pack_image_features(
-            [torch.cat([torch.zeros(1, n, 2), where])], image_size[None].cpu(), image_newline=-torch.ones(2), **how
-        )
-        token = n + (packed[0][n:, 0] >= 0).nonzero()[:, 0]  # behind the overview, without newlines
-        low = (packed[0][token] + 1e-3).floor().long()  # an exact coordinate reads one patch, not two
-        high_end = (packed[0][token] - 1e-3).ceil().long()
-        pairs = {(patch, patch) for patch in range(n)}  # (patch, token): the overview comes first
-        for y in (low[:, 0], high_end[:, 0]):
-            for x in (low[:, 1], high_end[:, 1]):
-                tile = 1 + (y // rows) * wide + x // columns
-                pairs |= set(zip((tile * n + (y % rows) * columns + x % columns).tolist(), token.tolist()))
-        read_by: list[list[int]] = [[] for _ in range(tiles * n)]
-        for patch, visual_token in sorted(pairs):
-            read_by[patch].append(visual_token)
-        k = max(map(len, read_by))
-        return torch.tensor([tokens + [-1] * (k - len(tokens)) for tokens in read_by])
-
-    @contextmanager
-    def editing(
-        self,
-        before: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
-        after: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
-    ) -> Iterator[None]:
-        """Change what the connector reads or puts out, in every forward pass inside the context.
-
-        Args:
-            before: gets the connector's input as [patches of the batch, vision width], where `ImageLayout.connector`
-                finds a patch, and the vision layer that it comes from; returns the same shape.
-            after: gets the connector's output as [tokens of the batch, decoder width], see `ImageLayout.output`, and
-                the same layer; returns the same shape.
-
-        Qwen3-VL has several connectors; each is called with its own layer, `feature_layer` for the main one.
-        """
-
-        def like(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
-            # the same strides too: with others, bfloat16 products round differently
-            same = torch.empty_strided(old.shape, old.stride(), dtype=old.dtype, device=old.device)
-            return same.copy_(new.view_as(old))
-
-        def reader(layer: int) -> Callable:
-            return lambda module, args: (like(before(args[0].reshape(-1, width), layer), args[0]), *args[1:])
-
-        def writer(layer: int) -> Callable:
-            return lambda module, args, out: like(after(out.reshape(-1, out.shape[-1]), layer), out)
-
-        width, handles = self.vision_width, []
-        try:
-            for layer, module in self.connectors.items():
-                if before is not None:
-                    handles.append(module.register_forward_pre_hook(reader(layer)))
-                if after is not None:
-                    handles.append(module.register_forward_hook(writer(layer)))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+from sinkstudy.model.lvlm import LVLM
+from sinkstudy.model.registers import CLIPVisionModelWithRegisters
+from sinkstudy.model.sinktower import CLIPVisionModelWithSinks
+from sinkstudy.model.specs import SPECS, Spec, n_prefix, pair, tile_grid
+from sinkstudy.paths import UNMERGED, hub_commit, model_folder
+
+for _tower in (CLIPVisionModelWithRegisters, CLIPVisionModelWithSinks):  # the study's own, for models that have one
+    AutoConfig.register(_tower.config_class.model_type, _tower.config_class, exist_ok=True)
+    AutoModel.register(_tower.config_class, _tower, exist_ok=True)
 
 
 def load(
@@ -588,8 +52,8 @@ def load(
         ValueError: as `outline`; a device that is not there or does not compute in that dtype, or weights that are not
             finite in it.
     """
-    dtype = _dtype(dtype)
-    check_device(device, dtype)
+    dtype = devices.dtype_of(dtype)
+    devices.check(device, dtype)
     known = outline(name, dtype=dtype, revision=revision)
     model = _read(
         name,
@@ -622,9 +86,9 @@ def wrap(model: PreTrainedModel, processor: ProcessorMixin) -> LVLM:
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(f"{name}: its weights are not there (torch's meta device): load it with from_pretrained")
     if getattr(model, "_hf_peft_config_loaded", False):
-        raise ValueError(f"{name} has an adapter: {checkpoints.MERGE}")
+        raise ValueError(f"{name} has an adapter: {UNMERGED}")
     if getattr(model, "hf_quantizer", None) or not all(weight.is_floating_point() for weight in model.parameters()):
-        raise ValueError(f"{name}: its weights are quantised; {checkpoints.PLAIN}")
+        raise ValueError(f"{name}: its weights are quantised; {checkpoints.UNQUANTISED}")
     _check_layout(name, config)
     checkpoints.check_values(name, model.named_parameters(), model.dtype)
     lvlm = LVLM(model, processor, name, getattr(config, "_commit_hash", None), spec)
@@ -653,7 +117,7 @@ def outline(name: str, *, dtype: str | torch.dtype = "float32", revision: str | 
         config,
         generation_config=settings,
         state_dict=weights,
-        dtype=_dtype(dtype),
+        dtype=devices.dtype_of(dtype),
         device_map={"": "meta"},
     )
     model.tie_weights()  # also what is stored twice
@@ -670,14 +134,14 @@ def _configuration(name: str, revision: str | None) -> tuple[Spec, PretrainedCon
     with _reading(name):
         adapter = find_adapter_config_file(source, revision=revision or None)
     if adapter:  # transformers would put it on top of the weights, whether they hold it already or not
-        raise ValueError(f"{name}: {checkpoints.ADAPTER} is in it: {checkpoints.MERGE}")
+        raise ValueError(f"{name}: {checkpoints.ADAPTER} is in it: {UNMERGED}")
     with _reading(name):
         known, _ = PretrainedConfig.get_config_dict(source, revision=revision or None)
     spec = _spec(name, known.get("model_type"))
     for key, value in _entries(known):
         if key in ("quantization_config", "compression_config") and value:
             method = value.get("quant_method", key) if isinstance(value, dict) else key
-            raise ValueError(f"{name}: its weights are quantised ({method}); {checkpoints.PLAIN}")
+            raise ValueError(f"{name}: its weights are quantised ({method}); {checkpoints.UNQUANTISED}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name}: {key} in its config.json is {value}, which is no number")
     with _reading(name, "its config.json: "):
@@ -764,7 +228,7 @@ def _processor(name: str, spec: Spec, revision: str | None) -> ProcessorMixin:
 def blank(lvlm: LVLM, size: tuple[int, int] = (640, 480)) -> Image.Image:
     """A grey picture of (width, height) pixels, or of the only size that the model takes."""
     if not getattr(lvlm.processor.image_processor, "do_resize", True):
-        rows, columns = _tile_grid(lvlm.model.config) if not lvlm.spec.packed else (12, 12)
+        rows, columns = tile_grid(lvlm.model.config) if not lvlm.spec.packed else (12, 12)
         patch = lvlm.model.config.vision_config.patch_size
         size = columns * patch, rows * patch
     return Image.new("RGB", size, "grey")
@@ -811,7 +275,7 @@ def _check_parts(lvlm: LVLM) -> None:
         tiles, made = 1, pixels.shape[-1]
         taken = 3 * vision.temporal_patch_size * vision.patch_size**2
     else:  # [.., 3, height, width]
-        tiles, made, taken = pixels[..., 0, 0, 0].numel(), tuple(pixels.shape[-2:]), _pair(vision.image_size)
+        tiles, made, taken = pixels[..., 0, 0, 0].numel(), tuple(pixels.shape[-2:]), pair(vision.image_size)
     if made != taken:
         what = "patches of {} values" if lvlm.spec.packed else "pictures of {} pixels"
         raise ValueError(f"{name}: its processor makes {what.format(made)}, and its tower takes {taken}")
@@ -840,57 +304,9 @@ def _line(error: Exception) -> str:
 
 
 def find(name: str) -> str:
-    """What `from_pretrained` needs for `name`: a folder's path, or the hub id itself.
-
-    Raises:
-        ValueError: if `name` is no lab model, no folder with a config.json, and does not look like a hub id.
-    """
-    if name in lab_models():
-        return str(MODELS / name)
-    folder = Path(name).expanduser()
-    if (folder / "config.json").is_file():
-        return str(folder)
-    if (folder / checkpoints.ADAPTER).is_file():
-        raise ValueError(f"{name} is an adapter, no model: {checkpoints.MERGE}")
-    looks_like_hub_id = name.count("/") == 1 and all(name.split("/")) and not name.startswith((".", "~"))
-    if folder.exists() or not looks_like_hub_id:
-        known = ", ".join(lab_models()) or "none are there"
-        raise ValueError(f"unknown model {name!r}: not a lab model ({known}), a model folder, or a hub id owner/name")
-    return name
-
-
-def _dtype(dtype: str | torch.dtype) -> torch.dtype:
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype in known.values():
-        return dtype
-    if dtype not in known:
-        raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(known)}")
-    return known[dtype]
-
-
-def check_device(device: str, dtype: str | torch.dtype = "float32") -> None:
-    """Make sure that a device is there and computes in a dtype; "auto" is the first GPU, or the CPU.
-
-    Raises:
-        ValueError: it is not, or does not.
-    """
-    dtype = _dtype(dtype)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # AssertionError where torch was built without CUDA
-        raise ValueError(f"device {device!r} is not there: {str(error).splitlines()[0]}") from error
-    try:
-        one = torch.ones(1, 1, device=device, dtype=dtype)
-        one @ one
-        lacks = dtype == torch.bfloat16 and one.is_cuda and not torch.cuda.is_bf16_supported(including_emulation=False)
-    except (RuntimeError, TypeError):  # TypeError on an older Apple GPU
-        lacks = True
-    if lacks:
-        name = str(dtype).removeprefix("torch.")
-        others = "float16 or float32" if dtype == torch.bfloat16 else "bfloat16 or float32"
-        raise ValueError(f"device {device!r} does not compute in {name}: take another dtype ({others})")
+    """What `from_pretrained` needs for `name`: a folder's path, or the hub id itself; see `paths.model_folder`."""
+    folder = model_folder(name)
+    return name if folder is None else str(folder)
 
 
 def without_video(name: str) -> type[ProcessorMixin]:
@@ -900,42 +316,12 @@ def without_video(name: str) -> type[ProcessorMixin]:
     return type(name, (parent,), {"get_attributes": classmethod(lambda cls: parts)})
 
 
-def _n_prefix(vision: PretrainedConfig) -> int:
-    """Tokens before the patches in the sequence that the vision layers see."""
-    if vision.model_type == "clip_vision_model_with_registers":
-        return 1 + vision.num_register_tokens
-    if vision.model_type not in _PREFIX:
-        raise ValueError(
-            f"vision tower {vision.model_type!r} is not known; known: {', '.join(_PREFIX)}; "
-            "how to add one: book/architectures.md"
-        )
-    return _PREFIX[vision.model_type]
-
-
-def _tile_grid(config: PretrainedConfig) -> tuple[int, int]:
-    """(rows, columns) of the patches of a tile of a tower that sees tiles of one size."""
-    image, patch = config.vision_config.image_size, config.vision_config.patch_size
-    (high, wide), (patch_high, patch_wide) = _pair(image), _pair(patch)
-    return high // patch_high, wide // patch_wide
-
-
-def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    """(height, width) of what a configuration gives as one number where both are the same."""
-    return tuple(size) if isinstance(size, (list, tuple)) else (size, size)
-
-
-def _block_order(rows: int, columns: int, merge: int) -> torch.Tensor:
-    """Place of each patch, counted row by row, if each block of merge x merge patches stands together: [patches]."""
-    places = torch.arange(rows * columns).view(rows // merge, columns // merge, merge, merge)
-    return places.transpose(1, 2).flatten()
-
-
 def _check_layout(name: str, config: PretrainedConfig) -> None:
     """The study needs the patches, all of them and nothing else, taken from one vision layer."""
-    n_prefix = _n_prefix(config.vision_config)
+    prefix = n_prefix(config.vision_config)
     if not isinstance(getattr(config, "vision_feature_layer", -1), int):
         raise ValueError(f"{name}: vision_feature_layer {config.vision_feature_layer} is not a single layer")
-    wanted = "default" if n_prefix else "full"  # "default" drops the first token, CLS
+    wanted = "default" if prefix else "full"  # "default" drops the first token, CLS
     if getattr(config, "vision_feature_select_strategy", wanted) != wanted:
         raise ValueError(f"{name}: visual tokens are not the patches (strategy is not {wanted!r})")
     if getattr(config.get_text_config(), "attn_logit_softcapping", None):

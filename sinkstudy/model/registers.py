@@ -5,13 +5,13 @@ encoder may write to and that nobody reads: they give global content a place oth
 Here they stand directly after CLS, carry no position, and are taken out of everything the model returns,
 so that LLaVA's `hidden_states[-2][:, 1:]` still gives the patches and nothing but the patches.
 
-Importing this module makes the two classes known to `AutoConfig` and `AutoModel`.
+`loading` makes it known to `AutoConfig` and `AutoModel`.
 """
 
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import AutoConfig, AutoModel, CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
@@ -80,7 +80,3 @@ class CLIPVisionModelWithRegisters(CLIPVisionModel):
     def _without_registers(self, hidden: torch.Tensor) -> torch.Tensor:
         n = self.config.num_register_tokens
         return torch.cat([hidden[:, :1], hidden[:, 1 + n :]], dim=1)  # [batch, 1 + patches, width]
-
-
-AutoConfig.register(CLIPVisionWithRegistersConfig.model_type, CLIPVisionWithRegistersConfig, exist_ok=True)
-AutoModel.register(CLIPVisionWithRegistersConfig, CLIPVisionModelWithRegisters, exist_ok=True)

@@ -11,7 +11,7 @@ What is said of sinks (2510.08510, 2309.16588) is built in here as a fact about 
 So what needs more than one window to be known can be in CLS and in sinks, and in no other patch, however it is trained.
 How many sinks a picture has is the one thing about the whole picture that every patch can know.
 
-Importing this module makes the two classes known to `AutoConfig` and `AutoModel`.
+`loading` makes it known to `AutoConfig` and `AutoModel`.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import AutoConfig, AutoModel, CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -135,7 +135,3 @@ class CLIPVisionModelWithSinks(CLIPVisionModel):
 
     def forward(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling | tuple:
         return super().forward(pixel_values, sinks=self.sinks(pixel_values), **kwargs)
-
-
-AutoConfig.register(CLIPVisionWithSinksConfig.model_type, CLIPVisionWithSinksConfig, exist_ok=True)
-AutoModel.register(CLIPVisionWithSinksConfig, CLIPVisionModelWithSinks, exist_ok=True)

@@ -20,7 +20,8 @@ from sinkstudy.answers.evaluate import Intervention, Prefixes
 from sinkstudy.effects import moving
 from sinkstudy.effects.ablation import narrowed, places
 from sinkstudy.model import capture
-from sinkstudy.model.loading import LVLM, ImageLayout
+from sinkstudy.model.layout import ImageLayout
+from sinkstudy.model.lvlm import LVLM
 from sinkstudy.trained.loop import Method
 
 Show = Literal["both", "sinks", "others"]
@@ -42,7 +43,7 @@ class OneConnector(Method):
         super().__init__(lvlm, width=width, seed=seed, decoder=decoder)
         torch.manual_seed(seed)
         if width is not None:
-            widen(lvlm.connector, width)
+            set_width(lvlm.connector, width)
         renew(lvlm, lvlm.connector)
 
     @contextmanager
@@ -226,7 +227,7 @@ def matched_width(connector: nn.Module) -> int:
     return (doubled - fixed) // each
 
 
-def widen(connector: nn.Module, width: int) -> None:
+def set_width(connector: nn.Module, width: int) -> None:
     """Give a connector new linear layers with `width` neurons between them."""
     module, *names = linear_pair(connector)
     first, second = (getattr(module, name) for name in names)

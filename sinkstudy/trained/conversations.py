@@ -20,7 +20,7 @@ from transformers import BatchFeature
 
 from sinkstudy import digests
 from sinkstudy.answers.evaluate import Prefixes
-from sinkstudy.model.loading import LVLM
+from sinkstudy.model.lvlm import LVLM
 from sinkstudy.pictures import check, decode
 
 MARKER = "<image>"

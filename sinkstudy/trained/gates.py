@@ -15,7 +15,7 @@ from transformers import BatchFeature
 from sinkstudy import sinks
 from sinkstudy.answers.evaluate import Prefixes
 from sinkstudy.effects import moving
-from sinkstudy.model.loading import LVLM
+from sinkstudy.model.lvlm import LVLM
 from sinkstudy.trained.loop import Method
 
 HIDDEN = 64  # neurons of a gate

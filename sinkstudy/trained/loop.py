@@ -1,15 +1,14 @@
 """Methods that are trained: what they have in common, how they are kept, and how they are trained.
 
 A method changes a vision-language model and has parameters of its own; it may train parts of the model too. It is used
-like those of `routing`: `around` is a context in which the model computes with it. What was trained is kept as a folder
-with `method.json` and `weights.safetensors`, without the model's untouched weights.
+like those of `effects.moving`: `around` is a context in which the model computes with it. What was trained is kept as a
+folder with `method.json` and `weights.safetensors`, without the model's untouched weights.
 
 `fit` trains any module that computes its own loss, with the `Trainer` of transformers: on a CPU, on one GPU, or on
 several with `accelerate launch`.
 """
 
 import hashlib
-import importlib
 import json
 import math
 import shutil
@@ -37,9 +36,9 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
+from sinkstudy import digests
 from sinkstudy.answers.evaluate import Intervention, Prefixes
-from sinkstudy.model import loading
-from sinkstudy.model.loading import LVLM
+from sinkstudy.model.lvlm import LVLM
 from sinkstudy.paths import atomic
 
 
@@ -82,7 +81,7 @@ class Method(nn.Module):
 
     def identity(self) -> dict[str, Any]:
         """What the method does, as plain values, see `identity.Identity`."""
-        return {"kind": self.kind, **self.settings, "weights": digest(self.changed())}
+        return {"kind": self.kind, **self.settings, "weights": digest_of_weights(self.changed())}
 
     def intervention(self, name: str, **more: Any) -> Intervention:
         """The method for `evaluate`; `more` plain values that change what it does."""
@@ -99,7 +98,7 @@ class Method(nn.Module):
             FloatingPointError: a weight that is NaN or infinite; nothing is written.
         """
         known = {"kind": self.kind, "base": self.lvlm.name, "revision": self.lvlm.revision, "settings": self.settings}
-        check_finite(self.changed())
+        check_weights(self.changed())
         weights = {}
         for name, parameter in self.changed().items():
             if eight_bits and parameter.ndim > 1:
@@ -177,13 +176,13 @@ def kept(folder: str | Path) -> dict[str, torch.Tensor]:
     for name, scale in scales.items():
         found[name] = (found[name].flatten(1).float() * scale.float()[:, None]).view(found[name].shape)
     try:
-        check_finite(found)
+        check_weights(found)
     except FloatingPointError as problem:
         raise ValueError(f"{folder}: {problem}") from None
     return found
 
 
-def check_finite(weights: Mapping[str, torch.Tensor]) -> None:
+def check_weights(weights: Mapping[str, torch.Tensor]) -> None:
     """Raises FloatingPointError, with its name, for a weight that is NaN or infinite."""
     for name, values in weights.items():
         if not values.isfinite().all():
@@ -192,30 +191,7 @@ def check_finite(weights: Mapping[str, torch.Tensor]) -> None:
             )
 
 
-KINDS = {  # by `kind`: module and class
-    "one-connector": ("sinkstudy.trained.connectors", "OneConnector"),
-    "diysink": ("sinkstudy.trained.connectors", "DIYSink"),
-    "rew": ("sinkstudy.trained.routers", "ReW"),
-    "lsg": ("sinkstudy.trained.gates", "Gates"),
-    "lora": ("sinkstudy.trained.gates", "LoRA"),
-}
-
-
-def load(folder: str | Path, *, device: str = "cpu", dtype: str | torch.dtype = "float32") -> Method:
-    """Load a method that `Method.save` wrote, with the model that it was trained on; see `loading.load`.
-
-    Raises:
-        ValueError: no such folder, an unknown kind, weights of another model, or as `loading.load`.
-    """
-    known = Method.described(folder)
-    if known["kind"] not in KINDS:
-        raise ValueError(f"{folder} holds a method of unknown kind {known['kind']!r}; known: {', '.join(KINDS)}")
-    module, name = KINDS[known["kind"]]
-    lvlm = loading.load(known["base"], device=device, dtype=dtype, revision=known["revision"])
-    return getattr(importlib.import_module(module), name).open(lvlm, folder).eval().requires_grad_(False)
-
-
-def digest(weights: dict[str, torch.Tensor]) -> str:
+def digest_of_weights(weights: dict[str, torch.Tensor]) -> str:
     """SHA-256 of named tensors."""
     sha256 = hashlib.sha256()
     for name, tensor in weights.items():
@@ -351,7 +327,7 @@ def fit(
     known |= {"samples": len(dataset), "about": dict(about or {})}
     draws = _Draws(dataset, settings.seed, steps * per_step, keys)
     if keys is not None:
-        known["data"] = _sha256(sorted(keys))
+        known["data"] = digests.of_values(sorted(keys))
     del known["epochs"]  # the number of steps says it
     known["parameters"] = hashlib.sha256(str([(k, list(p.shape)) for k, p in trained.items()]).encode()).hexdigest()
     known = json.loads(json.dumps(known))
@@ -483,7 +459,7 @@ class _Trainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:
-            check_finite(self.trained)  # a checkpoint from which nothing could go on takes no good one's place
+            check_weights(self.trained)  # a checkpoint from which nothing could go on takes no good one's place
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             save_file(_weights(self.trained), Path(output_dir) / "trained.safetensors")
 
@@ -533,7 +509,8 @@ class _Draws(Dataset):
 
     def __init__(self, dataset: Sequence, seed: int, length: int, keys: Sequence[str] | None = None) -> None:
         self.dataset, self.seed, self.length = dataset, seed, length
-        self.keys = None if keys is None else [_sha256([key]) for key in keys]  # conversations are long, digests short
+        # conversations are long, digests short
+        self.keys = None if keys is None else [digests.of_values([key]) for key in keys]
         self.steps: list[str] = []  # what `used` knows already
         self.epoch, self.order = -1, np.empty(0, int)
 
@@ -553,8 +530,8 @@ class _Draws(Dataset):
         """The order of an epoch. With keys it is that of their digests, so that each has its place by itself."""
         if self.keys is None:
             return np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset))
-        digests = [hashlib.sha256(f"{self.seed} {epoch} {key}".encode()).digest() for key in self.keys]
-        return np.array(sorted(range(len(digests)), key=digests.__getitem__))
+        drawn = [hashlib.sha256(f"{self.seed} {epoch} {key}".encode()).digest() for key in self.keys]
+        return np.array(sorted(range(len(drawn)), key=drawn.__getitem__))
 
     def used(self, steps: int, per_step: int) -> list[str]:
         """For each of the first steps, a digest of the samples that it uses; without keys, nothing is known of them."""
@@ -562,7 +539,7 @@ class _Draws(Dataset):
             return []
         for step in range(len(self.steps), steps):
             places = range(step * per_step, (step + 1) * per_step)
-            self.steps.append(_sha256([self.keys[self._index(place)] for place in places]))
+            self.steps.append(digests.of_values([self.keys[self._index(place)] for place in places]))
         return self.steps[:steps]
 
 
@@ -595,10 +572,6 @@ def _has_bf16(device: torch.device) -> bool:
 
 def _weights(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
     return {name: p.detach().cpu().contiguous() for name, p in parameters.items()}
-
-
-def _sha256(texts: Sequence[str]) -> str:
-    return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
 
 
 def _used(checkpoint: Path) -> list[str] | None:

@@ -7,7 +7,6 @@ picks among the same three passes, so nothing is computed again: answer all ques
 *Soft* routing (the paper's ReW) gives both kinds of tokens a weight that follows from the question: `ReW`.
 """
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,10 +20,11 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoTokenizer
 
+from sinkstudy import digests
 from sinkstudy.answers.evaluate import NONE, Intervention, Prefixes, evaluate
-from sinkstudy.model.loading import LVLM
+from sinkstudy.model.lvlm import LVLM
 from sinkstudy.trained.connectors import DIYSink
-from sinkstudy.trained.loop import Method, digest
+from sinkstudy.trained.loop import Method, digest_of_weights
 
 ROUTES = ("sinks", "others", "both")
 OF_TYPE = {"global": "sinks", "local": "others", "mixed": "both"}  # what the paper holds to be right
@@ -148,7 +148,7 @@ def constant(ids: Sequence[str], route: str) -> pd.Series:
     return pd.Series(route, index=pd.Index(ids, name="id"), name="route")
 
 
-def random_like(route: pd.Series, seed: int = 0) -> pd.Series:
+def dealt_at_random(route: pd.Series, seed: int = 0) -> pd.Series:
     """The decisions of another router dealt out at random: each route exactly as often, to random questions."""
     return pd.Series(np.random.default_rng(seed).permutation(route.to_numpy()), index=route.index, name="route")
 
@@ -261,8 +261,7 @@ class ReW(Method):
         super().__init__(lvlm, encoder=encoder, width=width, activation=activation, seed=seed)
         self.encoder, self.tokenizer = (None, None) if encoder == "own" else _sentence_encoder(encoder, lvlm.device)
         self.folder, self.diysink = Path(diysink), DIYSink.open(lvlm, diysink)
-        with open(self.folder / "weights.safetensors", "rb") as file:
-            self.of = hashlib.file_digest(file, "sha256").hexdigest()
+        self.of = digests.sha256(self.folder / "weights.safetensors")
         self.requires_grad_(False)
         torch.manual_seed(seed)
         q_width = (lvlm.decoder if self.encoder is None else self.encoder).config.hidden_size
@@ -314,7 +313,9 @@ class ReW(Method):
         return {f"router.{name}": p for name, p in self.router.named_parameters()}
 
     def identity(self) -> dict[str, Any]:
-        encoder = {} if self.encoder is None else {"encoder_weights": digest(dict(self.encoder.named_parameters()))}
+        encoder = {}
+        if self.encoder is not None:
+            encoder = {"encoder_weights": digest_of_weights(dict(self.encoder.named_parameters()))}
         diysink = {**self.diysink.settings, "show": self.diysink.show, "weights": self.of}
         return super().identity() | encoder | {"diysink": diysink}
 

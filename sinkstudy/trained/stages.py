@@ -5,7 +5,6 @@ connectors and decoder together on conversations; then, if wanted, a soft router
 control (`gates`) have one stage, on conversations. Each stage writes the folder of a method (`loop.Method.save`).
 """
 
-import hashlib
 import math
 import os
 import shutil
@@ -18,9 +17,9 @@ from typing import Any
 import torch
 from peft import LoraConfig, LoraModel
 
-from sinkstudy import sinks
+from sinkstudy import devices, digests, sinks
 from sinkstudy.model import loading
-from sinkstudy.model.loading import LVLM
+from sinkstudy.model.lvlm import LVLM
 from sinkstudy.paths import atomic, check_writable
 from sinkstudy.trained import conversations, loop
 from sinkstudy.trained.connectors import DIYSink, OneConnector, matched_width
@@ -134,7 +133,7 @@ def run(job: Job, how: loop.Settings, out: Path, *, device: str, dtype: str, out
         ValueError: anything wrong with model, data, folders or options, before the model is loaded where possible.
     """
     out = Path(out)
-    loading.check_device(device, dtype)
+    devices.check(device, dtype)
     before = check(job, out)
     samples = conversations.read(job.data, job.images, outside=outside)
     known = _plain(job) | {"settings": how.that_matter(_processes())}
@@ -147,7 +146,7 @@ def run(job: Job, how: loop.Settings, out: Path, *, device: str, dtype: str, out
         return
     lvlm = loading.load(job.model, device=device, dtype=dtype, revision=job.revision)
     samples = conversations.fitting(lvlm, samples)
-    method, lora = start(lvlm, job, how.seed, before)
+    method, lora = prepared(lvlm, job, how.seed, before)
     keys = [conversations.key(sample, job.images) for sample in samples]
     about = {name: value for name, value in known.items() if name not in ("data", "images")}  # the keys say more
     log = loop.fit(method, samples, work, how, conversations.Collate(lvlm, job.longest), about=about, keys=keys)
@@ -184,7 +183,7 @@ def check(job: Job, out: Path) -> dict[str, Path]:
     return {stage: found[stage] for stage in wanted}
 
 
-def start(lvlm: LVLM, job: Job, seed: int, before: Mapping[str, Path]) -> tuple[Method, LoraModel | None]:
+def prepared(lvlm: LVLM, job: Job, seed: int, before: Mapping[str, Path]) -> tuple[Method, LoraModel | None]:
     """The method as a stage finds it, with gradients for what it trains; peft's `LoraModel` if asked for."""
     if job.method in ALONE:
         method = _alone(lvlm, job, seed)
@@ -233,13 +232,8 @@ def _processes() -> int:
 
 def _plain(job: Job) -> dict[str, Any]:
     """A job as plain values, its files by their content."""
-    values = asdict(job) | {"data": _sha256(job.data), "images": str(job.images)}
-    return values | {"connectors": [_sha256(Path(folder) / "weights.safetensors") for folder in job.connectors]}
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    values = asdict(job) | {"data": digests.sha256(job.data), "images": str(job.images)}
+    return values | {"connectors": [digests.sha256(Path(folder) / "weights.safetensors") for folder in job.connectors]}
 
 
 def _trained(folder: Path) -> dict[str, Any] | None:

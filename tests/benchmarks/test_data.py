@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sinkstudy.benchmarks import SPECS, data, load
+from sinkstudy.benchmarks import SOURCES, data, load
 from sinkstudy.benchmarks.parquet import Picture
 
-NAMES = list(SPECS)
+NAMES = list(SOURCES)
 
 
 def image(shade: int = 0) -> dict:
@@ -82,7 +82,7 @@ def write(folder, files: dict[str, list[dict]], **options):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_data_set_becomes_a_tidy_table(tmp_path, name):
     table = load(name, path=write(tmp_path, FILES[name]))
-    assert table.columns.tolist() == [*data.COLUMNS, "image", *SPECS[name].extra]
+    assert table.columns.tolist() == [*data.COLUMNS, "image", *SOURCES[name].extra]
     for column in data.COLUMNS:
         assert table[column].map(type).eq(str).all(), column
     assert table.id.is_unique and table.index.tolist() == list(range(len(table)))
@@ -177,7 +177,7 @@ def one_message(message: str, *args, **options) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_missing_column(tmp_path, name):
-    lost = SPECS[name].columns[1]
+    lost = SOURCES[name].columns[1]
     files = {file: [{k: v for k, v in row.items() if k != lost} for row in rows] for file, rows in FILES[name].items()}
     one_message(f"{name}: column {lost!r} is missing in {tmp_path}/", name, path=write(tmp_path, files))
 
@@ -242,19 +242,19 @@ def test_unknown_names(tmp_path):
 
 # ---------------------------------------------------------------------------------------------- the hub
 def test_revisions_are_commits():
-    for name, spec in SPECS.items():
+    for name, spec in SOURCES.items():
         assert name == "own" or re.fullmatch("[0-9a-f]{40}", spec.revision)
 
 
 def test_without_a_pin_a_revision_is_needed(monkeypatch):
-    monkeypatch.setitem(SPECS, "MME", dataclasses.replace(SPECS["MME"], revision=None))
+    monkeypatch.setitem(SOURCES, "MME", dataclasses.replace(SOURCES["MME"], revision=None))
     one_message("MME: no revision of lmms-lab/MME is pinned; pass revision=<commit> ", "MME")
 
 
 def test_without_network_there_is_one_message(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     one_message("POPE: lmms-lab/POPE at 0123abc cannot be had from the Hub: ", "POPE", revision="0123abc")
-    one_message(f"MME: lmms-lab/MME at {SPECS['MME'].revision} cannot be had from the Hub: ", "MME")
+    one_message(f"MME: lmms-lab/MME at {SOURCES['MME'].revision} cannot be had from the Hub: ", "MME")
 
 
 @pytest.mark.parametrize("name", ["POPE", "GQA"])
@@ -268,9 +268,9 @@ def test_a_download_fetches_only_what_is_asked_for(tmp_path, monkeypatch, name):
         return str(tmp_path / commit)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    table = load(name, revision="main", split=next(iter(SPECS[name].splits)))
-    assert load(name).attrs["source"] == SPECS[name].repo and calls.pop()[1]["revision"] == SPECS[name].revision
+    table = load(name, revision="main", split=next(iter(SOURCES[name].splits)))
+    assert load(name).attrs["source"] == SOURCES[name].repo and calls.pop()[1]["revision"] == SOURCES[name].revision
     wanted = {"POPE": ["Full/random-*.parquet"],
               "GQA": ["testdev_balanced_instructions/*.parquet", "testdev_balanced_images/*.parquet"]}[name]
-    assert calls == [(SPECS[name].repo, {"repo_type": "dataset", "revision": "main", "allow_patterns": wanted})]
-    assert table.attrs["source"] == SPECS[name].repo and table.attrs["revision"] == commit
+    assert calls == [(SOURCES[name].repo, {"repo_type": "dataset", "revision": "main", "allow_patterns": wanted})]
+    assert table.attrs["source"] == SOURCES[name].repo and table.attrs["revision"] == commit

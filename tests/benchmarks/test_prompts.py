@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from transformers import CONFIG_MAPPING
 
-from sinkstudy.benchmarks import FAMILIES, SPECS, prompts
+from sinkstudy.benchmarks import FAMILIES, SOURCES, prompts
 from sinkstudy.benchmarks.prompts import TEMPLATES
 
 SNAPSHOT = Path(__file__).with_name("prompts.txt")
@@ -56,7 +56,7 @@ def test_prompts_are_those_on_file():
 
 
 def test_every_benchmark_has_prompts():
-    assert list(ROWS) and set(ROWS) == set(SPECS) - {"own"} == set(TEMPLATES)
+    assert list(ROWS) and set(ROWS) == set(SOURCES) - {"own"} == set(TEMPLATES)
     for benchmark, families in TEMPLATES.items():
         assert "llava" in families and families.keys() <= {"llava", "lab", *FAMILIES.values()}, benchmark
 

@@ -68,10 +68,10 @@ text = "".join(f"{path.relative_to(ROOT).parts[1]} {path.read_text().split()[-1]
 (results_dir("lab-llava", "00-all") / "all.txt").write_text(text)
 (ROOT / "journal.txt").open("a").write("00-all\\n")
 """
-READS = """from sinkstudy.book.parameters import Model, Results
+READS = """from sinkstudy.book.parameters import Model, ResultFiles
 
 model: Model = "lab-llava"
-tables: Results = ["results/*/01-*/a.csv", "results/*/extra/*.csv", "data/*.txt"]
+tables: ResultFiles = ["results/*/01-*/a.csv", "results/*/extra/*.csv", "data/*.txt"]
 """
 
 

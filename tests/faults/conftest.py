@@ -4,6 +4,7 @@ import pytest
 from architectures import ARCHITECTURES, write
 
 from sinkstudy.model import loading
+from sinkstudy.model.lvlm import LVLM
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -15,6 +16,6 @@ def folder(request, tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def lvlm(folder) -> loading.LVLM:
+def lvlm(folder) -> LVLM:
     """The same, loaded."""
     return loading.load(folder)

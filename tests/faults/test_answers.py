@@ -23,11 +23,12 @@ from sinkstudy.analyses import attribution, probing, relevance
 from sinkstudy.answers.evaluate import NONE, Intervention, evaluate
 from sinkstudy.effects import ablation, methods
 from sinkstudy.model import capture, loading
+from sinkstudy.model.lvlm import LVLM
 from sinkstudy.paths import ROOT
 
 
 @pytest.fixture(scope="module")
-def llava(tmp_path_factory) -> loading.LVLM:
+def llava(tmp_path_factory) -> LVLM:
     folder = tmp_path_factory.mktemp("llava")
     write(folder, "llava")
     return loading.load(str(folder))

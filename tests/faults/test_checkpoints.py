@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from sinkstudy.book import engine, memory
 from sinkstudy.model import loading
+from sinkstudy.model.specs import SPECS
 
 WEIGHTS = "model.safetensors"
 
@@ -79,7 +80,7 @@ def refused(folder: Path, match: str, **how: str) -> None:
 
 @pytest.mark.parametrize("what", ["tower", "connector", "one layer of the decoder", "one weight"])
 def test_weights_that_are_absent(copy, what):
-    spec = loading.SPECS[json.loads((copy / "config.json").read_text())["model_type"]]
+    spec = SPECS[json.loads((copy / "config.json").read_text())["model_type"]]
     piece = {"tower": part(copy, spec.vision) + ".", "connector": part(copy, spec.connector) + ".",
              "one layer of the decoder": None, "one weight": None}[what]
     if piece is None:
@@ -254,7 +255,7 @@ def test_no_chat_format(copy):
     if not (copy / "chat_template.jinja").exists():
         pytest.skip("it has no chat format")
     (copy / "chat_template.jinja").unlink()
-    if loading.SPECS[json.loads((copy / "config.json").read_text())["model_type"]].prompt is None:
+    if SPECS[json.loads((copy / "config.json").read_text())["model_type"]].prompt is None:
         refused(copy, "does not have a chat template")
 
 

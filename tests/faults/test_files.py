@@ -72,7 +72,7 @@ def tabbed(file: Path, rows: list[dict], **options) -> Path:
 
 # ------------------------------------------------------------------------------- a null is no text and no number
 MAY_BE_NULL = {("ScienceQA-IMG", "hint"), ("MMMU", "options"), ("MathVista", "choices"), ("MathVista", "precision")}
-NULLS = [(name, column) for name, spec in benchmarks.SPECS.items() for column in spec.columns if column != "image_id"]
+NULLS = [(name, column) for name, spec in benchmarks.SOURCES.items() for column in spec.columns if column != "image_id"]
 NULLS += [("TextVQA", "image_id")]
 
 

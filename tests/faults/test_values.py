@@ -12,7 +12,7 @@ from PIL import Image
 
 from sinkstudy import benchmarks, paths, sinks
 from sinkstudy.book import engine, parameters
-from sinkstudy.lab.train import ARMS
+from sinkstudy.lab.train import EMERGENCE_ARMS
 
 NAN, INF = float("nan"), float("inf")
 ODD = {  # by the type that a parameter is declared with
@@ -105,8 +105,8 @@ def test_plain_papermill_is_no_way_around():
 
 def test_choices_are_those_of_the_package():
     assert get_args(parameters.Criterion) == tuple(sinks.NORM_CRITERIA)
-    assert get_args(parameters._Benchmark) == tuple(benchmarks.SPECS)
-    assert set(DECLARED["02-emergence"]["arms"].default) == set(ARMS)
+    assert get_args(parameters._Benchmark) == tuple(benchmarks.SOURCES)
+    assert set(DECLARED["02-emergence"]["arms"].default) == set(EMERGENCE_ARMS)
 
 
 @pytest.mark.parametrize("given, message", [

@@ -9,7 +9,7 @@ import torch
 from oracle import oracle
 
 from sinkstudy import benchmarks as public
-from sinkstudy.benchmarks.data import COLUMNS, SPECS, check
+from sinkstudy.benchmarks.data import COLUMNS, SOURCES, check
 from sinkstudy.lab import score
 from sinkstudy.world import benchmarks, drawing
 from sinkstudy.world import questions as q
@@ -43,7 +43,7 @@ def test_schemas(tables):
     """The columns of the public benchmarks, whose own check they pass."""
     for name, table in tables.items():
         check(table, name)
-        assert {*COLUMNS, *SPECS[name].extra, "scene", "family", "type"} == set(table.columns)
+        assert {*COLUMNS, *SOURCES[name].extra, "scene", "family", "type"} == set(table.columns)
         assert table.id.astype(int).tolist() == list(range(len(table)))
         assert (table.groupby("image_id").scene.nunique() == 1).all()
         assert table.image_id.nunique() == table.scene.nunique()

@@ -12,10 +12,11 @@ from sinkstudy.effects import moving
 from sinkstudy.lab import arms, language
 from sinkstudy.lab.corpus import Corpus
 from sinkstudy.model import loading
-from sinkstudy.paths import METHODS
+from sinkstudy.paths import TRAINED
 from sinkstudy.trained import loop
 from sinkstudy.trained.connectors import DIYSink, OneConnector
 from sinkstudy.trained.gates import Gates, LoRA
+from sinkstudy.trained.kinds import load_method
 from sinkstudy.trained.routers import ReW
 from sinkstudy.world.drawing import render
 
@@ -107,7 +108,7 @@ def test_every_trained_method_runs(base, tmp_path):
     plain, front = said(loading.load(base), NONE), said(loading.load(base), moved)
     pair = with_own_connector(DIYSink(loading.load(base), **rule))
     pair.save(tmp_path / "pair")
-    kept = loop.load(tmp_path / "pair")
+    kept = load_method(tmp_path / "pair")
     starts = [
         (Gates(loading.load(base), normalised=True, **rule), plain),
         (LoRA(loading.load(base), parameters=2000), plain),
@@ -121,10 +122,10 @@ def test_every_trained_method_runs(base, tmp_path):
         torch.testing.assert_close(said(method.lvlm, method.intervention("it")), expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("folder", sorted(METHODS.glob("*/*-*")), ids=lambda of: f"{of.parent.name}/{of.name}")
+@pytest.mark.parametrize("folder", sorted(TRAINED.glob("*/*-*")), ids=lambda of: f"{of.parent.name}/{of.name}")
 def test_shipped_methods(folder):
     """Each loads, on the model it names, with the seed that its folder names, and was trained to the end."""
-    method = loop.load(folder)
+    method = load_method(folder)
     known = loop.Method.described(folder)
     assert method.lvlm.name == folder.parent.name == known["base"]
     assert known["settings"]["seed"] == int(folder.name.rsplit("-", 1)[1])

@@ -13,6 +13,7 @@ from sinkstudy.benchmarks.rules import yes_no_strict
 from sinkstudy.lab import score, tower, train
 from sinkstudy.model import loading
 from sinkstudy.model.capture import attention_received, trace
+from sinkstudy.model.lvlm import LVLM
 from sinkstudy.paths import MODELS
 from sinkstudy.world import benchmarks
 from sinkstudy.world.drawing import render
@@ -30,7 +31,7 @@ def there(name: str) -> str:
 
 
 @cache
-def loaded(name: str) -> loading.LVLM:
+def loaded(name: str) -> LVLM:
     return loading.load(there(name))
 
 

@@ -50,7 +50,7 @@ def assembled(request, made, pictures, tmp_path_factory):
             p.mul_(2)  # attention that is not uniform
     model = language.assemble(tower, decoder, codec, t.normalise(pictures))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "MODELS_FOLDER", tmp_path_factory.mktemp("models"))
+        patch.setattr(train, "MODELS", tmp_path_factory.mktemp("models"))
         loaded = loading.load(str(train.export("lab-random", model)))
     again = language.assemble(tower, decoder, codec, t.normalise(pictures))
     again.load_state_dict(loaded.model.state_dict())  # export has cast the first one's rotary frequencies too

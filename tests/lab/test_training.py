@@ -160,7 +160,7 @@ def problem():
 
 def run(folder, loss_at=None, steps=40, **more):
     modules, default = problem()
-    table = training.fit("job", modules, (loss_at or (lambda d: d))(default), steps=steps, lr=1e-2, weight_decay=0.1,
+    table = training.train("job", modules, (loss_at or (lambda d: d))(default), steps=steps, lr=1e-2, weight_decay=0.1,
                          folder=folder, log_every=7, checkpoint_seconds=-1, **more)
     return modules, table
 

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
-from sinkstudy.model.loading import SPECS
+from sinkstudy.model.specs import SPECS
 
 SPECIAL = "<pad> <s> </s> <unk> <image> <video> <boi> <eoi> <fake_token_around_image> <end_of_utterance>".split()
 SPECIAL += ["<global-img>"] + [f"<row_{i}_col_{j}>" for i in (1, 2, 3) for j in (1, 2, 3)]

@@ -22,7 +22,9 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from sinkstudy import paths
 from sinkstudy.model import loading
+from sinkstudy.model.lvlm import LVLM
 from sinkstudy.model.registers import CLIPVisionWithRegistersConfig
 
 WORDS = "<pad> <s> </s> <unk> <image> user : assistant what is the texture how many red blue yes no".split()
@@ -73,14 +75,14 @@ def write_tiny_llava(folder: Path, tower: str) -> None:
 
 
 @pytest.fixture(scope="session", params=["clip", "registers"])
-def tiny(request, tmp_path_factory) -> loading.LVLM:
+def tiny(request, tmp_path_factory) -> LVLM:
     folder = tmp_path_factory.mktemp(f"tiny-{request.param}")
     write_tiny_llava(folder, request.param)
     return loading.load(str(folder))
 
 
 @pytest.fixture(scope="session")
-def tiny_siglip(tmp_path_factory) -> loading.LVLM:
+def tiny_siglip(tmp_path_factory) -> LVLM:
     folder = tmp_path_factory.mktemp("tiny-siglip")
     write_tiny_llava(folder, "siglip")
     return loading.load(str(folder))
@@ -95,7 +97,7 @@ def folder(request, tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def lvlm(folder) -> loading.LVLM:
+def lvlm(folder) -> LVLM:
     """The same, loaded."""
     return loading.load(folder)
 
@@ -119,7 +121,7 @@ def questions() -> list[str]:
 
 
 @pytest.fixture(scope="session", params=["lab-llava", "lab-llava-sinks", "lab-llava-registers"])
-def lab(request) -> loading.LVLM:
-    if request.param not in loading.lab_models():
+def lab(request) -> LVLM:
+    if request.param not in paths.lab_models():
         pytest.skip(f"the weights of {request.param} are not there")
     return loading.load(request.param)

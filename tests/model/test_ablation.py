@@ -10,6 +10,7 @@ from PIL import Image
 from sinkstudy.answers.evaluate import NONE, evaluate
 from sinkstudy.effects import ablation
 from sinkstudy.model import capture, loading
+from sinkstudy.model.lvlm import LVLM
 
 STEPS = 3
 TEXTS = ["how many", "what is the texture red blue yes no", "what is the texture"]
@@ -34,16 +35,16 @@ def table() -> pd.DataFrame:
 
 
 @pytest.fixture(scope="module", params=SHARING)
-def lvlm(request, tmp_path_factory) -> loading.LVLM:
+def lvlm(request, tmp_path_factory) -> LVLM:
     return load(request.param, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
-def llava(tmp_path_factory) -> loading.LVLM:
+def llava(tmp_path_factory) -> LVLM:
     return load("llava", tmp_path_factory)
 
 
-def load(name, tmp_path_factory) -> loading.LVLM:
+def load(name, tmp_path_factory) -> LVLM:
     folder = tmp_path_factory.mktemp(name)
     architectures.write(folder, name)
     return loading.load(str(folder))

@@ -12,6 +12,7 @@ from transformers import CONFIG_MAPPING, LlamaConfig
 
 from sinkstudy.model import loading
 from sinkstudy.model.capture import attention_received, attention_rows, hidden_states, trace, trace_tower
+from sinkstudy.model.specs import SPECS, tile_grid
 
 close = dict(atol=1e-5, rtol=1e-4)
 SIZES = [(48, 32), (32, 64), (64, 64)]  # (width, height), which the Qwen processors leave as they are
@@ -484,8 +485,8 @@ def test_full_size(kind):
     changes, grid, merge, tokens = FULL_SIZE[kind]
     config = CONFIG_MAPPING[kind](**changes)
     loading._check_layout(kind, config)
-    assert loading._tile_grid(config) == grid
-    assert loading.SPECS[kind].merge(config) == merge
+    assert tile_grid(config) == grid
+    assert SPECS[kind].merge(config) == merge
     assert grid[0] * grid[1] // merge**2 == tokens
 
 
@@ -524,7 +525,7 @@ def test_text_only_and_unknown_models(tmp_path):
             loading.load(str(tmp_path / name))
         message = str(error.value)
         assert f"'{kind}' is not known" in message and "book/architectures.md" in message
-        assert all(known in message for known in loading.SPECS)
+        assert all(known in message for known in SPECS)
         assert len(message.splitlines()) == 1
 
 

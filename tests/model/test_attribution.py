@@ -12,6 +12,7 @@ from PIL import Image
 
 from sinkstudy.analyses import attribution
 from sinkstudy.model import loading
+from sinkstudy.model.lvlm import LVLM
 
 TEXTS = ["how many", "what is the texture red blue", "what is the texture"]
 ANSWERS = ["red", "blue texture yes", "no"]
@@ -27,7 +28,7 @@ def pictures() -> list[Image.Image]:
 def loaded(tmp_path_factory):
     kept = {}
 
-    def load(name: str) -> loading.LVLM:
+    def load(name: str) -> LVLM:
         if name not in kept:
             folder = tmp_path_factory.mktemp(name)
             architectures.write(folder, name)

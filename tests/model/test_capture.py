@@ -10,7 +10,6 @@ from sinkstudy.model.capture import (
     attention_received,
     attention_rows,
     hidden_states,
-    top_dimensions,
     trace,
     until_end,
 )
@@ -338,12 +337,6 @@ def test_trace_needs_one_question_per_image(tiny, images):
         trace(tiny, images, ["how many"])
     with pytest.raises(ValueError, match="0 images"):
         trace(tiny, [], [])
-
-
-def test_top_dimensions():
-    values, dimensions = top_dimensions(torch.tensor([[0.5, -9.0, 2.0], [1.0, 0.0, -3.0]]), k=2)
-    assert values.tolist() == [[-9.0, 2.0], [-3.0, 1.0]]
-    assert dimensions.tolist() == [[1, 2], [2, 0]]
 
 
 def test_lab_model_against_eager(lab):

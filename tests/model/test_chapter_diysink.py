@@ -12,9 +12,9 @@ import torch
 from sinkstudy import benchmarks
 from sinkstudy.answers import evaluate, study
 from sinkstudy.model import loading
-from sinkstudy.trained import loop
 from sinkstudy.trained.connectors import DIYSink, OneConnector
 from sinkstudy.trained.gates import Gates, LoRA
+from sinkstudy.trained.kinds import load_method
 from sinkstudy.trained.routers import ReW
 from tests.benchmarks.test_data import FILES
 from tests.model import architectures, chapters
@@ -54,7 +54,7 @@ def test_own_model(tmp_path: Path, name: str):
     found = found.set_index("arm").value
     of_seeds = []
     for seed in (0, 1):
-        method = loop.load(methods / f"two-{seed}")
+        method = load_method(methods / f"two-{seed}")
         asked = table.assign(question=benchmarks.prompts(table, "POPE", study.family(method.lvlm, True)))
         with torch.no_grad():
             answers = evaluate.evaluate(method.lvlm, asked, [method.intervention("x", show="others")], images=shown,

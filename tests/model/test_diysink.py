@@ -13,7 +13,7 @@ from sinkstudy.answers.evaluate import Prefixes
 from sinkstudy.effects import moving
 from sinkstudy.model import capture, loading
 from sinkstudy.trained import loop
-from sinkstudy.trained.connectors import DIYSink, OneConnector, linear_pair, matched_width, widen
+from sinkstudy.trained.connectors import DIYSink, OneConnector, linear_pair, matched_width, set_width
 
 close = dict(atol=3e-5, rtol=1e-4)
 SIZES = [(48, 32), (32, 64), (64, 64)]  # (width, height)
@@ -192,8 +192,8 @@ def test_matched_width(folder):
     wanted = 2 * sum(p.numel() for p in lvlm.connector.parameters())
     width = matched_width(lvlm.connector)
     one_more = copy.deepcopy(lvlm.connector)
-    widen(lvlm.connector, width)
-    widen(one_more, width + 1)
+    set_width(lvlm.connector, width)
+    set_width(one_more, width + 1)
     assert sum(p.numel() for p in lvlm.connector.parameters()) <= wanted < sum(p.numel() for p in one_more.parameters())
     method = OneConnector(lvlm, width=width)
     inputs = asked(lvlm)

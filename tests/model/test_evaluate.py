@@ -18,6 +18,7 @@ from PIL import Image
 
 from sinkstudy.answers.evaluate import NONE, Intervention, evaluate
 from sinkstudy.model import loading
+from sinkstudy.model.lvlm import LVLM
 from sinkstudy.paths import ROOT
 
 STEPS = 4
@@ -49,14 +50,14 @@ def table() -> pd.DataFrame:
     )
 
 
-def loaded(name, tmp_path_factory) -> loading.LVLM:
+def loaded(name, tmp_path_factory) -> LVLM:
     folder = tmp_path_factory.mktemp(name)
     architectures.write(folder, name)
     return loading.load(str(folder))
 
 
 @pytest.fixture(scope="module")
-def llava(tmp_path_factory) -> loading.LVLM:
+def llava(tmp_path_factory) -> LVLM:
     return loaded("llava", tmp_path_factory)
 
 
@@ -192,10 +193,10 @@ def test_a_killed_run_goes_on_where_it_stopped(llava, table, tmp_path):
 KILLED = """
 import sys
 import test_evaluate as tests
-from sinkstudy import models
 from sinkstudy.answers.evaluate import evaluate
+from sinkstudy.model import loading
 
-evaluate(models.load(sys.argv[1]), tests.many(), max_new_tokens=1, cache=sys.argv[2], batch_size=1)
+evaluate(loading.load(sys.argv[1]), tests.many(), max_new_tokens=1, cache=sys.argv[2], batch_size=1)
 """
 
 

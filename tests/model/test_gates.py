@@ -16,6 +16,7 @@ from sinkstudy import sinks
 from sinkstudy.answers.evaluate import evaluate
 from sinkstudy.effects import moving
 from sinkstudy.model import loading
+from sinkstudy.model.lvlm import LVLM
 from sinkstudy.trained.gates import Gates, LoRA, n_parameters, prompt_ends, ranks
 from sinkstudy.trained.loop import Settings, fit
 
@@ -29,23 +30,23 @@ DECODE = dict(
 )
 
 
-def loaded(name, folder) -> loading.LVLM:
+def loaded(name, folder) -> LVLM:
     architectures.write(folder, name)
     return loading.load(str(folder))
 
 
 @pytest.fixture(scope="module", params=architectures.ARCHITECTURES)
-def lvlm(request, tmp_path_factory) -> loading.LVLM:
+def lvlm(request, tmp_path_factory) -> LVLM:
     return loaded(request.param, tmp_path_factory.mktemp(request.param))
 
 
 @pytest.fixture(scope="module", params=["llava", "qwen2_vl"])
-def two(request, tmp_path_factory) -> loading.LVLM:
+def two(request, tmp_path_factory) -> LVLM:
     return loaded(request.param, tmp_path_factory.mktemp(request.param))
 
 
 @pytest.fixture
-def llava(tmp_path) -> loading.LVLM:
+def llava(tmp_path) -> LVLM:
     """One that a test may change."""
     return loaded("llava", tmp_path / "llava")
 

@@ -11,9 +11,10 @@ from transformers import DynamicCache
 
 from sinkstudy.book import memory
 from sinkstudy.model import loading
+from sinkstudy.model.lvlm import LVLM
 
 
-def stored(lvlm: loading.LVLM) -> int:
+def stored(lvlm: LVLM) -> int:
     """Bytes of the weights' storages, each once, however many parameters share it."""
     storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in lvlm.model.parameters()}
     return sum(storages.values())

@@ -8,6 +8,7 @@ from PIL import Image
 
 from sinkstudy.effects import neurons
 from sinkstudy.model import loading
+from sinkstudy.model.lvlm import LVLM
 
 QUESTIONS = ["how many", "what is the texture", "what is the texture red blue yes no"]
 LAYER, NEURON, SPOT = 1, 7, 5  # the planted neuron, and the patch where it fires
@@ -20,19 +21,19 @@ def pictures() -> list[Image.Image]:
     return [Image.fromarray(p) for p in pixels]
 
 
-def load(name, tmp_path_factory) -> loading.LVLM:
+def load(name, tmp_path_factory) -> LVLM:
     folder = tmp_path_factory.mktemp(name)
     architectures.write(folder, name)
     return loading.load(str(folder))
 
 
 @pytest.fixture(scope="module", params=["llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl"])
-def lvlm(request, tmp_path_factory) -> loading.LVLM:
+def lvlm(request, tmp_path_factory) -> LVLM:
     return load(request.param, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
-def planted(tmp_path_factory) -> loading.LVLM:
+def planted(tmp_path_factory) -> LVLM:
     """A tower that does nothing, but for one neuron that fires at one patch and writes a huge vector there."""
     lvlm = load("llava", tmp_path_factory)
     embeddings = lvlm.vision.embeddings

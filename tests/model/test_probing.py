@@ -8,9 +8,10 @@ from PIL import Image
 
 from sinkstudy.analyses import probing
 from sinkstudy.model import loading
+from sinkstudy.model.lvlm import LVLM
 
 
-def load(folder, name) -> loading.LVLM:
+def load(folder, name) -> LVLM:
     architectures.write(folder / name, name)
     return loading.load(str(folder / name))
 

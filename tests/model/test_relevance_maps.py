@@ -10,6 +10,7 @@ from PIL import Image
 
 from sinkstudy.analyses import relevance
 from sinkstudy.model import capture, loading
+from sinkstudy.model.layout import ImageLayout
 
 
 def noise(width: int, height: int, seed: int) -> Image.Image:
@@ -17,7 +18,7 @@ def noise(width: int, height: int, seed: int) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def whole_attention(lvlm, picture) -> tuple[list[torch.Tensor], loading.ImageLayout]:
+def whole_attention(lvlm, picture) -> tuple[list[torch.Tensor], ImageLayout]:
     """Of each layer [heads, tokens, tokens] over all tiles and windows, 0 where nothing is seen; and the layout."""
     inputs = lvlm.inputs([picture], [""])
     with capture.attention_rows(lvlm, "vision", rows="all") as rows, torch.no_grad():

@@ -15,16 +15,17 @@ from typer.testing import CliRunner
 from sinkstudy import cli, paths, sinks
 from sinkstudy.answers import evaluate, study
 from sinkstudy.benchmarks import prompts
-from sinkstudy.book import engine
+from sinkstudy.book import engine, parameters
 from sinkstudy.effects import ablation, methods, moving, neurons
 from sinkstudy.model import loading
+from sinkstudy.model.lvlm import LVLM
 from tests.benchmarks.test_data import FILES
 
 YES_NO = ("yes", "no")
 
 
 @pytest.fixture(scope="module")
-def llava(tmp_path_factory) -> loading.LVLM:
+def llava(tmp_path_factory) -> LVLM:
     folder = tmp_path_factory.mktemp("llava")
     architectures.write(folder, "llava")
     return loading.load(str(folder))
@@ -206,12 +207,12 @@ BAD = {
     "model": (["lab-lava", "--method", "front"], "unknown model 'lab-lava'"),
     "benchmark": (LAB + ["--method", "front", "--benchmark", "gqa"], "unknown benchmark 'gqa'; those of the lab are"),
     "no public data": (["owner/name", "--method", "front"], "the lab's benchmarks are for lab models: --hub or"),
-    "no folder": (LAB + ["--method", "front", "--data-dir", "nowhere"], "'data_dir' of 10-training-free: there is no"),
+    "no folder": (LAB + ["--method", "front", "--data-dir", "nowhere"], "parameter 'data_dir': there is no"),
     "not in the folder": (LAB + ["--method", "front", "--data-dir", "data"], "no data of POPE: there is no folder"),
     "device": (LAB + ["--method", "front", "--device", "tpu"], "unknown device 'tpu'"),
-    "dtype": (LAB + ["--method", "front", "--dtype", "int3"], "'dtype' of 10-training-free is 'float32', 'bfloat16'"),
-    "limit": (LAB + ["--method", "front", "--limit", "-1"], "parameter 'limit' of 10-training-free is 0 at least"),
-    "batch size": (LAB + ["--method", "front", "--batch-size", "0"], "'batch_size' of 10-training-free is 1 at least"),
+    "dtype": (LAB + ["--method", "front", "--dtype", "int3"], "parameter 'dtype' is 'float32', 'bfloat16'"),
+    "limit": (LAB + ["--method", "front", "--limit", "-1"], "parameter 'limit' is 0 at least"),
+    "batch size": (LAB + ["--method", "front", "--batch-size", "0"], "'batch_size' is 1 at least"),
     "revision": (LAB + ["--method", "front", "--revision", "v1"], "lab-llava is a folder and has no revision"),
     "weight": (LAB + ["--method", "front", "--weight", "2"], "the method front takes no weight"),
     "k": (LAB + ["--method", "keep-top-k", "--k", "0"], "k is 1 at least, and 0 is not"),
@@ -226,6 +227,11 @@ def test_what_is_wrong_is_said_before_a_model_is_loaded(elsewhere, monkeypatch, 
     problem = call(*arguments).exception
     assert isinstance(problem, engine.UserError) and message in str(problem) and "\n" not in str(problem)
     assert not (elsewhere / "results").exists()
+
+
+def test_what_is_not_given_is_as_in_the_chapter():
+    of_chapter = parameters.defaults("10-training-free")
+    assert methods.DEFAULTS == {key: of_chapter[key] for key in methods.DEFAULTS}
 
 
 def test_methods_are_listed():

@@ -13,8 +13,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from conftest import write_tiny_llava
+from sinkstudy import paths
 from sinkstudy.answers.evaluate import Prefixes, evaluate
 from sinkstudy.model import loading
+from sinkstudy.model.lvlm import LVLM
 from sinkstudy.trained import loop, routers
 from sinkstudy.trained.connectors import DIYSink
 from sinkstudy.world import benchmarks
@@ -36,12 +38,12 @@ def base(request, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def lvlm(base) -> loading.LVLM:
+def lvlm(base) -> LVLM:
     """A fresh one for each test: methods change its weights."""
     return loading.load(str(base))
 
 
-def rew(lvlm: loading.LVLM, router: tuple[float, float] | None = None, **settings) -> routers.ReW:
+def rew(lvlm: LVLM, router: tuple[float, float] | None = None, **settings) -> routers.ReW:
     """With weights (1 + router) for every question, or with random ones that depend on it."""
     method = routers.ReW(lvlm, **{"diysink": Path(lvlm.name) / "diysink", "activation": "free"} | settings)
     torch.manual_seed(1)
@@ -53,7 +55,7 @@ def rew(lvlm: loading.LVLM, router: tuple[float, float] | None = None, **setting
     return method
 
 
-def asked(lvlm: loading.LVLM, images: list, questions: list[str] = ASKED) -> Prefixes:
+def asked(lvlm: LVLM, images: list, questions: list[str] = ASKED) -> Prefixes:
     pictures = [images[i % len(images)] for i in range(len(questions))]
     return Prefixes(lvlm.inputs(pictures, questions), [str(i) for i in range(len(questions))], questions)
 
@@ -366,7 +368,7 @@ def test_a_model_without_the_words_is_not_asked(lvlm):
 
 def test_lab_models_count_things():
     """The one half of CoT routing that the lab's language can express."""
-    if "lab-llava" not in loading.lab_models():
+    if "lab-llava" not in paths.lab_models():
         pytest.skip("the weights of lab-llava are not there")
     lab = loading.load("lab-llava")
     table = benchmarks.mmstar(questions=2)

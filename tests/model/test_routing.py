@@ -13,7 +13,8 @@ from sinkstudy.answers.evaluate import evaluate
 from sinkstudy.effects import moving
 from sinkstudy.model import loading
 from sinkstudy.model.capture import attention_rows
-from sinkstudy.model.loading import SPECS
+from sinkstudy.model.lvlm import LVLM
+from sinkstudy.model.specs import SPECS
 
 close = dict(atol=2e-5, rtol=1e-4)
 SIZES = [(48, 32), (32, 64), (64, 64)]  # (width, height)
@@ -257,7 +258,7 @@ def test_moved_mass_by_hand():
         moving.moved_mass(weights, sink, visual, 1.2, 0.5, 0.2)
 
 
-def deep(lvlm) -> loading.LVLM:
+def deep(lvlm) -> LVLM:
     """VAR leaves the first two layers and the last alone; the tiny decoders have three."""
     layers = lvlm.model.get_submodule(lvlm.spec.decoder_layers)
     if len(layers) == 3:

@@ -81,7 +81,7 @@ def test_a_revision_is_the_models_and_not_the_controls(monkeypatch):
         asked[name] = revision
         raise ValueError if name == "lab-llava-sinks" else LookupError
 
-    monkeypatch.setattr(study.models, "load", load)
+    monkeypatch.setattr(loading, "load", load)
     with pytest.raises(LookupError):
         study.load("owner/name", [], None, revision="v1")
     assert asked == {"owner/name": "v1"}

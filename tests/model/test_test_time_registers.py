@@ -12,6 +12,7 @@ from sinkstudy import sinks
 from sinkstudy.answers.evaluate import evaluate
 from sinkstudy.effects import ablation, moving, neurons
 from sinkstudy.model import loading
+from sinkstudy.model.lvlm import LVLM
 
 QUESTIONS = ["how many", "what is the texture red blue yes no"]
 FOUND = {0: torch.tensor([3, 17]), 1: torch.tensor([30])}
@@ -19,7 +20,7 @@ close = dict(atol=2e-5, rtol=1e-4)
 
 
 @pytest.fixture(scope="module")
-def llava(tmp_path_factory) -> loading.LVLM:
+def llava(tmp_path_factory) -> LVLM:
     folder = tmp_path_factory.mktemp("llava")
     architectures.write(folder, "llava")
     lvlm = loading.load(str(folder))

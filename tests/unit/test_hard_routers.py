@@ -60,10 +60,10 @@ def test_routers_that_know_the_type(types):
 
 def test_a_random_router_picks_each_route_as_often(types):
     oracle = routers.by_type(types)
-    dealt = [routers.random_like(oracle, seed) for seed in range(200)]
+    dealt = [routers.dealt_at_random(oracle, seed) for seed in range(200)]
     assert all(d.value_counts().to_dict() == {"sinks": 3, "others": 6, "both": 3} for d in dealt)
     assert all(d.index.equals(oracle.index) for d in dealt)
-    assert dealt[0].equals(routers.random_like(oracle, 0)) and not dealt[0].equals(dealt[1])
+    assert dealt[0].equals(routers.dealt_at_random(oracle, 0)) and not dealt[0].equals(dealt[1])
     # of independent draws 1/4 · 1/4 + 1/2 · 1/2 + 1/4 · 1/4 = 3/8 agree; 200 draws of 12 have a standard error of 0.01
     assert np.mean([(d == oracle).mean() for d in dealt]) == pytest.approx(3 / 8, abs=0.04)
 
