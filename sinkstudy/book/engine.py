@@ -1,8 +1,8 @@
-"""Which notebooks are out of date, how one is executed, how the book is rendered.
+"""What a notebook follows from, how one is executed, how the book is rendered.
 
-Snakemake (see the `Snakefile`) decides what runs; what makes an executed notebook out of date is its
-*fingerprint*: SHA-256 digests of the notebook's own text, of its parameters, of the `sinkstudy` modules that it
-imports, and of the model, data and result files that its parameters name. Times of files play no part.
+Snakemake (see the `Snakefile`) decides what runs, by a notebook's *fingerprint*: SHA-256 digests of its own text, of
+its parameters, of the `sinkstudy` modules that it imports, and of the model, data and result files that its parameters
+name. An executed notebook carries its fingerprint, so that `sinkstudy check-fresh` needs no record of Snakemake's.
 
 A notebook declares what it reads through the types of its parameters (`parameters.Names`): a model, files, a folder of
 pictures, or a pattern of results of other notebooks, after which it is then executed.
@@ -11,15 +11,12 @@ pictures, or a pattern of results of other notebooks, after which it is then exe
 import ast
 import contextlib
 import csv
-import ctypes
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -30,9 +27,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import psutil
+from filelock import FileLock, Timeout
 
 from sinkstudy import digests
 from sinkstudy.book import parameters
@@ -162,17 +160,22 @@ def record(run: str, notebook: str) -> dict[str, Any]:
         return {}
 
 
-def is_fresh(run: str, notebook: str, given: dict[str, Any] | None = None) -> bool:
-    """Does the executed notebook, and what it wrote, follow from today's sources, under the values `given`, if any?"""
+def is_whole(run: str, notebook: str) -> bool:
+    """Is there an executed notebook, and beside it what it wrote, unchanged?"""
     noted = record(run, notebook)
-    if not noted or not (NOTEBOOKS / f"{notebook}.ipynb").is_file():
+    return bool(noted) and noted.get("results_sha256") == files_sha256(files(RESULTS / run / notebook))
+
+
+def is_fresh(run: str, notebook: str, given: dict[str, Any] | None = None) -> bool:
+    """Is it whole, and does it follow from today's sources, under the values `given`, if any?"""
+    if not is_whole(run, notebook) or not (NOTEBOOKS / f"{notebook}.ipynb").is_file():
         return False
+    noted = record(run, notebook)
     try:
         now = fingerprint(notebook, noted["params"] if given is None else given)
     except ValueError:  # the folder of pictures that it names is gone
         return False
-    results = files_sha256(files(RESULTS / run / notebook))
-    return all(noted.get(key) == value for key, value in (now | {"results_sha256": results}).items())
+    return all(noted.get(key) == value for key, value in now.items())
 
 
 def executed(run: str) -> list[str]:
@@ -202,9 +205,6 @@ def execute(notebook: str, run: str, given: dict[str, Any]) -> None:
         _execute(notebook, run, given, failed)
     except Exception as error:
         told = error if isinstance(error, UserError) else one_line(error, f"{notebook} failed on {run}", failed)
-        # for the command that started this process
-        with contextlib.suppress(OSError):
-            failed.with_suffix(".txt").write_text(str(told), encoding="utf-8", errors="replace")
         raise told from None
 
 
@@ -234,19 +234,15 @@ def _execute(notebook: str, run: str, given: dict[str, Any], failed: Path) -> No
     from papermill.exceptions import PapermillExecutionError
     from traitlets.config import Config
 
-    WORK.mkdir(parents=True, exist_ok=True)
-    with _alone(f"{run}--{notebook}"):
-        if is_fresh(run, notebook, given):  # an earlier process, thought dead, has done it meanwhile
+    with _alone(f"{run}--{notebook}") as work:
+        if is_fresh(run, notebook, given):  # see the Snakefile; or an earlier process, thought dead, has done it
             return
-        with (
-            tempfile.TemporaryDirectory(prefix="run-", dir=WORK) as work,
-            _sockets() as sockets,
-        ):
+        with _sockets() as sockets:
             values = defaults(notebook) | given
             noted = {"run": run, "params": given, "values": values, **fingerprint(notebook, given)}
             noted |= surroundings() | {key: values.get(key) for key in ("model", "device", "dtype", "seed")}
-            _kernel_environment(Path(work), values)
-            copy = Path(work) / f"{notebook}.ipynb"
+            _kernel_environment(work, values)
+            copy = work / f"{notebook}.ipynb"
             started = time.time()
             try:
                 papermill.execute_notebook(
@@ -266,7 +262,7 @@ def _execute(notebook: str, run: str, given: dict[str, Any], failed: Path) -> No
                 problem = f"{notebook} failed on {run} in cell {error.cell_index + 1}: {error.ename}: {reason}"
                 problem += f" (see {failed.relative_to(ROOT)})"
                 raise UserError(problem) from None
-            made = Path(work) / "results" / slug(values.get("model", run)) / notebook
+            made = work / "results" / slug(values.get("model", run)) / notebook
             made.mkdir(parents=True, exist_ok=True)
             _put(made, RESULTS / run / notebook)
             noted["results_sha256"] = files_sha256(files(RESULTS / run / notebook))
@@ -364,20 +360,26 @@ def surroundings() -> dict[str, Any]:
 
 
 @contextmanager
-def _alone(name: str, otherwise: str = "") -> Iterator[None]:
-    """Hold the lock `name`; the system frees it when its holder dies.
+def _alone(name: str) -> Iterator[Path]:
+    """Yield an empty folder of this name, which no other process has meanwhile; wait for one that has it.
 
-    Where a process has it: wait, or raise a UserError that says `otherwise`.
+    The system frees the lock when its holder dies; what a killed process left in the folder is removed.
     """
-    with (WORK / f"{name}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if otherwise:
-                raise UserError(otherwise) from None
-            print(f"{name} is being executed by another process: waiting for it", file=sys.stderr, flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    folder = WORK / f"run-{name}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(WORK / f"{name}.lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        print(f"{name} is being executed by another process: waiting for it", file=sys.stderr, flush=True)
+        lock.acquire()
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        lock.release()
 
 
 # ---- runs
@@ -421,10 +423,7 @@ def run(
     claim(run_name, check_model(model))
     outdated = [nb for nb in wanted if not is_fresh(run_name, nb, plan[nb])]
     check_memory({nb: defaults(nb) | plan[nb] for nb in outdated})
-    _clear_work()
-    busy = f"another process executes the run {run_name}: wait for it, or give this one another name (--name)"
-    with _alone(f"whole--{run_name}", otherwise=busy):
-        _snakemake(run_name, wanted, plan, outdated, jobs)
+    _snakemake(run_name, plan, jobs)
     return run_name
 
 
@@ -439,58 +438,30 @@ def _writable(folder: Path) -> None:
         raise UserError(f"{free / 1e6:.0f} MB are free on the disk of {folder}, and {LEAST_FREE / 1e6:.0f} are needed")
 
 
-def _snakemake(run_name: str, wanted: list[str], plan: dict, outdated: list[str], jobs: int) -> None:
-    """Bring a run's notebooks up to date, in processes that end when this one does. Raises UserError if one fails."""
-    problems = [WORK / "failed" / f"{run_name}--{nb}.txt" for nb in wanted]
-    for problem in problems:
-        problem.unlink(missing_ok=True)
-    with tempfile.NamedTemporaryFile("w", suffix=".json", dir=WORK) as config:
-        json.dump({"run": run_name, "notebooks": plan}, config)
-        config.flush()
-        command = [sys.executable, "-m", "snakemake", "--snakefile", ROOT / "Snakefile", "--directory", ROOT]
-        command += ["--cores", jobs, "--configfile", config.name, "--rerun-triggers", "params"]
-        # Nothing half-made is ever in place and every notebook has a lock of its own: a killed run needs no unlocking.
-        command += ["--nolock", "--rerun-incomplete", "--keep-going", "--quiet", "rules", "host"]
-        if outdated:
-            command += ["--forcerun", *(f"book/runs/{run_name}/{nb}.ipynb" for nb in outdated)]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "SINKSTUDY_ENGINE": str(os.getpid()), "PYTHONUTF8": "1"}
-        log = WORK / f"whole--{run_name}.log"
-        with subprocess.Popen(
-            [str(part) for part in command],
-            cwd=ROOT,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            preexec_fn=_die_with_parent,
-        ) as process:
-            try:
-                _pass_on(process.stdout, log)
-                code = process.wait()
-            except BaseException:  # interrupted, or nobody reads what is said any more
-                _end_children()
-                raise
-    if code:
-        said = [problem.read_text(encoding="utf-8") for problem in problems if problem.is_file()]
-        raise UserError("; ".join(said) or f"the run {run_name} did not end well: what failed stands in {log}")
-
-
-def _pass_on(source: IO[bytes], log: Path) -> None:
-    """Show the bars of notebooks on stderr as they come, and keep all that is said in a file."""
-    bar = re.compile(rb"\S+: cell \d+/\d+ |is being executed by another process")
-    with log.open("wb") as kept:
-        while piece := source.read1(65536):
-            kept.write(piece)
-            kept.flush()
-            if shown := b"".join(line for line in re.split(rb"(?<=[\r\n])", piece) if bar.search(line)):
-                sys.stderr.buffer.write(shown)
+def _snakemake(run_name: str, plan: dict[str, dict], jobs: int) -> None:
+    """Have Snakemake bring a run up to date, in processes that end when this one does. Raises if one fails."""
+    given = WORK / f"{run_name}.plan.json"
+    with atomic(given) as target:
+        target.write_text(json.dumps({"run": run_name, "notebooks": plan}, indent=1), encoding="utf-8")
+    command = [sys.executable, "-m", "snakemake", "--configfile", given, "--cores", jobs, "--quiet", "all"]
+    # a line is written at once, so that it is read at once
+    environment = os.environ | {"SINKSTUDY_ENGINE": str(os.getpid()), "PYTHONUTF8": "1", "PYTHONUNBUFFERED": ""}
+    told = False
+    with subprocess.Popen(
+        [str(part) for part in command], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as process:
+        try:
+            while said := process.stderr.read1():
+                sys.stderr.buffer.write(re.sub(rb"Using workflow specific profile .*\n", b"", said))
                 sys.stderr.flush()
-
-
-def _die_with_parent() -> None:
-    """On Linux: have the system end this process when the one that started it ends, however that happens."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+                told |= b"sinkstudy: " in said
+        except BaseException:  # interrupted, or nobody reads what is said any more
+            _end_children()
+            raise
+    if process.returncode and told:
+        sys.exit(1)
+    if process.returncode:
+        raise UserError(f"the run {run_name} did not end well: see the last file in {ROOT / '.snakemake' / 'log'}")
 
 
 def _end_children(patience: float = 3) -> None:
@@ -504,18 +475,16 @@ def _end_children(patience: float = 3) -> None:
             child.kill()
 
 
-def _end_with_engine() -> None:
-    """Watch, in a thread, the command that this process works for; when it is gone, end this one and its kernel."""
-    engine = os.environ.get("SINKSTUDY_ENGINE", "")
+def end_with(parent: int) -> None:
+    """Watch, in a thread, the process that started this one; when it is gone, end this one and all that it started."""
 
     def watch() -> None:
-        while psutil.pid_exists(int(engine)):
+        while os.getppid() == parent:
             time.sleep(1)
         _end_children(patience=1)
         os._exit(1)
 
-    if engine.isdigit():
-        threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def claim(run: str, model: str) -> None:
@@ -532,18 +501,6 @@ def claim(run: str, model: str) -> None:
         raise UserError(str(problem)) from None
     if of != model:
         raise UserError(f"the run {run} holds results of {of}: give those of {model} another name (--name)")
-
-
-def _clear_work() -> None:
-    """Remove what killed runs left behind; a folder in use belongs to a held lock, so it stays."""
-    for lock in WORK.glob("*.lock"):
-        with lock.open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return
-    for leftover in (*WORK.glob("run-*"), *WORK.glob("tmp*.json")):
-        shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
 def check_memory(values: dict[str, dict[str, Any]]) -> None:
@@ -734,7 +691,7 @@ def write_provenance() -> None:
 
 
 if __name__ == "__main__":  # called by the Snakefile: run, notebook, parameters as JSON
-    _end_with_engine()
+    end_with(os.getppid())
     try:
         execute(sys.argv[2], sys.argv[1], json.loads(sys.argv[3]))
     except UserError as problem:

@@ -6,7 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import nbformat
@@ -51,6 +51,11 @@ print(len(text), "characters")
 """
 
 
+def copy_snakemake(root: Path) -> None:
+    shutil.copy(REPOSITORY / "Snakefile", root / "Snakefile")
+    shutil.copytree(REPOSITORY / "profiles", root / "profiles")
+
+
 class Commands:
     """The command `sinkstudy` of a project in a temporary folder."""
 
@@ -59,11 +64,11 @@ class Commands:
         self.environment = environment
         self.processes: list[subprocess.Popen] = []
 
-    def start(self, *arguments: str) -> subprocess.Popen:
+    def start(self, *arguments: str, module: str = "sinkstudy.cli") -> subprocess.Popen:
         environment = os.environ | {"PYTHONPATH": str(self.root)} | self.environment
         environment.pop("SINKSTUDY_RESULTS", None)
         process = subprocess.Popen(
-            [sys.executable, "-m", "sinkstudy.cli", *arguments],
+            [sys.executable, "-m", module, *arguments],
             cwd=self.root,
             env=environment,
             text=True,
@@ -100,7 +105,7 @@ class Project(Commands):
         base = ("__init__.py", "paths.py", "pictures.py", "digests.py", "devices.py", "cli.py")
         for name in (*base, "book/__init__.py", "book/parameters.py", "book/engine.py"):
             shutil.copy(REPOSITORY / "sinkstudy" / name, root / "sinkstudy" / name)
-        shutil.copy(REPOSITORY / "Snakefile", root / "Snakefile")
+        copy_snakemake(root)
         self.write("sinkstudy/alpha.py", "from .beta import TWO\n\n\ndef double(x):\n    return TWO * x\n")
         self.write("sinkstudy/beta.py", "TWO = 2\n")
         self.write("sinkstudy/unused.py", "")
@@ -127,10 +132,17 @@ class Project(Commands):
         }
         nbformat.write(new_notebook(cells=cells, metadata=metadata), self.root / "notebooks" / f"{name}.ipynb")
 
-    def executed(self, *arguments: str) -> list[str]:
-        """The notebooks that `sinkstudy run` executes, in alphabetical order."""
+    def snakemake(self, *arguments: str) -> str:
+        """Run plain Snakemake to its end and return what it printed."""
+        process = self.start(*(arguments or ("--cores", "2")), module="snakemake")
+        printed, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, printed
+        return printed
+
+    def executed(self, *arguments: str, by: Callable[..., str] | None = None) -> list[str]:
+        """The notebooks that `sinkstudy run`, or `by`, executes, in alphabetical order."""
         (self.root / "journal.txt").unlink(missing_ok=True)
-        self.call("run", *arguments)
+        by(*arguments) if by else self.call("run", *arguments)
         journal = self.root / "journal.txt"
         return sorted(journal.read_text().split()) if journal.exists() else []
 
@@ -148,7 +160,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
     root = tmp_path_factory.mktemp("checkout")
     for folder in ("sinkstudy", "notebooks"):
         shutil.copytree(REPOSITORY / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(REPOSITORY / "Snakefile", root / "Snakefile")
+    copy_snakemake(root)
     (root / "data").symlink_to(REPOSITORY / "data")
     made = Commands(root, HF_HOME=str(root / "hub"), HF_HUB_OFFLINE="1")
     yield made

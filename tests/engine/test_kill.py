@@ -51,6 +51,16 @@ def test_killed_rerun_keeps_the_earlier_whole(project: Project):
     assert project.executed("--only", "01") == []
 
 
+def test_killed_snakemake_leaves_no_orphan_and_resumes(project: Project):
+    project.write("pause", "600")
+    process = project.start("--cores", "2", module="snakemake")
+    wait_for(lambda: half_way(project.root) and (project.root / "book/runs/lab-llava/02-second.ipynb").is_file())
+    process.kill()  # Snakemake alone
+    process.communicate(timeout=60)  # until the last of those that it started has closed its stderr
+    project.write("pause", "0")
+    assert project.executed(by=project.snakemake) == ["01-first"]
+
+
 def test_failing_cell_is_named_and_the_rest_is_done(project: Project):
     project.notebook("01-first", "1 / 0")
     printed = project.call("run", code=1)
@@ -58,3 +68,18 @@ def test_failing_cell_is_named_and_the_rest_is_done(project: Project):
     assert (project.root / "book/runs/.work/failed/lab-llava--01-first.ipynb").is_file()
     assert not (project.root / "book/runs/lab-llava/01-first.ipynb").exists()
     assert (project.root / "book/runs/lab-llava/02-second.ipynb").is_file()
+
+
+def test_failed_rerun_keeps_the_earlier_and_is_tried_again(project: Project):
+    project.call("run", "--only", "01")
+    before = (project.root / "book/runs/lab-llava/01-first.ipynb").read_bytes()
+    project.write("sinkstudy/beta.py", "TWO = None\n")
+    printed = project.call("run", "--only", "01", code=1)
+    assert [line for line in printed.replace("\r", "\n").splitlines() if line and ": cell " not in line] == [
+        "sinkstudy: 01-first failed on lab-llava in cell 3: TypeError: unsupported operand type(s) for *: 'NoneType' "
+        "and 'int' (see book/runs/.work/failed/lab-llava--01-first.ipynb)"
+    ]
+    assert (project.root / "book/runs/lab-llava/01-first.ipynb").read_bytes() == before
+    assert project.call("run", "--only", "01", code=1).endswith(printed.splitlines()[-1].split("\r")[-1] + "\n")
+    project.write("sinkstudy/beta.py", "TWO = 2\n")
+    assert project.executed("--only", "01") == []  # the earlier one follows from this

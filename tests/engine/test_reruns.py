@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 from tests.engine.conftest import FIRST, PARAMETERS, SECOND, Project
 
@@ -106,18 +107,40 @@ def test_results_of_other_notebooks_are_sources(project: Project):
 
 
 def test_bare_snakemake_and_check_fresh(project: Project):
-    import subprocess
-    import sys
-
-    command = [sys.executable, "-m", "snakemake", "--cores", "1", "--quiet", "all"]
-    environment = os.environ | {"PYTHONPATH": str(project.root)}
-    subprocess.run(command, cwd=project.root, env=environment, check=True)
+    assert project.executed(by=project.snakemake) == ["01-first", "02-second"]
     assert project.executed() == []
     assert "up to date" in project.call("check-fresh")
     project.write("sinkstudy/alpha.py", "def double(x):\n    return x + x\n")
     assert "lab-llava/01-first" in project.call("check-fresh", code=1)
-    subprocess.run(command, cwd=project.root, env=environment, check=True)
+    assert project.executed(by=project.snakemake) == ["01-first"]
     assert "up to date" in project.call("check-fresh")
+
+
+def test_snakemake_says_why(project: Project):
+    nothing = "Nothing to be done"
+    project.notebook("00-all", THIRD, parameters=READS)
+    assert "Missing output files" in project.snakemake("-n")
+    project.snakemake()
+    assert nothing in project.snakemake("-n")
+    project.write("sinkstudy/beta.py", "TWO = 3\n")
+    said = project.snakemake("-n")
+    assert "Params have changed" in said and "package_sha256" in said and "source_sha256" not in said
+    assert "Input files updated by another job" in said  # 00 reads what 01 writes
+    project.snakemake()
+    assert nothing in project.snakemake("-n")
+    project.call("run", "--only", "01", "--limit", "4")
+    assert nothing in project.snakemake("-n", "--configfile", "book/runs/.work/lab-llava.plan.json")
+    assert """'{"limit": 4}'""" in project.snakemake("-n")
+
+
+def test_without_the_records_of_snakemake(project: Project):
+    project.call("run")
+    shutil.rmtree(project.root / ".snakemake")
+    assert project.executed() == []
+    shutil.rmtree(project.root / ".snakemake")
+    project.write("sinkstudy/beta.py", "TWO = 3\n")
+    assert project.executed(by=project.snakemake) == ["01-first"]
+    assert "Nothing to be done" in project.snakemake("-n")
 
 
 def test_outputs_and_notes_of_an_executed_notebook(project: Project):

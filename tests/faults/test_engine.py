@@ -31,7 +31,7 @@ def project(tmp_path: Path):
 
 def leftovers(root: Path) -> list[str]:
     work = root / "book/runs/.work"
-    found = [*root.glob("**/.partial-*"), *work.glob("run-*"), *work.glob("tmp*.json")]
+    found = [*root.glob("**/.partial-*"), *work.glob("run-*")]
     return [str(path) for path in found]
 
 
@@ -184,7 +184,8 @@ OPERATIONS = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from sinkstudy import engine, paths
+from sinkstudy import paths
+from sinkstudy.book import engine
 root, at = Path(sys.argv[2]), int(sys.argv[3])
 count = 0
 def hook(event, arguments):
@@ -242,7 +243,7 @@ import json, os, signal, sys
 from pathlib import Path
 import nbformat, papermill
 from nbformat.v4 import new_output
-from sinkstudy import engine
+from sinkstudy.book import engine
 from sinkstudy.paths import RESULTS, ROOT, RUNS, results_dir
 NAMES = "01-first", "02-second"
 TABLE = ROOT / "data/table.csv"
@@ -254,8 +255,8 @@ def execute(source, copy, given, **_):  # in place of a kernel
     page.cells[-1].outputs = [new_output("stream", name="stdout", text=text)]
     nbformat.write(page, copy)
 
-def one_after_another(run, wanted, plan, outdated, jobs):  # in place of Snakemake, which calls the same in processes
-    for name in outdated:
+def one_after_another(run, plan, jobs):  # in place of Snakemake, which calls the same in processes
+    for name in plan:
         engine.execute(name, run, plan[name])
 
 papermill.execute_notebook, engine._snakemake = execute, one_after_another
