@@ -550,6 +550,6 @@ def draw_examples(
 
 def _outline(ax: Axes, patch: int, columns: int, colour: str) -> None:
     corner = (patch % columns - 0.5, patch // columns - 0.5)
-    edge = Rectangle(corner, 1, 1, fill=False, lw=1.5, edgecolor=colour)
-    edge.set_path_effects([patheffects.Stroke(linewidth=2.8, foreground="white"), patheffects.Normal()])
+    edge = Rectangle(corner, 1, 1, fill=False, lw=2, edgecolor=colour)
+    edge.set_path_effects([patheffects.Stroke(linewidth=3.2, foreground="white"), patheffects.Normal()])
     ax.add_patch(edge)
