@@ -6,20 +6,49 @@ the patches, without CLS and registers, with the patch itself, and scaled to sum
 the patch grid. How much attention a map holds before that is the matter of `capture.attention_received`.
 
 Distances are Euclidean, between centres of patches, in units of a patch.
+
+`measure` gives the shape of every map, `patch_groups` says which patches are compared, and `shapes`, `by_layer` and
+`things_by_head` say what the maps of a group are like.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
+from matplotlib import patheffects
+from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
 from transformers import BatchFeature
 
+from sinkstudy import sinks, stats
 from sinkstudy.model import capture
-from sinkstudy.model.layout import ImageLayout
-from sinkstudy.model.lvlm import LVLM
+from sinkstudy.model.loading import LVLM, ImageLayout
+from sinkstudy.world import drawing
+
+COUNTED = slice(1, None)
+"""The layers that means are taken over: from the second on. It was fixed before the numbers were seen."""
+
+
+class Measure(NamedTuple):
+    """One number of a map: which side of attention, which of its shapes, and in what unit."""
+
+    side: str  # "columns" or "rows"
+    shape: str  # a key of `Relevance.columns`
+    scale: int
+    unit: str
+
+
+MEASURES = {
+    "spread": Measure("columns", "spread", 1, "patches"),
+    "effective": Measure("columns", "effective_patches", 1, "patches"),
+    "within": Measure("columns", "within", 100, "points"),
+    "row_spread": Measure("rows", "spread", 1, "patches"),
+}
+"""What `shapes` measures, by the name that its metrics have."""
 
 
 def distances(places: torch.Tensor) -> torch.Tensor:
@@ -223,3 +252,304 @@ def _each_map(
 
     with capture.attention_rows(lvlm, "vision", cut, rows="all", layers=layers):
         lvlm.see(inputs)
+
+
+# --- groups of patches ---
+
+
+@dataclass(frozen=True)
+class PatchGroups:
+    """Which patches of one model are compared."""
+
+    masks: dict[str, torch.Tensor]  # bool [images, patches]
+    random: dict[str, list[torch.Tensor]]  # beside some of them: groups of as many patches, drawn from those no sinks
+
+
+def patch_groups(
+    norms: torch.Tensor,
+    rule: Callable[[torch.Tensor], torch.Tensor],
+    scenes: drawing.Scenes | None = None,
+    *,
+    draws: int = 8,
+    seed: int = 0,
+) -> PatchGroups:
+    """Sinks and the top 2 % of the norms; in the lab calm patches and things; and what they are held against.
+
+    Args:
+        norms: [images, patches].
+        rule: what a sink is, of `sinks.rule`.
+        scenes: the facts of the pictures, if they are the lab's. A patch is on a thing if more than half of it is.
+        draws: random groups beside each of these.
+        seed: of the first draw.
+
+    Returns:
+        With "others", all patches that are no sinks, and "next in norm", as many as there are sinks.
+    """
+    sink = rule(norms)
+    chosen = {"sinks": sink, "top 2 %": sinks.percentile(norms, 98)}
+    if scenes is not None:
+        chosen |= {"calm": scenes.calm.flatten(1), "things": scenes.thing_share.flatten(1) > 0.5}
+    random = {group: [sinks.random_like(mask, seed + draw, among=~sink) for draw in range(draws)]
+              for group, mask in chosen.items()}
+    return PatchGroups(chosen | {"others": ~sink, "next in norm": sinks.next_in_norm(norms, sink)}, random)
+
+
+def stacked(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """The tables of several models as one, with the column `model` before theirs."""
+    return pd.concat(tables, names=["model"]).reset_index("model").reset_index(drop=True)
+
+
+def contents(groups: PatchGroups, things: torch.Tensor | None = None) -> pd.DataFrame:
+    """How many patches a group has, and how much of them things cover.
+
+    Args:
+        things: [images, patches], 0-1, what things cover of each patch; None where it is not known.
+
+    Returns:
+        `group`, `measure`, `image_id`, `value`: "a picture", a row a picture; "on things, %", a row a patch, or one
+        without value for a group that has none.
+    """
+    parts = []
+    for group in groups.random:
+        mask = groups.masks[group]
+        parts.append((group, "a picture", range(len(mask)), mask.sum(1)))
+        if things is not None:
+            image, covered = mask.nonzero()[:, 0], 100 * things[mask]
+            parts.append((group, "on things, %", *((image, covered) if len(image) else ([0], [float("nan")]))))
+    columns = ["group", "measure", "image_id", "value"]
+    return pd.concat([pd.DataFrame(dict(zip(columns, part, strict=True))) for part in parts], ignore_index=True)
+
+
+# --- the maps of a group ---
+
+
+def group_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean over the patches of a group: [images, layers, heads, patches], bool [images, patches] -> [images, layers,
+    heads]; NaN where a picture has none."""
+    mask = mask[:, None, None]
+    return torch.where(mask, values, 0).sum(-1) / mask.sum(-1)
+
+
+def shapes(found: Relevance, groups: PatchGroups) -> pd.DataFrame:
+    """What the maps of each group are like: mean over its patches, all heads and the layers that count.
+
+    Returns:
+        A row a picture: `measure` (of `MEASURES`), `group`, `against`, `image_id`, `value` in the measure's unit, NaN
+        where a picture lacks such patches. `against` is "" for the group itself; "_minus_uniform", less a uniform map
+        at the same places; "_minus_random", less the mean of the random groups; "_minus_random_over_uniform", the same
+        where each is first taken less its uniform map, so that places do not matter; "_minus_things";
+        "_minus_next_in_norm".
+    """
+    parts = []
+    for measure, (side, shape, scale, _) in MEASURES.items():
+        values, even = scale * getattr(found, side)[shape], scale * found.uniform[shape]
+        for group in groups.masks:
+            for against, value in _against(values, even, groups, group).items():
+                parts.append(pd.DataFrame({"measure": measure, "group": group, "against": against,
+                                           "image_id": range(len(value)), "value": value}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _against(values: torch.Tensor, even: torch.Tensor, groups: PatchGroups, group: str) -> dict[str, np.ndarray]:
+    """A group's value and its differences to controls, float64 [images] each."""
+
+    def overall(values: torch.Tensor, *masks: torch.Tensor) -> torch.Tensor:
+        mean = torch.stack([group_mean(values, mask) for mask in masks]).mean(0)
+        return mean[:, COUNTED].mean((1, 2))
+
+    masks = groups.masks
+    own, own_even = overall(values, masks[group]), overall(even, masks[group])
+    found = {"": own, "_minus_uniform": own.double() - own_even}
+    if random := groups.random.get(group):
+        chance, chance_even = overall(values, *random), overall(even, *random)
+        found["_minus_random"] = own.double() - chance
+        found["_minus_random_over_uniform"] = (own - own_even).double() - (chance - chance_even)
+    if group in ("sinks", "top 2 %") and "things" in masks:
+        found["_minus_things"] = own.double() - overall(values, masks["things"])
+    if group == "sinks":
+        found["_minus_next_in_norm"] = own.double() - overall(values, masks["next in norm"])
+    return {against: value.double().numpy() for against, value in found.items()}
+
+
+def by_layer(found: Relevance, groups: PatchGroups) -> pd.DataFrame:
+    """Spread of the maps ("columns") and of the rows of each group in every layer, mean over its patches and heads.
+
+    Returns:
+        A row a picture: `side`, `group`, `layer` (from 1), `image_id`, `value` in patches. The group "uniform map" is a
+        uniform map at the places of the others.
+    """
+    parts = []
+    for side, values in (("columns", found.columns["spread"]), ("rows", found.rows["spread"])):
+        means = {group: group_mean(values, groups.masks[group]) for group in (*groups.random, "others")}
+        means["uniform map"] = group_mean(found.uniform["spread"], groups.masks["others"])
+        for group, mean in means.items():
+            for layer, value in enumerate(mean.mean(2).double().T, start=1):
+                parts.append(pd.DataFrame({"side": side, "group": group, "layer": layer,
+                                           "image_id": range(len(value)), "value": value}))
+    return pd.concat(parts, ignore_index=True)
+
+
+# --- heads ---
+
+
+def head_specialisation(found: Relevance, groups: PatchGroups, *, seed: int = 0) -> pd.DataFrame:
+    """How far heads differ in the share of a group's maps that lies on things: `specialisation`, in points.
+
+    Maps are pooled over the patches of a group in all pictures, so this is no mean of a number a picture. Intervals
+    are those of `stats.pooled_interval`: they draw pictures, and pool their maps anew in every draw. A group and what
+    it is held against are drawn together. Pictures without such patches are left out.
+
+    Returns:
+        Estimates, a row for each group and `against`: "" for the group itself, "random" for the mean of its random
+        groups, "_minus_random" and "_minus_things" for the differences. `n` is 0 where there are no such patches, or
+        `found` has no `share_on`.
+    """
+    rows = []
+    for group in groups.random:
+        of = _specialisations(found.columns.get("share_on"), groups, group, seed)
+        rows += [{"group": group, "against": against, **interval._asdict()} for against, interval in of.items()]
+    return pd.DataFrame(rows)
+
+
+def _specialisations(
+    values: torch.Tensor | None, groups: PatchGroups, group: str, seed: int
+) -> dict[str, stats.Interval]:
+    if values is None:
+        nothing = stats.Interval(float("nan"), float("nan"), float("nan"), 0)
+        return dict.fromkeys(("", "random", "_minus_random", "_minus_things"), nothing)
+
+    def pooled(mask: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:  # [images, layers, heads], [images]
+        sums, counts = _sums(values, mask)
+        return sums[some, COUNTED].numpy(), counts[some].numpy()
+
+    def of_draws(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:  # [.., images, draws, layers, heads], [.., draws]
+        return specialisation(sums.swapaxes(1, 2), counts.swapaxes(1, 2)).mean(-1)
+
+    def less_draws(sums: np.ndarray, counts: np.ndarray, *random: np.ndarray) -> np.ndarray:
+        return specialisation(sums, counts) - of_draws(*random)
+
+    def less_things(sums: np.ndarray, counts: np.ndarray, *things: np.ndarray) -> np.ndarray:
+        return specialisation(sums, counts) - specialisation(*things)
+
+    some = groups.masks[group].any(1)
+    own, things = pooled(groups.masks[group]), pooled(groups.masks["things"])
+    random = [np.stack(of, 1) for of in zip(*map(pooled, groups.random[group]), strict=True)]
+    return {
+        "": stats.pooled_interval(specialisation, *own, seed=seed),
+        "random": stats.pooled_interval(of_draws, *random, seed=seed),
+        "_minus_random": stats.pooled_interval(less_draws, *own, *random, seed=seed),
+        "_minus_things": stats.pooled_interval(less_things, *own, *things, seed=seed),
+    }
+
+
+def _sums(values: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum of a share over the patches of a group, %, and their number: float64 [images, layers, heads] and [images]."""
+    return 100 * torch.where(mask[:, None, None], values, 0).double().sum(-1), mask.sum(1).double()
+
+
+def things_by_head(found: Relevance, groups: PatchGroups, names: Sequence[str], *, seed: int = 0) -> pd.DataFrame:
+    """Share of the maps of some groups that lies on things, %, pooled over their patches, in each layer and head.
+
+    Returns:
+        Estimates, `group`, `layer` and `head` (both from 1), `value`, `low`, `high`, `n`; no rows if `found` has no
+        `share_on`.
+    """
+    rows = []
+    for group in names if "share_on" in found.columns else []:
+        some = groups.masks[group].any(1)
+        sums, counts = (of[some] for of in _sums(found.columns["share_on"], groups.masks[group]))
+        for layer, head in np.ndindex(*sums.shape[1:]):
+            share = stats.ratio_interval(sums[:, layer, head], counts, seed=seed)
+            rows.append({"group": group, "layer": layer + 1, "head": head + 1, **share._asdict()})
+    return pd.DataFrame(rows, columns=["group", "layer", "head", "value", "low", "high", "n"])
+
+
+# --- maps of a few patches, to be looked at ---
+
+
+class Example(NamedTuple):
+    """The map of one patch in one head."""
+
+    map: torch.Tensor  # [rows, columns] of the patch's tile
+    patch: int  # within the tile
+    head: int  # from 1
+    times: float  # how many times the attention of a uniform map the patch receives from the patches
+
+
+def example_patches(
+    norms: torch.Tensor, scenes: drawing.Scenes | None = None, seed: int = 0
+) -> tuple[int, dict[str, int]]:
+    """A picture and a few of its patches, by what they are, that show what maps look like.
+
+    In the lab the first picture that has them well inside: its first calm patch, an ordinary one at random, and the one
+    that things cover most. Elsewhere, in the first picture, the patches of the highest and of the median norm.
+
+    Args:
+        norms: [images, patches]; of no matter in the lab.
+    """
+    if scenes is None:
+        order = norms[0].argsort().tolist()
+        return 0, {"highest norm": order[-1], "median norm": order[len(order) // 2]}
+    inner = torch.zeros(scenes.calm.shape[1:], dtype=torch.bool)
+    inner[2:-2, 2:-2] = True
+    inner = inner.flatten()
+    calm, things = scenes.calm.flatten(1) & inner, scenes.thing_share.flatten(1) * inner
+    image = int((calm.any(1) & (things > 0.9).any(1)).float().argmax())
+    ordinary = inner & ~calm[image] & (things[image] == 0)
+    return image, {"calm": int(calm[image].nonzero()[0]), "things": int(things[image].argmax()),
+                   "others": int(np.random.default_rng(seed).choice(ordinary.nonzero()[:, 0]))}
+
+
+def examples(lvlm: LVLM, picture: Any, patches: Sequence[int], spread: torch.Tensor) -> list[list[Example]]:
+    """Maps of some patches in the connector's layer, in the heads whose map of the first patch spreads least and most.
+
+    Args:
+        patches: as in `relevance_maps`.
+        spread: [heads, patches], of the maps of this picture in that layer.
+
+    Returns:
+        For each patch, an example of each of the two heads; of one, if there is but one.
+    """
+    layout = lvlm.layout(lvlm.inputs([picture], [""]))[0]
+    tile = layout.grid[0] * layout.grid[1]
+    maps = relevance_maps(lvlm, picture, patches, lvlm.feature_layer)  # [heads, chosen, patches]
+    heads = spread[:, patches[0]].argsort()[[0, -1]].tolist()[: len(maps)]
+    found = []
+    for i, patch in enumerate(patches):
+        own = [maps[head, i].view(layout.tiles, *layout.grid)[patch // tile] for head in heads]
+        found.append([Example(of, patch % tile, head + 1, (of.sum() / tile).item() * (tile + lvlm.n_prefix))
+                      for head, of in zip(heads, own, strict=True)])
+    return found
+
+
+def draw_examples(
+    axes: Sequence[Axes], picture: np.ndarray, examples: Sequence[Sequence[Example]], colours: Sequence[str]
+) -> None:
+    """The picture with its patches outlined, then the maps of each patch, from dark (0) to the map's own maximum.
+
+    Args:
+        axes: one for the picture, then as many for each patch as the model with most heads needs. What is not needed is
+            taken out.
+        picture: [height, width, 3].
+        examples: of `examples`.
+        colours: of the outline of each patch.
+    """
+    rows, columns = examples[0][0].map.shape
+    axes[0].imshow(picture, extent=(-0.5, columns - 0.5, rows - 0.5, -0.5))  # a patch is a square of side 1
+    each = (len(axes) - 1) // len(examples)
+    for i, (of, colour) in enumerate(zip(examples, colours, strict=True)):
+        _outline(axes[0], of[0].patch, columns, colour)
+        for ax, example in zip(axes[1 + i * each :], of, strict=False):
+            ax.imshow((example.map / example.map.max()).numpy(), vmin=0, vmax=1, cmap="viridis")
+            ax.set_title(f"head {example.head}: {example.times:.2g}×", fontsize="small")
+            _outline(ax, example.patch, columns, colour)
+    for ax in axes:
+        ax.set(xticks=[], yticks=[], visible=ax.has_data())
+        ax.spines[:].set_visible(False)
+
+
+def _outline(ax: Axes, patch: int, columns: int, colour: str) -> None:
+    corner = (patch % columns - 0.5, patch // columns - 0.5)
+    edge = Rectangle(corner, 1, 1, fill=False, lw=2, edgecolor=colour)
+    edge.set_path_effects([patheffects.Stroke(linewidth=3.2, foreground="white"), patheffects.Normal()])
+    ax.add_patch(edge)
