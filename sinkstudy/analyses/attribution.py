@@ -7,21 +7,28 @@ f(tokens) - f(baseline) without rest (Sundararajan et al. 2017, 1703.01365; Shap
 ablation do not. All raise a ValueError, with the row, for what is not finite.
 
 `occlusion` is the same question in pixels: areas of the picture are painted over before the vision tower sees it.
+
+The second half compares tokens. `groups` says which belong together, and which others each group is held against;
+`compared`, `whole_groups`, `agreement` and `curves` give observations, a row a measured value, of several models;
+`ratios` and `ratios_between` make estimates of them.
 """
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
+import scipy.stats
 import torch
 from captum.attr import FeatureAblation, InputXGradient, IntegratedGradients, ShapleyValueSampling
-from PIL import Image
+from PIL import Image, ImageFilter
 from transformers import BatchFeature
 from transformers.utils import ModelOutput
 
+from sinkstudy import sinks, stats
 from sinkstudy.model.capture import not_finite
 from sinkstudy.model.layout import ImageLayout
 from sinkstudy.model.lvlm import LVLM
@@ -76,9 +83,9 @@ class AnswerLogProb:
         """log p(answer) of every row, without gradients: float32 [rows], on the CPU.
 
         Args:
-            tokens: [rows, visual tokens, decoder width]; by default the pictures' own.
+            tokens: broadcast to [rows, visual tokens, decoder width]; by default the pictures' own.
         """
-        tokens = self.tokens if tokens is None else tokens
+        tokens = self.tokens if tokens is None else tokens.expand_as(self.tokens)
         return _finite(self, torch.cat([self(tokens[rows], rows) for rows in self._batches(batch_size)]).cpu())
 
     def take(self, rows: Sequence[int]) -> "AnswerLogProb":
@@ -230,6 +237,58 @@ def gradient_x_activation(f: AnswerLogProb, *, batch_size: int = 64) -> torch.Te
     return _finite(f, torch.cat([by_entry.detach().sum(-1) for by_entry in found]).float().cpu())
 
 
+@dataclass(frozen=True)
+class Explained:
+    """Answers with what their tokens account for, by integrated gradients; made by `explain`. A row is a question."""
+
+    f: AnswerLogProb
+    baseline: torch.Tensor  # [rows, visual tokens, decoder width]
+    logp: torch.Tensor  # [rows], log p(answer) of the pictures' own tokens
+    gain: torch.Tensor  # [rows], `logp` less that of the baseline: what is distributed
+    by_token: torch.Tensor  # [rows, visual tokens], in nats with sign
+    delta: torch.Tensor  # [rows], the sum of `by_token` less `gain`
+
+    @property
+    def converged(self) -> np.ndarray:
+        """Whether the attributions of a row add up to its gain, within 2 % of it: bool [rows]."""
+        return (self.delta.abs() <= 0.02 * self.gain.abs()).numpy()
+
+    @property
+    def missed(self) -> float:
+        """What the sums of all rows miss, in % of what they should be, both without sign."""
+        return 100 * self.delta.abs().sum().item() / self.gain.abs().sum().item()
+
+    def take(self, rows: Sequence[int]) -> "Explained":
+        """The same of some rows."""
+        picked = torch.as_tensor(rows)
+        of_rows = {name: getattr(self, name)[picked] for name in ("baseline", "logp", "gain", "by_token", "delta")}
+        return Explained(self.f.take(rows), **of_rows)
+
+    def early(self, share: float = 0.001, batch_size: int = 64) -> float:
+        """How much of the gain is there after a small share of the way from the baseline, in %.
+
+        Both are summed over rows without sign, so that it can be more than 100.
+        """
+        begun = self.f.values(self.baseline + share * (self.f.tokens - self.baseline), batch_size)
+        changed = begun - self.f.values(self.baseline, batch_size)
+        return 100 * (changed.abs().sum() / self.gain.abs().sum()).item()
+
+
+def explain(
+    f: AnswerLogProb, baseline: torch.Tensor | None = None, *, steps: int = 16, batch_size: int = 64
+) -> Explained:
+    """Integrated gradients of all rows.
+
+    Args:
+        baseline: broadcast to [rows, visual tokens, decoder width]; by default the mean over all tokens of all rows.
+        steps, batch_size: as in `integrated_gradients`.
+    """
+    baseline = (f.tokens.mean((0, 1)) if baseline is None else baseline).expand_as(f.tokens)
+    logp = f.values(batch_size=batch_size)
+    by_token, delta = integrated_gradients(f, baseline, steps=steps, batch_size=batch_size)
+    return Explained(f, baseline, logp, logp - f.values(baseline, batch_size), by_token, delta)
+
+
 # ------------------------------------------------------------------------------------------------- by group
 def group_ablation(
     f: AnswerLogProb, baseline: torch.Tensor, groups: torch.Tensor, *, batch_size: int = 64
@@ -354,3 +413,317 @@ def occlusion(
         for area in areas
     ]
     return whole[:, None] - torch.stack(painted, dim=1)
+
+
+# ------------------------------------------------------------------------------------------------- groups of tokens
+@dataclass(frozen=True)
+class Groups:
+    """Groups of visual tokens, and the tokens that each is held against; made by `groups`."""
+
+    members: dict[str, torch.Tensor]  # bool [images, visual tokens]
+    controls: dict[tuple[str, str], torch.Tensor]  # bool [draws, images, visual tokens], by group and control
+    norms: torch.Tensor  # [images, visual tokens], the largest of a token's patches; 0 for a token without patches
+    on_things: torch.Tensor  # bool [images, visual tokens], at least in part; none if it is not known
+
+    def split(self, names: Sequence[str]) -> torch.Tensor:
+        """The first group that each token is in, by its index in `names`: long [images, visual tokens].
+
+        A token of none of them has the index behind the last.
+        """
+        first = torch.full(self.norms.shape, len(names))
+        for index, name in reversed(list(enumerate(names))):
+            first[self.members[name]] = index
+        return first
+
+
+def groups(
+    layouts: Sequence[ImageLayout],
+    norms: torch.Tensor,
+    patches: Mapping[str, torch.Tensor],
+    things: torch.Tensor | None = None,
+    *,
+    draws: int,
+    seed: int = 0,
+) -> Groups:
+    """Groups of patches as groups of visual tokens; a token belongs to a group if any of its patches does.
+
+    Controls have as many tokens of the same picture, all from outside the group: for every group "random" ones; for
+    the sinks also those "next in norm", and random ones of "like place", as many of them on things as of the sinks.
+    Where a picture has too few, all are taken.
+
+    Args:
+        layouts: of the images.
+        norms: [images, patches], in the tower.
+        patches: bool [images, patches] of each group; "sinks" is one.
+        things: bool [images, patches], what lies on things; if it is not known, no token is of like place.
+        draws: how many times random tokens are drawn.
+        seed: of the first draw.
+    """
+    members = {name: _lifted(layouts, masks) for name, masks in patches.items()}
+    real = _lifted(layouts, torch.ones_like(norms))  # all but newline tokens
+    on = torch.zeros_like(real) if things is None else _lifted(layouts, things)
+    of_tokens = torch.stack([layout.lift(of, "max") for layout, of in zip(layouts, norms, strict=True)])
+    of_tokens = of_tokens.nan_to_num(0.0)
+    places = [] if things is None else [on, real & ~on]
+    controls = {
+        ("sinks", "like place"): _drawn(members["sinks"], places, draws, seed),
+        ("sinks", "next in norm"): sinks.next_in_norm(of_tokens, members["sinks"])[None],
+    }
+    controls |= {(name, "random"): _drawn(mask, [real], draws, seed) for name, mask in members.items()}
+    return Groups(members, controls, of_tokens, on)
+
+
+def _lifted(layouts: Sequence[ImageLayout], masks: torch.Tensor) -> torch.Tensor:
+    """Masks of patches [images, patches] as masks of visual tokens [images, visual tokens]."""
+    return torch.stack([layout.lift(mask, "any") for layout, mask in zip(layouts, masks, strict=True)])
+
+
+def _drawn(mask: torch.Tensor, places: Sequence[torch.Tensor], draws: int, seed: int) -> torch.Tensor:
+    """In each place as many random tokens outside a mask as it has inside: bool [draws, images, visual tokens]."""
+    drawn = torch.zeros(draws, *mask.shape, dtype=torch.bool)
+    for place in places:
+        for draw in range(draws):
+            drawn[draw] |= sinks.random_like(mask & place, seed + draw, among=place & ~mask)
+    return drawn
+
+
+def compared(values: Mapping[str, torch.Tensor], groups: Mapping[str, Groups], said: pd.DataFrame) -> pd.DataFrame:
+    """The mean over a group's tokens, beside that over its controls'.
+
+    Args:
+        values: of each model [questions, visual tokens], in the order of its rows of `said`.
+        groups: of each model.
+        said: a row a model and question: `model`, and `image`, the index of its picture.
+
+    Returns:
+        `said` for each group and control, with `group`, `control`, `inside` and `outside` (mean over draws); NaN where
+        a picture has no such tokens.
+    """
+    rows = []
+    for name, of in groups.items():
+        asked = said[said.model == name]
+        image = torch.tensor(asked.image.to_numpy())
+        for (group, control), drawn in of.controls.items():
+            inside = _mean_in(values[name], of.members[group][image])
+            outside = np.mean([_mean_in(values[name], mask[image]) for mask in drawn], axis=0)
+            rows.append(asked.assign(group=group, control=control, inside=inside, outside=outside))
+    return pd.concat(rows, ignore_index=True)
+
+
+def _mean_in(values: torch.Tensor, mask: torch.Tensor) -> np.ndarray:
+    """Mean over marked tokens, [rows, visual tokens] -> [rows]; NaN where there are none."""
+    return ((values * mask).sum(-1) / mask.sum(-1)).numpy()
+
+
+def shares(values: Mapping[str, torch.Tensor], groups: Mapping[str, Groups], said: pd.DataFrame) -> pd.DataFrame:
+    """How much of a question's values lies in a group, in %.
+
+    Args:
+        values, groups, said: as in `compared`, values without sign.
+
+    Returns:
+        `said` for each group, with `group` and `value`; NaN for a group that none of the model's pictures has.
+    """
+    rows = []
+    for name, of in groups.items():
+        asked = said[said.model == name]
+        image = torch.tensor(asked.image.to_numpy())
+        for group, mask in of.members.items():
+            inside = 100 * (values[name] * mask[image]).sum(1) / values[name].sum(1)
+            rows.append(asked.assign(group=group, value=inside.numpy() if mask.any() else np.nan))
+    return pd.concat(rows, ignore_index=True)
+
+
+def ratios(seen: pd.DataFrame, by: Sequence[str], seed: int = 0) -> pd.DataFrame:
+    """Mean inside over mean outside in each cell, with its 95 % bootstrap interval over images.
+
+    Args:
+        seen: of `compared`; rows that lack one of the two are left out.
+        by: columns that name a cell. Cells stand in the order of their first row.
+        seed: of the bootstrap.
+
+    Returns:
+        `by`, `value` (times), `low`, `high`, `n` (images).
+    """
+    rows = [
+        (*cell, *stats.ratio_interval(of.inside, of.outside, clusters=of.image, seed=seed, missing="drop"))
+        for cell, of in seen.groupby(list(by), sort=False)
+    ]
+    return pd.DataFrame(rows, columns=[*by, "value", "low", "high", "n"])
+
+
+def ratios_between(
+    seen: pd.DataFrame, by: Sequence[str], first: str = "global", second: str = "local", seed: int = 0
+) -> pd.DataFrame:
+    """How many times the ratio of `ratios` in questions of one type is that in questions of another.
+
+    Both are taken over the images that have all four means, and these are drawn together.
+
+    Args:
+        seen: of `compared`, with `type`.
+        by, seed: as in `ratios`.
+        first, second: types.
+
+    Returns:
+        As `ratios`; NaN and `n` 0 where no image has both.
+    """
+    wanted = [(side, kind) for kind in (first, second) for side in ("inside", "outside")]
+    rows = []
+    for cell, of in seen.groupby(list(by), sort=False):
+        means = of.groupby(["image", "type"])[["inside", "outside"]].mean().unstack().reindex(columns=wanted).dropna()
+        found = stats.pooled_interval(_ratio_of_ratios, *means.to_numpy().T, seed=seed)
+        rows.append((*cell, *found))
+    return pd.DataFrame(rows, columns=[*by, "value", "low", "high", "n"])
+
+
+def _ratio_of_ratios(*columns: np.ndarray) -> np.ndarray:
+    """From inside and outside of one type and of another, each [draws, images] -> [draws]."""
+    inside, outside, other_inside, other_outside = (column.sum(1) for column in columns)
+    return (inside / outside) / (other_inside / other_outside)
+
+
+def whole_groups(
+    explained: Mapping[str, Explained],
+    groups: Mapping[str, Groups],
+    said: pd.DataFrame,
+    parts: Sequence[str],
+    *,
+    samples: int,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> pd.DataFrame:
+    """What groups are worth to log p(answer) as a whole, in nats: replaced alone, and as Shapley values.
+
+    Args:
+        explained, groups: of each model; rows of `explained` as those of `said`.
+        said: as in `compared`.
+        parts: names of groups. A token is in the first that it fits, and in "rest" if it fits none.
+        samples, seed, batch_size: as in `shapley`.
+
+    Returns:
+        `said` for each group and method ("ablation", "shapley"), with `group`, `method`, `tokens` (how many) and
+        `value`; NaN for a group that none of the model's pictures has.
+    """
+    rows = []
+    for name, of in explained.items():
+        asked = said[said.model == name]
+        member = groups[name].split(parts)[torch.tensor(asked.image.to_numpy())]
+        how = {"batch_size": batch_size}
+        found = {
+            "ablation": group_ablation(of.f, of.baseline, member, **how),
+            "shapley": shapley(of.f, of.baseline, member, samples=samples, seed=seed, **how),
+        }
+        for index, part in enumerate([*parts, "rest"]):
+            tokens = (member == index).sum(1).numpy()
+            for method, worth in found.items():
+                value = worth[:, index].numpy() if tokens.any() else np.nan
+                rows.append(asked.assign(group=part, method=method, tokens=tokens, value=value))
+    return pd.concat(rows, ignore_index=True)
+
+
+# ------------------------------------------------------------------------------------------------- areas of a picture
+def ninths(height: int, width: int) -> torch.Tensor:
+    """Nine areas, a third of the height and width each, row by row from 0: long [height, width]."""
+    return 3 * (torch.arange(height) * 3 // height)[:, None] + torch.arange(width) * 3 // width
+
+
+def ninths_of_tokens(layout: ImageLayout) -> torch.Tensor:
+    """In which of `ninths` each visual token lies, by its last patch: long [visual tokens]; 0 without patches."""
+    return layout.lift(ninths(*layout.grid).flatten().repeat(layout.tiles), "max").nan_to_num(0.0).long()
+
+
+def on_patches(layout: ImageLayout, of_tokens: torch.Tensor) -> torch.Tensor:
+    """Values of visual tokens on the patches of a picture's first tile: [visual tokens] -> [rows, columns].
+
+    A patch shows the first token that reads it.
+    """
+    rows, columns = layout.grid
+    return of_tokens[torch.searchsorted(layout.visual, layout.positions[: rows * columns, 0])].view(rows, columns)
+
+
+def as_image(picture: Any) -> Image.Image:
+    """A picture, as `pictures.opened` takes it, to be looked at."""
+    shown = opened(picture)
+    return shown if isinstance(shown, Image.Image) else Image.fromarray(np.asarray(shown).transpose(1, 2, 0))
+
+
+def blurred(picture: Any) -> Image.Image:
+    """A picture without anything much smaller than a quarter of its height."""
+    shown = as_image(picture)
+    return shown.filter(ImageFilter.GaussianBlur(shown.height / 8))
+
+
+# ------------------------------------------------------------------------------------------------- methods compared
+def agreement(scores: Mapping[str, Mapping[str, torch.Tensor]], said: pd.DataFrame) -> pd.DataFrame:
+    """Spearman's rank correlation of every two methods within a picture.
+
+    Args:
+        scores: of each model and method [questions, tokens or areas], in the order of the model's rows of `said`.
+        said: as in `compared`.
+
+    Returns:
+        `said` for each pair, with `first`, `second` (the earlier in the order of `scores`) and `value`, from -1 to 1.
+    """
+    rows = []
+    for name, of in scores.items():
+        for index, first in enumerate(of):
+            for second in list(of)[:index]:
+                alike = scipy.stats.spearmanrho(of[first].numpy(), of[second].numpy(), axis=1).statistic
+                rows.append(said[said.model == name].assign(first=first, second=second, value=alike))
+    return pd.concat(rows, ignore_index=True)
+
+
+def curves(
+    explained: Mapping[str, Explained],
+    scores: Mapping[str, Mapping[str, torch.Tensor]],
+    said: pd.DataFrame,
+    at: Sequence[float],
+    *,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> pd.DataFrame:
+    """log p(answer) when the tokens of highest score are `replaced` by the baseline, or all tokens but these.
+
+    Args:
+        explained: of each model; rows as those of `said`.
+        scores: of each model and order of tokens, [questions, visual tokens]; a random order joins them.
+        said: as in `compared`.
+        at: shares of the tokens, from 0 to 1; of those between, one token at least.
+        seed: of the random order.
+
+    Returns:
+        `said` for each order, way and share, with `order`, `kept` (bool), `share`, `value` and `random`, the value of
+        the random order.
+    """
+    rows = []
+    for name, of in explained.items():
+        asked, size = said[said.model == name], of.by_token.shape
+        orders = scores[name] | {"random": torch.rand(size, generator=torch.Generator().manual_seed(seed))}
+        counts = [max(1, round(share * size[1])) for share in at[1:-1]]
+        for kept in (False, True):
+            ends = [of.logp - of.gain, of.logp] if kept else [of.logp, of.logp - of.gain]
+            found = {}
+            for order, score in orders.items():
+                between = replaced(of.f, score, of.baseline, counts, keep=kept, batch_size=batch_size)
+                found[order] = torch.cat([ends[0][:, None], between, ends[1][:, None]], dim=1).numpy()
+            for order, curve in found.items():
+                for share, value, random in zip(at, curve.T, found["random"].T, strict=True):
+                    rows.append(asked.assign(order=order, kept=kept, share=share, value=value, random=random))
+    return pd.concat(rows, ignore_index=True)
+
+
+def advantage(seen: pd.DataFrame) -> pd.DataFrame:
+    """How much better than a random order: the mean distance between the curves over all shares, in nats.
+
+    Args:
+        seen: of `curves`, with `question`.
+
+    Returns:
+        A row a question, order and way: `model`, `image`, `question`, `order`, `way` ("deletion", "insertion") and
+        `value`, above 0 where the order finds what matters.
+    """
+    own = seen[seen.order != "random"]
+    apart = (own.value - own.random) * np.where(own.kept, 1, -1)
+    own = own.assign(apart=apart, way=np.where(own.kept, "insertion", "deletion"))
+    by = own.groupby(["model", "image", "question", "order", "way"], sort=False)[["apart", "share"]]
+    return by.apply(lambda of: np.trapezoid(of.apart, of.share)).reset_index(name="value")
