@@ -26,7 +26,8 @@ from transformers import BatchFeature
 
 from sinkstudy import sinks, stats
 from sinkstudy.model import capture
-from sinkstudy.model.loading import LVLM, ImageLayout
+from sinkstudy.model.layout import ImageLayout
+from sinkstudy.model.lvlm import LVLM
 from sinkstudy.world import drawing
 
 COUNTED = slice(1, None)

@@ -26,7 +26,7 @@ from sinkstudy.lab import control, language, training
 from sinkstudy.lab.corpus import Corpus, training_pictures
 from sinkstudy.lab.train import CACHE
 from sinkstudy.model import capture, loading
-from sinkstudy.model.loading import LVLM
+from sinkstudy.model.lvlm import LVLM
 from sinkstudy.trained import loop
 from sinkstudy.world import questions as q
 from sinkstudy.world.drawing import Scenes, render

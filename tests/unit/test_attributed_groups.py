@@ -10,7 +10,7 @@ from PIL import Image
 
 from sinkstudy import sinks
 from sinkstudy.analyses import attribution
-from sinkstudy.model.loading import ImageLayout
+from sinkstudy.model.layout import ImageLayout
 
 
 def layout(patches: int = 16, newline: bool = False) -> ImageLayout:
