@@ -284,6 +284,24 @@ def gates() -> None:
         raise engine.UserError(f"{(~table.holds).sum()} of {len(table)} gates are missed")
 
 
+@lab.command("norms")
+def norms() -> None:
+    """Set norm and content of the calm patches apart, two by two, and train connectors on to other norms.
+
+    Writes `data/controls/{norms,norms-training}.csv`, which a page of the book shows. Takes minutes; a killed training
+    goes on from its last checkpoint.
+    """
+    with_malloc()
+    from sinkstudy.lab import norms as factors
+    from sinkstudy.paths import DATA, atomic
+
+    cells, training = factors.measured()
+    typer.echo(cells.to_string(index=False, float_format="{:.2f}".format))
+    for name, made in (("norms", cells), ("norms-training", training)):
+        with atomic(DATA / "controls" / f"{name}.csv") as target:
+            made.to_csv(target, index=False, float_format="%.6g")
+
+
 @lab.command("diysink")
 def lab_diysink(
     names: Annotated[list[str] | None, typer.Argument(help="Lab models; by default all that have arms.")] = None,

@@ -60,7 +60,7 @@ def write(folder: Path) -> None:
         "verdicts-power": power_table(ledger, judged),
         "verdicts-controls": control_table(ledger),
     }
-    parts |= {"control-gates": control_gates(), "control-answers": control_answers()}
+    parts |= {"control-gates": control_gates(), "control-answers": control_answers(), "control-norms": control_norms()}
     parts |= {f"paper-{table['table']}": paper_part(table, numbers, list(judged.model.unique())) for table in tables}
     for name, text in parts.items():
         with atomic(folder / f"{name}.md") as target:
@@ -89,6 +89,18 @@ def control_answers(folder: Path = DATA / "controls") -> str:
         found = report.shown(stats.Interval(r.by_sinks, r.low, r.high, 0), ".1f").replace(", ", f",{NBSP}")
         changes = (f"{value:.1f}".replace("-", "−") for value in (r.without, r.random))
         rows.append([f"`{r.model}`", r.of, str(r.questions), f"{r.untouched:.1f}", *changes, found])
+    return list_table(rows, "here")
+
+
+def control_norms(folder: Path = DATA / "controls") -> str:
+    """A table of norm and content of the calm patches set apart (`lab.norms`), for questions about the gist."""
+    rows = [["calm patches", "norm", "connector", "attention on them, times others", "right, %", "lost without them"]]
+    holds = {"lab-llava-gist": "hold the gist", "lab-llava": "do not"}
+    cells = pd.read_csv(folder / "norms.csv")
+    for r in cells[cells.about == "gist"].itertuples():
+        attention, lost = (report.shown(stats.Interval(*of, 0), fmt).replace(", ", f",{NBSP}") for of, fmt in (
+            ((r.attention, r.attention_low, r.attention_high), ".2f"), ((r.lost, r.low, r.high), ".1f")))
+        rows.append([f"{holds[r.model]} (`{r.model}`)", r.norm, r.connector, attention, f"{r.right:.1f}", lost])
     return list_table(rows, "here")
 
 

@@ -1,10 +1,10 @@
 """Does the positive control hold what it must? Gates on its tower, fixed before it was trained.
 
 An instrument is gated before it judges anything. The tower with sinks by construction has to hold the gist
-(`world.gist`) in its sinks and nowhere else, local facts as well as the natural tower, and its sinks have to be found by
-their norm and to draw attention. What a token holds is what a linear probe (`probing.Ridge`) reads from it: fitted on
-scenes of the validation split, judged on test scenes, on as many scenes of each class, so that chance is 1 / classes.
-The margin of a fact is (accuracy - chance) / (1 - chance); that of several is their mean.
+(`world.gist`) in its sinks and nowhere else, local facts as well as the natural tower, and its sinks have to be found
+by their norm and to draw attention. What a token holds is what a linear probe (`probing.Ridge`) reads from it: fitted
+on scenes of the validation split, judged on test scenes, on as many scenes of each class, so that chance is 1 /
+classes. The margin of a fact is (accuracy - chance) / (1 - chance); that of several is their mean.
 """
 
 from __future__ import annotations

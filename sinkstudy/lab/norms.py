@@ -1,0 +1,211 @@
+"""Norm and content apart: does a decoder follow how long a token is, or what it says?
+
+Sinks as the paper has them are long and hold the picture as a whole, so nobody can tell which of the two draws
+attention and which is missed. Here both are set apart, two by two, on the calm patches: those of `lab-llava-gist` hold
+the picture as a whole, those of `lab-llava` do not; and at the connector's input either has its direction as it is and
+the norm of sinks, or that of the picture's median patch. A decoder may have learned to expect the norms that it was
+trained with, so each model with changed norms stands there twice: as it is, and with a connector that was trained on to
+the new norms.
+"""
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+from transformers import BatchFeature
+
+from sinkstudy import sinks, stats
+from sinkstudy.answers.evaluate import Intervention, Prefixes
+from sinkstudy.effects import ablation
+from sinkstudy.lab import control, language, training
+from sinkstudy.lab.corpus import Corpus, training_pictures
+from sinkstudy.lab.train import CACHE
+from sinkstudy.model import capture, loading
+from sinkstudy.model.loading import LVLM
+from sinkstudy.trained import loop
+from sinkstudy.world import questions as q
+from sinkstudy.world.drawing import Scenes, render
+
+LONG = 5.1
+"""Norm of a sink of `lab-llava-gist` over the median of its picture (chapter 01)."""
+CELLS = (("lab-llava-gist", "long"), ("lab-llava-gist", "median"), ("lab-llava", "long"), ("lab-llava", "median"))
+"""Models, with and without the picture's gist in the calm patches, and the norm that these have."""
+AS_TRAINED = {"lab-llava-gist": "long", "lab-llava": "median"}
+SCENES = 16_384
+TUNE = loop.Settings(steps=200, batch_size=24, lr=1e-3, weight_decay=0.05)
+TRACED = 64  # pictures whose attention is followed
+
+
+@contextmanager
+def lengthened(lvlm: LVLM, inputs: BatchFeature, masks: Sequence[torch.Tensor], times: float) -> Iterator[None]:
+    """Inside, a group of patches has a given norm at the connector's input; its directions, and all others, stay.
+
+    Args:
+        inputs: of n images.
+        masks: the group of each image, bool [patches].
+        times: the new norm, in medians of the picture's patches outside the group.
+    """
+    layouts = lvlm.layout(inputs)
+
+    def put(tokens: torch.Tensor, layer: int) -> torch.Tensor:
+        tokens = tokens.clone()
+        for layout, mask in zip(layouts, masks, strict=True):
+            places = layout.connector.to(tokens.device)
+            own = tokens[places]  # [patches, width]
+            tokens[places[mask]] = resized(own[None], mask[None].to(own.device), times)[0][mask]
+        return tokens
+
+    with lvlm.editing(before=put):
+        yield
+
+
+def resized(patches: torch.Tensor, mask: torch.Tensor, times: float) -> torch.Tensor:
+    """Patches [n, patches, width]: those of `mask`, bool [n, patches], get `times` the median norm of the others."""
+    norms = patches.float().norm(dim=-1)
+    median = norms.masked_fill(mask, float("nan")).nanmedian(dim=1, keepdim=True).values
+    factor = torch.where(mask, times * median / norms, torch.ones_like(norms))
+    return patches * factor[..., None].to(patches)
+
+
+def intervention(name: str, calm: ablation.Masks, norm: str | None, gone: ablation.Masks | None = None) -> Intervention:
+    """The calm patches of a norm, "long" or "median", or None for that which they have; and a group hidden from all."""
+    parts = [] if gone is None else [ablation.hide("", gone)]
+
+    def around(lvlm: LVLM, inputs: Prefixes) -> Any:
+        stack = ExitStack()
+        if norm is not None:
+            masks = ablation.of_images(calm, inputs)
+            stack.enter_context(lengthened(lvlm, inputs, masks, LONG if norm == "long" else 1.0))
+        for part in parts:
+            stack.enter_context(part.around(lvlm, inputs))
+        return stack
+
+    return Intervention(name, around, {"norm": norm, "calm": ablation.digest(calm)})
+
+
+class _Stage(language.ImageStage):
+    """Questions behind a tower whose calm patches have another norm."""
+
+    def __init__(self, lvlm: LVLM, corpus: Corpus, pictures: np.ndarray, calm: torch.Tensor, norm: str):
+        super().__init__(lvlm.model, corpus, pictures, "questions")
+        self.calm, self.times = calm, LONG if norm == "long" else 1.0
+
+    def loss(self, rows: torch.Tensor, seed: int) -> tuple[torch.Tensor, dict]:
+        self.of_batch = self.calm[rows]
+        return super().loss(rows, seed)
+
+    def visual(self, patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return super().visual(resized(patches, self.of_batch.to(patches.device), self.times))
+
+
+class _Training(nn.Module):
+    def __init__(self, stage: _Stage):
+        super().__init__()
+        self.stage, self.model = stage, stage.model
+
+    def forward(self, rows: torch.Tensor, step: int) -> torch.Tensor:
+        return self.stage.loss(rows, seed=SCENES + step)[0]
+
+
+def retrain(name: str, norm: str) -> tuple[LVLM, pd.DataFrame]:
+    """A lab model whose connector alone was trained on, with questions, to calm patches of another norm; and its curve.
+
+    A killed training goes on from its last checkpoint.
+    """
+    lvlm = loading.load(name)
+    lvlm.model.set_attn_implementation("lab_matmul")
+    calm = render("train", 0, SCENES, pictures=False).calm.flatten(1)
+    stage = _Stage(lvlm, Corpus(SCENES), training_pictures(CACHE, SCENES), calm, norm)
+    lvlm.model.requires_grad_(False)
+    lvlm.connector.requires_grad_(True)
+    log = loop.fit(
+        _Training(stage), range(SCENES), CACHE / f"norms.{name}.{norm}", TUNE,
+        lambda rows, places: {"rows": torch.tensor(rows), "step": places[0] // TUNE.batch_size},
+        optimizers=lambda named: training.optimizers(named, TUNE.lr, TUNE.weight_decay, None))
+    lvlm.model.eval().set_attn_implementation("sdpa")
+    return lvlm, log
+
+
+def asked(scenes: Scenes, seed: int) -> pd.DataFrame:
+    """Questions about the gist and about one place, one of each family that a scene admits; see `control.FAMILIES`."""
+    rng, rows = random.Random(seed), []
+    for i, facts in enumerate(q.facts(scenes)):
+        for about, families in control.FAMILIES.items():
+            found = (q.ask(facts, family, rng) for family in families)
+            rows += [{"image_id": str(i), "question": one.text, "answer": one.answer, "about": about}
+                     for one in found if one]
+    return pd.DataFrame(rows).drop_duplicates(["image_id", "question"]).rename_axis("id").reset_index()
+
+
+def cell(lvlm: LVLM, norm: str | None, scenes: Scenes, *, seed: int = 0, batch_size: int = 32) -> pd.DataFrame:
+    """What a model answers, attends to and loses when its calm patches have a norm.
+
+    Args:
+        norm: "long", "median", or None for the norm that the patches have.
+
+    Returns:
+        A row each for gist and local questions: `about`; `right` (%); `lost` (points, without the calm patches less
+        without as many random ones) with `low` and `high`; `attention`, from the tokens of the answer on a calm patch
+        over that on another, with `attention_low` and `attention_high`; 95 % bootstrap intervals over pictures.
+    """
+    pictures = {str(i): image for i, image in enumerate(scenes.images)}
+    calm = {str(i): mask for i, mask in enumerate(scenes.calm.flatten(1))}
+    chance = {i: sinks.random_like(mask[None], 7919 * seed + int(i))[0] for i, mask in calm.items()}
+    table = asked(scenes, seed)
+    ways = {"as it is": intervention("as it is", calm, norm), "calm": intervention("calm", calm, norm, calm),
+            "random": intervention("random", calm, norm, chance)}
+    said = ablation.scored(lvlm, table, list(ways.values()), images=pictures, max_new_tokens=4, batch_size=batch_size,
+                           cache=None)
+    right = said.pivot(index="id", columns="intervention", values="right").join(table.set_index("id"))
+    rows = []
+    for about, of in right.groupby("about", sort=False):
+        lost = stats.mean_interval((of.calm - of.random).to_numpy(), clusters=of.image_id.to_numpy(), seed=seed)
+        drawn = attention(lvlm, table[table.about == about], pictures, calm, norm, seed=seed, batch_size=batch_size)
+        rows.append({"about": about, "questions": len(of), "right": of["as it is"].mean(), "lost": lost.value,
+                     "low": lost.low, "high": lost.high, "attention": drawn.value, "attention_low": drawn.low,
+                     "attention_high": drawn.high})
+    return pd.DataFrame(rows)
+
+
+def attention(lvlm: LVLM, table: pd.DataFrame, pictures: Mapping[str, torch.Tensor], calm: ablation.Masks,
+              norm: str | None, *, seed: int, batch_size: int) -> stats.Interval:
+    """Attention of the answer's tokens on a calm patch over that on another, mean over heads and layers."""
+    table = table[table.image_id.astype(int) < TRACED].drop_duplicates("image_id")
+    numerator, denominator = [], []
+    for start in range(0, len(table), batch_size):
+        of = table.iloc[start : start + batch_size]
+        masks = [calm[i] for i in of.image_id]
+        images = [pictures[i] for i in of.image_id]
+        inputs = lvlm.inputs(images, list(of.question))
+        with ExitStack() as stack:
+            if norm is not None:
+                stack.enter_context(lengthened(lvlm, inputs, masks, LONG if norm == "long" else 1.0))
+            seen = capture.trace(lvlm, images, list(of.question), 4, len(of))
+        for attention, mask in zip(seen.output_attention.mean((1, 2)), masks, strict=True):  # [patches]
+            numerator.append(attention[mask].mean().item())
+            denominator.append(attention[~mask].mean().item())
+    return stats.ratio_interval(numerator, denominator, seed=seed)
+
+
+def measured(n: int = control.USED) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """All cells, and the curves of the connectors that were trained on.
+
+    Returns:
+        The rows of `cell` with `model`, `norm` ("long" or "median") and `connector` ("as it is" or "trained on"); and
+        those of `loop.fit` with `model` and `norm`.
+    """
+    scenes, cells, logs = render("test", 0, n), [], []
+    for model, norm in CELLS:
+        changed = norm != AS_TRAINED[model]
+        found = cell(loading.load(model), norm if changed else None, scenes)
+        cells.append(found.assign(model=model, norm=norm, connector="as it is"))
+        if changed:
+            lvlm, log = retrain(model, norm)
+            cells.append(cell(lvlm, norm, scenes).assign(model=model, norm=norm, connector="trained on"))
+            logs.append(log.assign(model=model, norm=norm))
+    return pd.concat(cells, ignore_index=True), pd.concat(logs, ignore_index=True)
