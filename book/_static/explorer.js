@@ -1,4 +1,4 @@
-// The explorer of chapter 12: the maps of a run's models, patch by patch.
+// The explorer of chapter 13: the maps of a run's models, patch by patch.
 //
 // `window.sinkstudyExplorer` holds the data; results/<run>/13-explorer/explorer.js, which the chapter writes, sets it.
 // Everything is drawn from one `state`: a choice changes the state and calls `draw`. No library, no request.
@@ -148,7 +148,7 @@
   function explorer(root, data) {
     const cache = new Map();
     const state = {
-      model: 0, picture: 0, question: 0, quantity: "tower_norm", range: "log", rule: 0, calm: true, things: true,
+      model: data.opens, picture: 0, question: 0, quantity: "tower_norm", range: "log", rule: 0, calm: true, things: true,
       tower: data.models[0].feature_layer, decoder: data.models[0].decoder_layers, patch: 0,
     };
     const picture = () => data.pictures[state.picture];

@@ -162,7 +162,7 @@ def evaluate(
     table = table.reset_index(drop=True)  # which may repeat, where tables were put together
     shown = dict(zip(table.image_id, table["image"], strict=True)) if images is None else images
     options = _options(table, candidates)
-    tokens = {several: _first_tokens(lvlm, several) for several in dict.fromkeys(options)}
+    tokens = {several: first_tokens(lvlm, several) for several in dict.fromkeys(options)}
     first = table.image_id.iloc[0]
     if reason := _not_shared(lvlm, opened(shown[first], repr(first))):
         warnings.warn(f"{lvlm.name}: {reason}, so questions share no prefix", stacklevel=2)
@@ -556,8 +556,12 @@ def _options(table: pd.DataFrame, candidates: Any) -> list[tuple[str, ...]]:
     return [tuple(chr(ord("A") + i) for i in range(len(choices))) for choices in table["choices"]]
 
 
-def _first_tokens(lvlm: LVLM, options: Sequence[str]) -> dict[str, list[int]]:
-    """Tokens with which each option can begin, in its spellings, without those that say nothing about which it is."""
+def first_tokens(lvlm: LVLM, options: Sequence[str]) -> dict[str, list[int]]:
+    """Tokens with which each option can begin, in its spellings, without those that say nothing about which it is.
+
+    Raises:
+        ValueError: no first token tells an option from the others.
+    """
     tokenizer = lvlm.processor.tokenizer
     begins: dict[str, set[int]] = {}
     for option in options:

@@ -117,6 +117,14 @@ def patch_grid(lvlm: LVLM, picture: Any) -> tuple[int, int, int]:
     return layout.tiles, *layout.grid
 
 
+def same_patches(lvlm: LVLM, other: LVLM, pictures: Sequence[Any]) -> bool:
+    """Do two models cut every picture into the same patches? Pictures of a folder may differ in size."""
+    try:
+        return all(patch_grid(lvlm, picture) == patch_grid(other, picture) for picture in pictures)
+    except ValueError:  # a model that takes pictures of one size only
+        return False
+
+
 def benchmark(name: str, data_dir: str, hub: bool, limit: int) -> tuple[pd.DataFrame, dict[str, Any]] | None:
     """A benchmark's questions and pictures: public ones from files or the hub, otherwise the lab's.
 
