@@ -17,7 +17,8 @@ from sinkstudy.analyses import attribution
 from sinkstudy.answers.evaluate import first_tokens
 from sinkstudy.effects import ablation
 from sinkstudy.model import capture
-from sinkstudy.model.loading import LVLM, ImageLayout
+from sinkstudy.model.layout import ImageLayout
+from sinkstudy.model.lvlm import LVLM
 from sinkstudy.world import drawing
 from sinkstudy.world import questions as lab
 
