@@ -282,7 +282,8 @@ def _at_input(
     for i, mean in enumerate(groups.means, n_singles + 1 + n_singles * rest):
         found["mean", mean] = _of_whole(tokens[:, i, None], asked)
     found |= {("token", name): of for name, of in _ceilings(seen, ("tower", layer), n_singles, asked)}
-    return _table(found, {what: [what] for what in asked.true if what != "cell"} | asked.kinds, groups.draws)
+    single = {what: [what] for what in asked.true if what != "cell"}
+    return _table(found, single | asked.kinds, groups.draws, len(tokens) - n)
 
 
 def _layers(seen: probing.States, patch: torch.Tensor, asked: Asked, groups: Groups) -> pd.DataFrame:
@@ -293,7 +294,7 @@ def _layers(seen: probing.States, patch: torch.Tensor, asked: Asked, groups: Gro
                  for i, single in enumerate(groups.singles)}
         found |= {("token", name): of for name, of in _ceilings(seen, stage, len(groups.singles), asked)}
         side, layer = stage
-        table = _table(found, asked.in_layers(), groups.draws).drop(columns="reading")
+        table = _table(found, asked.in_layers(), groups.draws, len(tokens) - asked.n_fit).drop(columns="reading")
         parts.append(table.assign(place=place, side=side, layer=layer + 1))
     return pd.concat(parts, ignore_index=True)
 
@@ -315,8 +316,10 @@ def _ceilings(
         yield "registers", _of_whole(prefix[:, 1:].mean(1, keepdim=True), asked)
 
 
-def _table(found: Mapping[tuple, Mapping[str, np.ndarray]], kinds: Mapping[str, list[str]], draws: int) -> pd.DataFrame:
-    """Observations: {(reading, group or (group, draw)): {what: [pictures], 0–1}} -> a row a picture, in %."""
+def _table(
+    found: Mapping[tuple, Mapping[str, np.ndarray]], kinds: Mapping[str, list[str]], draws: int, n: int
+) -> pd.DataFrame:
+    """Observations: {(reading, group or (group, draw)): {what: [n pictures], 0–1}} -> a row a picture, in %."""
     parts = []
     for (reading, group), of in found.items():
         if isinstance(group, tuple):
@@ -324,8 +327,8 @@ def _table(found: Mapping[tuple, Mapping[str, np.ndarray]], kinds: Mapping[str, 
         for what, attributes in kinds.items():
             if not all(attribute in of for attribute in attributes):
                 continue
-            value = _percent(of, attributes)
-            controls = [_percent(found[reading, (group, draw)], attributes) for draw in range(draws)
+            value = _percent(of, attributes, n)
+            controls = [_percent(found[reading, (group, draw)], attributes, n) for draw in range(draws)
                         if (reading, (group, draw)) in found]
             random = np.mean(controls, axis=0) if controls else np.full(len(value), np.nan)
             parts.append(pd.DataFrame({"reading": reading, "group": group, "what": what, "image_id": range(len(value)),
@@ -333,7 +336,6 @@ def _table(found: Mapping[tuple, Mapping[str, np.ndarray]], kinds: Mapping[str, 
     return pd.concat(parts, ignore_index=True)
 
 
-def _percent(of: Mapping[str, np.ndarray], attributes: Sequence[str]) -> np.ndarray:
+def _percent(of: Mapping[str, np.ndarray], attributes: Sequence[str], n: int) -> np.ndarray:
     """Mean over attributes in %, [pictures]; NaN if there are none, since the facts are not known."""
-    some = next(iter(of.values()))
-    return 100 * np.mean([of[what] for what in attributes], axis=0) if attributes else np.full(len(some), np.nan)
+    return 100 * np.mean([of[what] for what in attributes], axis=0) if attributes else np.full(n, np.nan)

@@ -39,8 +39,8 @@ def true_words(scenes: drawing.Scenes | None) -> list[set[str]]:
 class Spoken:
     """The words that visual tokens of one model become; `reading` is one of `READINGS`."""
 
-    # observations as of `content`, % of tokens whose word is true; with `reading`, `layer` (of the lens, from
-    # 1), `chance`, the % whose word is true of another picture, and `over_chance`
+    # observations as of `content`, % of tokens whose word is true; with `reading`, `layer` (of the lens, from 1),
+    # `chance`, the % whose word is true of another picture, and `over_chance`
     hits: pd.DataFrame
     bits: pd.DataFrame  # estimates: `reading`, `group`, and the entropy of its words minus that of random tokens
     words: pd.DataFrame  # `reading`, `group` or "random for ..", `word`, `class`, `share` (%)
@@ -96,7 +96,8 @@ def _hits(
     truth: Sequence[set[str]],
 ) -> pd.DataFrame:
     """Of one group, masks [1 or draws, visual tokens] of each picture; words by their place in the lexicon."""
-    true = torch.tensor([[word in words for word in lexicon] for words in truth]).reshape(len(truth), -1).float()
+    true = torch.tensor([[word in words for word in lexicon] for words in truth]).float()
+    true = true.reshape(len(truth), len(lexicon))
     others = (true.sum(0) - true) / max(1, len(place) - 1)  # share of the other pictures of which a word is true
     parts = []
     for row in range(len(place[0])):

@@ -120,13 +120,14 @@ def test_observations_hold_the_group_its_control_and_the_lead():
              ("token", ("sinks", 0)): {"a": np.array([0.0, 0.0]), "b": np.array([1.0, 1.0])},
              ("token", ("sinks", 1)): {"a": np.array([1.0, 0.0]), "b": np.array([1.0, 0.0])},
              ("token", "all"): {"a": np.array([1.0, 1.0])}}
-    table = content._table(found, {"a": ["a"], "both": ["a", "b"], "unknown": []}, 2).set_index(["group", "what"])
+    table = content._table(found, {"a": ["a"], "both": ["a", "b"], "unknown": []}, 2, 2).set_index(["group", "what"])
     both = table.loc[("sinks", "both")]
     np.testing.assert_array_equal(both.value, [100, np.nan])
     np.testing.assert_array_equal(both.random, [75, 25])
     np.testing.assert_array_equal(both.lead, [25, np.nan])
     assert table.loc[("all", "a")].random.isna().all() and ("all", "both") not in table.index
     assert table.loc[("sinks", "unknown")].value.isna().all()
+    assert len(content._table({("mean", "sinks"): {}}, {"unknown": []}, 1, 5)) == 5
 
 
 def test_words_hit_where_they_are_true_and_by_chance_where_others_are():
