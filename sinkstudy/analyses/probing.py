@@ -5,7 +5,7 @@ picture or its patch. It is fitted on some pictures and judged on others. It sho
 linear map, not what the model reads there.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,9 @@ from sinkstudy.model.lvlm import LVLM
 
 PENALTIES = tuple(10.0**k for k in range(-4, 3))
 """Ridge penalties to choose from, each times the number of rows."""
+
+LEAST = 50
+"""A group of tokens that fewer pictures have is not probed."""
 
 
 class Ridge:
@@ -91,6 +94,63 @@ def explained_variance(truth: torch.Tensor, predicted: torch.Tensor) -> np.ndarr
         return np.full(len(truth), np.nan)
     unexplained = sse.sum() / sst.sum()
     return 1 - unexplained - (sse - unexplained * sst) / sst.mean()
+
+
+def right(
+    tokens: torch.Tensor, labels: Mapping[str, torch.Tensor], n_fit: int, n: int | None = None
+) -> dict[str, np.ndarray]:
+    """How often a probe on some pictures reads each label rightly from the tokens of the others.
+
+    Args:
+        tokens: [pictures, tokens, width]; a token of NaN is not there.
+        labels: for each what is read, long [pictures, tokens].
+        n_fit: the pictures behind so many, the first, are those to judge on.
+        n: so many pictures, the first, are fitted on; all `n_fit` by default.
+
+    Returns:
+        For each label the share of its tokens that are read rightly, 0–1, float [pictures to judge on]; NaN for a
+        picture without token, and for all where fewer than `LEAST` pictures have one to fit on.
+    """
+    n = n_fit if n is None else n
+    probe = _fitted(tokens, n_fit, n) if labels else None
+    if probe is None:
+        return {what: np.full(len(tokens) - n_fit, np.nan) for what in labels}
+    ridge, there = probe
+    found = {}
+    for what, of in labels.items():
+        said = ridge.classify(of[:n][there[:n]], tokens[n_fit:][there[n_fit:]])
+        hit = torch.full(there[n_fit:].shape, float("nan"), dtype=torch.float64)
+        hit[there[n_fit:]] = (said == of[n_fit:][there[n_fit:]]).double()
+        found[what] = hit.nanmean(1).numpy()
+    return found
+
+
+def explained(tokens: torch.Tensor, targets: torch.Tensor, n_fit: int) -> np.ndarray:
+    """Explained variance of numbers read by a probe on the first pictures: as `right`, 0–1 in the mean.
+
+    Args:
+        tokens, n_fit: as in `right`.
+        targets: [pictures, tokens, k].
+
+    Returns:
+        What each picture to judge on adds, see `explained_variance`; NaN as in `right`.
+    """
+    found = np.full(len(tokens) - n_fit, np.nan)
+    if probe := _fitted(tokens, n_fit, n_fit):
+        ridge, there = probe
+        truth = targets[n_fit:].double().masked_fill(~there[n_fit:, :, None], float("nan"))
+        said = torch.full(truth.shape, float("nan"), dtype=torch.float64)
+        said[there[n_fit:]] = ridge.predict(targets[:n_fit][there[:n_fit]], tokens[n_fit:][there[n_fit:]])
+        some = there[n_fit:].any(1)
+        found[some] = explained_variance(truth[some], said[some])
+    return found
+
+
+def _fitted(tokens: torch.Tensor, n_fit: int, n: int) -> tuple[Ridge, torch.Tensor] | None:
+    """A probe on the tokens of the first n pictures, and which tokens are there; None where there are too few."""
+    there = tokens.isfinite().all(-1)
+    enough = there[:n].any(1).sum() >= LEAST and there[n_fit:].any()
+    return (Ridge(tokens[:n][there[:n]]), there) if enough else None
 
 
 @dataclass(frozen=True)
