@@ -15,7 +15,8 @@ import torch
 
 from sinkstudy import sinks
 from sinkstudy.analyses import probing
-from sinkstudy.model.loading import LVLM, ImageLayout
+from sinkstudy.model.layout import ImageLayout
+from sinkstudy.model.lvlm import LVLM
 from sinkstudy.world import drawing
 
 # ---- what is known of the pictures

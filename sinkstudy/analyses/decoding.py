@@ -14,7 +14,7 @@ import torch
 
 from sinkstudy.analyses import probing
 from sinkstudy.analyses.content import Groups, Read
-from sinkstudy.model.loading import LVLM
+from sinkstudy.model.lvlm import LVLM
 from sinkstudy.world import drawing, questions
 
 READINGS = ("alone", "behind the first token", "lens")

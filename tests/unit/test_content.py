@@ -9,7 +9,7 @@ import torch
 
 from sinkstudy import sinks
 from sinkstudy.analyses import content, decoding, probing
-from sinkstudy.model.loading import ImageLayout
+from sinkstudy.model.layout import ImageLayout
 from sinkstudy.world import drawing, questions
 
 GRID = (12, 12)
