@@ -24,6 +24,7 @@ import torch
 from torch import nn
 from transformers import BatchFeature
 
+from sinkstudy import benchmarks
 from sinkstudy.answers.evaluate import NONE, Intervention, Prefixes, evaluate
 from sinkstudy.model.capture import not_finite
 from sinkstudy.model.layout import ImageLayout
@@ -345,16 +346,19 @@ def _check_site(site: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- effects
-def scored(lvlm: LVLM, asked: pd.DataFrame, interventions: Sequence[Intervention], **how: Any) -> pd.DataFrame:
+def scored(
+    lvlm: LVLM, asked: pd.DataFrame, interventions: Sequence[Intervention], *, benchmark: str = "", **how: Any
+) -> pd.DataFrame:
     """Is the answer right, and how likely is the right one, under each intervention and without any.
 
     Args:
         asked: as `evaluate` takes it, with `answer`, the right one.
         interventions: beside `NONE`, which is added.
+        benchmark: whose official rule judges answers; without one, the greedy answer has to be `answer`.
         how: further arguments of `evaluate`, but candidates.
 
     Returns:
-        The rows of `evaluate` with `right`, in %: 100 where the greedy answer is `answer`, 0 elsewhere; and `logp`, in
+        The rows of `evaluate` with `right`, in %: 100 where the greedy answer is right, 0 elsewhere; and `logp`, in
         nats: the log-probability that the answer begins with the first token of `answer`, in any of its spellings.
 
     Raises:
@@ -366,7 +370,10 @@ def scored(lvlm: LVLM, asked: pd.DataFrame, interventions: Sequence[Intervention
     said = evaluate(lvlm, asked, [NONE, *interventions], candidates=candidates, **how)
     logp = [row[f"logp_{row['answer']}"] for row in said.to_dict("records")]
     said = said[[c for c in said if not c.startswith("logp_") and c != "first"]]
-    return said.assign(right=100.0 * (said.prediction == said.answer), logp=logp)
+    right = said.prediction == said.answer
+    if benchmark:
+        right = pd.concat([benchmarks.right(of, benchmark) for _, of in said.groupby("intervention")])
+    return said.assign(right=100.0 * right, logp=logp)
 
 
 def effects(said: pd.DataFrame, measures: Sequence[str] = ("right", "logp")) -> pd.DataFrame:
