@@ -25,7 +25,7 @@ from sinkstudy.answers import study
 from sinkstudy.answers.evaluate import Intervention, evaluate
 from sinkstudy.effects import ablation
 from sinkstudy.effects.ablation import Masks, Tokens
-from sinkstudy.model.loading import LVLM
+from sinkstudy.model.lvlm import LVLM
 from sinkstudy.world import drawing
 
 NAMES = ("sinks", "top 2 %", "calm", "things")
