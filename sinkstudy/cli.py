@@ -279,7 +279,7 @@ def gates() -> None:
     import pandas as pd
 
     from sinkstudy.lab import control as of_tower
-    from sinkstudy.paths import atomic
+    from sinkstudy.paths import DATA, atomic
 
     used, answers = of_tower.uses()
     table = pd.concat([of_tower.measured(), used], ignore_index=True)
@@ -287,7 +287,7 @@ def gates() -> None:
     typer.echo("\nright answers, %, and changes without sinks (calm patches) or as many random tokens, points:")
     typer.echo(answers.set_index("model").to_string(float_format="{:.1f}".format))
     for name, made in (("gates", table), ("answers", answers)):
-        with atomic(of_tower.CONTROL.parent / f"{name}.csv") as target:
+        with atomic(DATA / "controls" / f"{name}.csv") as target:
             made.to_csv(target, index=False, float_format="%.6g")
     if not table.holds.all():
         raise engine.UserError(f"{(~table.holds).sum()} of {len(table)} gates are missed")
