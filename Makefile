@@ -26,13 +26,15 @@ bench: $(STAMP)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
 
 check-fresh: $(STAMP)
 	$(BIN)/sinkstudy check-fresh
 
 # Keeps .venv, weights, committed results, and executed runs of models other than the lab's.
 clean:
-	rm -rf _build book/runs/lab-llava book/runs/.work .pytest_cache .ruff_cache sinkstudy.egg-info
+	rm -rf _build book/runs/lab-llava book/runs/.work .pytest_cache .ruff_cache .mypy_cache .import_linter_cache sinkstudy.egg-info
 	find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 setup: $(STAMP)

@@ -237,7 +237,7 @@ def seeds_interval(
     per_seed = [_per_image([column + lacking], clusters, strata, "drop") for column in values.T]
     (_, sizes, stratum), seeds = per_seed[0], values.shape[1]
     if not len(sizes):
-        return Interval(*[float("nan")] * 3, 0), float("nan")
+        return Interval(float("nan"), float("nan"), float("nan"), 0), float("nan")
     means = [_ratio(sums, sizes) for (sums,), _, _ in per_seed]  # of each seed
     value = float(np.mean(means))
     if seeds == 1:

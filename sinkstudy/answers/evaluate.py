@@ -17,7 +17,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -289,7 +289,7 @@ def _answer(
     interventions: Sequence[Intervention],
     max_new_tokens: int,
     batch_size: int,
-) -> Iterator[Said]:
+) -> Generator[Said]:
     """Answer rows {image: rows} under each intervention."""
     if not interventions:
         return
@@ -400,7 +400,7 @@ def _split(
     length = lengths.pop()
     at = (first["attention_mask"].argmax(1)[:, None] + torch.arange(length, device=lvlm.device))  # behind the padding
     tokenwise = {k: v.gather(1, at) for k, v in first.items() if v.shape == first["input_ids"].shape}
-    return Prefixes({**first, **tokenwise}, wanted), rest
+    return Prefixes({**first, **tokenwise}, list(wanted)), rest
 
 
 def _not_shared(lvlm: LVLM, picture: Any) -> str:

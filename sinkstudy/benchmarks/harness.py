@@ -15,6 +15,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -94,7 +95,7 @@ def _samples(table: pd.DataFrame, benchmark: str, prompts: list[str]) -> list[di
     samples = []
     for i, (row, prompt) in enumerate(zip(table.to_dict("records"), prompts, strict=True)):
         one = {"question_id": row["id"], "score": float(score.iloc[i])}
-        metrics = {"official": float(official.iloc[i])}
+        metrics: dict[str, Any] = {"official": float(official.iloc[i])}
         if benchmark == "POPE":
             one |= {"prediction": row["prediction"].lower().strip(), "ground_truth": row["answer"]}
             metrics = dict.fromkeys(_POPE, one)

@@ -106,8 +106,8 @@ def _named(value: Any, feature: Any) -> Any:
     """A value with its labels' names in place of their numbers, also within lists and structs; -1 is no label."""
     if value is None or not isinstance(feature, (dict, list)):
         return value
-    if isinstance(feature, list) and feature:
-        return [_named(item, feature[0]) for item in value]
+    if isinstance(feature, list):
+        return [_named(item, feature[0]) for item in value] if feature else value
     if feature.get("_type") == "ClassLabel":
         names = feature.get("names") or []
         if isinstance(value, int) and not -1 <= value < len(names):

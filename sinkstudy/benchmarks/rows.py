@@ -9,6 +9,7 @@ yes and no.
 """
 
 import ast
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 import pandas as pd
@@ -205,11 +206,11 @@ def counted(left_out: dict[str, list[str]]) -> str:
     return "; ".join(f"{len(of)} with {why} ({some[why]})" for why, of in left_out.items())
 
 
-def _lacks(problem: dict) -> str:
+def _lacks(problem: Mapping[str, Any]) -> str:
     """What a row lacks by an error of its check; empty if it is of another form."""
     if problem["type"] == "lacks":
         return f"no {problem['msg']}"
-    value, *column = problem["input"], *problem["loc"]
+    value, column = problem["input"], list(problem["loc"])
     empty = value is None or value == [] or value != value or isinstance(value, str) and not value.strip()
     if not column or not empty:
         return ""
@@ -222,7 +223,7 @@ def _place(record: dict) -> str:
     return f"row {record['row']} of {record['file']}" + (f" (id {str(ids[0])[:60]!r})" if ids else "")
 
 
-def _said(error: dict) -> str:
+def _said(error: Mapping[str, Any]) -> str:
     what = error["msg"].removeprefix("Value error, ")
     if not error["loc"]:  # of several columns together
         return what

@@ -92,6 +92,7 @@ def mmstar_official(text: str) -> str | None:
         if text.startswith(lead):
             found = text[len(lead):][:1].upper()
             return found if found and found in LETTERS else None
+    return None
 
 
 def letter_strict(text: str, letters: Sequence[str] = LETTERS) -> str | None:

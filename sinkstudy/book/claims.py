@@ -311,8 +311,8 @@ def models(numbers: pd.DataFrame, patterns: Iterable[tuple[str, str]]) -> list[s
         names = names[names.str.startswith(before) & names.str.endswith(after)]
         found |= dict.fromkeys(name[len(before) : len(name) - len(after)] for name in names)
     # "a.minus.b" is no model where "a" is one
-    found = [model for model in found if not any(model.startswith(f"{other}.") for other in found)]
-    return sorted(found, key=lambda model: not (numbers.run.map(_plain) == model).any())
+    named = [model for model in found if not any(model.startswith(f"{other}.") for other in found)]
+    return sorted(named, key=lambda model: not (numbers.run.map(_plain) == model).any())
 
 
 def _plain(run: str) -> str:

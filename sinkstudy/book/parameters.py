@@ -7,7 +7,7 @@ notebook itself (`check(globals())`, so that plain papermill is no way around it
 
 import ast
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -133,7 +133,7 @@ class Declared:
             raise ValueError(_told(error.errors()[0], self.default)) from None
 
 
-def _told(error: dict, default: Any) -> str:
+def _told(error: Mapping[str, Any], default: Any) -> str:
     """What is wrong with a value, in words that follow its parameter's name."""
     value, of = error["input"], error.get("ctx", {})
     shown = repr(value) if len(repr(value)) < 80 else f"{repr(value)[:80]} .."
@@ -172,15 +172,18 @@ def declarations(notebook: str) -> dict[str, Declared]:
         for node in ast.parse("".join(cell["source"])).body:
             if isinstance(node, ast.ImportFrom):
                 continue
-            if not isinstance(node, ast.AnnAssign) or not isinstance(node.annotation, ast.Name) or node.value is None:
-                raise UserError(f"{notebook}: line {node.lineno} of its parameters is no `name: Type = default`")
-            kind = globals().get(node.annotation.id)
+            match node:
+                case ast.AnnAssign(target=ast.Name(name), annotation=ast.Name(of_type), value=ast.expr() as value):
+                    pass
+                case _:
+                    raise UserError(f"{notebook}: line {node.lineno} of its parameters is no `name: Type = default`")
+            kind = globals().get(of_type)
             if kind is None:
-                raise UserError(f"{notebook}: parameter '{node.target.id}' has a type that parameters.py does not know")
+                raise UserError(f"{notebook}: parameter '{name}' has a type that parameters.py does not know")
             try:
-                found[node.target.id] = Declared(kind, ast.literal_eval(node.value))
+                found[name] = Declared(kind, ast.literal_eval(value))
             except ValueError:
-                raise UserError(f"{notebook}: parameter '{node.target.id}' is no plain value") from None
+                raise UserError(f"{notebook}: parameter '{name}' is no plain value") from None
     return found
 
 

@@ -22,7 +22,13 @@ from sinkstudy.model import capture
 from sinkstudy.model.lvlm import LVLM
 
 # of `effect`; chapter 10 has the same, as a test holds, for papermill wants plain values in a notebook
-DEFAULTS = {"criterion": "above_median", "threshold": 3.0, "max_new_tokens": 16, "batch_size": 64, "seed": 0}
+DEFAULTS: dict[str, Any] = {
+    "criterion": "above_median",
+    "threshold": 3.0,
+    "max_new_tokens": 16,
+    "batch_size": 64,
+    "seed": 0,
+}
 LOOKED_AT = 64  # pictures at most by which neurons are found; a quarter of them for the decoder's dimensions
 
 
@@ -60,8 +66,8 @@ class Groups(NamedTuple):
     """Patches of each picture, bool [patches] by the picture's key."""
 
     name: Literal["sinks", "top 2 %"]  # what stands for sinks
-    sinks: dict[Hashable, torch.Tensor]
-    random: dict[Hashable, torch.Tensor]  # as many others
+    sinks: dict[Any, torch.Tensor]
+    random: dict[Any, torch.Tensor]  # as many others
 
 
 def groups(
@@ -107,7 +113,7 @@ def tau(lvlm: LVLM) -> float:
 
 
 def register_neurons(
-    lvlm: LVLM, pictures: Mapping[Hashable, Any], masks: Masks, k: int, batch_size: int
+    lvlm: LVLM, pictures: Mapping[Any, Any], masks: Masks, k: int, batch_size: int
 ) -> dict[int, list[int]]:
     """`neurons.register_neurons` of the first `LOOKED_AT` pictures that have as many patches as the very first."""
     n = len(next(iter(masks.values())))
@@ -123,8 +129,8 @@ class Case:
     """What a method can need."""
 
     lvlm: LVLM
-    pictures: Mapping[str, Any]
-    norms: Mapping[str, torch.Tensor]
+    pictures: Mapping[Any, Any]
+    norms: Mapping[Any, torch.Tensor]
     sinks: Masks
     random: Masks
     batch_size: int

@@ -93,7 +93,7 @@ def moving(
             return None
         hidden = kwargs["inputs_embeds"]  # [batch, tokens, width]
         place = torch.arange(hidden.shape[1]).repeat(len(hidden), 1)  # [batch, tokens], where each token comes from
-        of_visual = []  # the same among the visual tokens of the batch
+        of_visual: list[torch.Tensor] = []  # the same among the visual tokens of the batch
         for layout, mask in zip(layouts, masks, strict=True):
             moved = layout.lift(mask, "any")
             order = (~moved if to == "front" else moved).long().argsort(stable=True)  # [visual tokens]

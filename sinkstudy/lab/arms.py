@@ -25,7 +25,7 @@ from sinkstudy.lab.train import CACHE
 from sinkstudy.model import loading
 from sinkstudy.paths import TRAINED, atomic
 from sinkstudy.trained import loop
-from sinkstudy.trained.connectors import DIYSink, OneConnector, matched_width
+from sinkstudy.trained.connectors import DIYSink, OneConnector, Show, matched_width
 from sinkstudy.trained.conversations import Collate, Sample
 from sinkstudy.trained.gates import Gates, LoRA, n_parameters
 from sinkstudy.trained.routers import ReW, balanced
@@ -108,9 +108,10 @@ class Workshop:
                 method = OneConnector(self.lvlm, seed=seed)
             case "matched":
                 method = OneConnector(self.lvlm, width=matched_width(self.connector), seed=seed)
-            case "two" | "random" | "kept":
-                split, front = "random" if arm == "random" else "sinks", arm != "kept"
-                method = DIYSink(self.lvlm, split=split, front=front, seed=seed)
+            case "two" | "kept":
+                method = DIYSink(self.lvlm, front=arm == "two", seed=seed)
+            case "random":
+                method = DIYSink(self.lvlm, split="random", seed=seed)
             case _:
                 raise ValueError(f"unknown arm {arm!r}: {', '.join(ARMS)}")
         torch.manual_seed(seed)
@@ -144,7 +145,8 @@ class Workshop:
         align, tune = (replace(settings, seed=seed) for settings in (ALIGN, TUNE))
         if isinstance(method, DIYSink):
             half = replace(align, steps=align.steps // 2)
-            for show, connector in (("sinks", method.sink), ("others", self.lvlm.connector)):
+            of: dict[Show, nn.Module] = {"sinks": method.sink, "others": self.lvlm.connector}
+            for show, connector in of.items():
                 method.show = show
                 logs.append(self.fit(method, f"{name}.{show}", "caption", half, [connector]))
             method.show = "both"

@@ -184,9 +184,10 @@ def gates(natural: PreTrainedModel, control: CLIPVisionModelWithSinks, *, fit: i
         `fact`, `margin`, `variance`, with rows of shuffled labels as `token` "sink, shuffled labels".
     """
     scenes = render("val", 0, fit), render("test", 0, judge)
-    facts = tuple(gist.facts(s) for s in scenes)
-    seen = {"natural": [read(natural, s) for s in scenes], "control": [read(control, s) for s in scenes],
-            "local": [read(control, s, hide_sinks=True) for s in scenes]}
+    facts = gist.facts(scenes[0]), gist.facts(scenes[1])
+    towers = {"natural": (natural, False), "control": (control, False), "local": (control, True)}
+    seen = {name: (read(tower, scenes[0], hide_sinks=hide), read(tower, scenes[1], hide_sinks=hide))
+            for name, (tower, hide) in towers.items()}
     wanted = {"natural": ["cls", "last cls", "sink", "ordinary", "empty", "mean"],
               "control": ["cls", "sink", "ordinary", "empty", "mean"], "local": ["mean"]}
     parts = [margins(*seen[of], tokens, facts).assign(tower=of) for of, tokens in wanted.items()]

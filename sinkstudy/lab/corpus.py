@@ -85,6 +85,8 @@ class Corpus:
     `fact` [n, words] sentences about the lab world at large, `gist` [n, facts] the classes of `world.gist`.
     """
 
+    grams: torch.Tensor  # what `ngrams` gives, for those who train a tower
+
     def __init__(self, n: int, seed: int = 0):
         self.codec = Codec()
         scenes = render("train", 0, n, pictures=False)

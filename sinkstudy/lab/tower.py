@@ -220,7 +220,8 @@ class CaptionDecoder(nn.Module):
         x = self.embed(words) + self.place[:length]
         memory = self.memory_norm(patches) + self.patch_place
         for layer in self.layers:
-            x = x + layer["out1"](self._attend(*layer["qkv"](layer["norm1"](x)).chunk(3, -1), mask=causal))
+            q, k, v = layer["qkv"](layer["norm1"](x)).chunk(3, -1)
+            x = x + layer["out1"](self._attend(q, k, v, causal))
             x = x + layer["out2"](self._attend(layer["q"](layer["norm2"](x)), *layer["kv"](memory).chunk(2, -1)))
             x = x + layer["mlp"](x)
         return self.head(x)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -25,20 +26,20 @@ from sinkstudy.world.drawing import PATCH
 
 CACHE = DATA / "cache" / "lab"
 TOWER_OF = {"lab-llava": "plain", "lab-llava-sinks": "sinks", "lab-llava-registers": "registers",
-          "lab-qwen2vl": "qwen2vl", "lab-llava-gist": "gist"}
-TOWER = dict(steps=900, batch=64, lr=2e-3, weight_decay=0.1)
+            "lab-qwen2vl": "qwen2vl", "lab-llava-gist": "gist"}
+TOWER: dict[str, Any] = dict(steps=900, batch=64, lr=2e-3, weight_decay=0.1)
 # The tower with sinks by construction, kept apart from the model that has it: its gates come first (`lab.control`).
-GIST = dict(steps=1400, batch=64, lr=2e-3, muon=3e-3, weight_decay=0.05)
+GIST: dict[str, Any] = dict(steps=1400, batch=64, lr=2e-3, muon=3e-3, weight_decay=0.05)
 TOWERS = DATA / "towers"
 # The decoder learns the language from text, the connector to feed it (captions, decoder frozen), then both learn to
 # answer: LLaVA's stages, for both families.
-TEXT = dict(steps=400, batch=24, lr=3e-3, muon=3e-3, weight_decay=0.05)
-ALIGN = dict(steps=120, batch=32, lr=3e-3, muon=3e-3, weight_decay=0.05)
-INSTRUCT = dict(steps=1300, batch=24, lr=3e-3, muon=3e-3, weight_decay=0.05)
+TEXT: dict[str, Any] = dict(steps=400, batch=24, lr=3e-3, muon=3e-3, weight_decay=0.05)
+ALIGN: dict[str, Any] = dict(steps=120, batch=32, lr=3e-3, muon=3e-3, weight_decay=0.05)
+INSTRUCT: dict[str, Any] = dict(steps=1300, batch=24, lr=3e-3, muon=3e-3, weight_decay=0.05)
 
 # Chapter 02: one thing changed at a time against `base`, all shorter than the shipped towers' training.
 ARM_STEPS = 240
-EMERGENCE_ARMS = {
+EMERGENCE_ARMS: dict[str, dict[str, Any]] = {
     "base": {}, "lr-5e-4": {"lr": 5e-4}, "lr-4e-3": {"lr": 4e-3}, "wd-0": {"weight_decay": 0.0},
     "wd-0.5": {"weight_decay": 0.5}, "muon": {"muon": 2e-3}, "no-cls": {"kind": "no-cls"},
     "image-level-only": {"caption_weight": 0.0},

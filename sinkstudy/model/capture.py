@@ -17,7 +17,7 @@ Layers count from 0. The hidden states of layer l are what it puts out; its atte
 the hidden states of layer l - 1.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
@@ -488,7 +488,7 @@ def _watching(
 
 
 @contextmanager
-def _attached(part: PreTrainedModel, attribute: str, functions: dict[nn.Module, Callable]) -> Iterator[None]:
+def _attached(part: PreTrainedModel, attribute: str, functions: Mapping[nn.Module, Callable]) -> Iterator[None]:
     """Inside, attention modules of a part of the model hold these functions, which `_watched_attention` calls."""
     before = part.config._attn_implementation
     try:

@@ -109,8 +109,8 @@ def headers(source: str, revision: str | None = None) -> dict[str, torch.Tensor]
         promised = _index(index) if index.is_file() else {}
     else:
         known = get_safetensors_metadata(source, revision=revision or None)
-        for file in known.files_metadata.values():
-            found |= {key: (part.dtype, part.shape) for key, part in file.tensors.items()}
+        for header in known.files_metadata.values():
+            found |= {key: (part.dtype, part.shape) for key, part in header.tensors.items()}
         promised = known.weight_map
     if lacking := sorted(promised.keys() - found.keys()):
         raise ValueError(f"its {INDEX} names {_list(lacking)}, which no file has")

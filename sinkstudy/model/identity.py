@@ -116,8 +116,8 @@ class Identity:
                     return f"{value.__module__}.{value.__qualname__}".encode()
                 own = {k: v for k, v in vars(value).items() if not k.startswith("__") or isinstance(v, FunctionType)}
                 return [value.__qualname__, value.__bases__, own]
-        if callable(getattr(type(value), "identity", None)):
-            return [value.identity()]
+        if callable(identity := getattr(type(value), "identity", None)):
+            return [identity(value)]
         if hasattr(value, "__dict__") and type(value).__basicsize__ <= _Python.__basicsize__:
             return [type(value), vars(value)]
         raise Unknown(f"what a {type(value).__module__}.{type(value).__qualname__} holds cannot be told")

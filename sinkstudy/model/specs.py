@@ -6,7 +6,7 @@ A `Spec` says which classes to load, where the parts are, and how patches become
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import PretrainedConfig
 
@@ -41,7 +41,7 @@ class Spec:
     prefix_mask: bool = False  # the whole prompt sees itself, so that image tokens depend on the question
 
 
-_QWEN = dict(
+_QWEN: dict[str, Any] = dict(
     vision="model.visual",
     vision_layers="model.visual.blocks",
     vision_attention="attn",
@@ -49,7 +49,7 @@ _QWEN = dict(
     merge=lambda config: config.vision_config.spatial_merge_size,
     packed=True,
 )
-_IDEFICS = dict(
+_IDEFICS: dict[str, Any] = dict(
     processor_class="Idefics3Processor",  # that of SmolVLM does the same and needs num2words for videos
     vision="model.vision_model",
     vision_layers="model.vision_model.encoder.layers",

@@ -164,7 +164,7 @@ class DIYSink(OneConnector):
     def identity(self) -> dict[str, Any]:
         return super().identity() | {"show": self.show}
 
-    def intervention(
+    def intervention(  # type: ignore[override]
         self, name: str, show: Show = "both", weights: tuple[float, float] | None = None
     ) -> Intervention:
         """The method for `evaluate`, with the same weights (sinks, others) for every question if given."""

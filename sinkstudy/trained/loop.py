@@ -136,7 +136,7 @@ class Method(nn.Module):
         method.read(folder)
         return method
 
-    def read(self, folder: Path) -> None:
+    def read(self, folder: str | Path) -> None:
         """Take the weights of a folder that `save` wrote.
 
         Raises:

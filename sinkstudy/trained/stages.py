@@ -22,12 +22,13 @@ from sinkstudy.model import loading
 from sinkstudy.model.lvlm import LVLM
 from sinkstudy.paths import atomic, check_writable
 from sinkstudy.trained import conversations, loop
-from sinkstudy.trained.connectors import DIYSink, OneConnector, matched_width
+from sinkstudy.trained.connectors import DIYSink, OneConnector, Show, matched_width
 from sinkstudy.trained.gates import Gates, LoRA, n_parameters
 from sinkstudy.trained.loop import Method
 from sinkstudy.trained.routers import ReW
 
-PRETRAIN = {  # the stages before "tune": what the decoder sees, and whose weights are trained
+# the stages before "tune": what the decoder sees, and whose weights are trained
+PRETRAIN: dict[str, dict[str, tuple[Show, str]]] = {
     "two-connectors": {"pretrain-sinks": ("sinks", "sink."), "pretrain-others": ("others", "connector.")},
     "one-connector": {"pretrain": ("both", "connector.")},
 }
@@ -112,7 +113,7 @@ def settings(
             adapters (ours; their paper's is not known).
         epochs: by default 1; 10 for the soft router, 2 for gates and adapters.
     """
-    samples, rate, passes = (256, 1e-3, 1) if stage != "tune" else (128, 2e-5, 1)
+    samples, rate, passes = (256, 1e-3, 1.0) if stage != "tune" else (128, 2e-5, 1.0)
     if method in ALONE:
         samples, rate, passes = (20, 1e-2, 10) if method == "soft-router" else (128, 1e-3, 2)
     if batch_size < 1:
@@ -191,7 +192,7 @@ def prepared(lvlm: LVLM, job: Job, seed: int, before: Mapping[str, Path]) -> tup
         for parameter in method.changed().values():
             parameter.requires_grad_(True)
         return method, None
-    common = {"seed": seed, "decoder": job.stage == "tune" and job.decoder}
+    common: dict[str, Any] = {"seed": seed, "decoder": job.stage == "tune" and job.decoder}
     if "pretrain-sinks" in PRETRAIN[job.method]:
         common |= {"split": "random" if job.method == "random-split" else "sinks", "front": job.method != "in-place"}
         method = DIYSink(lvlm, criterion=job.criterion, threshold=job.threshold, **common)
