@@ -26,7 +26,7 @@ from sinkstudy.book import engine
 RUN = config.get("run", engine.DEFAULT_MODEL)
 PLAN = config.get("notebooks") or {name: {} for name in engine.notebooks()}
 STAMP = f".snakemake/executed/{RUN}/{{notebook}}"
-ALONE = FileLock(engine.WORK / f"{RUN}.lock")
+ALONE = FileLock(engine.WORK / f"{RUN}.plan.lock")
 
 
 def digest(kind):
@@ -43,7 +43,7 @@ if started_by := os.environ.pop("SINKSTUDY_ENGINE", ""):
 
 onstart:
     try:
-        ALONE.acquire(blocking=False)
+        ALONE.acquire(timeout=5)  # what a killed command has started takes two seconds to end
     except Timeout:
         busy = f"another process executes the run {RUN}: wait for it, or give this one another name (--name)"
         sys.exit(f"sinkstudy: {busy}")

@@ -234,45 +234,46 @@ def _execute(notebook: str, run: str, given: dict[str, Any], failed: Path) -> No
     from papermill.exceptions import PapermillExecutionError
     from traitlets.config import Config
 
-    with _alone(f"{run}--{notebook}") as work:
+    values = defaults(notebook) | given
+    if "model" in values:
+        claim(run, values["model"])
+    with _alone(f"{run}--{notebook}") as work, _sockets() as sockets:
         if is_fresh(run, notebook, given):  # see the Snakefile; or an earlier process, thought dead, has done it
             return
-        with _sockets() as sockets:
-            values = defaults(notebook) | given
-            noted = {"run": run, "params": given, "values": values, **fingerprint(notebook, given)}
-            noted |= surroundings() | {key: values.get(key) for key in ("model", "device", "dtype", "seed")}
-            _kernel_environment(work, values)
-            copy = work / f"{notebook}.ipynb"
-            started = time.time()
-            try:
-                papermill.execute_notebook(
-                    NOTEBOOKS / f"{notebook}.ipynb",
-                    copy,
-                    given,
-                    kernel_name="python3",
-                    language="python",
-                    cwd=NOTEBOOKS,
-                    config=Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"}),  # no open ports
-                    progress_bar={"desc": notebook, "bar_format": "{desc}: cell {n_fmt}/{total_fmt} ({elapsed})"},
-                )
-            except PapermillExecutionError as error:
-                failed.parent.mkdir(exist_ok=True)
-                copy.replace(failed)
-                reason = next(iter(error.evalue.strip().splitlines()), "")
-                problem = f"{notebook} failed on {run} in cell {error.cell_index + 1}: {error.ename}: {reason}"
-                problem += f" (see {failed.relative_to(ROOT)})"
-                raise UserError(problem) from None
-            made = work / "results" / slug(values.get("model", run)) / notebook
-            made.mkdir(parents=True, exist_ok=True)
-            _put(made, RESULTS / run / notebook)
-            noted["results_sha256"] = files_sha256(files(RESULTS / run / notebook))
-            noted["started"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started))
-            noted["seconds"] = round(time.time() - started, 1)
-            noted["revision"] = hub_commit(values.get("model", ""), values.get("revision")) or ""
-            page = tidy(nbformat.read(copy, as_version=4))
-            page.metadata["sinkstudy"] = noted
-            with atomic(RUNS / run / f"{notebook}.ipynb") as target:
-                nbformat.write(page, target)
+        noted = {"run": run, "params": given, "values": values, **fingerprint(notebook, given)}
+        noted |= surroundings() | {key: values.get(key) for key in ("model", "device", "dtype", "seed")}
+        _kernel_environment(work, values)
+        copy = work / f"{notebook}.ipynb"
+        started = time.time()
+        try:
+            papermill.execute_notebook(
+                NOTEBOOKS / f"{notebook}.ipynb",
+                copy,
+                given,
+                kernel_name="python3",
+                language="python",
+                cwd=NOTEBOOKS,
+                config=Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"}),  # no open ports
+                progress_bar={"desc": notebook, "bar_format": "{desc}: cell {n_fmt}/{total_fmt} ({elapsed})"},
+            )
+        except PapermillExecutionError as error:
+            failed.parent.mkdir(exist_ok=True)
+            copy.replace(failed)
+            reason = next(iter(error.evalue.strip().splitlines()), "")
+            problem = f"{notebook} failed on {run} in cell {error.cell_index + 1}: {error.ename}: {reason}"
+            problem += f" (see {failed.relative_to(ROOT)})"
+            raise UserError(problem) from None
+        made = work / "results" / slug(values.get("model", run)) / notebook
+        made.mkdir(parents=True, exist_ok=True)
+        _put(made, RESULTS / run / notebook)
+        noted["results_sha256"] = files_sha256(files(RESULTS / run / notebook))
+        noted["started"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started))
+        noted["seconds"] = round(time.time() - started, 1)
+        noted["revision"] = hub_commit(values.get("model", ""), values.get("revision")) or ""
+        page = tidy(nbformat.read(copy, as_version=4))
+        page.metadata["sinkstudy"] = noted
+        with atomic(RUNS / run / f"{notebook}.ipynb") as target:
+            nbformat.write(page, target)
 
 
 @contextmanager

@@ -97,6 +97,14 @@ def test_two_runs_of_one_name(project: Project):
     assert project.executed("--only", "01") == ["01-first"]
 
 
+def test_plain_snakemake_under_the_name_of_another_model(project: Project):
+    project.write("data/models/other/config.json", "{}")
+    process = project.start("--cores", "1", "--config", "run=other", module="snakemake")
+    code, printed = ended(process)
+    assert code == 1 and "the run other holds results of other: give those of lab-llava another name" in printed
+    assert not list(project.root.glob("results/other/*")) + list(project.root.glob("book/runs/other/*"))
+
+
 # ------------------------------------------------------------------------------------------- damaged notebooks
 DAMAGE = {"empty": b"", "cut off": None, "garbage": b"\x00\xff\x00", "a list": b"[]", "no cells": b'{"metadata": {}}',
           "other notes": b'{"cells": [], "metadata": {"sinkstudy": 3}}',
