@@ -143,8 +143,8 @@ def test_chapter_on_pictures_of_a_folder(tmp_path: Path):
     rows = json.loads((tmp_path / "tiny" / "03-propagation" / "metrics.json").read_text())
     metrics = {row["name"].removeprefix("tiny."): row for row in rows}
     assert not [name for name in metrics if "right" in name or "calm" in name or "things" in name]
-    for name in ("attention_ratio.sinks.output_tokens.all", "attention_ratio.random.output_tokens.generic",
-                 "output_attention.ordinary", "attention_on_visual"):
+    assert metrics["attention_ratio.random.output_tokens.generic"]["n"] <= 5  # half of the tokens may be sinks
+    for name in ("attention_ratio.sinks.output_tokens.all", "output_attention.ordinary", "attention_on_visual"):
         assert metrics[name]["n"] == 5 and metrics[name]["low"] <= metrics[name]["value"] <= metrics[name]["high"]
     tokens = sum(metrics[f"norm.{kind}"]["value"] for kind in ("propagated", "stopped"))
     assert tokens == pytest.approx(pd.read_csv(tmp_path / "tiny" / "03-propagation" / "kinds.csv").eval(
