@@ -241,14 +241,15 @@ def random_like(mask: torch.Tensor, seed: int, among: torch.Tensor | None = None
     return (order.argsort(-1).argsort(-1) < mask.sum(-1, keepdim=True)) & allowed
 
 
-def next_in_norm(norms: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def next_in_norm(norms: torch.Tensor, mask: torch.Tensor, among: torch.Tensor | None = None) -> torch.Tensor:
     """As many tokens of each image as are in `mask`: those of the highest norms outside it.
 
-    `norms` float, `mask` and the result bool [.., tokens]. The nearest that there is to a control of equal norm:
-    where sinks stand apart from all others, no token has theirs.
+    `norms` float, `mask`, `among` and the result bool [.., tokens]; `among` narrows what is taken from. The nearest
+    that there is to a control of equal norm: where sinks stand apart from all others, no token has theirs.
     """
-    rank = norms.masked_fill(mask, -1.0).argsort(-1, descending=True).argsort(-1)
-    return (rank < mask.sum(-1, keepdim=True)) & ~mask
+    allowed = ~mask if among is None else among & ~mask
+    rank = norms.masked_fill(~allowed, -1.0).argsort(-1, descending=True).argsort(-1)
+    return (rank < mask.sum(-1, keepdim=True)) & allowed
 
 
 def jaccard(a: torch.Tensor, b: torch.Tensor, empty: float = 1.0) -> torch.Tensor:

@@ -1,1 +1,1 @@
-"""What a token holds, from where it is seen, and what an answer is attributed to."""
+"""What a token holds, from where it is seen, what of it reaches the decoder, and what an answer is attributed to."""

@@ -211,3 +211,7 @@ def test_next_in_norm_are_the_highest_outside():
     norms = torch.tensor([[9.0, 1.0, 5.0, 7.0, 3.0], [1.0, 2.0, 3.0, 4.0, 5.0]])
     mask = torch.tensor([[True, False, False, True, False], [False] * 5])
     assert sinks.next_in_norm(norms, mask).tolist() == [[False, False, True, False, True], [False] * 5]
+    among = torch.tensor([[True, True, False, True, True], [True] * 5])
+    assert sinks.next_in_norm(norms, mask, among)[0].tolist() == [False, True, False, False, True]
+    few = torch.tensor([[True, True, True, False, False], [False] * 5])
+    assert not sinks.next_in_norm(norms, mask, few)[0, 3:].any()  # rather too few than one that is not among them

@@ -1,0 +1,389 @@
+"""From the tower into the language model: which visual tokens it looks at, and what its layers hold of them.
+
+Luo et al. (2510.08510) say that sinks of the vision tower *propagate* into the decoder and that others *emerge* there.
+`groups` names the visual tokens of each picture, `contrast` sets the tokens of a group against the other patches,
+`look_inside` follows one question a picture through the decoder's layers, `decoder_sinks` and `fates` say where a
+token is a sink. Tables are long, a row a measured value; `ratios` makes estimates of them.
+
+A *visual token* is a patch, or several where the connector merges them. Tokens without a patch (newlines) belong to no
+group and are no "other patches" either.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from sinkstudy import sinks, stats
+from sinkstudy.model import capture
+from sinkstudy.model.layout import ImageLayout
+from sinkstudy.model.lvlm import LVLM
+from sinkstudy.world import drawing
+
+GROUPS = ("sinks", "random", "next in norm", "top 2 %", "calm patches")  # those that are set against other patches
+CONTROLS = ("random", "next in norm")  # as many tokens as there are sinks, none of them a sink
+RULES = ("attention", "norm", "dimensions")  # what makes a visual token a sink of the decoder
+FATES = ("propagated", "emerged", "stopped", "ordinary")  # of `sinks.kinds`
+NOTHING = stats.Interval(float("nan"), float("nan"), float("nan"), 0)
+
+
+# --- groups of visual tokens ---
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Which visual tokens of each picture are what."""
+
+    norms: torch.Tensor  # [images, visual tokens], norm in the tower over the picture's median; NaN without a patch
+    masks: dict[str, torch.Tensor]  # bool [images, visual tokens] by group
+    things: torch.Tensor | None  # bool, tokens with a thing on them; None if the pictures are not the lab's
+
+    @property
+    def patches(self) -> torch.Tensor:
+        """Tokens that hold a patch: bool [images, visual tokens]."""
+        return self.norms.isfinite()
+
+    @property
+    def marked(self) -> str:
+        """The group to look at: the sinks, or where no picture has one the top 2 %."""
+        return "sinks" if self.masks["sinks"].any() else "top 2 %"
+
+
+def groups(
+    norms: torch.Tensor,
+    layouts: Sequence[ImageLayout],
+    scenes: drawing.Scenes | None,
+    *,
+    criterion: str,
+    threshold: float,
+    seed: int = 0,
+) -> Groups:
+    """The sinks of the tower, their controls and other groups, as masks of visual tokens.
+
+    Args:
+        norms: [images, patches], at the connector's input.
+        layouts: of these images.
+        scenes: the lab's, which know calm patches and things; used where the model cuts them into the same patches.
+        criterion, threshold: what makes a patch a sink; see `sinks.rule`. A token is one if any of its patches is.
+        seed: of the random tokens.
+
+    Raises:
+        ValueError: as `sinks.rule`.
+    """
+
+    def lifted(values: torch.Tensor, how: str) -> torch.Tensor:
+        return torch.stack([layout.lift(of, how) for layout, of in zip(layouts, values, strict=True)])
+
+    relative = lifted(norms / norms.quantile(0.5, dim=1, keepdim=True), "max")
+    sink, patches = lifted(sinks.rule(criterion, threshold)(norms), "any"), relative.isfinite()
+    masks = {
+        "sinks": sink,
+        "random": sinks.random_like(sink, seed, among=patches),
+        "next in norm": sinks.next_in_norm(relative, sink, among=patches),
+        "top 2 %": lifted(sinks.percentile(norms, 98), "any"),
+        "others": ~sink & patches,
+    }
+    if scenes is None or (layouts[0].tiles, *layouts[0].grid) != (1, drawing.GRID, drawing.GRID):
+        return Groups(relative, masks, None)
+    masks["calm patches"] = lifted(scenes.calm.flatten(1), "any")
+    return Groups(relative, masks, lifted(scenes.thing_share.flatten(1) > 0, "any"))
+
+
+def group_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean over the tokens of a group: [.., tokens] and bool [.., tokens] -> [..]; NaN where it is empty."""
+    return values.where(mask, 0).sum(-1) / mask.sum(-1)
+
+
+def sizes(groups: Groups) -> pd.DataFrame:
+    """How many tokens each of `GROUPS` has in a picture, and their mean norm: `group`, `image`, `tokens`, `norm`."""
+    parts = [pd.DataFrame({"group": group, "image": range(len(mask)), "tokens": mask.sum(1),
+                           "norm": group_mean(groups.norms, mask)})
+             for group, mask in groups.masks.items() if group in GROUPS]
+    return pd.concat(parts, ignore_index=True)
+
+
+# --- a group against the other patches ---
+
+
+def mean_by_image(values: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+    """Mean over the questions of a picture, whose index is `image`: [rows, tokens], long [rows] -> [images, tokens]."""
+    total = torch.zeros(int(image.max()) + 1, values.shape[1]).index_add_(0, image, values)
+    return total / torch.bincount(image)[:, None]
+
+
+def contrast(values: torch.Tensor, groups: Groups, rows: pd.DataFrame, first: int = 1) -> pd.DataFrame:
+    """Mean over the tokens of each of `GROUPS`, and over all other patches of the picture, layer by layer.
+
+    What a control is set against are the other patches that are no sinks, as it has none.
+
+    Args:
+        values: [rows, layers, visual tokens].
+        rows: what the rows are; `image` is the index of the picture.
+        first: the number of the first layer.
+
+    Returns:
+        A row for each group, row and layer: the columns of `rows`, `group`, `layer`, `inside` and `outside` (in the
+        unit of `values`; NaN where the group is empty).
+    """
+    layers, image = values.shape[1], torch.tensor(rows.image.to_numpy())
+    repeated = rows.loc[rows.index.repeat(layers)].assign(layer=np.tile(np.arange(first, first + layers), len(rows)))
+    parts = []
+    for group in GROUPS:
+        if group in groups.masks:
+            mask = groups.masks[group]
+            others = (groups.masks["others"] if group in CONTROLS else groups.patches) & ~mask
+            means = [group_mean(values, of[image, None]).flatten().numpy() for of in (mask, others)]
+            parts.append(repeated.assign(group=group, inside=means[0], outside=means[1]))
+    return pd.concat(parts, ignore_index=True)
+
+
+def ratios(
+    observations: pd.DataFrame, by: Sequence[str], above: str = "inside", below: str = "outside", seed: int = 0
+) -> pd.DataFrame:
+    """Ratio of two means in each cell, with its 95 % bootstrap interval that draws whole images.
+
+    Args:
+        observations: a row a value, with `image`; rows that lack one of the two are left out.
+        by: columns that name a cell.
+        above, below: the columns whose means are divided.
+        seed: of the bootstrap.
+
+    Returns:
+        `by`, `value`, `low`, `high`, `n` (images), as `chapter.estimates`; without a value where `below` is nothing.
+    """
+    rows = []
+    for cell, of in observations.groupby(list(by), sort=False):
+        there, found = of.dropna(subset=[above, below]), NOTHING
+        if there[below].sum() > 0:
+            found = stats.ratio_interval(there[above], there[below], clusters=there.image, seed=seed)
+        rows.append((*cell, *found))
+    return pd.DataFrame(rows, columns=[*by, "value", "low", "high", "n"])
+
+
+def by_head(attention: torch.Tensor, groups: Groups, image: torch.Tensor) -> pd.DataFrame:
+    """How many times the attention of the other patches the marked group draws: `layer`, `head` (from 1) and `ratio`.
+
+    Args:
+        attention: [rows, layers, heads, visual tokens].
+        image: long [rows], the image of each row. Pictures without the group are left out.
+    """
+    mask = groups.masks[groups.marked][image][:, None, None]
+    others = groups.patches[image][:, None, None] & ~mask
+    kept = mask.any(-1)[:, 0, 0]
+    ratio = group_mean(attention, mask)[kept].mean(0) / group_mean(attention, others)[kept].mean(0)  # [layers, heads]
+    layer, head = (of.flatten() + 1 for of in np.indices(ratio.shape))
+    return pd.DataFrame({"layer": layer, "head": head, "ratio": ratio.flatten()})
+
+
+# --- inside the decoder ---
+
+
+@dataclass(frozen=True)
+class Inside:
+    """What `look_inside` saw, on the CPU in float32."""
+
+    received: torch.Tensor  # [images, layers, visual tokens], attention from all later tokens; 1: uniform attention
+    phi: torch.Tensor  # the same shape, in the dimensions that the first token lights; 1: as bright as it
+    to_first: torch.Tensor  # [images, layers, heads], share of the last prompt token's attention on the first token
+    to_visual: torch.Tensor  # the same, on all visual tokens together
+    profiles: dict[str, torch.Tensor]  # [layers, width] by group, mean |RMSNorm(x)|; also that of the "first token"
+
+
+def look_inside(
+    lvlm: LVLM, images: Sequence[Any], questions: Sequence[str], masks: Mapping[str, torch.Tensor], batch_size: int = 16
+) -> Inside:
+    """One prefill a picture: what the decoder's layers hold of groups of visual tokens, and whom they attend to.
+
+    Args:
+        questions: one for each picture.
+        masks: bool [images, visual tokens] by group.
+
+    Raises:
+        ValueError: as `LVLM.visual_positions`.
+    """
+    parts = []
+    for start in range(0, len(images), batch_size):
+        of = slice(start, start + batch_size)
+        own = {group: mask[of] for group, mask in masks.items()}
+        parts.append(_look(lvlm, lvlm.inputs(images[of], questions[of]), own))
+
+    def joined(name: str) -> torch.Tensor:
+        return torch.cat([part[name] for part in parts])
+
+    profiles = {group: sum(part[group] for part in parts) / mask.sum() for group, mask in masks.items()}
+    profiles["first token"] = joined("first").mean(0)
+    return Inside(joined("received"), joined("phi"), joined("to_first"), joined("to_visual"), profiles)
+
+
+@torch.no_grad()
+def _look(lvlm: LVLM, inputs: Any, masks: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """One batch: the fields of `Inside`, `first` [batch, layers, width], and sums of profiles by group."""
+    visual = lvlm.visual_positions(inputs.input_ids).cpu()  # [batch, visual tokens]
+    begin = inputs.attention_mask.argmax(-1).cpu()  # place of the first token, which is BOS where the model has one
+    here = torch.arange(len(begin))
+
+    def of_states(hidden: torch.Tensor, layer: int) -> dict[str, torch.Tensor]:
+        light = sinks.rms_normalised(hidden).abs()
+        tokens = light[here[:, None], visual]  # [batch, visual tokens, width]
+        first = light[here, begin]  # [batch, width]
+        sums = {group: torch.einsum("btw,bt->w", tokens, mask.to(tokens)).cpu() for group, mask in masks.items()}
+        return {"first": first.cpu(), "phi": _relative_phi(tokens, first).cpu(), **sums}
+
+    def of_last(weights: torch.Tensor, layer: int) -> dict[str, torch.Tensor]:  # [batch, heads, 1, keys]
+        weights = weights[:, :, 0].cpu()
+        columns = visual[:, None].expand(-1, weights.shape[1], -1)
+        return {"to_first": weights[here, :, begin], "to_visual": weights.gather(-1, columns).sum(-1)}
+
+    with (
+        capture.hidden_states(lvlm, "decoder", of_states) as states,
+        capture.attention_rows(lvlm, "decoder", of_last) as last,
+        capture.attention_received(lvlm, "decoder") as received,
+    ):
+        lvlm.model(**inputs, logits_to_keep=1)
+    alpha = torch.stack([calls[0].mean(1).cpu() for calls in received.values()], 1)  # [batch, layers, keys]
+    alpha = alpha.gather(-1, visual[:, None].expand(-1, alpha.shape[1], -1))
+    uniform = torch.stack([sinks.causal_uniform(n)[places - b] for n, places, b in
+                           zip(inputs.attention_mask.sum(-1).tolist(), visual, begin, strict=True)])
+    return {"received": alpha / uniform[:, None], **_by_layer(states, masks), **_by_layer(last)}
+
+
+def _relative_phi(tokens: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+    """phi of tokens over that of the first token, in the dimensions that it lights; 0 if it lights none.
+
+    |RMSNorm(x)|, [batch, tokens, width] and [batch, width] -> [batch, tokens]. The first token sees itself only: it is
+    the same in every picture.
+    """
+    dimensions = sinks.sink_dimensions(first[0].cpu())
+    if not dimensions:
+        return torch.zeros(tokens.shape[:2])
+    return tokens[..., dimensions].amax(-1) / first[:, dimensions].amax(-1, keepdim=True)
+
+
+def _by_layer(calls: Mapping[int, list], sums: Iterable[str] = ()) -> dict[str, torch.Tensor]:
+    """Layers side by side: [batch, layers, ..], or [layers, ..] of what has no batch."""
+    of_layers = [of[0] for of in calls.values()]
+    return {name: torch.stack([of[name] for of in of_layers], 0 if name in sums else 1) for name in of_layers[0]}
+
+
+# --- lit dimensions ---
+
+
+def lit_dimensions(profiles: Mapping[str, torch.Tensor]) -> pd.DataFrame:
+    """Which dimensions each group lights after each layer, by `sinks.sink_dimensions`.
+
+    Args:
+        profiles: [layers, width] by group, of `look_inside`.
+
+    Returns:
+        `group`, `layer` (from 1), `largest_over_median` of the profile, `dimensions` (numbers with blanks between).
+    """
+    rows = []
+    for group, of_layers in profiles.items():
+        for layer, profile in enumerate(of_layers, 1):
+            found = sinks.sink_dimensions(profile) if profile.isfinite().all() else []
+            rows.append({"group": group, "layer": layer, "largest_over_median": sinks.max_median_ratio(profile).item(),
+                         "dimensions": " ".join(map(str, sorted(found)))})
+    return pd.DataFrame(rows)
+
+
+def sharpest(profiles: Mapping[str, torch.Tensor], group: str) -> int:
+    """The layer, from 0, in which the largest dimension of a group's profile is most above its median."""
+    return int(sinks.max_median_ratio(profiles[group]).argmax())
+
+
+def lit_by(profiles: Mapping[str, torch.Tensor], group: str, layer: int) -> dict[str, Any]:
+    """What a group lights in a layer that ordinary patches do not: the cells of a row of a table.
+
+    Raises:
+        KeyError: the profiles of the "first token", of "others" or of the group are not there.
+    """
+    of = {name: profiles[name][layer] for name in (group, "others", "first token")}
+    lit = {name: set(sinks.sink_dimensions(profile)) for name, profile in of.items()}
+    own = lit[group] - lit["others"]
+    return {
+        "group": group,
+        "layer": layer + 1,
+        **{f"peak, {'group' if name == group else name}": sinks.max_median_ratio(of[name]).item() for name in of},
+        "lit": len(own),
+        "also by first token": len(own & lit["first token"]),
+        "twice others": int((of[group] >= 2 * of["others"]).sum()),
+    }
+
+
+# --- sinks of the tower and of the decoder ---
+
+
+def decoder_sinks(inside: Inside, norms: torch.Tensor, *, factor: float, threshold: float) -> dict[str, torch.Tensor]:
+    """Which visual tokens are sinks in each decoder layer, by each of `RULES`: bool [images, layers, visual tokens].
+
+    Args:
+        norms: [images, layers, visual tokens], after each decoder layer.
+        factor: "attention": a sink receives more than so many times what uniform causal attention gives its place.
+        threshold: "norm": a sink has at least so many times the median norm of the picture's visual tokens.
+
+    "dimensions": a sink's phi is at least half the first token's. Without dimensions that the first token lights there
+    is no such sink.
+    """
+    return {
+        "attention": sinks.attended(inside.received, 1.0, factor),
+        "norm": sinks.above_median(norms, threshold),
+        "dimensions": inside.phi >= 0.5,
+    }
+
+
+def fates(tower: torch.Tensor, decoder: Mapping[str, torch.Tensor]) -> pd.DataFrame:
+    """How many tokens of a picture are sinks where, and how far the sinks of tower and decoder are the same.
+
+    Args:
+        tower: bool [images, visual tokens].
+        decoder: bool [images, layers, visual tokens] by rule.
+
+    Returns:
+        A row for each rule, layer and image: `rule`, `layer` (from 1), `image`, each of `FATES` (tokens), `in_tower`
+        (tokens) and `jaccard` (NaN where neither has a sink).
+    """
+    parts = []
+    for rule, mask in decoder.items():
+        layer, image = (of.flatten() for of in np.mgrid[1 : mask.shape[1] + 1, : len(mask)])
+        kinds = sinks.kinds(tower[:, None], mask)
+        counts = {kind: kinds[kind].sum(-1).T.flatten().numpy() for kind in FATES}
+        overlap = sinks.jaccard(tower[:, None], mask, empty=float("nan")).T.flatten().numpy()
+        parts.append(pd.DataFrame({"rule": rule, "layer": layer, "image": image, **counts, "jaccard": overlap}))
+    return pd.concat(parts, ignore_index=True).assign(in_tower=lambda of: of.propagated + of.stopped)
+
+
+def attention_by_fate(
+    attention: torch.Tensor, image: torch.Tensor, tower: torch.Tensor, decoder: torch.Tensor
+) -> pd.DataFrame:
+    """Mean attention a token of each of `FATES`, judged anew in every layer.
+
+    Args:
+        attention: [rows, layers, visual tokens].
+        image: long [rows], the image of each row.
+        tower: bool [images, visual tokens].
+        decoder: bool [images, layers, visual tokens].
+
+    Returns:
+        A row for each fate, row and layer: `kind`, `image`, `value` (NaN where the picture has no such token).
+    """
+    kinds = sinks.kinds(tower[:, None].expand_as(decoder), decoder)
+    of_row = image.repeat_interleave(attention.shape[1])
+    parts = [pd.DataFrame({"kind": kind, "image": of_row, "value": group_mean(attention, kinds[kind][image]).flatten()})
+             for kind in FATES]
+    return pd.concat(parts, ignore_index=True)
+
+
+def lies_on(tokens: torch.Tensor, region: torch.Tensor | None) -> pd.DataFrame:
+    """Which tokens lie on a region: a row for each token, `image` and `value` (1 or 0); no rows where none is known.
+
+    Args:
+        tokens: bool [images, tokens], or [images, layers, tokens], where a token counts in each layer that has it.
+        region: bool [images, tokens].
+    """
+    if region is None:
+        return pd.DataFrame({"image": [], "value": []})
+    where = tokens.nonzero()
+    return pd.DataFrame({"image": where[:, 0], "value": region[where[:, 0], where[:, -1]].float()})
