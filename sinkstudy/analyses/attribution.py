@@ -698,7 +698,7 @@ def curves(
     rows = []
     for name, of in explained.items():
         asked, size = said[said.model == name], of.by_token.shape
-        orders = scores[name] | {"random": torch.rand(size, generator=torch.Generator().manual_seed(seed))}
+        orders = {**scores[name], "random": torch.rand(size, generator=torch.Generator().manual_seed(seed))}
         counts = [max(1, round(share * size[1])) for share in at[1:-1]]
         for kept in (False, True):
             ends = [of.logp - of.gain, of.logp] if kept else [of.logp, of.logp - of.gain]

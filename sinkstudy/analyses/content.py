@@ -123,7 +123,10 @@ class Groups:
     @property
     def means(self) -> list[str | tuple[str, int]]:
         """What is averaged in a picture."""
-        return [of for group in self.names for of in (group, *((group, draw) for draw in range(self.draws)))]
+        found: list[str | tuple[str, int]] = []
+        for group in self.names:
+            found += [group, *((group, draw) for draw in range(self.draws))]
+        return found
 
     def masks(self, index: int, layout: ImageLayout, norms: torch.Tensor) -> dict[str, torch.Tensor]:
         """The groups in the picture of this index, bool [patches]; patches that no visual token holds are in none."""

@@ -11,7 +11,7 @@ group and are no "other patches" either.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -74,7 +74,7 @@ def groups(
         ValueError: as `sinks.rule`.
     """
 
-    def lifted(values: torch.Tensor, how: str) -> torch.Tensor:
+    def lifted(values: torch.Tensor, how: Literal["any", "mean", "max"]) -> torch.Tensor:
         return torch.stack([layout.lift(of, how) for layout, of in zip(layouts, values, strict=True)])
 
     relative = lifted(norms / norms.quantile(0.5, dim=1, keepdim=True), "max")

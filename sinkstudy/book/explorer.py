@@ -100,11 +100,12 @@ def without(lvlm: LVLM, picture: Any, asked: pd.DataFrame, groups: Mapping[str, 
         The outcomes of `Seen`, and its `top`.
     """
     holding = layout.lift(torch.ones(len(layout.vision)), "any")  # visual tokens without newlines
-    variants = {(None, 0): torch.zeros_like(holding)}
+    variants: dict[tuple[str | None, int], torch.Tensor] = {(None, 0): torch.zeros_like(holding)}
     for group, mask in groups.items():
         if (tokens := layout.lift(mask, "any")).any():
-            drawn = {(group, d): sinks.random_like(tokens, seed + d, among=holding) for d in range(1, draws + 1)}
-            variants |= {(group, 0): tokens} | drawn
+            variants[group, 0] = tokens
+            for draw in range(1, draws + 1):
+                variants[group, draw] = sinks.random_like(tokens, seed + draw, among=holding)
     rows = [(text, on_patches(tokens, layout)) for tokens in variants.values() for text in asked.question]
     logp = torch.cat([
         answering(lvlm, picture, *zip(*rows[start : start + batch_size], strict=True), means)
@@ -116,7 +117,7 @@ def without(lvlm: LVLM, picture: Any, asked: pd.DataFrame, groups: Mapping[str, 
     p = torch.stack([logp[:, q, of].exp().sum(-1) for q, of in enumerate(ids)], 1)  # [variants, questions]
     p_word, word = logp.exp().max(-1)
     place = {key: v for v, key in enumerate(variants)}
-    outcomes = {}
+    outcomes: dict[str | None, Outcome] = {}
     for (group, draw), v in place.items():
         if draw == 0:
             random = torch.stack([p[place[group, d]] for d in range(1, draws + 1)]) if group else None

@@ -122,7 +122,7 @@ def find(
             chosen |= alike(marked["sinks"], marked["things"], 7919 * seed + i)
         for name, inside in chosen.items():
             masks.setdefault(name, {})[image] = inside[patches.token]
-    return Groups(known, masks)
+    return Groups(known, dict(masks.items()))
 
 
 def _marked(
