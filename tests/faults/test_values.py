@@ -41,7 +41,7 @@ ODD = {  # by the type that a parameter is declared with
     "Files": ["", "no/such/folder", "/no/such", "~/no/such", 3, None],
     "FolderIfAny": ["no/such/folder", "/no/such", "README.md", "~nobody/x", 3, None],
     "PicturesIfAny": ["no/such/folder", "README.md", "data/models", 3, None],
-    "Results": [[], "results/*", [""], [3]],
+    "ResultFiles": [[], "results/*", [""], [3]],
 }
 DECLARED = {nb: parameters.declarations(nb) for nb in engine.notebooks()}
 TYPE = {kind: name for name, kind in vars(parameters).items() if name in ODD}
