@@ -11,7 +11,8 @@
 # after it fails, where old pages have to stay until new ones are whole. It takes an output of which it has no record
 # for up to date, so the stamps lie beside its records and go with them. And it does not look into outputs, so the stamp
 # of a page that is damaged, or whose tables are not those it made, is removed here. A job whose page follows from what
-# is there all the same (what it reads was made again and did not change, say) ends at once.
+# is there all the same (what it reads was made again and did not change, say) ends at once, under --forceall too:
+# delete a page to have it made again.
 #
 # profiles/default turns Snakemake's locks off: they outlive a killed process, and of two runs the first to end removes
 # those of both. The system frees the lock taken here when its process ends, however that happens.
