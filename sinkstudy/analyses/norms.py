@@ -1,0 +1,227 @@
+"""What a rule for sinks picks out of a tower: how many patches, which ones, and whether other tokens attend to them.
+
+`look` follows pictures through a tower, `by_rule` says which patches are sinks by each rule. The other functions set
+these masks against the pictures, against each other and against the attention; they return long tables, a row a
+measured value, with the index of its `image`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import scipy.stats
+import torch
+
+from sinkstudy import sinks, stats
+from sinkstudy.analyses import propagation
+from sinkstudy.model import capture
+from sinkstudy.model.lvlm import LVLM
+from sinkstudy.world import drawing
+
+OWN = "rule of this run"
+RULES = ("absolute", "mean + 3 sd", "top 2 %", "× median", "norm drop", "attention")  # that every run compares
+MEASURES = ("precision", "recall", "jaccard")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a tower made of pictures."""
+
+    norms: torch.Tensor  # [images, layers, patches], L2 norm after each layer
+    received: torch.Tensor  # the same shape, attention received in units of uniform attention, mean over heads
+    layer: int  # index of the layer whose output the connector reads
+
+    @property
+    def top(self) -> torch.Tensor:
+        """Norms at the connector's input: [images, patches]."""
+        return self.norms[:, self.layer]
+
+    @property
+    def relative(self) -> torch.Tensor:
+        """The same in units of the picture's median."""
+        return self.top / self.top.quantile(0.5, dim=1, keepdim=True)
+
+    @property
+    def attention(self) -> torch.Tensor:
+        """Attention received in the layer that makes the connector's input: [images, patches]."""
+        return self.received[:, self.layer]
+
+
+def look(lvlm: LVLM, pictures: Sequence[Any], batch_size: int = 16) -> Seen:
+    """Follow pictures through the tower.
+
+    Raises:
+        ValueError: as `capture.trace_tower`.
+    """
+    norms, received = capture.trace_tower(lvlm, pictures, batch_size)
+    return Seen(norms, received.mean(2), lvlm.feature_layer)
+
+
+def by_rule(seen: Seen, *, criterion: str, threshold: float, tau: float) -> dict[str, torch.Tensor]:
+    """Which patches are sinks at the connector's input, by `OWN` and each of `RULES`: bool [images, patches].
+
+    Args:
+        criterion, threshold: the rule of the run, see `sinks.rule`; `threshold` is also that of "× median".
+        tau: the norm of "absolute".
+
+    Raises:
+        ValueError: as `sinks.rule`.
+    """
+    return {
+        OWN: sinks.rule(criterion, threshold)(seen.top),
+        "absolute": sinks.absolute(seen.top, tau),
+        "mean + 3 sd": sinks.mean_sd(seen.top, 3),
+        "top 2 %": sinks.percentile(seen.top, 98),
+        "× median": sinks.above_median(seen.top, threshold),
+        "norm drop": sinks.norm_drop(seen.top),
+        "attention": sinks.attended(seen.attention, 1.0, 5.0),
+    }
+
+
+def by_layer(seen: Seen) -> pd.DataFrame:
+    """The distribution of the norms after each layer, all pictures together.
+
+    Returns:
+        A row a layer: `layer` (from 1), `connector` (bool: it reads this layer's output), what `sinks.norm_summary`
+        gives, and `max`.
+    """
+    rows = [{"layer": layer + 1, "connector": layer == seen.layer, **sinks.norm_summary(of), "max": of.max().item()}
+            for layer, of in enumerate(seen.norms.unbind(1))]
+    return pd.DataFrame(rows)
+
+
+def counts(masks: Mapping[str, torch.Tensor]) -> pd.DataFrame:
+    """How many sinks each rule finds in a picture: `rule`, `image`, `value`."""
+    parts = [pd.DataFrame({"rule": rule, "image": range(len(mask)), "value": sinks.count_per_image(mask)})
+             for rule, mask in masks.items()]
+    return pd.concat(parts, ignore_index=True)
+
+
+def with_some(counts: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    """Share of the pictures in which a rule finds a sink, 0 to 1, with Wilson's interval.
+
+    Args:
+        counts: of `counts`, a row a picture.
+        by: columns that name a cell.
+
+    Returns:
+        `by`, `value`, `low`, `high`, `n` (images).
+    """
+    rows = [(*cell, *stats.wilson(int((of.value > 0).sum()), len(of)))
+            for cell, of in counts.groupby(list(by), sort=False)]
+    return pd.DataFrame(rows, columns=[*by, "value", "low", "high", "n"])
+
+
+def spread(counts: pd.DataFrame, most: int = 10) -> pd.DataFrame:
+    """Share of the pictures, in %, by rule (rows) and number of sinks (columns 0 to `most`, which holds all above)."""
+    capped = counts.value.clip(upper=most)
+    table = pd.crosstab(counts.rule, capped, normalize="index").reindex(columns=range(most + 1), fill_value=0)
+    return 100 * table.loc[list(counts.rule.unique())]
+
+
+# --- where they lie ---
+
+
+def places(scenes: drawing.Scenes | None, tiles: int, grid: tuple[int, int], n: int) -> dict[str, torch.Tensor]:
+    """Kinds of places on pictures: bool [images, patches] by kind.
+
+    Calm patches, things and part textures exclude one another; they are the lab's, and known where the model cuts its
+    scenes into the lab's patches. The outermost ring of patches overlaps them.
+
+    Args:
+        scenes: the lab's; None for other pictures.
+        tiles: that a picture is cut into.
+        grid: rows and columns of patches of a tile.
+        n: the number of pictures.
+    """
+    ring = torch.ones(grid, dtype=torch.bool)
+    ring[1:-1, 1:-1] = False
+    border = {"picture border" if tiles == 1 else "tile border": ring.flatten().repeat(tiles).expand(n, -1)}
+    if scenes is None or (tiles, *grid) != (1, drawing.GRID, drawing.GRID):
+        return border
+    calm, things = scenes.calm.flatten(1), scenes.thing_share.flatten(1) > 0
+    return {"calm patches": calm, "things": things & ~calm, "part textures": ~things & ~calm} | border
+
+
+def lie_on(masks: Mapping[str, torch.Tensor], places: Mapping[str, torch.Tensor]) -> pd.DataFrame:
+    """On which kinds of places the sinks lie.
+
+    Returns:
+        A row for each rule, place and sink: `rule`, `place`, `image`, `value` (100 or 0, so that means are in %). A
+        picture without a sink has one row, without a value.
+    """
+    parts = []
+    for rule, mask in masks.items():
+        without = (~mask.any(1)).nonzero()[:, 0]
+        image = torch.cat([mask.nonzero()[:, 0], without])
+        for place, inside in places.items():
+            value = torch.cat([100 * inside[mask].float(), torch.full((len(without),), float("nan"))])
+            parts.append(pd.DataFrame({"rule": rule, "place": place, "image": image, "value": value}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def against(masks: Mapping[str, torch.Tensor], right: torch.Tensor) -> pd.DataFrame:
+    """Marks for each rule where it is known which patches are the sinks.
+
+    Args:
+        right: bool [images, patches].
+
+    Returns:
+        A row for each rule, measure and image: `rule`, `measure` (of `MEASURES`), `image`, `value`. Precision is the
+        share of the sinks found that are right, NaN where none is found; recall the share of the right ones found.
+    """
+    parts = []
+    for rule, mask in masks.items():
+        hit = (mask & right).sum(1).float()
+        values = (hit / mask.sum(1), hit / right.sum(1), sinks.jaccard(mask, right))
+        parts += [pd.DataFrame({"rule": rule, "measure": measure, "image": range(len(mask)), "value": of})
+                  for measure, of in zip(MEASURES, values, strict=True)]
+    return pd.concat(parts, ignore_index=True)
+
+
+# --- norm and attention ---
+
+
+def attention(seen: Seen, masks: Mapping[str, torch.Tensor]) -> pd.DataFrame:
+    """Mean attention that sinks at the connector's input and all other patches receive, in every layer.
+
+    Returns:
+        A row for each rule, layer and image: `rule`, `layer` (from 1), `image`, `inside` (sinks; NaN where there are
+        none) and `outside`, in units of uniform attention. `propagation.ratios` makes estimates of them.
+    """
+    layer, image = (of.flatten() for of in np.mgrid[1 : seen.received.shape[1] + 1, : len(seen.received)])
+    parts = []
+    for rule, mask in masks.items():
+        inside, outside = (propagation.group_mean(seen.received, of[:, None]).T.flatten() for of in (mask, ~mask))
+        parts.append(pd.DataFrame({"rule": rule, "layer": layer, "image": image, "inside": inside, "outside": outside}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def rank_correlation(seen: Seen) -> pd.DataFrame:
+    """Spearman's correlation of norm and attention over the patches of each picture: `image`, `value`."""
+    pairs = zip(seen.top.numpy(), seen.attention.numpy(), strict=True)
+    return pd.DataFrame([{"image": image, "value": scipy.stats.spearmanr(*pair).statistic}
+                         for image, pair in enumerate(pairs)])
+
+
+# --- pictures to draw ---
+
+
+def pixels(picture: Any, side: int = 336) -> np.ndarray:
+    """A picture to draw on: uint8 [rows, columns, 3]. One of a folder becomes a square of `side` pixels."""
+    if torch.is_tensor(picture):
+        return picture.permute(1, 2, 0).numpy()
+    return np.asarray(picture.open().resize((side, side)))
+
+
+def outlines(mask: torch.Tensor, size: tuple[int, int]) -> list[tuple[float, float, float, float]]:
+    """The boxes of sinks on a picture that `imshow` drew: left, top, width and height, in pixels.
+
+    Args:
+        mask: bool [rows of patches, columns of patches].
+        size: rows and columns of pixels.
+    """
+    high, wide = size[0] / mask.shape[0], size[1] / mask.shape[1]
+    return [(j * wide - 0.5, i * high - 0.5, wide, high) for i, j in mask.nonzero().tolist()]  # pixel 0 begins at −0.5
