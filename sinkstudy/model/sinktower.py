@@ -57,10 +57,14 @@ class SinkAttention(CLIPAttention):
         sinks: torch.Tensor,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """hidden_states [batch, 1 + patches, width], sinks bool [batch, patches]; `attention_mask` is not used."""
-        read = hidden_states
+        """hidden_states [batch, 1 + patches, width], sinks bool [batch, patches]; `attention_mask` is not used.
+
+        Tokens that somebody adds behind the patches, such as a test-time register, are sinks too: they see everything,
+        and what they hand on is `shown`.
+        """
+        read, added = hidden_states, hidden_states.shape[1] - 1 - sinks.shape[1]
         if self.with_sinks:
-            behind_cls = nn.functional.pad(sinks, (1, 0))[..., None]
+            behind_cls = nn.functional.pad(nn.functional.pad(sinks, (1, 0)), (0, added), value=True)[..., None]
             read = torch.where(behind_cls, self.shown.to(read.dtype), read)
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         query, key, value = (
@@ -70,16 +74,17 @@ class SinkAttention(CLIPAttention):
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        hidden = ~visible(sinks, self.config.window, self.with_sinks)[:, None]
+        hidden = ~visible(sinks, self.config.window, self.with_sinks, added)[:, None]
         mask = torch.zeros_like(hidden, dtype=query.dtype).masked_fill_(hidden, torch.finfo(query.dtype).min)
         out, weights = attend(self, query, key, value, mask, scaling=self.scale, dropout=0.0, **kwargs)
         return self.out_proj(out.reshape(hidden_states.shape).contiguous()), weights
 
 
-def visible(sinks: torch.Tensor, window: int, with_sinks: bool) -> torch.Tensor:
-    """Which token sees which: sinks bool [batch, patches] of a square grid -> bool [batch, 1 + patches, same (whom)].
+def visible(sinks: torch.Tensor, window: int, with_sinks: bool, added: int = 0) -> torch.Tensor:
+    """Which token sees which: sinks bool [batch, patches] of a square grid -> bool [batch, tokens, tokens (whom)].
 
-    `with_sinks`: whether sinks see everything and are seen; otherwise they are patches like others.
+    Tokens: CLS, patches, and what was `added` behind them. `with_sinks`: whether sinks see everything and are seen;
+    otherwise they are patches like others, and added tokens see everything and are seen by CLS alone.
     """
     side = round(sinks.shape[1] ** 0.5)
     place = torch.arange(side, device=sinks.device) // window
@@ -91,6 +96,10 @@ def visible(sinks: torch.Tensor, window: int, with_sinks: bool) -> torch.Tensor:
     seen[:, 0] = True  # CLS
     if with_sinks:
         seen[:, 1:] |= sinks[:, :, None]
+    if added:
+        seen = nn.functional.pad(seen, (0, added), value=with_sinks)
+        seen = nn.functional.pad(seen, (0, 0, 0, added), value=True)
+        seen[:, 0] = True
     return seen
 
 

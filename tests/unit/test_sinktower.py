@@ -111,3 +111,21 @@ def test_it_is_saved_and_loaded_as_any_tower(tower, tmp_path):
 def test_windows_divide_the_picture():
     with pytest.raises(ValueError, match="6 patches on a side are no multiple of the window's 4"):
         CLIPVisionModelWithSinks(CLIPVisionWithSinksConfig(**SHAPE | {"window": 4}))
+
+
+@torch.no_grad()
+def test_an_added_token_sees_the_picture_and_tells_nothing_of_it(tower):
+    def add(module, args, kwargs):
+        return (torch.cat([args[0], torch.zeros_like(args[0][:, :1])], 1), *args[1:]), kwargs
+
+    handle = tower.encoder.layers[0].register_forward_pre_hook(add, with_kwargs=True)
+    try:
+        before, other = picture(1), picture(1)
+        at(other, 17)[:] = at(picture(2), 17)  # an ordinary patch
+        moved = (hidden(tower, before) - hidden(tower, other)).abs().amax(-1)  # [layers, patches + 1]
+    finally:
+        handle.remove()
+    assert moved.shape[1] == SIDE**2 + 1
+    assert (moved[1:, -1] > 1e-4).all(), "it sees every patch"
+    elsewhere = [place for place in range(SIDE**2) if place not in SINKS and window(place) != window(17)]
+    assert moved[:, elsewhere].max() == 0, "no patch is told by it"
