@@ -63,20 +63,23 @@ class AnswerLogProb:
             tokens: [m, visual tokens, decoder width].
             rows: long [m], the question and answer that each is read with.
         """
+        logits, answers = self._logits(tokens, rows), self.answers[rows]
+        logp = logits.float().log_softmax(-1).gather(-1, answers.clamp(min=0)[..., None])[..., 0]
+        return (logp * (answers >= 0)).sum(-1)
+
+    def _logits(self, tokens: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """What the model says at each place of the answer: [m, longest answer, vocabulary]."""
         encoded = copy.copy(self.encoded)
         # some architectures want the batch as one tensor, the others one tensor a picture
         encoded.pooler_output = tokens if torch.is_tensor(self.encoded.pooler_output) else list(tokens)
         if self.deepstack:
             encoded.deepstack_features = [list(of_layer[rows]) for of_layer in self.deepstack]
-        logits = self.lvlm.model(
+        return self.lvlm.model(
             **{name: values[rows] for name, values in self.prompts.items()},
             mm_encoder_outputs={"image": encoded},
             logits_to_keep=self.answers.shape[1],
             use_cache=False,
-        ).logits  # [m, longest answer, vocabulary]
-        answers = self.answers[rows]
-        logp = logits.float().log_softmax(-1).gather(-1, answers.clamp(min=0)[..., None])[..., 0]
-        return (logp * (answers >= 0)).sum(-1)
+        ).logits
 
     @torch.no_grad()
     def values(self, tokens: torch.Tensor | None = None, batch_size: int = 64) -> torch.Tensor:
@@ -151,6 +154,18 @@ def answer_log_prob(
             for of_layer in zip(*(getattr(one, "deepstack_features", None) or [] for one in encoded))
         ],
     )
+
+
+@torch.no_grad()
+def first_of_answer(lvlm: LVLM, images: Sequence[Any], questions: Sequence[str], batch_size: int = 32) -> AnswerLogProb:
+    """f(tokens) = log p(first token of the model's own greedy answer | tokens, question), see `answer_log_prob`.
+
+    Raises:
+        ValueError: no rows; numbers that differ; or pictures with different numbers of visual tokens.
+    """
+    f = answer_log_prob(lvlm, images, questions, [""] * len(questions), batch_size)
+    said = [f._logits(f.tokens[rows], rows)[:, -1].argmax(-1) for rows in f._batches(batch_size)]
+    return replace(f, answers=torch.cat(said)[:, None])
 
 
 def _answer_ids(lvlm: LVLM, questions: Sequence[str], answers: Sequence[str]) -> list[torch.Tensor]:

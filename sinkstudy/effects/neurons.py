@@ -4,16 +4,19 @@ A *neuron* is one entry of the hidden layer of a tower layer's MLP, after the no
 `Spec.vision_neurons`. Neurons are given as {layer: indices, long [k]}, tokens as rows of the tower's hidden states
 flattened to [tokens of the batch, width], where `ImageLayout.vision` finds a patch.
 
-The contexts change every forward pass inside them and leave no trace when they end.
+The contexts change every forward pass inside them and leave no trace when they end. `silence`, `fire` and
+`set_dimensions` wrap them for `evaluate.evaluate`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from sinkstudy.answers.evaluate import Intervention, Prefixes
+from sinkstudy.effects.ablation import Masks, digest, of_images
 from sinkstudy.model import capture
 from sinkstudy.model.lvlm import LVLM
 
@@ -69,16 +72,53 @@ def mean_activations(
     return {group: torch.stack(of_layers) / counts[group] for group, of_layers in sums.items()}
 
 
-def strongest(scores: torch.Tensor, k: int, last_layer: int) -> dict[int, torch.Tensor]:
-    """The k neurons of the highest scores, [vision layers, neurons], in the layers up to and with `last_layer`.
+def layer_of_rise(norms: torch.Tensor, masks: torch.Tensor) -> int:
+    """The layer in which a group's norm rises: the first where it has come half the way to its largest value.
 
-    Jiang et al., "Vision Transformers Don't Need Trained Registers" (2506.08010), score a neuron by the mean
-    |post-activation| at the positions of high norm, and look no further than the layer in which norms rise.
+    Jiang et al., "Vision Transformers Don't Need Trained Registers" (2506.08010), look for neurons no further than the
+    layer in which the norms of outliers first jump, and name it by hand: 5, counted from 0, in CLIP-B/16. Where norms
+    rise step by step, half the way is our reading of it. A norm counts in units of the median norm of its own picture
+    and layer, as in the rule for sinks (`sinks.above_median`), because all norms grow from layer to layer; the way
+    leads from 1 up.
+
+    Args:
+        norms: float [pictures, layers, patches], in the layers up to the one that the connector reads.
+        masks: the group, bool [pictures, patches].
+    """
+    over_median = norms / norms.quantile(0.5, dim=-1, keepdim=True)
+    ratio = torch.stack([of_layer[masks].mean() for of_layer in over_median.unbind(1)])  # [layers]
+    return int((ratio >= (1 + ratio.max()) / 2).nonzero()[0])
+
+
+def register_scores(lvlm: LVLM, pictures: Sequence[Any], masks: torch.Tensor, batch_size: int = 16) -> torch.Tensor:
+    """How much more active each neuron is on a group: mean |activation| on its patches less that on the others.
+
+    Jiang et al. (2506.08010) take the plain mean on outliers, which a neuron that fires everywhere would win too.
+
+    Args:
+        pictures: as for `LVLM.inputs`, of one number of patches.
+        masks: the group, bool [pictures, patches].
+
+    Returns:
+        Float32 [layers, neurons], of the layers up to `layer_of_rise`.
+
+    Raises:
+        ValueError: an empty group, or pictures of different sizes.
+    """
+    if not masks.any() or masks.all():
+        raise ValueError("register neurons are found by a group of patches and the others: one of the two is empty")
+    norms = capture.trace_tower(lvlm, pictures, batch_size)[0][:, : lvlm.feature_layer + 1]
+    active = mean_activations(lvlm, pictures, {"group": masks, "others": ~masks}, batch_size=batch_size)
+    return (active["group"] - active["others"])[: layer_of_rise(norms, masks) + 1]
+
+
+def strongest(scores: torch.Tensor, k: int, last_layer: int | None = None) -> dict[int, torch.Tensor]:
+    """The k neurons of the highest scores, [vision layers, neurons], in the layers up to and with `last_layer`.
 
     Raises:
         ValueError: if there are fewer than k.
     """
-    eligible = scores[: last_layer + 1]
+    eligible = scores if last_layer is None else scores[: last_layer + 1]
     if k > eligible.numel():
         raise ValueError(f"{len(eligible)} layers have {eligible.numel()} neurons, fewer than k = {k}")
     best = eligible.flatten().topk(k).indices
@@ -88,27 +128,14 @@ def strongest(scores: torch.Tensor, k: int, last_layer: int) -> dict[int, torch.
 def register_neurons(
     lvlm: LVLM, pictures: Sequence[Any], masks: torch.Tensor, k: int = 10, batch_size: int = 16
 ) -> dict[int, torch.Tensor]:
-    """The k neurons that write a group's norm: mean |activation| on its patches less that on the others.
+    """The k neurons that write a group's norm: the highest of `register_scores`, whose arguments these are.
 
-    They are looked for in the layers up to the one where the group's norm over the picture's median has come half the
-    way from 1 to its largest value. Jiang et al. (2506.08010) take the plain mean on outliers, and a last layer by
-    hand; 10 is their number in CLIP-B/16.
-
-    Args:
-        pictures: as for `LVLM.inputs`, of one number of patches.
-        masks: the group, bool [pictures, patches].
+    10 is the number of Jiang et al. (2506.08010) in CLIP-B/16.
 
     Raises:
-        ValueError: an empty group, pictures of different sizes, or fewer than k neurons in those layers.
+        ValueError: as `register_scores`, or fewer than k neurons in those layers.
     """
-    if not masks.any() or masks.all():
-        raise ValueError("register neurons are found by a group of patches and the others: one of the two is empty")
-    norms = capture.trace_tower(lvlm, pictures, batch_size)[0]  # [pictures, layers, patches]
-    over_median = norms / norms.quantile(0.5, dim=-1, keepdim=True)
-    ratio = torch.stack([of_layer[masks].mean() for of_layer in over_median.unbind(1)])[: lvlm.feature_layer + 1]
-    last = int((ratio >= (1 + ratio.max()) / 2).nonzero()[0])
-    active = mean_activations(lvlm, pictures, {"group": masks, "others": ~masks}, batch_size=batch_size)
-    return strongest(active["group"] - active["others"], k, last)
+    return strongest(register_scores(lvlm, pictures, masks, batch_size), k)
 
 
 def random_neurons(neurons: Neurons, n: int, seed: int) -> dict[int, torch.Tensor]:
@@ -161,10 +188,15 @@ def setting(
             handle.remove()
 
 
+def takes_register(lvlm: LVLM) -> bool:
+    """Can a token be added to the tower's sequence? Not where it sees all images as one (Qwen), nor where patches are
+    merged before the connector (InternVL)."""
+    return not lvlm.spec.packed and lvlm.spec.order == "rows"
+
+
 def check_takes_register(lvlm: LVLM) -> None:
-    """Raise ValueError for towers that see all images as one sequence (Qwen) or merge patches before the connector
-    (InternVL): they take no further token."""
-    if lvlm.spec.packed or lvlm.spec.order != "rows":
+    """Raise ValueError for towers that take no further token, see `takes_register`."""
+    if not takes_register(lvlm):
         raise ValueError(f"{lvlm.name}: this tower takes no added token; silence the neurons instead (`setting`)")
 
 
@@ -251,6 +283,100 @@ def setting_dimensions(
 
     with lvlm.editing(before=set_):
         yield
+
+
+# ------------------------------------------------------------------------------------------------- interventions
+def silence(name: str, neurons: Neurons) -> Intervention:
+    """Neurons that are 0 at every token, as an intervention."""
+    return Intervention(name, lambda lvlm, inputs: setting(lvlm, neurons), keeps="nothing")
+
+
+def fire(name: str, neurons: Neurons, values: Mapping[int, torch.Tensor], masks: Masks) -> Intervention:
+    """Neurons that have given values at some patches of each image, as an intervention.
+
+    Args:
+        values: of each neuron, float [neurons] a layer.
+        masks: where, bool [patches] of each image, by its id.
+    """
+
+    def around(lvlm: LVLM, inputs: Prefixes) -> AbstractContextManager:
+        of = zip(lvlm.layout(inputs), of_images(masks, inputs), strict=True)
+        return setting(lvlm, neurons, torch.cat([layout.vision[mask] for layout, mask in of]), values)
+
+    return Intervention(name, around, {"masks": digest(masks)}, keeps="nothing")
+
+
+def set_dimensions(name: str, dimensions: Sequence[int], values: torch.Tensor, masks: Masks) -> Intervention:
+    """`setting_dimensions` at some patches of each image, as an intervention.
+
+    Args:
+        dimensions: which, of the tower's width.
+        values: float [width]; the entries of `dimensions` are used.
+        masks: where, bool [patches] of each image, by its id.
+    """
+
+    def around(lvlm: LVLM, inputs: Prefixes) -> AbstractContextManager:
+        of = zip(lvlm.layout(inputs), of_images(masks, inputs), strict=True)
+        patches = torch.cat([layout.connector[mask] for layout, mask in of])
+        return setting_dimensions(lvlm, dimensions, patches, values[list(dimensions)])
+
+    return Intervention(name, around, {"dimensions": list(dimensions), "masks": digest(masks)}, keeps="tower")
+
+
+@torch.no_grad()
+def norms_under(
+    lvlm: LVLM, pictures: Mapping[str, Any], ways: Sequence[Intervention], batch_size: int = 16
+) -> dict[str, torch.Tensor]:
+    """Norms of patches where the connector reads them, under each intervention: by name, float32 [pictures, patches].
+
+    Args:
+        pictures: by id, of one number of patches.
+    """
+    found: dict[str, list] = {way.name: [] for way in ways}
+    for way in ways:
+        for batch, inputs in _batches(lvlm, pictures, batch_size):
+            with way.around(lvlm, inputs), lvlm.editing(before=_keeping(lvlm, inputs, found[way.name])):
+                lvlm.see(inputs)
+    return {name: torch.stack(of) for name, of in found.items()}
+
+
+def _keeping(lvlm: LVLM, inputs: Prefixes, kept: list) -> Callable:
+    layouts = lvlm.layout(inputs)
+
+    def keep(hidden: torch.Tensor, layer: int) -> torch.Tensor:
+        if layer == lvlm.feature_layer:
+            norms = capture.token_norms(hidden.detach()).cpu()  # [patches of the batch]
+            kept.extend(norms[layout.connector] for layout in layouts)
+        return hidden
+
+    return keep
+
+
+@torch.no_grad()
+def received_under(
+    lvlm: LVLM, pictures: Mapping[str, Any], way: Intervention, layers: Sequence[int], batch_size: int = 16
+) -> torch.Tensor:
+    """Attention that patches receive in the tower under an intervention that adds no token to it.
+
+    Args:
+        pictures: by id, of one number of patches.
+        layers: of the tower, over which and over whose heads the mean is taken.
+
+    Returns:
+        Float32 [pictures, patches], in units of uniform attention.
+    """
+    found = []
+    for batch, inputs in _batches(lvlm, pictures, batch_size):
+        with way.around(lvlm, inputs):
+            found.append(capture.trace_tower(lvlm, batch, batch_size)[1][:, list(layers)].mean((1, 2)))
+    return torch.cat(found)
+
+
+def _batches(lvlm: LVLM, pictures: Mapping[str, Any], size: int) -> Iterator[tuple[list[Any], Prefixes]]:
+    ids = list(pictures)
+    for start in range(0, len(ids), size):
+        batch = [pictures[image] for image in ids[start : start + size]]
+        yield batch, Prefixes(lvlm.inputs(batch, [""] * len(batch)), ids[start : start + size])
 
 
 def _reader(lvlm: LVLM, layer: int) -> nn.Module:

@@ -32,7 +32,7 @@ def test_pictures_of_a_folder(tmp_path: Path):
     assert metrics["tiny.neurons.silenced.accuracy"]["n"] == 0
 
 
-@pytest.mark.parametrize("model", ["lab-llava-sinks", "lab-qwen2vl"])
+@pytest.mark.parametrize("model", ["lab-llava-gist", "lab-qwen2vl"])
 def test_probes_agree_with_those_of_the_chapter_on_content(model: str):
     """The same quantity on twice the pictures, other draws and another way to the vectors: intervals overlap."""
     there = json.loads((RESULTS / "lab-llava/05-content/metrics.json").read_text())
