@@ -23,7 +23,8 @@ from sinkstudy.book import chapter, report
 from sinkstudy.effects import ablation, moving, neurons
 from sinkstudy.effects.neurons import Neurons
 from sinkstudy.model import capture
-from sinkstudy.model.loading import LVLM, ImageLayout
+from sinkstudy.model.layout import ImageLayout
+from sinkstudy.model.lvlm import LVLM
 from sinkstudy.world import drawing
 
 PHI = 20 / 4096**0.5

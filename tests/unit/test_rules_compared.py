@@ -8,7 +8,7 @@ import torch
 from sinkstudy import sinks
 from sinkstudy.analyses import criteria
 from sinkstudy.effects import neurons
-from sinkstudy.model.loading import ImageLayout
+from sinkstudy.model.layout import ImageLayout
 
 N = 12
 
