@@ -25,6 +25,7 @@ import time
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ def modules(notebook: str) -> list[Path]:
 
 
 def _imported(code: str) -> list[Path]:
-    waiting = _imports(code, "")
+    waiting = set(_imports(code, ""))
     found: set[Path] = set()
     while waiting:
         name = waiting.pop()
@@ -105,6 +106,7 @@ def _imported(code: str) -> list[Path]:
     return sorted(found)
 
 
+@cache  # Snakemake asks for every notebook's fingerprint several times
 def _imports(code: str, package: str) -> set[str]:
     """Dotted names under `sinkstudy` that `code`, a module of `package`, imports, with the packages around them."""
     names = set()
