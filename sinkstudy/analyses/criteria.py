@@ -343,9 +343,9 @@ def probed(fit: ProbeSide, judged: ProbeSide, draws: int, seed: int = 0) -> pd.D
         key = mask.numpy().tobytes() + fit.masks[rule].numpy().tobytes()  # rules may find the same patches
         if key not in same:
             own = _read_rightly(fit, judged, fit.masks[rule], mask, 1000 * seed)
-            outside = [~side.patches.whole(m) & m.any(1, keepdim=True)
-                       for side, m in ((fit, fit.masks[rule]), (judged, mask))]
-            random = [_read_rightly(fit, judged, *outside, 1000 * seed + draw) for draw in range(1, draws + 1)]
+            to_fit, to_judge = (~side.patches.whole(m) & m.any(1, keepdim=True)
+                                for side, m in ((fit, fit.masks[rule]), (judged, mask)))
+            random = [_read_rightly(fit, judged, to_fit, to_judge, 1000 * seed + draw) for draw in range(1, draws + 1)]
             same[key] = torch.tensor(own - np.mean(random, axis=0))
         rows.append(per_picture(same[key], rule=rule))
     return pd.concat(rows)
