@@ -591,7 +591,7 @@ def by_rule(rows: pd.DataFrame, panels: Mapping[str, tuple[str, float]], marked:
             ax.errorbar(of.value, at, xerr=half, fmt="o", ms=3.5, lw=1.1, color=chapter.colour(model, models))
         if reference == 1:  # ratios
             ax.set_xscale("log")
-            ax.xaxis.set(major_locator=LogLocator(subs=(1, 3)), major_formatter="{x:g}", minor_locator=NullLocator())
+            ax.xaxis.set(major_locator=LogLocator(numticks=9), major_formatter="{x:g}", minor_locator=NullLocator())
         ax.set_xlabel(label, fontsize=9)
         ax.set(ylim=(len(order) - 0.5, -0.5), yticks=range(len(order)), yticklabels=map(words, order))
         ax.tick_params(labelsize=9)
