@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from sinkstudy.analyses import attribution, criteria
+from sinkstudy.analyses import attribution
 from sinkstudy.answers.evaluate import NONE
+from sinkstudy.book import criteria
 from sinkstudy.effects import neurons
 from sinkstudy.model import loading
 

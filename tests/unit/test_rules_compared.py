@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sinkstudy import sinks
-from sinkstudy.analyses import criteria
+from sinkstudy.book import criteria
 from sinkstudy.effects import neurons
 from sinkstudy.model.layout import ImageLayout
 
