@@ -1,0 +1,165 @@
+"""Arms, routers and seeds compared, on answers made up by hand."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from safetensors.torch import save_file
+from torch import zeros
+
+from sinkstudy.answers import study
+from sinkstudy.trained import compared, routers
+
+TYPES = ["global", "local", "mixed"] * 4
+
+
+def answers(arm: str, right: list[float], seed: int = 0, **more) -> pd.DataFrame:
+    """Twelve answers, two benchmarks with six pictures each."""
+    benchmark = ["POPE"] * 6 + ["MME"] * 6
+    ids = [str(i) for i in range(12)]
+    picture = [f"{b} {i}" for b, i in zip(benchmark, ids, strict=True)]
+    intervention = arm.removeprefix("two ")
+    return pd.DataFrame({"model": "m", "arm": arm, "seed": seed, "benchmark": benchmark, "id": ids, "picture": picture,
+                         "type": TYPES, "intervention": intervention, "right": right, "logp": right} | more)
+
+
+@pytest.fixture
+def said() -> pd.DataFrame:
+    rng = np.random.default_rng(0)
+    arms = ("two both", "two sinks", "two others", "one")
+    seeds = [answers(arm, list(100.0 * rng.integers(0, 2, 12)), seed) for arm in arms for seed in (0, 1)]
+    return pd.concat([answers("base", [100.0] * 12), *seeds], ignore_index=True)
+
+
+def write(folder: Path, losses: list[float]) -> None:
+    folder.mkdir(parents=True)
+    log = {"stage": ["align"] + ["tune"] * len(losses), "step": range(len(losses) + 1), "loss": [9.0, *losses]}
+    pd.DataFrame(log).to_csv(folder / "training.csv", index=False)
+    save_file({"w": zeros(3, 2)}, folder / "weights.safetensors")
+
+
+def test_losses_at_the_end(tmp_path: Path):
+    write(tmp_path / "two-0", [8.0] + [2.0] * 20)
+    write(tmp_path / "two-1", [2.2] * 20)
+    write(tmp_path / "one-0", [2.0] * 20)
+    write(tmp_path / "matched-0", [2.08] * 20)
+    write(tmp_path / "rew-0", [0.1] * 20)
+    write(tmp_path / "other-0", [1.0])
+    (tmp_path / "two-x").mkdir()
+    arms = compared.folders(tmp_path)
+    assert list(arms) == ["one", "matched", "two", "rew"]  # the order of the tables, not of the alphabet
+    ended = compared.trained({"m": arms})
+    of = ended[ended.arm == "two"]
+    assert of.loss.tolist() == pytest.approx([2.0, 2.2]) and of.steps.tolist() == [22, 21]
+    assert (ended.parameters == 6).all()
+    assert compared.against_one(ended)["m"] == pytest.approx({"one": 1, "matched": 1.04, "two": 1.05})
+    assert compared.against_one(ended[ended.arm != "one"]) == {"m": {}}
+
+
+def test_which_comparisons_are_fair():
+    of = {comparison.key: comparison for comparison in compared.COMPARED}
+    none = {key for key, one in of.items() if compared.under_trained(one, {"one": 1.0, "two": 1.05, "random": 1.05})}
+    assert none == set()  # more than 5 %, not 5 %
+    pair = {key for key, one in of.items() if compared.under_trained(one, {"one": 1.0, "two": 1.06})}
+    assert pair == {"two_minus_one", "two_minus_matched", "two_minus_random", "two_minus_kept",
+                    "soft_router_minus_one"} | {key for key, one in of.items() if one.figure == "routers"}
+    random = {key for key, one in of.items() if compared.under_trained(one, {"one": 1.0, "random": 1.2})}
+    assert random == {"two_minus_random", "random_minus_one"}
+    assert not any(compared.under_trained(one, {}) for one in of.values())  # without one connector nothing is known
+
+
+def test_hard_routers_look_answers_up(said: pd.DataFrame):
+    asked = {("m", 0): pd.Series("sinks", index=said.head(12).set_index(["benchmark", "id"]).index)}
+    found = compared.hard_routers(said, asked, seed=5)
+    assert list(dict.fromkeys(found.arm)) == ["CoT router", "true router", "wrong router", "random router"]
+    for seed in (0, 1):
+        passes = {way: said[(said.arm == f"two {way}") & (said.seed == seed)].right.tolist() for way in routers.ROUTES}
+        for router, rule in (("true router", routers.OF_TYPE), ("wrong router", routers.WRONG)):
+            own = found[(found.arm == router) & (found.seed == seed)].set_index("id").right
+            assert [own[str(i)] for i in range(12)] == [passes[rule[kind]][i] for i, kind in enumerate(TYPES)]
+    cot = found[found.arm == "CoT router"]
+    sinks_only = said[(said.arm == "two sinks") & (said.seed == 0)]
+    assert set(cot.seed) == {0} and cot.right.tolist() == sinks_only.right.tolist()
+    routes = compared.hard_routes(said[said.seed == 1], seed=6)
+    assert routes["random router"].value_counts().to_dict() == {"sinks": 4, "others": 4, "both": 4}
+    assert routes["random router"].equals(routers.dealt_at_random(routes["true router"], 6))
+
+
+def test_without_types_no_router_knows_the_truth(said: pd.DataFrame):
+    said["type"] = None
+    assert compared.hard_routers(said, {}).empty
+    effects, _ = compared.comparisons(said, {})
+    assert not set(effects.benchmark) & {"global", "local", "mixed"} and "two_minus_one" in set(effects.key)
+
+
+def test_agreement_of_the_routers(said: pd.DataFrame):
+    index = said.head(12).set_index(["benchmark", "id"]).index
+    asked = {("m", 0): pd.Series("sinks", index=index, name="route")}
+    row = compared.agreements(said, asked).iloc[0]
+    assert row.agreement == pytest.approx(1 / 3) and row.kappa == pytest.approx(0)
+    assert row[["to sinks", "to others", "to both"]].tolist() == [12, 0, 0]
+
+
+def test_differences_are_paired_by_question_and_seed(said: pd.DataFrame):
+    said = said.sample(frac=1, random_state=0)
+    ratios = {"m": {"one": 1.0, "two": 1.2}}
+    effects, seeds = compared.comparisons(said, ratios)
+    own = effects[(effects.key == "two_minus_one") & (effects.measure == "right")].set_index("benchmark")
+    of = said.set_index("arm")
+    for seed in (0, 1):
+        mean = {arm: of[of.seed == seed].loc[arm].groupby("benchmark").right.mean() for arm in ("two both", "one")}
+        by_hand = (mean["two both"] - mean["one"]).mean()
+        row = seeds[(seeds.key == "two_minus_one") & (seeds.seed == seed) & (seeds.measure == "right")]
+        assert row[row.benchmark == "mean"].value.item() == pytest.approx(by_hand)
+    assert own.value["mean"] == pytest.approx((own.value["POPE"] + own.value["MME"]) / 2)
+    assert own.n["mean"] == 12 and own.n["global"] == 4 and own.df.notna().all()
+    assert (effects.verdict == "under-trained, no verdict").all()  # all that these answers allow rest on the pair
+    assert (own.way == "against one connector").all() and (own.method == "two connectors").all()
+    fair, _ = compared.comparisons(said, {})
+    assert fair.drop(columns="verdict").equals(effects.drop(columns="verdict"))  # the numbers stay as they are
+
+
+def test_against_the_model_as_it_is():
+    said = pd.concat([answers("base", [100.0, 0.0] * 6), answers("gates", [100.0] * 12, 0),
+                      answers("gates", [0.0] * 12, 1)])
+    effects, seeds = compared.comparisons(said, {})
+    assert set(effects.key) == {"gates_minus_base"}
+    own = seeds[(seeds.benchmark == "mean") & (seeds.measure == "right")]
+    assert own.value.tolist() == [50, -50]
+    assert (effects[effects.measure == "right"].verdict == "no clear difference").all()
+
+
+def test_accuracy_of_arms(said: pd.DataFrame):
+    table = compared.accuracy(said).query("measure == 'right'").set_index(["arm", "benchmark"])
+    assert list(dict.fromkeys(table.index.get_level_values(1))) == ["POPE", "MME", "mean"]
+    one = said[said.arm == "one"]
+    assert table.value["one", "POPE"] == pytest.approx(one[one.benchmark == "POPE"].right.mean())
+    assert np.isnan(table.df["base", "mean"]) and table.df["one", "mean"] > 1
+    assert table.value["base", "mean"] == study.mean(said[said.arm == "base"], "right").value == 100
+
+
+@pytest.mark.parametrize("low, high, words", [(0.1, 2, "better"), (-2, -0.1, "worse"), (-1, 1, "no clear difference")])
+def test_verdicts(low: float, high: float, words: str):
+    found = compared.stats.Interval((low + high) / 2, low, high, 9)
+    assert compared.verdict(found) == words
+    assert compared.verdict(found, unfair=True) == "under-trained, no verdict"
+    assert compared.verdict(found._replace(low=np.nan, high=np.nan)) == "no clear difference"  # of one seed
+
+
+def test_the_figure_marks_what_is_under_trained(said: pd.DataFrame):
+    effects, seeds = compared.comparisons(said, {"m": {"one": 1.0, "two": 1.2}})
+    chosen = [of[(of.benchmark == "mean") & (of.measure == "right")] for of in (effects, seeds)]
+    fig = compared.dots(*chosen, {"m": "#123456"})
+    assert fig.axes[0].get_title() == "m"
+    dots = [line for line in fig.axes[0].lines if line.get_marker() == "o"]
+    assert len(dots) == len(chosen[0]) and all(line.get_markerfacecolor() == "none" for line in dots)
+    assert all(len(line.get_xdata()) == 2 for line in fig.axes[0].lines if line.get_marker() == "|")
+
+
+def test_without_any_method():
+    assert compared.trained({}).empty and compared.against_one(compared.trained({})) == {}
+    said = compared.answers(None, {}, {})
+    assert compared.hard_routers(said, {}).empty and compared.accuracy(said).empty
+    effects, seeds = compared.comparisons(said, {})
+    assert effects.empty and seeds.empty and len(compared.dots(effects, seeds, {}).axes) == 1
