@@ -230,7 +230,8 @@ def test_an_intervention_whose_state_is_hidden_is_not_kept(llava, table, tmp_pat
 TOLD = """
 import numpy, torch
 from functools import partial
-from sinkstudy import ablation, sinks
+from sinkstudy import sinks
+from sinkstudy.effects import ablation
 from sinkstudy.model.identity import Identity
 names = {"a", "b", "c", "d"}
 class Own:

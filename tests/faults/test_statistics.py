@@ -3,21 +3,20 @@
 References are closed forms and results made by hand; nothing is run.
 """
 
-import ast
 import copy
 import json
 import re
 from typing import Any
 
-import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
 
-from sinkstudy import paths, stats
+from sinkstudy import paths
 from sinkstudy.answers import study
 from sinkstudy.book import claims
+from sinkstudy.trained import compared
 
 LEDGER = {claim["id"]: claim for claim in claims.load()["claims"]}
 
@@ -73,15 +72,6 @@ def test_where_nothing_changed_the_smallest_benchmark_says_how_much_may_have(siz
 # ---- seeds
 
 
-def chapter_functions(name: str, *wanted: str) -> dict[str, Any]:
-    """Functions that a chapter defines, by name."""
-    cells = nbformat.read(paths.NOTEBOOKS / f"{name}.ipynb", 4).cells
-    source = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
-    found = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef) and node.name in wanted]
-    assert {node.name for node in found} == set(wanted)
-    return {node.name: ast.unparse(node) for node in found}
-
-
 def trained_difference(effects: list[float], spread: float, n: int = 60) -> Any:
     """Chapter 11's interval of an arm against another: true effect of each seed, spread of pictures."""
     rng, rows = np.random.default_rng(0), []
@@ -90,10 +80,8 @@ def trained_difference(effects: list[float], spread: float, n: int = 60) -> Any:
         for i in range(n):
             base = {"model": "m", "seed": seed, "benchmark": "B", "id": str(i), "picture": f"B {i}", "type": "global"}
             rows += [base | {"arm": "two both", "right": effect + of_picture[i]}, base | {"arm": "one", "right": 0.0}]
-    place: dict[str, Any] = {"said": pd.DataFrame(rows), "seed": 0, "np": np, "study": study, "stats": stats}
-    for source in chapter_functions("11-diysink", "per_question", "difference").values():
-        exec(source, place)
-    return place["difference"]("m", "two both", "one")[0]
+    change = compared.difference(pd.DataFrame(rows), "two both", "one", "right")
+    return study.mean_of_seeds(change.reset_index(), list(change), "right")[0]
 
 
 @pytest.mark.parametrize("effects", [[-0.8, 0.9, 1.2], [3.0, 3.5, 4.0], [1.0, 2.0, 3.0, 4.0, 5.0]], ids=str)

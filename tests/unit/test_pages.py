@@ -185,7 +185,8 @@ def test_everything_is_written_whole(tmp_path):
     named = {f"paper-{table['table']}.md" for table in pages.paper_tables()}
     parts = {"intro-results.md", "verdicts.csv"}
     computed = ("evidence", "summary", "themes", "matrix", "table", "power", "controls")
-    parts |= {f"verdicts-{part}.md" for part in computed} | {"control-gates.md", "control-answers.md"}
+    parts |= {f"verdicts-{part}.md" for part in computed}
+    parts |= {f"control-{part}.md" for part in ("gates", "answers", "norms")}
     assert {path.name for path in tmp_path.iterdir()} == named | parts
     shown = ("intro", "paper", "verdicts", "control")
     included = "".join((BOOK / f"{page}.md").read_text() for page in shown) + "verdicts.csv"
