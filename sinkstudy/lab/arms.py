@@ -13,6 +13,7 @@ import copy
 import random
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -73,12 +74,24 @@ class Stage(language.ImageStage):
 class _Training(nn.Module):
     """A stage as `loop.fit` trains it: pictures and a step -> loss."""
 
-    def __init__(self, stage: Stage):
+    def __init__(self, stage: language.ImageStage, module: nn.Module):
         super().__init__()
-        self.stage, self.method = stage, stage.method
+        self.stage, self.module = stage, module
 
     def forward(self, rows: torch.Tensor, step: int) -> torch.Tensor:
         return self.stage.loss(rows, seed=SCENES + step)[0]
+
+
+def fit(stage: language.ImageStage, module: nn.Module, folder: Path, settings: loop.Settings, muon: float | None,
+        about: dict | None = None) -> pd.DataFrame:
+    """Train what of a module asks for gradients by a stage, on the first `SCENES` pictures; see `loop.fit`.
+
+    `muon`: learning rate of weight matrices under Muon; None: AdamW for all.
+    """
+    return loop.fit(
+        _Training(stage, module), range(SCENES), folder, settings,
+        lambda rows, places: {"rows": torch.tensor(rows), "step": places[0] // settings.batch_size},
+        optimizers=lambda named: training.optimizers(named, settings.lr, settings.weight_decay, muon), about=about)
 
 
 class Workshop:
@@ -125,12 +138,8 @@ class Workshop:
         method.requires_grad_(False)
         for part in trained:
             part.requires_grad_(True)
-        rate, decay = settings.lr, settings.weight_decay
-        log = loop.fit(
-            _Training(Stage(method, self.corpus, self.pictures, target)), range(SCENES), CACHE / name, settings,
-            lambda rows, places: {"rows": torch.tensor(rows), "step": places[0] // settings.batch_size},
-            optimizers=lambda named: training.optimizers(named, rate, decay, rate),
-            about={"method": method.kind, **method.settings})
+        stage, about = Stage(method, self.corpus, self.pictures, target), {"method": method.kind, **method.settings}
+        log = fit(stage, method, CACHE / name, settings, muon=settings.lr, about=about)
         return log.assign(stage=name.rsplit(".", 1)[1])
 
     def train(self, arm: str, seed: int) -> None:

@@ -216,6 +216,21 @@ def _judged(bounds: dict[str, tuple[str, float]], values: list[float]) -> pd.Dat
     return pd.DataFrame(rows)
 
 
+def asked(scenes: Scenes, seed: int) -> pd.DataFrame:
+    """A question of each of `FAMILIES` about every scene that admits it: a row a question.
+
+    Returns:
+        `id`, `image_id`, `question`, `answer`, `family` and `about`, the key of `FAMILIES`.
+    """
+    rng, rows = random.Random(seed), []
+    for i, facts in enumerate(q.facts(scenes)):
+        for about, families in FAMILIES.items():
+            found = (q.ask(facts, family, rng) for family in families)
+            rows += [{"image_id": str(i), "question": one.text, "answer": one.answer, "family": one.family,
+                      "about": about} for one in found if one]
+    return pd.DataFrame(rows).drop_duplicates(["image_id", "question"]).rename_axis("id").reset_index()
+
+
 def use(lvlm: LVLM, *, n: int = USED, seed: int = 0, batch_size: int = 32) -> pd.DataFrame:
     """What a model's answers lose when its calm patches are taken away, and when as many random ones are.
 
@@ -229,11 +244,7 @@ def use(lvlm: LVLM, *, n: int = USED, seed: int = 0, batch_size: int = 32) -> pd
     """
     scenes = render("test", 0, n)
     pictures = {str(i): image for i, image in enumerate(scenes.images)}
-    rng, rows = random.Random(seed), []
-    for i, f in enumerate(q.facts(scenes)):
-        asked = [q.ask(f, family, rng) for families in FAMILIES.values() for family in families]
-        rows += [{"image_id": str(i), "question": a.text, "answer": a.answer, "family": a.family} for a in asked if a]
-    table = pd.DataFrame(rows).drop_duplicates(["image_id", "question"]).rename_axis("id").reset_index()
+    table = asked(scenes, seed)
     calm = {str(i): mask for i, mask in enumerate(scenes.calm.flatten(1))}
     chance = {i: sinks.random_like(mask[None], 7919 * seed + int(i))[0] for i, mask in calm.items()}
     ways = [ablation.hide("calm", calm), ablation.hide("random", chance)]

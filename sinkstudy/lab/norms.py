@@ -8,7 +8,6 @@ trained with, so each model with changed norms stands there twice: as it is, and
 the new norms.
 """
 
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -16,19 +15,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
 from transformers import BatchFeature
 
 from sinkstudy import sinks, stats
 from sinkstudy.answers.evaluate import Intervention, Prefixes
 from sinkstudy.effects import ablation
-from sinkstudy.lab import control, language, training
+from sinkstudy.lab import arms, control, language
+from sinkstudy.lab.arms import SCENES
 from sinkstudy.lab.corpus import Corpus, training_pictures
 from sinkstudy.lab.train import CACHE
 from sinkstudy.model import capture, loading
 from sinkstudy.model.lvlm import LVLM
 from sinkstudy.trained import loop
-from sinkstudy.world import questions as q
 from sinkstudy.world.drawing import Scenes, render
 
 LONG = 5.1
@@ -36,7 +34,6 @@ LONG = 5.1
 CELLS = (("lab-llava-gist", "long"), ("lab-llava-gist", "median"), ("lab-llava", "long"), ("lab-llava", "median"))
 """Models, with and without the picture's gist in the calm patches, and the norm that these have."""
 AS_TRAINED = {"lab-llava-gist": "long", "lab-llava": "median"}
-SCENES = 16_384
 TUNE = loop.Settings(steps=200, batch_size=24, lr=1e-3, weight_decay=0.05)
 TRACED = 64  # pictures whose attention is followed
 
@@ -103,15 +100,6 @@ class _Stage(language.ImageStage):
         return super().visual(resized(patches, self.of_batch.to(patches.device), self.times))
 
 
-class _Training(nn.Module):
-    def __init__(self, stage: _Stage):
-        super().__init__()
-        self.stage, self.model = stage, stage.model
-
-    def forward(self, rows: torch.Tensor, step: int) -> torch.Tensor:
-        return self.stage.loss(rows, seed=SCENES + step)[0]
-
-
 def retrain(name: str, norm: str) -> tuple[LVLM, pd.DataFrame]:
     """A lab model whose connector alone was trained on, with questions, to calm patches of another norm; and its curve.
 
@@ -123,23 +111,9 @@ def retrain(name: str, norm: str) -> tuple[LVLM, pd.DataFrame]:
     stage = _Stage(lvlm, Corpus(SCENES), training_pictures(CACHE, SCENES), calm, norm)
     lvlm.model.requires_grad_(False)
     lvlm.connector.requires_grad_(True)
-    log = loop.fit(
-        _Training(stage), range(SCENES), CACHE / f"norms.{name}.{norm}", TUNE,
-        lambda rows, places: {"rows": torch.tensor(rows), "step": places[0] // TUNE.batch_size},
-        optimizers=lambda named: training.optimizers(named, TUNE.lr, TUNE.weight_decay, None))
+    log = arms.fit(stage, lvlm.model, CACHE / f"norms.{name}.{norm}", TUNE, muon=None)
     lvlm.model.eval().set_attn_implementation("sdpa")
     return lvlm, log
-
-
-def asked(scenes: Scenes, seed: int) -> pd.DataFrame:
-    """Questions about the gist and about one place, one of each family that a scene admits; see `control.FAMILIES`."""
-    rng, rows = random.Random(seed), []
-    for i, facts in enumerate(q.facts(scenes)):
-        for about, families in control.FAMILIES.items():
-            found = (q.ask(facts, family, rng) for family in families)
-            rows += [{"image_id": str(i), "question": one.text, "answer": one.answer, "about": about}
-                     for one in found if one]
-    return pd.DataFrame(rows).drop_duplicates(["image_id", "question"]).rename_axis("id").reset_index()
 
 
 def cell(lvlm: LVLM, norm: str | None, scenes: Scenes, *, seed: int = 0, batch_size: int = 32) -> pd.DataFrame:
@@ -156,7 +130,7 @@ def cell(lvlm: LVLM, norm: str | None, scenes: Scenes, *, seed: int = 0, batch_s
     pictures = {str(i): image for i, image in enumerate(scenes.images)}
     calm = {str(i): mask for i, mask in enumerate(scenes.calm.flatten(1))}
     chance = {i: sinks.random_like(mask[None], 7919 * seed + int(i))[0] for i, mask in calm.items()}
-    table = asked(scenes, seed)
+    table = control.asked(scenes, seed)
     ways = {"as it is": intervention("as it is", calm, norm), "calm": intervention("calm", calm, norm, calm),
             "random": intervention("random", calm, norm, chance)}
     said = ablation.scored(lvlm, table, list(ways.values()), images=pictures, max_new_tokens=4, batch_size=batch_size,

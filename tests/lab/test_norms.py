@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sinkstudy.answers.study import pictures
-from sinkstudy.lab import norms
+from sinkstudy.lab import control, norms
 from sinkstudy.model import capture, loading
 from sinkstudy.paths import DATA
 
@@ -46,7 +46,7 @@ def test_inside_the_context_the_connector_reads_the_new_norms():
 def test_attention_is_that_of_a_trace():
     lvlm, (shown, scenes) = loading.load("lab-llava-gist"), pictures("", 4)
     calm = {str(i): mask for i, mask in enumerate(scenes.calm.flatten(1))}
-    table = norms.asked(scenes, 0)
+    table = control.asked(scenes, 0)
     table = table[table.about == "gist"]
     found = norms.attention(lvlm, table, dict(zip(calm, shown, strict=True)), calm, None, seed=0, batch_size=4)
     first = table.drop_duplicates("image_id")
