@@ -16,6 +16,15 @@ def dtype_of(name: str | torch.dtype) -> torch.dtype:
     return DTYPES[name]
 
 
+def fast_bfloat16(device: str | torch.device) -> bool:
+    """Whether a GPU, or a processor, multiplies bfloat16 by itself; without that it is slower than float32."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.device(device).type == "cpu" and (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    )
+
+
 def check(device: str, dtype: str | torch.dtype | None = None) -> None:
     """Make sure that a device is there and, if one is given, computes in a dtype.
 
@@ -42,7 +51,7 @@ def check(device: str, dtype: str | torch.dtype | None = None) -> None:
     try:
         one = torch.ones(1, 1, device=device, dtype=dtype)
         one @ one
-        lacks = dtype == torch.bfloat16 and one.is_cuda and not torch.cuda.is_bf16_supported(including_emulation=False)
+        lacks = dtype == torch.bfloat16 and one.is_cuda and not fast_bfloat16(device)
     except (RuntimeError, TypeError):  # TypeError on an older Apple GPU
         lacks = True
     if lacks:

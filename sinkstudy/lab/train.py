@@ -84,8 +84,7 @@ def train_tower(name: str, kind: str, *, steps: int, batch: int, lr: float, weig
             with atomic(follow) as file:
                 follower.table().to_csv(file, index=False)
 
-    begun = any((CACHE / f"{name}.{state}.pt").exists() for state in ("part", "done"))
-    if follow and begun and follow.exists():
+    if follow and (CACHE / name).exists() and follow.exists():
         follower.rows = pd.read_csv(follow).to_dict("records")
     log = training.train(name, [tower, objective], loss_at, steps=steps, lr=lr, weight_decay=weight_decay,
                        muon=muon, folder=CACHE, watch=watch if follow else None)

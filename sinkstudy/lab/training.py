@@ -1,16 +1,11 @@
-"""How towers and decoders of the lab are trained from nothing: seeded, resumable, with a loss curve.
-
-Methods on top of a model are trained by `trained.loop`.
-"""
+"""How towers and decoders of the lab are trained from nothing: attention, optimizers, batches; the loop is `loop`'s."""
 
 from __future__ import annotations
 
 import math
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -19,19 +14,15 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
-from sinkstudy.paths import atomic
+from sinkstudy import devices
+from sinkstudy.trained import loop
+
+BETAS = (0.9, 0.98)  # of AdamW
 
 
-def autocast():
+def autocast() -> torch.autocast:
     """bfloat16 autocast where the hardware multiplies bfloat16 natively, float32 elsewhere."""
-    if torch.cuda.is_available():
-        return torch.autocast("cuda", dtype=torch.bfloat16)
-    return torch.autocast("cpu", dtype=torch.bfloat16) if fast_bfloat16() else nullcontext()
-
-
-def fast_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 natively, or a GPU does."""
-    return (torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return torch.autocast(device().type, torch.bfloat16, enabled=devices.fast_bfloat16(device()))
 
 
 def device() -> torch.device:
@@ -99,87 +90,38 @@ def schedule(step: int, steps: int, warmup: float = 0.04, floor: float = 0.02) -
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
-def train(name: str, modules: Iterable[nn.Module], loss_at: Callable[[int], tuple[torch.Tensor, dict]], *,
-        steps: int, lr: float, weight_decay: float, folder: Path, muon: float | None = None, clip: float = 1.0,
-        log_every: int = 20, checkpoint_seconds: float = 120, watch: Callable[[int], None] | None = None,
-        ) -> pd.DataFrame:
-    """Train the modules' parameters that ask for gradients; returns the loss curve.
+def train(name: str, modules: Sequence[nn.Module], loss_at: Callable[[int], tuple[torch.Tensor, dict]], *,
+          steps: int, lr: float, weight_decay: float, folder: Path, muon: float | None = None, log_every: int = 20,
+          checkpoint_steps: int = 50, watch: Callable[[int], None] | None = None) -> pd.DataFrame:
+    """Train the modules' parameters that ask for gradients; returns the loss curve, a row every `log_every` steps.
 
     Args:
-        loss_at: step → (loss, what to log). Must depend on the step alone (and the seed), never on what went
+        loss_at: step -> (loss, what to log). Must depend on the step alone (and the seed), never on what went
             before, so that a resumed run sees the same batches.
         muon: learning rate of Muon for the weight matrices, see `optimizers`; AdamW alone if None.
-        folder: where the checkpoint lives; a finished stage leaves `<name>.done.pt` and is loaded, not rerun.
+        folder: what a stage leaves there stands in `<name>`, see `loop.descend`; a finished one is read, not rerun.
         watch: called with the number of steps done: at 0 and after each step.
 
     Raises:
         FloatingPointError: the loss is not finite.
     """
-    modules = list(modules)
-    done_file, part_file = folder / f"{name}.done.pt", folder / f"{name}.part.pt"
-    settings = {"steps": steps, "lr": lr, "weight_decay": weight_decay} | ({} if muon is None else {"muon": muon})
 
-    def read(file: Path) -> dict | None:
-        """A checkpoint of this stage with these settings; one with others is not used."""
-        state = torch.load(file, weights_only=True) if file.exists() else None
-        if state is not None and state.get("settings", settings) != settings:
-            print(f"{name}: {file.name} was made with {state['settings']}: not used", flush=True)
-            return None
-        return state
-
-    if (state := read(done_file)) is not None:
-        for module, weights in zip(modules, state["modules"], strict=True):
-            module.load_state_dict(weights)
-        print(f"{name}: finished earlier, loaded", flush=True)
-        return pd.DataFrame(state["log"])
-    named = [(n, p) for module in modules for n, p in module.named_parameters() if p.requires_grad]
-    steppers = optimizers(named, lr, weight_decay, muon)
-    peaks = [optimizer.param_groups[0]["lr"] for optimizer in steppers]
-    first, log = 0, []
-    if (state := read(part_file)) is not None:
-        for module, weights in zip(modules, state["modules"], strict=True):
-            module.load_state_dict(weights)
-        for optimizer, kept in zip(steppers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(kept)
-        first, log = state["step"], state["log"]
-        print(f"{name}: resumes at step {first}", flush=True)
-    elif watch is not None:
-        watch(0)
-
-    def save(file: Path, **more) -> None:
-        with atomic(file) as temporary:
-            torch.save({"modules": [m.state_dict() for m in modules], "log": log, "settings": settings, **more},
-                       temporary)
-
-    started = saved = time.monotonic()
-    for step in range(first, steps):
-        for optimizer, peak in zip(steppers, peaks, strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = peak * schedule(step, steps)
+    def gradients(step: int) -> dict[str, float]:
         loss, values = loss_at(step)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"{name}: the loss at step {step} is {loss.item()}")
         loss.backward()
-        norm = nn.utils.clip_grad_norm_([p for _, p in named], clip)
-        for optimizer in steppers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        if watch is not None:
-            watch(step + 1)
-        if step % log_every == 0 or step == steps - 1:
-            row = {"stage": name, "step": step, "loss": loss.item(), "gradient": norm.item(), **values}
-            log.append({k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()})
-            if step % (5 * log_every) == 0 or step == steps - 1:
-                rate = (step + 1 - first) / (time.monotonic() - started)
-                print(f"{name}: step {step + 1}/{steps}  " + "  ".join(
-                    f"{k} {v:.4g}" for k, v in log[-1].items() if k not in ("stage", "step"))
-                    + f"  {rate:.2f} steps/s, {(steps - step - 1) / rate:.0f} s left", flush=True)
-        if time.monotonic() - saved > checkpoint_seconds and step + 1 < steps:
-            save(part_file, optimizers=[o.state_dict() for o in steppers], step=step + 1)
-            saved = time.monotonic()
-    save(done_file)
-    part_file.unlink(missing_ok=True)
-    return pd.DataFrame(log)
+        return {"loss": loss.item(), **values}
+
+    log = loop.descend(
+        folder / name, {n: p for n, p in nn.ModuleList(modules).named_parameters() if p.requires_grad}, gradients,
+        steps=steps, optimizers=lambda named: optimizers(named, lr, weight_decay, muon), clip=1.0,
+        rate=lambda step: schedule(step, steps), checkpoint_steps=checkpoint_steps, watch=watch,
+        known={"lr": lr, "weight_decay": weight_decay, "muon": muon})
+    log = log.drop(columns="lr").assign(step=log.step - 1)
+    log.insert(0, "stage", name)
+    log = log[(log.step % log_every == 0) | (log.step == steps - 1)].reset_index(drop=True)
+    numbers = log.select_dtypes(float).columns
+    log[numbers] = log[numbers].map(lambda value: float(f"{value:.5g}"))
+    return log
 
 
 def optimizers(named: list[tuple[str, nn.Parameter]], lr: float, weight_decay: float, muon: float | None) -> list:
@@ -189,18 +131,15 @@ def optimizers(named: list[tuple[str, nn.Parameter]], lr: float, weight_decay: f
     lab's decoder learns to read pictures in a third of the steps. Embeddings, biases, norms and the heads of a tower
     stay with AdamW, and the update's size is matched to AdamW's (Liu et al. 2025, 2502.16982).
     """
-    betas = (0.9, 0.98)
     if muon is None:
-        groups = [{"params": [p for _, p in named if p.dim() >= 2], "weight_decay": weight_decay},
-                  {"params": [p for _, p in named if p.dim() < 2], "weight_decay": 0.0}]
-        return [torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)]
-    if not fast_bfloat16():
+        return [loop.adamw(named, lr, weight_decay, betas=BETAS)]
+    if not devices.fast_bfloat16(device()):
         torch.optim._muon._zeropower_via_newtonschulz = _orthogonal
     matrices, rest = [], []
     for name, p in named:
         probe = "_head." in name and "lm_head." not in name  # a tower's heads, which are left behind after its training
         (matrices if p.dim() == 2 and "embed" not in name and not probe else rest).append(p)
-    return [torch.optim.AdamW(rest, lr=lr, betas=betas, weight_decay=0.0, fused=True),
+    return [torch.optim.AdamW(rest, lr=lr, betas=BETAS, weight_decay=0.0, fused=True),
             torch.optim.Muon(matrices, lr=muon, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")]
 
 

@@ -1,19 +1,18 @@
-"""Methods that are trained: what they have in common, how they are kept, and how they are trained.
+"""Methods that are trained: what they have in common, how they are kept, and the loop that trains them.
 
 A method changes a vision-language model and has parameters of its own; it may train parts of the model too. It is used
 like those of `effects.moving`: `around` is a context in which the model computes with it. What was trained is kept as a
 folder with `method.json` and `weights.safetensors`, without the model's untouched weights.
 
-`fit` trains any module that computes its own loss, with the `Trainer` of transformers: on a CPU, on one GPU, or on
-several with `accelerate launch`.
+`descend` is the loop of all trainings, those of the lab's models too (`lab.training`). `fit` trains any module that
+computes its own loss on a data set: on a CPU, on one GPU, or on several with `accelerate launch`.
 """
 
 import hashlib
 import json
 import math
-import shutil
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,21 +21,17 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import pandas as pd
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object, reduce, send_to_device
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.data import Dataset, SequentialSampler, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
-from transformers import (
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    get_cosine_schedule_with_warmup,
-)
+from transformers import set_seed
 
-from sinkstudy import digests
+from sinkstudy import devices, digests
 from sinkstudy.answers.evaluate import Intervention, Prefixes
 from sinkstudy.model.lvlm import LVLM
 from sinkstudy.paths import atomic
@@ -277,7 +272,7 @@ def fit(
             those that are not -100, and batches and processes that share a step are weighted by their number.
         dataset: `dataset[i]` for i below `len(dataset)`. Each epoch goes through it in an order of its own, which
             follows from the seed.
-        folder: gets `training.csv` and `trained.safetensors`, and `checkpoints` meanwhile.
+        folder: see `descend`.
         collate: (samples, places) -> batch. The place of a sample counts the samples drawn before it in the whole
             training, in all processes, so what a module draws at random can follow from it: it is place //
             len(dataset) epochs and place // (samples of a step) steps after the start. By default torch's collate of
@@ -296,226 +291,221 @@ def fit(
         ValueError: no data, or no parameter that asks for gradients; a GPU that is not this process's own.
         FloatingPointError: the loss is not finite.
     """
-    folder, trained = Path(folder), {name: p for name, p in module.named_parameters() if p.requires_grad}
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if not trained or not len(dataset):
         raise ValueError("no parameter asks for gradients" if not trained else "there are no samples to train on")
     device = next(iter(trained.values())).device
-    arguments = TrainingArguments(
-        output_dir=folder / "checkpoints",
-        per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.accumulate,
-        max_grad_norm=settings.clip,
-        seed=settings.seed,
-        save_steps=settings.checkpoint_steps,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        dataloader_num_workers=settings.workers,
-        dataloader_pin_memory=False,  # which takes a batch for a plain dictionary
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        report_to="none",
-        use_cpu=device.type == "cpu",
-    )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are several processes, never nn.DataParallel
-    if device.type == "cuda" and device != arguments.device:
-        raise ValueError(f"this process trains on {arguments.device}, not on {device}: choose by CUDA_VISIBLE_DEVICES")
-    processes = arguments.distributed_state
-    per_step = settings.batch_size * settings.accumulate * processes.num_processes
-    arguments.max_steps = steps = settings.steps or math.ceil(settings.epochs * len(dataset) / per_step)
-
-    known = settings.that_matter(processes.num_processes) | {"steps": steps}
-    known |= {"samples": len(dataset), "about": dict(about or {})}
-    draws = _Draws(dataset, settings.seed, steps * per_step, keys)
+    of = PartialState(cpu=device.type == "cpu")
+    if device.type == "cuda" and device.index != of.local_process_index:
+        own = f"cuda:{of.local_process_index}"
+        raise ValueError(f"this process trains on {own}, not on {device}: choose by CUDA_VISIBLE_DEVICES")
+    size, accumulate, world = settings.batch_size, settings.accumulate, of.num_processes
+    per_step = size * accumulate * world
+    steps = settings.steps or math.ceil(settings.epochs * len(dataset) / per_step)
+    known = settings.that_matter(world) | {"samples": len(dataset), "about": dict(about or {})}
+    del known["epochs"]  # the number of steps says it
     if keys is not None:
         known["data"] = digests.of_values(sorted(keys))
-    del known["epochs"]  # the number of steps says it
-    known["parameters"] = hashlib.sha256(str([(k, list(p.shape)) for k, p in trained.items()]).encode()).hexdigest()
-    known = json.loads(json.dumps(known))
-    mark, curve, checkpoints = folder / "trained.safetensors", folder / "training.csv", Path(arguments.output_dir)
-    found = _metadata(mark)
-    begun = checkpoints / "settings.json"
-    begun_with = json.loads(begun.read_text()) if begun.exists() else None
-    processes.wait_for_everyone()  # all have looked before one changes anything
-    if found == known:
-        _take(trained, mark)
-        if processes.is_main_process:
-            shutil.rmtree(checkpoints, ignore_errors=True)
-            print(f"{folder}: trained earlier with these settings, read", file=sys.stderr)
-        return pd.read_csv(curve)
-    if processes.is_main_process:
-        for path in checkpoints.glob("checkpoint-*"):
-            if _used(path) is None:
-                shutil.rmtree(path)
-        if found is not None:
-            print(f"{folder}: was trained with {_differences(found, known)}: is trained anew", file=sys.stderr)
-        if begun_with not in (None, known):
-            why = _differences(begun_with, known)
-            if set(begun_with) == set(known) and all(begun_with[k] == known[k] for k in known.keys() - {*_OF_DATA}):
-                why = _changed_before(checkpoints, draws, per_step)
-            if why:
-                print(f"{folder}: was begun with {why}: is trained anew", file=sys.stderr)
-                shutil.rmtree(checkpoints, ignore_errors=True)
-            else:
-                print(f"{folder}: the data changed, and no step so far has used what did: goes on", file=sys.stderr)
-        with atomic(begun) as temporary:
-            temporary.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
-    processes.wait_for_everyone()
+    draws = _Draws(dataset, settings.seed, keys)
+    half = any(p.dtype in (torch.bfloat16, torch.float16) for p in module.parameters())
+    autocast = torch.autocast(
+        device.type, torch.bfloat16, enabled=half or settings.bf16 and devices.fast_bfloat16(device)
+    )
+    batches: Iterator | None = None
+
+    def gradients(step: int) -> dict[str, float]:
+        """Of all batches of a step, in all processes; the loss is the step's."""
+        nonlocal batches
+        if batches is None:
+            numbers = range(step * accumulate * world + of.process_index, steps * accumulate * world, world)
+            places = (range(number * size, (number + 1) * size) for number in numbers)
+            batches = iter(DataLoader(draws, batch_sampler=places, num_workers=settings.workers,
+                                      collate_fn=_Collate(collate), generator=torch.Generator()))  # fmt: skip
+        own = [send_to_device(next(batches), device) for _ in range(accumulate)]
+        weights = [b["labels"].ne(-100).sum() if "labels" in b else torch.tensor(1, device=device) for b in own]
+        total, loss = reduce(torch.stack(weights).sum(), "sum"), torch.zeros((), device=device)
+        for batch, weight in zip(own, weights, strict=True):
+            with autocast:
+                of_batch = module(**batch)
+            of_batch = of_batch * weight * world / total  # the mean over processes is then that over all labels
+            of_batch.backward()
+            loss += of_batch.detach()
+        if world > 1:
+            for p in trained.values():
+                p.grad = reduce(torch.zeros_like(p) if p.grad is None else p.grad, "mean")
+        return {"loss": reduce(loss, "mean").item()}
+
+    warm = math.ceil(settings.warmup * steps)
+
+    def rate(step: int) -> float:
+        return step / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
     modes = {part: part.training for part in module.modules()}
-    dtypes = {name: p.dtype for name, p in trained.items()}
-    for p in trained.values():  # steps are too small for half precision
-        p.data = p.data.float()
+    module.train()
+    set_seed(settings.seed)
     try:
-        made = (optimizers or _adamw(settings))(list(trained.items()))
-        optimizer = made[0] if len(made) == 1 else Together(made)
-        schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(settings.warmup * steps), steps)
-        trainer = _Trainer(
-            module,
-            arguments,
-            train_dataset=draws,
-            data_collator=_Collate(collate),
-            optimizers=(optimizer, schedule),
-            callbacks=[_Progress(folder.name)],
+        return descend(
+            folder,
+            trained,
+            gradients,
+            steps=steps,
+            optimizers=optimizers or (lambda named: [adamw(named, settings.lr, settings.weight_decay)]),
+            rate=rate,
+            clip=settings.clip,
+            checkpoint_steps=settings.checkpoint_steps,
+            known=known,
+            used=lambda step: draws.used(step, per_step),
         )
-        trainer.remove_callback(PrinterCallback)
-        half = any(p.dtype in (torch.bfloat16, torch.float16) for p in module.parameters())
-        bf16 = half or (settings.bf16 and _has_bf16(device))
-        trainer.used = lambda step: draws.used(step, per_step)
-        trainer.trained, trainer.autocast = trained, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-        whole = sorted(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-        trainer.train(resume_from_checkpoint=str(whole[-1]) if whole else None)
-        if processes.is_main_process:
-            rows = [row for row in trainer.state.log_history if "loss" in row]
-            names = {"step": "step", "loss": "loss", "grad_norm": "gradient", "learning_rate": "lr"}
-            mark.unlink(missing_ok=True)  # of other settings; it must not stand beside the new curve
-            with atomic(curve) as temporary:
-                pd.DataFrame(rows)[list(names)].rename(columns=names).to_csv(temporary, index=False)
-            with atomic(mark) as temporary:
-                save_file(_weights(trained), temporary, {"settings": json.dumps(known)})
-            shutil.rmtree(checkpoints)
-        processes.wait_for_everyone()
     finally:
-        for name, p in trained.items():
-            p.data, p.grad = p.data.to(dtypes[name]), None
         for part, mode in modes.items():
             part.training = mode
+
+
+def descend(
+    folder: str | Path,
+    parameters: Mapping[str, nn.Parameter],
+    gradients: Callable[[int], Mapping[str, float]],
+    *,
+    steps: int,
+    optimizers: Callable[[list[tuple[str, nn.Parameter]]], list[Optimizer]],
+    rate: Callable[[int], float],
+    clip: float,
+    checkpoint_steps: int,
+    known: Mapping[str, Any],
+    used: Callable[[int], list[str]] = lambda steps: [],
+    watch: Callable[[int], None] | None = None,
+) -> pd.DataFrame:
+    """The loop of every training: seeded by its caller, resumable to the byte, and never repeated once it has ended.
+
+    Args:
+        folder: gets `training.csv` and `trained.safetensors`, and `checkpoint.pt` meanwhile. What is there of a
+            training with other settings is replaced, and what differs is said on stderr.
+        parameters: what is trained, by name; in float32 meanwhile, for steps are too small for half precision.
+        gradients: step (from 0) -> what is logged of it, `loss` among it. Leaves the gradients in `parameters`, in all
+            processes the same. May depend on the step and on torch's random state, on nothing else that went before.
+        optimizers: see `fit`.
+        rate: step -> the learning rate, as a share of each optimizer's own.
+        known: plain values that the weights depend on.
+        used: number of steps -> for each of them, a digest of the samples that it uses.
+        watch: called with the number of steps done: at 0 and after each step.
+
+    Returns, raises: as `fit`; what else was logged stands in further columns.
+    """
+    folder, main = Path(folder), PartialState().is_main_process
+    mark, curve, part = (folder / name for name in ("trained.safetensors", "training.csv", "checkpoint.pt"))
+    shapes = str([(name, list(p.shape)) for name, p in parameters.items()])
+    known = dict(known) | {"steps": steps, "parameters": hashlib.sha256(shapes.encode()).hexdigest()}
+    known = json.loads(json.dumps(known))
+    found = _metadata(mark)
+    begun = torch.load(part, map_location="cpu", weights_only=True) if part.exists() else None
+    PartialState().wait_for_everyone()  # all have looked before one changes anything
+    said = []
+    if found == known:
+        _take(parameters, load_file(mark))
+        said.append("trained earlier with these settings, read")
+        begun = None
+    elif found is not None:
+        said.append(f"was trained with {_differences(found, known)}: is trained anew")
+    if begun is not None and (why := _why_anew(begun, known, used)):
+        said.append(f"was begun with {why}: is trained anew")
+        begun = None
+    elif begun is not None and begun["known"] != known:
+        said.append("the data changed, and no step so far has used what did: goes on")
+    if main:
+        for text in said:
+            print(f"{folder}: {text}", file=sys.stderr)
+    if found == known:
+        if main:
+            part.unlink(missing_ok=True)
+        return pd.read_csv(curve)
+
+    dtypes = {name: p.dtype for name, p in parameters.items()}
+    for p in parameters.values():
+        p.data = p.data.float()
+    steppers, first, rows = optimizers(list(parameters.items())), 0, []
+    if begun is not None:
+        _take(parameters, begun["weights"])
+        for optimizer, state in zip(steppers, begun["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        first, rows = begun["step"], begun["log"]
+        _set_random(begun["random"][PartialState().process_index])
+    elif watch is not None:
+        watch(0)
+    bar = tqdm(desc=folder.name, total=steps, initial=first, unit="step", file=sys.stderr, disable=not main,
+               mininterval=0.1 if sys.stderr.isatty() else 30)  # fmt: skip
+    try:
+        for step in range(first, steps):
+            values = dict(gradients(step))
+            if not math.isfinite(values["loss"]):
+                raise FloatingPointError(
+                    f"{folder.name}: the loss at step {step + 1} is {values['loss']}: train with a smaller learning "
+                    "rate, or in float32"
+                )
+            norm = nn.utils.clip_grad_norm_(parameters.values(), clip)
+            for optimizer in steppers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group.setdefault("initial_lr", group["lr"]) * rate(step)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            of_step = {"step": step + 1, "loss": values.pop("loss"), "gradient": norm.item()}
+            rows.append(of_step | {"lr": steppers[0].param_groups[0]["lr"]} | values)
+            if watch is not None:
+                watch(step + 1)
+            bar.set_postfix(loss=f"{of_step['loss']:.4g}", refresh=False)
+            bar.update()
+            if (step + 1) % checkpoint_steps == 0 and step + 1 < steps:
+                random = gather_object([_random()])  # of all processes
+                check_weights(parameters)  # a checkpoint from which nothing could go on takes no good one's place
+                if main:
+                    states = [optimizer.state_dict() for optimizer in steppers]
+                    with atomic(part) as temporary:
+                        torch.save({"known": known, "step": step + 1, "log": rows, "weights": _weights(parameters),
+                                    "optimizers": states, "random": random, "used": used(step + 1)},
+                                   temporary)  # fmt: skip
+        if main:
+            mark.unlink(missing_ok=True)  # of other settings; it must not stand beside the new curve
+            with atomic(curve) as temporary:
+                pd.DataFrame(rows).to_csv(temporary, index=False)
+            with atomic(mark) as temporary:
+                save_file(_weights(parameters), temporary, {"settings": json.dumps(known)})
+            part.unlink(missing_ok=True)
+        PartialState().wait_for_everyone()
+    finally:
+        bar.close()
+        for name, p in parameters.items():
+            p.data, p.grad = p.data.to(dtypes[name]), None
     return pd.read_csv(curve)
 
 
-class Together(Optimizer):
-    """Several optimizers as one."""
-
-    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
-        self.optimizers = list(optimizers)
-        super().__init__([group for optimizer in self.optimizers for group in optimizer.param_groups], {})
-
-    def step(self, closure: None = None) -> None:
-        for optimizer in self.optimizers:
-            optimizer.step()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+def adamw(named: Sequence[tuple[str, nn.Parameter]], lr: float, weight_decay: float, **more: Any) -> Optimizer:
+    """AdamW that decays the weights with two or more dimensions; `more` as torch takes it."""
+    groups = [
+        {"params": [p for _, p in named if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for _, p in named if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, fused=True, **more)
 
 
-_WHOLE = "whole.json"  # in a checkpoint that all processes have written: what each step so far has used
-_OF_DATA = ("samples", "data")  # settings that follow from the samples
+def _random() -> list[torch.Tensor]:
+    """This process's random state of torch."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]
 
 
-class _Trainer(Trainer):
-    """Keeps what is trained and nothing else, and takes samples in the order in which they are drawn."""
-
-    trained: dict[str, nn.Parameter]
-    autocast: AbstractContextManager
-    used: Callable[[int], list[str]]
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.model_accepts_loss_kwargs = True  # so that labels are counted: over all batches and processes of a step
-
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> SequentialSampler:
-        return SequentialSampler(self.train_dataset)
-
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        return inputs  # on the device already; Trainer would make new `Prefixes`, without their names
-
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> torch.Tensor:
-        with self.autocast:
-            loss = model(**inputs)
-        if not loss.isfinite():
-            raise FloatingPointError(
-                f"the loss at step {self.state.global_step + 1} is {loss.item()}: train with a smaller learning rate, "
-                "or in float32"
-            )
-        if num_items_in_batch is None:
-            return loss
-        return loss * inputs["labels"].ne(-100).sum() * self.args.world_size / num_items_in_batch  # DDP takes the mean
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if self.args.should_save:
-            check_weights(self.trained)  # a checkpoint from which nothing could go on takes no good one's place
-            Path(output_dir).mkdir(parents=True, exist_ok=True)
-            save_file(_weights(self.trained), Path(output_dir) / "trained.safetensors")
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        _take(self.trained, Path(resume_from_checkpoint) / "trained.safetensors")
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            written = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            with atomic(written / _WHOLE) as temporary:
-                temporary.write_text(json.dumps(self.used(self.state.global_step)), encoding="utf-8")
-            for path in written.parent.glob("checkpoint-*"):
-                if path != written:
-                    shutil.rmtree(path)
-
-
-class _Progress(TrainerCallback):
-    """A bar with rate, time left and loss on stderr; where that is no terminal, a line every half minute."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar = tqdm(
-            desc=self.name,
-            total=state.max_steps,
-            initial=state.global_step,
-            unit="step",
-            file=sys.stderr,
-            mininterval=0.1 if sys.stderr.isatty() else 30,
-            disable=not state.is_world_process_zero,
-        )
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-        if "loss" in logs:
-            self.bar.set_postfix(loss=f"{logs['loss']:.4g}", refresh=False)
-            self.bar.update()
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.close()
+def _set_random(states: Sequence[torch.Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    for state in states[1:]:
+        torch.cuda.set_rng_state(state)
 
 
 class _Draws(Dataset):
-    """All draws of a training: (sample, place), epoch after epoch."""
+    """The draws of a training: (sample, place), epoch after epoch."""
 
-    def __init__(self, dataset: Sequence, seed: int, length: int, keys: Sequence[str] | None = None) -> None:
-        self.dataset, self.seed, self.length = dataset, seed, length
+    def __init__(self, dataset: Sequence, seed: int, keys: Sequence[str] | None = None) -> None:
+        self.dataset, self.seed = dataset, seed
         # conversations are long, digests short
         self.keys = None if keys is None else [digests.of_values([key]) for key in keys]
         self.steps: list[str] = []  # what `used` knows already
         self.epoch, self.order = -1, np.empty(0, int)
-
-    def __len__(self) -> int:
-        return self.length
 
     def __getitem__(self, place: int) -> tuple[Any, int]:
         return self.dataset[self._index(place)], place
@@ -554,32 +544,8 @@ class _Collate:
         return default_collate(samples) if self.collate is None else self.collate(samples, places)
 
 
-def _adamw(settings: Settings) -> Callable[[list[tuple[str, nn.Parameter]]], list[Optimizer]]:
-    def make(named: Iterable[tuple[str, nn.Parameter]]) -> list[Optimizer]:
-        parts = {settings.weight_decay: [p for _, p in named if p.dim() >= 2]}
-        parts[0.0] = parts.get(0.0, []) + [p for _, p in named if p.dim() < 2]
-        groups = [{"params": parameters, "weight_decay": decay} for decay, parameters in parts.items() if parameters]
-        return [torch.optim.AdamW(groups, lr=settings.lr, fused=True)]
-
-    return make
-
-
-def _has_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
 def _weights(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
     return {name: p.detach().cpu().contiguous() for name, p in parameters.items()}
-
-
-def _used(checkpoint: Path) -> list[str] | None:
-    """What each step up to a checkpoint has used; None if the checkpoint is not whole."""
-    try:
-        return json.loads((checkpoint / _WHOLE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -596,14 +562,15 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return f"other settings ({', '.join(map(shown, differ))}{after})"
 
 
-def _changed_before(checkpoints: Path, draws: _Draws, per_step: int) -> str:
-    """Why a training cannot go on with data that changed; empty if it can, for no step so far used what did."""
-    for path in checkpoints.glob("checkpoint-*"):
-        used = _used(path) or []
-        now = draws.used(len(used), per_step)
-        for step, (before, after) in enumerate(zip(used, now, strict=True), start=1):
-            if before != after:
-                return f"other samples in step {step} of the {len(used)} that were done"
+def _why_anew(begun: Mapping[str, Any], known: Mapping[str, Any], used: Callable[[int], list[str]]) -> str:
+    """Why a training cannot go on from its checkpoint; empty if it can: at most, data changed that no step used."""
+    before = begun["known"]
+    of_data = {"samples", "data"} if "data" in known else set()
+    if before.keys() != known.keys() or any(before[k] != known[k] for k in known.keys() - of_data):
+        return _differences(before, known)
+    for step, (then, now) in enumerate(zip(begun["used"], used(begun["step"]), strict=True), start=1):
+        if then != now:
+            return f"other samples in step {step} of the {begun['step']} that were done"
     return ""
 
 
@@ -615,7 +582,7 @@ def _metadata(file: Path) -> dict[str, Any] | None:
         return json.loads(weights.metadata()["settings"])
 
 
-def _take(parameters: Mapping[str, nn.Parameter], file: Path) -> None:
+def _take(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, torch.Tensor]) -> None:
     with torch.no_grad():
-        for name, tensor in load_file(file).items():
+        for name, tensor in weights.items():
             parameters[name].copy_(tensor)

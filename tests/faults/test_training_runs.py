@@ -52,7 +52,7 @@ def places_of(used: list[int], collate=drawn):
 
 
 def order(n: int, keys: list[str]) -> list[int]:
-    draws = _Draws(range(len(keys)), SETTINGS.seed, n, keys)
+    draws = _Draws(range(len(keys)), SETTINGS.seed, keys)
     return [draws[i][0] for i in range(n)]
 
 

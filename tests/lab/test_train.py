@@ -61,8 +61,8 @@ def test_a_model_is_made_from_nothing(small, capsys):
     # finished stages are loaded and give the same model
     capsys.readouterr()
     model, log = train.train_model(NAME)
-    said = capsys.readouterr().out
-    assert all(f"{stage}: finished earlier" in said for stage in STAGES)
+    said = capsys.readouterr().err
+    assert all(f"{stage}: trained earlier" in said for stage in STAGES)
     pd.testing.assert_frame_equal(log.reset_index(drop=True), curve, check_dtype=False)
     for name, weight in loaded.model.state_dict().items():
         assert torch.equal(model.state_dict()[name].bfloat16().float(), weight), name

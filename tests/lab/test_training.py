@@ -161,7 +161,7 @@ def problem():
 def run(folder, loss_at=None, steps=40, **more):
     modules, default = problem()
     table = training.train("job", modules, (loss_at or (lambda d: d))(default), steps=steps, lr=1e-2, weight_decay=0.1,
-                         folder=folder, log_every=7, checkpoint_seconds=-1, **more)
+                         folder=folder, log_every=7, checkpoint_steps=1, **more)
     return modules, table
 
 
@@ -192,11 +192,12 @@ def test_a_killed_run_resumes_to_the_same_weights_and_curve(tmp_path, steps_done
     for step in steps_done:
         with pytest.raises(Killed):
             run(tmp_path / "killed", killed_at(step), muon=muon)
-        assert not (tmp_path / "killed" / "job.done.pt").exists()
+        assert not (tmp_path / "killed" / "job" / "trained.safetensors").exists()
     again, resumed = run(tmp_path / "killed", muon=muon)
     assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(again), strict=True))
     assert table.equals(resumed) and table.step.tolist() == [0, 7, 14, 21, 28, 35, 39]
-    assert [p.name for p in (tmp_path / "killed").iterdir()] == ["job.done.pt"]
+    left = sorted(p.name for p in (tmp_path / "killed" / "job").iterdir())
+    assert left == ["trained.safetensors", "training.csv"]
 
 
 def test_muon_takes_the_matrices_and_moves_all_their_directions_alike():
@@ -243,7 +244,7 @@ def test_a_checkpoint_made_with_other_settings_is_not_used(tmp_path, capsys):
         again, resumed = run(tmp_path)
         assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(again), strict=True))
         assert table.equals(resumed)
-        assert "not used" in capsys.readouterr().out
+        assert "other settings (steps: 30, now 40): is trained anew" in capsys.readouterr().err
         run(tmp_path, steps=30)
 
 
@@ -260,7 +261,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     def broken(loss_at):
         return lambda step: (loss_at(step)[0] * (math.nan if step == 3 else 1), {})
 
-    with pytest.raises(FloatingPointError, match="job: the loss at step 3 is nan"):
+    with pytest.raises(FloatingPointError, match="job: the loss at step 4 is nan"):
         run(tmp_path, broken)
 
 
@@ -282,8 +283,8 @@ def test_a_half_written_checkpoint_is_never_read(tmp_path, monkeypatch):
     with pytest.raises(Killed):
         run(tmp_path / "killed")
     monkeypatch.undo()
-    assert [p.name for p in (tmp_path / "killed").iterdir()] == ["job.part.pt"]
-    assert torch.load(tmp_path / "killed" / "job.part.pt", weights_only=True)["step"] == 19
+    assert [p.name for p in (tmp_path / "killed" / "job").iterdir()] == ["checkpoint.pt"]
+    assert torch.load(tmp_path / "killed" / "job" / "checkpoint.pt", weights_only=True)["step"] == 19
     again, _ = run(tmp_path / "killed")
     assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(again), strict=True))
 
@@ -297,7 +298,7 @@ def test_a_run_shot_dead_resumes(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "killed"), os.path.dirname(__file__)],
                                env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
-    while not (tmp_path / "killed" / "job.part.pt").exists() and process.poll() is None:
+    while not (tmp_path / "killed" / "job" / "checkpoint.pt").exists() and process.poll() is None:
         assert time.monotonic() < deadline, "no checkpoint"
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
