@@ -85,6 +85,20 @@ NORM_CRITERIA: dict[str, Callable[..., torch.Tensor]] = {  # by name; each takes
 }
 
 
+_IN_WORDS = {
+    "absolute": "norm at least {:g}",
+    "mean_sd": "norm more than {:g} standard deviations above the picture's mean",
+    "percentile": "norm above the picture's percentile {:g}",
+    "above_median": "norm at least {:g} times the picture's median",
+    "norm_drop": "norms above the largest drop in the picture, if that is to 1 / {:g} at least",
+}
+
+
+def in_words(criterion: str, threshold: float) -> str:
+    """A rule as a sentence names it, "norm at least 3 times the picture's median"."""
+    return _IN_WORDS[criterion].format(threshold)
+
+
 def rule(criterion: str, threshold: float) -> Callable[[torch.Tensor], torch.Tensor]:
     """What a sink is: norms, float [.., patches] -> bool [.., patches].
 

@@ -7,11 +7,12 @@ alike and draws images within each. What was trained several times has seeds as 
 Every function is seeded: the same data give the same interval and the same p-value.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import scipy.optimize
 import scipy.stats
 from numpy.typing import ArrayLike
@@ -35,6 +36,9 @@ class Interval(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
+
+
+NOTHING = Interval(float("nan"), float("nan"), float("nan"), 0)
 
 
 def mean_interval(
@@ -112,25 +116,12 @@ def ratio_interval(
     return _bootstrap(_ratio, [above, below], left_out, level, method, resamples, seed, strata=strata)
 
 
-def difference_interval(
-    first: ArrayLike,
-    second: ArrayLike,
-    *,
-    clusters: ArrayLike | None = None,
-    strata: ArrayLike | None = None,
-    level: float = 0.95,
-    method: str = "BCa",
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-    missing: str = "raise",
-) -> Interval:
+def difference_interval(first: ArrayLike, second: ArrayLike, **how: Any) -> Interval:
     """Mean of first − second over the same images, with a paired bootstrap interval.
 
     Args:
         first, second: [rows], the two conditions on the same rows in the same order.
-        clusters: [rows], the image of each row, if there are several rows (questions) an image.
-        strata: [rows], the benchmark of each row, as in `mean_interval`.
-        level, method, resamples, seed, missing: as in `mean_interval`; a row is dropped where either is missing.
+        how: as in `mean_interval`; with `missing="drop"`, a row is dropped where either is missing.
 
     Returns:
         The difference in the unit of the values; `n` is the number of images.
@@ -141,16 +132,37 @@ def difference_interval(
     first, second = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if len(first) != len(second):
         raise ValueError(f"paired values need the same length: {len(first)} and {len(second)}")
-    return mean_interval(
-        first - second,
-        clusters=clusters,
-        strata=strata,
-        level=level,
-        method=method,
-        resamples=resamples,
-        seed=seed,
-        missing=missing,
-    )
+    return mean_interval(first - second, **how)
+
+
+def ratios(
+    rows: pd.DataFrame,
+    by: Sequence[str],
+    above: str = "inside",
+    below: str = "outside",
+    *,
+    images: str = "image",
+    seed: int = 0,
+) -> pd.DataFrame:
+    """`ratio_interval` of two columns in each cell of a table.
+
+    Args:
+        rows: a row a value; those that lack one of the two are left out.
+        by: columns that name a cell. Cells stand in the order of their first row.
+        above, below: the columns whose means are divided.
+        images: the column that says which rows belong together.
+        seed: of the bootstrap.
+
+    Returns:
+        `by`, `value` (times), `low`, `high`, `n` (images); without a value where `below` is nothing.
+    """
+    found = []
+    for cell, of in rows.groupby(list(by), sort=False):
+        there, ratio = of.dropna(subset=[above, below]), NOTHING
+        if there[below].sum() > 0:
+            ratio = ratio_interval(there[above], there[below], clusters=there[images], seed=seed)
+        found.append((*cell, *ratio))
+    return pd.DataFrame(found, columns=[*by, "value", "low", "high", "n"])
 
 
 def pooled_interval(
@@ -237,7 +249,7 @@ def seeds_interval(
     per_seed = [_per_image([column + lacking], clusters, strata, "drop") for column in values.T]
     (_, sizes, stratum), seeds = per_seed[0], values.shape[1]
     if not len(sizes):
-        return Interval(float("nan"), float("nan"), float("nan"), 0), float("nan")
+        return NOTHING, float("nan")
     means = [_ratio(sums, sizes) for (sums,), _, _ in per_seed]  # of each seed
     value = float(np.mean(means))
     if seeds == 1:
@@ -486,7 +498,7 @@ def _bootstrap(
         raise ValueError(f"method is 'BCa' or 'percentile', not {method!r}")
     n = len(columns[0])
     if n == 0:
-        return Interval(float("nan"), float("nan"), float("nan"), 0)
+        return NOTHING
     value = float(statistic(*columns))
     apart = _drawn_apart(strata, n)
     alone = np.concatenate([np.empty(0, dtype=int), *(images for images in apart if len(images) == 1)])

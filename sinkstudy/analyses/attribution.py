@@ -10,7 +10,7 @@ ablation do not. All raise a ValueError, with the row, for what is not finite.
 
 The second half compares tokens. `groups` says which belong together, and which others each group is held against;
 `compared`, `whole_groups`, `agreement` and `curves` give observations, a row a measured value, of several models;
-`ratios` and `ratios_between` make estimates of them.
+`stats.ratios` and `ratios_between` make estimates of them.
 """
 
 import copy
@@ -30,6 +30,7 @@ from transformers.utils import ModelOutput
 
 from sinkstudy import sinks, stats
 from sinkstudy.model.capture import not_finite
+from sinkstudy.model.groups import lifted, mean
 from sinkstudy.model.layout import ImageLayout
 from sinkstudy.model.lvlm import LVLM
 from sinkstudy.pictures import opened
@@ -136,9 +137,7 @@ def answer_log_prob(
     padded = torch.stack([torch.cat([torch.full((longest - len(a),), -1), a]) for a in ids]).to(lvlm.device)
 
     encoded = []
-    for start in range(0, len(images), batch_size):
-        stop = start + batch_size
-        of_batch = lvlm.inputs(images[start:stop], questions[start:stop])
+    for _, of_batch in lvlm.batches(images, batch_size, questions):
         pictures = {name: values for name, values in of_batch.items() if name not in _OF_TOKENS}
         encoded.append(lvlm.model.get_image_features(**pictures, return_dict=True))
     rows = (len(images), len(layouts[0].visual), -1)
@@ -474,11 +473,10 @@ def groups(
         draws: how many times random tokens are drawn.
         seed: of the first draw.
     """
-    members = {name: _lifted(layouts, masks) for name, masks in patches.items()}
-    real = _lifted(layouts, torch.ones_like(norms))  # all but newline tokens
-    on = torch.zeros_like(real) if things is None else _lifted(layouts, things)
-    of_tokens = torch.stack([layout.lift(of, "max") for layout, of in zip(layouts, norms, strict=True)])
-    of_tokens = of_tokens.nan_to_num(0.0)
+    members = {name: lifted(layouts, masks) for name, masks in patches.items()}
+    real = lifted(layouts, torch.ones_like(norms))  # all but newline tokens
+    on = torch.zeros_like(real) if things is None else lifted(layouts, things)
+    of_tokens = lifted(layouts, norms, "max").nan_to_num(0.0)
     places = [] if things is None else [on, real & ~on]
     controls = {
         ("sinks", "like place"): _drawn(members["sinks"], places, draws, seed),
@@ -486,11 +484,6 @@ def groups(
     }
     controls |= {(name, "random"): _drawn(mask, [real], draws, seed) for name, mask in members.items()}
     return Groups(members, controls, of_tokens, on)
-
-
-def _lifted(layouts: Sequence[ImageLayout], masks: torch.Tensor) -> torch.Tensor:
-    """Masks of patches [images, patches] as masks of visual tokens [images, visual tokens]."""
-    return torch.stack([layout.lift(mask, "any") for layout, mask in zip(layouts, masks, strict=True)])
 
 
 def _drawn(mask: torch.Tensor, places: Sequence[torch.Tensor], draws: int, seed: int) -> torch.Tensor:
@@ -519,15 +512,10 @@ def compared(values: Mapping[str, torch.Tensor], groups: Mapping[str, Groups], s
         asked = said[said.model == name]
         image = torch.tensor(asked.image.to_numpy())
         for (group, control), drawn in of.controls.items():
-            inside = _mean_in(values[name], of.members[group][image])
-            outside = np.mean([_mean_in(values[name], mask[image]) for mask in drawn], axis=0)
+            inside = mean(values[name], of.members[group][image]).numpy()
+            outside = np.mean([mean(values[name], mask[image]).numpy() for mask in drawn], axis=0)
             rows.append(asked.assign(group=group, control=control, inside=inside, outside=outside))
     return pd.concat(rows, ignore_index=True)
-
-
-def _mean_in(values: torch.Tensor, mask: torch.Tensor) -> np.ndarray:
-    """Mean over marked tokens, [rows, visual tokens] -> [rows]; NaN where there are none."""
-    return ((values * mask).sum(-1) / mask.sum(-1)).numpy()
 
 
 def shares(values: Mapping[str, torch.Tensor], groups: Mapping[str, Groups], said: pd.DataFrame) -> pd.DataFrame:
@@ -549,38 +537,20 @@ def shares(values: Mapping[str, torch.Tensor], groups: Mapping[str, Groups], sai
     return pd.concat(rows, ignore_index=True)
 
 
-def ratios(seen: pd.DataFrame, by: Sequence[str], seed: int = 0) -> pd.DataFrame:
-    """Mean inside over mean outside in each cell, with its 95 % bootstrap interval over images.
-
-    Args:
-        seen: of `compared`; rows that lack one of the two are left out.
-        by: columns that name a cell. Cells stand in the order of their first row.
-        seed: of the bootstrap.
-
-    Returns:
-        `by`, `value` (times), `low`, `high`, `n` (images).
-    """
-    rows = [
-        (*cell, *stats.ratio_interval(of.inside, of.outside, clusters=of.image, seed=seed, missing="drop"))
-        for cell, of in seen.groupby(list(by), sort=False)
-    ]
-    return pd.DataFrame(rows, columns=[*by, "value", "low", "high", "n"])
-
-
 def ratios_between(
     seen: pd.DataFrame, by: Sequence[str], first: str = "global", second: str = "local", seed: int = 0
 ) -> pd.DataFrame:
-    """How many times the ratio of `ratios` in questions of one type is that in questions of another.
+    """How many times the ratio of `stats.ratios` in questions of one type is that in questions of another.
 
     Both are taken over the images that have all four means, and these are drawn together.
 
     Args:
         seen: of `compared`, with `type`.
-        by, seed: as in `ratios`.
+        by, seed: as in `stats.ratios`.
         first, second: types.
 
     Returns:
-        As `ratios`; NaN and `n` 0 where no image has both.
+        As `stats.ratios`; NaN and `n` 0 where no image has both.
     """
     wanted = [(side, kind) for kind in (first, second) for side in ("inside", "outside")]
     rows = []

@@ -15,6 +15,7 @@ import torch
 
 from sinkstudy import sinks
 from sinkstudy.analyses import probing
+from sinkstudy.model.groups import of_patches
 from sinkstudy.model.layout import ImageLayout
 from sinkstudy.model.lvlm import LVLM
 from sinkstudy.world import drawing
@@ -61,7 +62,7 @@ def asked(
     places = torch.cartesian_prod(*(torch.arange(side) for side in grid)).repeat(tiles, 1)
     thirds = places * 3 // torch.tensor(grid)
     true = {"cell": (thirds[:, 0] * 3 + thirds[:, 1]).expand(n, -1)}
-    whole = {} if scenes is None else _of_pictures(scenes)
+    whole = {} if scenes is None else of_pictures(scenes)
     true |= {what: values[:, None].expand(-1, len(places)) for what, values in whole.items()}
     calm = things = None
     local: list[str] = []
@@ -76,8 +77,8 @@ def asked(
     return Asked(n_fit, tiles, grid, places, true, _dealt(true, n_fit, seed), kinds, calm, things)
 
 
-def _of_pictures(scenes: drawing.Scenes) -> dict[str, torch.Tensor]:
-    """Facts of the whole picture, long [pictures] each."""
+def of_pictures(scenes: drawing.Scenes) -> dict[str, torch.Tensor]:
+    """Facts of the whole picture, long [pictures] each; main texture and colour are those of the largest part."""
     main = scenes.area.masked_fill(scenes.texture < 0, 0).argmax(1, keepdim=True)
     return {"scene": scenes.scene, "light": scenes.light, "main texture": scenes.texture.gather(1, main)[:, 0],
             "main colour": scenes.colour.gather(1, main)[:, 0], "number of things": (scenes.kind >= 0).sum(1)}
@@ -130,7 +131,7 @@ class Groups:
 
     def masks(self, index: int, layout: ImageLayout, norms: torch.Tensor) -> dict[str, torch.Tensor]:
         """The groups in the picture of this index, bool [patches]; patches that no visual token holds are in none."""
-        masks = {"sinks": self.rule(norms), "top 2 %": sinks.percentile(norms, 98)}
+        masks = of_patches(norms, self.rule)
         if self.asked.calm is not None:
             masks |= {"calm": self.asked.calm[index], "things": self.asked.things[index]}
         masks = {group: mask & (layout.positions[:, 0] >= 0) for group, mask in masks.items()}
@@ -255,10 +256,8 @@ def _sizes(masks: Sequence[Mapping[str, torch.Tensor]]) -> pd.DataFrame:
 def _pixels(lvlm: LVLM, pictures: Sequence[Any], patch: torch.Tensor, batch_size: int) -> torch.Tensor:
     """The pixels of the chosen patches: [pictures, singles, most] -> [pictures, singles, most, values]."""
     found = []
-    for start in range(0, len(pictures), batch_size):
-        batch = pictures[start : start + batch_size]
-        of_batch = lvlm.patch_pixels(lvlm.inputs(batch, [""] * len(batch)))
-        found += [of_batch[i][patch[start + i]] for i in range(len(batch))]
+    for of, inputs in lvlm.batches(pictures, batch_size):
+        found += [pixels[own] for pixels, own in zip(lvlm.patch_pixels(inputs), patch[of], strict=True)]
     return torch.stack(found)
 
 

@@ -15,8 +15,7 @@ import scipy.stats
 import torch
 
 from sinkstudy import sinks, stats
-from sinkstudy.analyses import propagation
-from sinkstudy.model import capture
+from sinkstudy.model import capture, groups
 from sinkstudy.model.lvlm import LVLM
 from sinkstudy.world import drawing
 
@@ -194,7 +193,7 @@ def attention(seen: Seen, masks: Mapping[str, torch.Tensor]) -> pd.DataFrame:
     layer, image = (of.flatten() for of in np.mgrid[1 : seen.received.shape[1] + 1, : len(seen.received)])
     parts = []
     for rule, mask in masks.items():
-        inside, outside = (propagation.group_mean(seen.received, of[:, None]).T.flatten() for of in (mask, ~mask))
+        inside, outside = (groups.mean(seen.received, of[:, None]).T.flatten() for of in (mask, ~mask))
         parts.append(pd.DataFrame({"rule": rule, "layer": layer, "image": image, "inside": inside, "outside": outside}))
     return pd.concat(parts, ignore_index=True)
 

@@ -3,7 +3,7 @@
 Luo et al. (2510.08510) say that sinks of the vision tower *propagate* into the decoder and that others *emerge* there.
 `groups` names the visual tokens of each picture, `contrast` sets the tokens of a group against the other patches,
 `look_inside` follows one question a picture through the decoder's layers, `decoder_sinks` and `fates` say where a
-token is a sink. Tables are long, a row a measured value; `ratios` makes estimates of them.
+token is a sink. Tables are long, a row a measured value; `stats.ratios` makes estimates of them.
 
 A *visual token* is a patch, or several where the connector merges them. Tokens without a patch (newlines) belong to no
 group and are no "other patches" either.
@@ -11,14 +11,15 @@ group and are no "other patches" either.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
-from sinkstudy import sinks, stats
+from sinkstudy import sinks
 from sinkstudy.model import capture
+from sinkstudy.model.groups import lifted, mean, of_patches
 from sinkstudy.model.layout import ImageLayout
 from sinkstudy.model.lvlm import LVLM
 from sinkstudy.world import drawing
@@ -27,7 +28,6 @@ GROUPS = ("sinks", "random", "next in norm", "top 2 %", "calm patches")  # those
 CONTROLS = ("random", "next in norm")  # as many tokens as there are sinks, none of them a sink
 RULES = ("attention", "norm", "dimensions")  # what makes a visual token a sink of the decoder
 FATES = ("propagated", "emerged", "stopped", "ordinary")  # of `sinks.kinds`
-NOTHING = stats.Interval(float("nan"), float("nan"), float("nan"), 0)
 
 
 # --- groups of visual tokens ---
@@ -73,34 +73,28 @@ def groups(
     Raises:
         ValueError: as `sinks.rule`.
     """
-
-    def lifted(values: torch.Tensor, how: Literal["any", "mean", "max"]) -> torch.Tensor:
-        return torch.stack([layout.lift(of, how) for layout, of in zip(layouts, values, strict=True)])
-
-    relative = lifted(norms / norms.quantile(0.5, dim=1, keepdim=True), "max")
-    sink, patches = lifted(sinks.rule(criterion, threshold)(norms), "any"), relative.isfinite()
+    if (layouts[0].tiles, *layouts[0].grid) != (1, drawing.GRID, drawing.GRID):
+        scenes = None
+    relative = lifted(layouts, norms / norms.quantile(0.5, dim=1, keepdim=True), "max")
+    chosen = of_patches(norms, sinks.rule(criterion, threshold), scenes)
+    of = {group: lifted(layouts, mask) for group, mask in chosen.items()}
+    sink, patches = of["sinks"], relative.isfinite()
     masks = {
         "sinks": sink,
         "random": sinks.random_like(sink, seed, among=patches),
         "next in norm": sinks.next_in_norm(relative, sink, among=patches),
-        "top 2 %": lifted(sinks.percentile(norms, 98), "any"),
+        "top 2 %": of["top 2 %"],
         "others": ~sink & patches,
     }
-    if scenes is None or (layouts[0].tiles, *layouts[0].grid) != (1, drawing.GRID, drawing.GRID):
+    if scenes is None:
         return Groups(relative, masks, None)
-    masks["calm patches"] = lifted(scenes.calm.flatten(1), "any")
-    return Groups(relative, masks, lifted(scenes.thing_share.flatten(1) > 0, "any"))
-
-
-def group_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean over the tokens of a group: [.., tokens] and bool [.., tokens] -> [..]; NaN where it is empty."""
-    return values.where(mask, 0).sum(-1) / mask.sum(-1)
+    return Groups(relative, masks | {"calm patches": of["calm"]}, lifted(layouts, scenes.thing_share.flatten(1) > 0))
 
 
 def sizes(groups: Groups) -> pd.DataFrame:
     """How many tokens each of `GROUPS` has in a picture, and their mean norm: `group`, `image`, `tokens`, `norm`."""
     parts = [pd.DataFrame({"group": group, "image": range(len(mask)), "tokens": mask.sum(1),
-                           "norm": group_mean(groups.norms, mask)})
+                           "norm": mean(groups.norms, mask)})
              for group, mask in groups.masks.items() if group in GROUPS]
     return pd.concat(parts, ignore_index=True)
 
@@ -135,32 +129,9 @@ def contrast(values: torch.Tensor, groups: Groups, rows: pd.DataFrame, first: in
         if group in groups.masks:
             mask = groups.masks[group]
             others = (groups.masks["others"] if group in CONTROLS else groups.patches) & ~mask
-            means = [group_mean(values, of[image, None]).flatten().numpy() for of in (mask, others)]
+            means = [mean(values, of[image, None]).flatten().numpy() for of in (mask, others)]
             parts.append(repeated.assign(group=group, inside=means[0], outside=means[1]))
     return pd.concat(parts, ignore_index=True)
-
-
-def ratios(
-    observations: pd.DataFrame, by: Sequence[str], above: str = "inside", below: str = "outside", seed: int = 0
-) -> pd.DataFrame:
-    """Ratio of two means in each cell, with its 95 % bootstrap interval that draws whole images.
-
-    Args:
-        observations: a row a value, with `image`; rows that lack one of the two are left out.
-        by: columns that name a cell.
-        above, below: the columns whose means are divided.
-        seed: of the bootstrap.
-
-    Returns:
-        `by`, `value`, `low`, `high`, `n` (images), as `chapter.estimates`; without a value where `below` is nothing.
-    """
-    rows = []
-    for cell, of in observations.groupby(list(by), sort=False):
-        there, found = of.dropna(subset=[above, below]), NOTHING
-        if there[below].sum() > 0:
-            found = stats.ratio_interval(there[above], there[below], clusters=there.image, seed=seed)
-        rows.append((*cell, *found))
-    return pd.DataFrame(rows, columns=[*by, "value", "low", "high", "n"])
 
 
 def by_head(attention: torch.Tensor, groups: Groups, image: torch.Tensor) -> pd.DataFrame:
@@ -173,7 +144,7 @@ def by_head(attention: torch.Tensor, groups: Groups, image: torch.Tensor) -> pd.
     mask = groups.masks[groups.marked][image][:, None, None]
     others = groups.patches[image][:, None, None] & ~mask
     kept = mask.any(-1)[:, 0, 0]
-    ratio = group_mean(attention, mask)[kept].mean(0) / group_mean(attention, others)[kept].mean(0)  # [layers, heads]
+    ratio = mean(attention, mask)[kept].mean(0) / mean(attention, others)[kept].mean(0)  # [layers, heads]
     layer, head = (of.flatten() + 1 for of in np.indices(ratio.shape))
     return pd.DataFrame({"layer": layer, "head": head, "ratio": ratio.flatten()})
 
@@ -205,10 +176,8 @@ def look_inside(
         ValueError: as `LVLM.visual_positions`.
     """
     parts = []
-    for start in range(0, len(images), batch_size):
-        of = slice(start, start + batch_size)
-        own = {group: mask[of] for group, mask in masks.items()}
-        parts.append(_look(lvlm, lvlm.inputs(images[of], questions[of]), own))
+    for of, inputs in lvlm.batches(images, batch_size, questions):
+        parts.append(_look(lvlm, inputs, {group: mask[of] for group, mask in masks.items()}))
 
     def joined(name: str) -> torch.Tensor:
         return torch.cat([part[name] for part in parts])
@@ -371,7 +340,7 @@ def attention_by_fate(
     """
     kinds = sinks.kinds(tower[:, None].expand_as(decoder), decoder)
     of_row = image.repeat_interleave(attention.shape[1])
-    parts = [pd.DataFrame({"kind": kind, "image": of_row, "value": group_mean(attention, kinds[kind][image]).flatten()})
+    parts = [pd.DataFrame({"kind": kind, "image": of_row, "value": mean(attention, kinds[kind][image]).flatten()})
              for kind in FATES]
     return pd.concat(parts, ignore_index=True)
 

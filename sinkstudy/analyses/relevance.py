@@ -26,6 +26,7 @@ from transformers import BatchFeature
 
 from sinkstudy import sinks, stats
 from sinkstudy.model import capture
+from sinkstudy.model.groups import mean, of_patches
 from sinkstudy.model.layout import ImageLayout
 from sinkstudy.model.lvlm import LVLM
 from sinkstudy.world import drawing
@@ -146,21 +147,19 @@ def measure(
     if len(images) == 0:
         raise ValueError("relevance needs at least one image")
     parts = []
-    for start in range(0, len(images), batch_size):
-        batch = images[start : start + batch_size]
-        inputs = lvlm.inputs(batch, [""] * len(batch))
+    for of, inputs in lvlm.batches(images, batch_size):
         layouts = lvlm.layout(inputs)
         sizes = {(layout.tiles, *layout.grid) for layout in layouts} | {shape for _, shape in parts[:1]}
         if len(sizes) > 1:
             raise ValueError(f"images need one size; these have (tiles, rows, columns) of patches {sorted(sizes)}")
         if cover is not None and (len(cover), cover[0].numel()) != (len(images), len(layouts[0].vision)):
             raise ValueError(f"cover needs [images, patches], here [{len(images)}, {len(layouts[0].vision)}]")
-        covered = None if cover is None else cover[start : start + batch_size].flatten(1).to(lvlm.device)
+        covered = None if cover is None else cover[of].flatten(1).to(lvlm.device)
         parts.append((_measure_batch(lvlm, inputs, layouts, covered), sizes.pop()))
         norms = parts[-1][0][-1]  # what is not finite in a layer is not in those behind it either
         if (bad := ~norms.isfinite().all(1)).any():
             where = f"up to layer {lvlm.feature_layer} of the tower"
-            raise capture.not_finite(lvlm, where, start + int(bad.nonzero()[0]))
+            raise capture.not_finite(lvlm, where, of.start + int(bad.nonzero()[0]))
     columns, rows, uniform, norms = zip(*(part for part, _ in parts), strict=True)
 
     def joined(dicts: Sequence[dict]) -> dict[str, torch.Tensor]:
@@ -279,17 +278,15 @@ def patch_groups(
     Args:
         norms: [images, patches].
         rule: what a sink is, of `sinks.rule`.
-        scenes: the facts of the pictures, if they are the lab's. A patch is on a thing if more than half of it is.
+        scenes: see `model.groups.of_patches`.
         draws: random groups beside each of these.
         seed: of the first draw.
 
     Returns:
         With "others", all patches that are no sinks, and "next in norm", as many as there are sinks.
     """
-    sink = rule(norms)
-    chosen = {"sinks": sink, "top 2 %": sinks.percentile(norms, 98)}
-    if scenes is not None:
-        chosen |= {"calm": scenes.calm.flatten(1), "things": scenes.thing_share.flatten(1) > 0.5}
+    chosen = of_patches(norms, rule, scenes)
+    sink = chosen["sinks"]
     random = {group: [sinks.random_like(mask, seed + draw, among=~sink) for draw in range(draws)]
               for group, mask in chosen.items()}
     return PatchGroups(chosen | {"others": ~sink, "next in norm": sinks.next_in_norm(norms, sink)}, random)
@@ -324,13 +321,6 @@ def contents(groups: PatchGroups, things: torch.Tensor | None = None) -> pd.Data
 # --- the maps of a group ---
 
 
-def group_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean over the patches of a group: [images, layers, heads, patches], bool [images, patches] -> [images, layers,
-    heads]; NaN where a picture has none."""
-    mask = mask[:, None, None]
-    return torch.where(mask, values, 0).sum(-1) / mask.sum(-1)
-
-
 def shapes(found: Relevance, groups: PatchGroups) -> pd.DataFrame:
     """What the maps of each group are like: mean over its patches, all heads and the layers that count.
 
@@ -355,8 +345,8 @@ def _against(values: torch.Tensor, even: torch.Tensor, groups: PatchGroups, grou
     """A group's value and its differences to controls, float64 [images] each."""
 
     def overall(values: torch.Tensor, *masks: torch.Tensor) -> torch.Tensor:
-        mean = torch.stack([group_mean(values, mask) for mask in masks]).mean(0)
-        return mean[:, COUNTED].mean((1, 2))
+        each = torch.stack([mean(values, mask[:, None, None]) for mask in masks]).mean(0)
+        return each[:, COUNTED].mean((1, 2))
 
     masks = groups.masks
     own, own_even = overall(values, masks[group]), overall(even, masks[group])
@@ -381,10 +371,11 @@ def by_layer(found: Relevance, groups: PatchGroups) -> pd.DataFrame:
     """
     parts = []
     for side, values in (("columns", found.columns["spread"]), ("rows", found.rows["spread"])):
-        means = {group: group_mean(values, groups.masks[group]) for group in (*groups.random, "others")}
-        means["uniform map"] = group_mean(found.uniform["spread"], groups.masks["others"])
-        for group, mean in means.items():
-            for layer, value in enumerate(mean.mean(2).double().T, start=1):
+        masks = {group: groups.masks[group][:, None, None] for group in (*groups.random, "others")}
+        means = {group: mean(values, mask) for group, mask in masks.items()}
+        means["uniform map"] = mean(found.uniform["spread"], masks["others"])
+        for group, of in means.items():
+            for layer, value in enumerate(of.mean(2).double().T, start=1):
                 parts.append(pd.DataFrame({"side": side, "group": group, "layer": layer,
                                            "image_id": range(len(value)), "value": value}))
     return pd.concat(parts, ignore_index=True)
@@ -416,8 +407,7 @@ def _specialisations(
     values: torch.Tensor | None, groups: PatchGroups, group: str, seed: int
 ) -> dict[str, stats.Interval]:
     if values is None:
-        nothing = stats.Interval(float("nan"), float("nan"), float("nan"), 0)
-        return dict.fromkeys(("", "random", "_minus_random", "_minus_things"), nothing)
+        return dict.fromkeys(("", "random", "_minus_random", "_minus_things"), stats.NOTHING)
 
     def pooled(mask: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:  # [images, layers, heads], [images]
         sums, counts = _sums(values, mask)

@@ -516,12 +516,10 @@ def _tower_once(lvlm: LVLM, seen: dict[int, torch.Tensor], keeps: str) -> Iterat
         return lambda hidden, *args, **kwargs: seen.get(layer, hidden)
 
     if not seen:
-        handles = [layers[layer].register_forward_hook(keep(layer)) for layer in lvlm.connectors]
-        try:
+        with ExitStack() as hooks:
+            for layer in lvlm.connectors:
+                hooks.enter_context(layers[layer].register_forward_hook(keep(layer)))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
         return
     own: list[tuple[nn.Module, Any]] = [(module, module.__dict__.get("forward")) for module in layers]
     try:

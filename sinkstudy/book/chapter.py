@@ -17,7 +17,6 @@ import pandas as pd
 from sinkstudy import stats
 from sinkstudy.book import report
 
-NOTHING = stats.Interval(float("nan"), float("nan"), float("nan"), 0)
 BLUE, ORANGE, GREEN, PINK, RED = report.PALETTE
 GROUPS = {"sinks": RED, "top 2 %": ORANGE, "calm": GREEN, "calm patches": GREEN, "things": BLUE, "random": report.INK,
           "next in norm": PINK, "others": report.INK, "all": report.INK}
@@ -65,7 +64,7 @@ def estimates(
     rows = []
     for cell, of in observations.groupby(list(by), sort=False, observed=True):
         there = of[np.isfinite(of[value].astype(float))]
-        found = NOTHING
+        found = stats.NOTHING
         if len(there) and there[images].nunique() >= least:
             within = None if strata is None else there[strata].to_numpy()
             found = stats.mean_interval(there[value].to_numpy(float), clusters=there[images].to_numpy(), strata=within,
@@ -104,7 +103,7 @@ def one(rows: pd.DataFrame, **where: Any) -> stats.Interval:
         rows = rows[rows[column] == wanted]
     if len(rows) > 1:
         raise ValueError(f"{len(rows)} estimates for {where}")
-    return stats.Interval(*rows[["value", "low", "high", "n"]].iloc[0]) if len(rows) else NOTHING
+    return stats.Interval(*rows[["value", "low", "high", "n"]].iloc[0]) if len(rows) else stats.NOTHING
 
 
 def keep(results: report.Results, rows: pd.DataFrame, name: str, unit: str | Mapping[str, str] = "") -> None:

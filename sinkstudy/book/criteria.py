@@ -23,9 +23,9 @@ from sinkstudy.book import chapter, report
 from sinkstudy.effects import ablation, moving, neurons
 from sinkstudy.effects.neurons import Neurons
 from sinkstudy.model import capture
+from sinkstudy.model.groups import mean
 from sinkstudy.model.layout import ImageLayout
 from sinkstudy.model.lvlm import LVLM
-from sinkstudy.world import drawing
 
 PHI = 20 / 4096**0.5
 """Kang et al. (2503.03321) ask for phi >= 20 where the decoder is 4,096 wide: so much of its largest possible value."""
@@ -149,8 +149,7 @@ def decoder_phi(
     width, rng = lvlm.model.config.get_text_config().hidden_size, np.random.default_rng(seed)
     sets = [[own, *(rng.choice(width, len(own), replace=False).tolist() for _ in range(draws))] for own in lit]
     layouts, found = [], []
-    for start in range(0, len(pictures), batch_size):
-        inputs = lvlm.inputs(pictures[start : start + batch_size], list(questions[start : start + batch_size]))
+    for _, inputs in lvlm.batches(pictures, batch_size, questions):
         layouts += (here := lvlm.layout(inputs))
         visual = torch.stack([layout.visual for layout in here]).to(lvlm.device)[..., None]
 
@@ -192,11 +191,6 @@ def words(rule: str) -> str:
 def by_id(mask: torch.Tensor) -> dict[str, torch.Tensor]:
     """A mask [pictures, patches] by the id of each picture, its place as text."""
     return {str(i): own for i, own in enumerate(mask)}
-
-
-def group_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean over the patches of a group: two [.., patches] -> [..]; NaN where it is empty."""
-    return (values * mask).sum(-1) / mask.sum(-1)
 
 
 def per_picture(values: torch.Tensor, **columns: Any) -> pd.DataFrame:
@@ -243,7 +237,7 @@ def compared(
         if not mask.any():
             continue
         own = mask if headline == "spread" else patches.whole(mask)
-        inside, outside = (group_mean(numbers[headline], m) for m in (own, ~own))
+        inside, outside = (mean(numbers[headline], m) for m in (own, ~own))
         compare = stats.difference_interval if headline == "spread" else stats.ratio_interval
         rows.append((rule, headline, *compare(inside, outside, missing="drop", seed=seed)))
     return pd.DataFrame(rows, columns=["rule", "headline", "value", "low", "high", "n"])
@@ -313,14 +307,7 @@ class ProbeSide:
     patches: Patches
     tokens: torch.Tensor  # [pictures, patches, width], where the connector reads them
     masks: Mapping[str, torch.Tensor]  # of `rules`
-    facts: Mapping[str, torch.Tensor]  # of `of_picture`
-
-
-def of_picture(scenes: drawing.Scenes) -> dict[str, torch.Tensor]:
-    """What holds for the whole picture, long [pictures]; main texture and colour are those of the largest part."""
-    main = scenes.area.masked_fill(scenes.texture < 0, 0).argmax(1, keepdim=True)
-    return {"scene": scenes.scene, "light": scenes.light, "main texture": scenes.texture.gather(1, main)[:, 0],
-            "main colour": scenes.colour.gather(1, main)[:, 0], "number of things": (scenes.kind >= 0).sum(1)}
+    facts: Mapping[str, torch.Tensor]  # of `content.of_pictures`
 
 
 def entering(lvlm: LVLM, images: Mapping[str, Any], batch_size: int = 16) -> torch.Tensor:
@@ -409,7 +396,7 @@ def flagged_of(patches: Patches, groups: Mapping[str, torch.Tensor], lit: Sequen
     whole = flagged(patches.phi, [PHI])
     rows = [pd.DataFrame({"group": whole.dimensions.map(named), "image_id": whole.image_id, "value": whole.value})]
     there = (patches.phi_of_patches >= PHI).float()
-    rows += [per_picture(100 * group_mean(there, mask), group=group) for group, mask in groups.items()]
+    rows += [per_picture(100 * mean(there, mask), group=group) for group, mask in groups.items()]
     found = pd.concat(rows, ignore_index=True)
     return found.assign(value=object_ * found.value)
 
@@ -466,8 +453,8 @@ def group_norms(norms: Mapping[str, torch.Tensor], mask: torch.Tensor) -> pd.Dat
         Rows `intervention`, `image_id` (the picture's place), `measure` ("norm_ratio"), `value` (the norm), `before`
         (the norm under "none"). NaN where a picture has none of the group.
     """
-    before = group_mean(norms["none"], mask).numpy()
-    rows = [per_picture(group_mean(of, mask), intervention=name, measure="norm_ratio").assign(before=before)
+    before = mean(norms["none"], mask).numpy()
+    rows = [per_picture(mean(of, mask), intervention=name, measure="norm_ratio").assign(before=before)
             for name, of in norms.items() if name != "none"]
     return pd.concat(rows, ignore_index=True)
 
@@ -501,9 +488,7 @@ def sizes(rows: pd.DataFrame, by: Sequence[str], seed: int = 0) -> pd.DataFrame:
         `by`, `measure` ("norm_ratio", "accuracy", "logp"), `value`, `low`, `high`, `n`.
     """
     norm, by = rows.measure == "norm_ratio", [*by, "measure"]
-    left = [(*cell, *stats.ratio_interval(of.value, of.before, missing="drop", seed=seed))
-            for cell, of in rows[norm].groupby(by, sort=False)]
-    left = pd.DataFrame(left, columns=[*by, "value", "low", "high", "n"])
+    left = stats.ratios(rows[norm], by, "value", "before", images="image_id", seed=seed)
     return pd.concat([left, chapter.estimates(rows[~norm], by, seed=seed)], ignore_index=True)
 
 
@@ -528,8 +513,8 @@ def at_places(
     """
     norms, rows = neurons.norms_under(lvlm, pictures, ways, batch_size), []
     for way in ways:
-        over_median = group_mean(norms[way.name], places) / norms[way.name].quantile(0.5, dim=-1)
-        received = group_mean(neurons.received_under(lvlm, pictures, way, behind, batch_size), places)
+        over_median = mean(norms[way.name], places) / norms[way.name].quantile(0.5, dim=-1)
+        received = mean(neurons.received_under(lvlm, pictures, way, behind, batch_size), places)
         rows.append(per_picture(over_median, intervention=way.name, measure="norm / median"))
         rows.append(per_picture(received, intervention=way.name, measure="attention received"))
     return pd.concat(rows, ignore_index=True)

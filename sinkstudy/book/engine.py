@@ -78,8 +78,8 @@ def fingerprint(notebook: str, given: dict[str, Any]) -> dict[str, str]:
     text = [[cell["cell_type"], _text(cell), cell["metadata"].get("tags", [])] for cell in _cells(notebook)]
     models, data = parameters.depends_on(notebook, values)
     return {
-        "source_sha256": _sha256(json.dumps(text)),
-        "params_sha256": _sha256(json.dumps(values, sort_keys=True)),
+        "source_sha256": digests.of_values(text),
+        "params_sha256": digests.of_values(values),
         "package_sha256": files_sha256(modules(notebook)),
         "model_sha256": files_sha256(models),
         "data_sha256": files_sha256(data),
@@ -135,10 +135,6 @@ def files_sha256(paths: Iterable[Path]) -> str:
         digest.update(bytes.fromhex(digests.sha256(path)))
     digests.remember()
     return digest.hexdigest()
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _cells(notebook: str) -> list[dict]:

@@ -28,13 +28,15 @@ MAPS = ("tower_norm", "tower_attention", "decoder_norm", "decoder_attention", "a
 
 def rules(criterion: str, threshold: float) -> dict[str, tuple[Rule, str]]:
     """Rules for a sink at the connector's input, each with its words; the first is that of the run."""
-    own = f"norm at least {threshold:g} × the median" if criterion == "above_median" else f"{criterion}, {threshold:g}"
+
+    def on_norms(criterion: str, threshold: float) -> tuple[Rule, str]:
+        judge = sinks.rule(criterion, threshold)
+        return lambda norms, received: judge(norms), sinks.in_words(criterion, threshold)
+
+    others = {"mean_sd": 3.0, "percentile": 98.0, "norm_drop": 1.5, "absolute": 100.0}
     return {
-        "run": (lambda norms, received: sinks.NORM_CRITERIA[criterion](norms, threshold), own),
-        "mean_sd": (lambda norms, received: sinks.mean_sd(norms), "norm above mean + 3 sd"),
-        "percentile": (lambda norms, received: sinks.percentile(norms), "top 2 % of norms"),
-        "norm_drop": (lambda norms, received: sinks.norm_drop(norms), "above the largest drop of the norms"),
-        "absolute": (lambda norms, received: sinks.absolute(norms), "norm at least 100"),
+        "run": on_norms(criterion, threshold),
+        **{name: on_norms(name, value) for name, value in others.items()},
         "attention": (lambda norms, received: sinks.attended(received, 1.0), "attention received above 5 × uniform"),
     }
 

@@ -15,7 +15,7 @@ The first two work on visual tokens: where several patches make one of them, it 
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -74,9 +74,7 @@ def read(lvlm: LVLM, images: Mapping[str, Any], site: Site = "output", batch_siz
     if not images:
         raise ValueError("there are no images to read")
     ids, of, layouts = list(images), {}, {}
-    for start in range(0, len(ids), batch_size):
-        batch = ids[start : start + batch_size]
-        inputs = lvlm.inputs([images[image] for image in batch], [""] * len(batch))
+    for batch, inputs in lvlm.batches(list(images.values()), batch_size):
         seen: dict[int, torch.Tensor] = {}
 
         def keep(tokens: torch.Tensor, layer: int) -> torch.Tensor:
@@ -85,7 +83,7 @@ def read(lvlm: LVLM, images: Mapping[str, Any], site: Site = "output", batch_siz
 
         with lvlm.editing(**{"before" if site == "input" else "after": keep}):
             lvlm.model(**inputs, logits_to_keep=1)
-        for image, layout in zip(batch, lvlm.layout(inputs), strict=True):
+        for image, layout in zip(ids[batch], lvlm.layout(inputs), strict=True):
             own = _places(layout, torch.ones(len(layout.vision), dtype=torch.bool), site)
             of[image] = {layer: tokens[own] for layer, tokens in seen.items()}
             if not all(tokens.isfinite().all() for tokens in of[image].values()):
@@ -272,15 +270,11 @@ def narrowed(
         mask = mask & ~blocked if mask.dtype == torch.bool else mask.masked_fill(blocked, torch.finfo(mask.dtype).min)
         return args, {**kwargs, "attention_mask": mask}
 
-    attention = [layer.get_submodule(lvlm.spec.decoder_attention) for layer in lvlm.decoder_layers]
-    handles = []
-    try:
-        for module in attention:
-            handles.append(module.register_forward_pre_hook(narrow, with_kwargs=True))
+    with ExitStack() as hooks:
+        for layer in lvlm.decoder_layers:
+            attention = layer.get_submodule(lvlm.spec.decoder_attention)
+            hooks.enter_context(attention.register_forward_pre_hook(narrow, with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _at(marked: torch.Tensor, rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:

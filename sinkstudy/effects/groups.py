@@ -1,8 +1,7 @@
 """Groups of visual tokens, each beside its matched controls: what is taken away, and what answers lose without it.
 
-A group is of patches, judged at the connector's input: *sinks* by a rule on norms; the *top 2 %* of the picture's
-norms, which always exist; and of the lab, whose scenes are known, *calm* patches and those on *things*. Its controls
-are other visual tokens of the same picture, as many as the group has:
+Groups are those of `model.groups`. The controls of a group are other visual tokens of the same picture, as many as it
+has:
 
 - random, drawn several times;
 - next in norm, for sinks: the highest norms that are no sinks;
@@ -25,10 +24,10 @@ from sinkstudy.answers import study
 from sinkstudy.answers.evaluate import Intervention, evaluate
 from sinkstudy.effects import ablation
 from sinkstudy.effects.ablation import Masks, Tokens
+from sinkstudy.model.groups import NAMES, of_patches
 from sinkstudy.model.lvlm import LVLM
 from sinkstudy.world import drawing
 
-NAMES = ("sinks", "top 2 %", "calm", "things")
 ALIKE = ("sinks on things", "others on things")
 ORDERS = ("highest norm first", "in random order")
 
@@ -129,11 +128,9 @@ def _marked(
     patches: Patches, criterion: str, threshold: float, scenes: drawing.Scenes | None, i: int
 ) -> dict[str, torch.Tensor]:
     """The visual tokens of each group in picture number i: bool [visual tokens]."""
-    norms = patches.norms
-    marked = {"sinks": sinks.NORM_CRITERIA[criterion](norms, threshold), "top 2 %": sinks.percentile(norms, 98)}
-    if scenes is not None and len(norms) == drawing.GRID**2:
-        marked |= {"calm": scenes.calm[i].flatten(), "things": scenes.thing_share[i].flatten() > 0.5}
-    return {group: patches.tokens(mask) for group, mask in marked.items()}
+    known = scenes is not None and len(patches.norms) == drawing.GRID**2
+    marked = of_patches(patches.norms[None], sinks.rule(criterion, threshold), scenes[i : i + 1] if known else None)
+    return {group: patches.tokens(mask[0]) for group, mask in marked.items()}
 
 
 def matched(

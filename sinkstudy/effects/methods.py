@@ -51,12 +51,10 @@ def norms(lvlm: LVLM, pictures: Mapping[Hashable, Any], batch_size: int = 16) ->
         return patches
 
     with lvlm.editing(before=keep):
-        for start in range(0, len(keys), batch_size):
-            batch = keys[start : start + batch_size]
-            inputs = lvlm.inputs([pictures[key] for key in batch], [""] * len(batch))
+        for batch, inputs in lvlm.batches(list(pictures.values()), batch_size):
             lvlm.see(inputs)
-            of |= {key: read[0][layout.connector] for key, layout in zip(batch, lvlm.layout(inputs), strict=True)}
-            for key in batch:
+            of |= {key: read[0][layout.connector] for key, layout in zip(keys[batch], lvlm.layout(inputs), strict=True)}
+            for key in keys[batch]:
                 if not of[key].isfinite().all():
                     raise capture.not_finite(lvlm, "at the connector's input", repr(key))
     return of

@@ -108,11 +108,8 @@ def moving(
             kwargs["position_ids"] = _travelled(kwargs.get("position_ids"), place)
         return args, kwargs
 
-    hook = lvlm.decoder.register_forward_pre_hook(move, with_kwargs=True)
-    try:
+    with lvlm.decoder.register_forward_pre_hook(move, with_kwargs=True):
         yield
-    finally:
-        hook.remove()
 
 
 def _reads_images(kwargs: dict[str, Any], layouts: list[ImageLayout]) -> bool:

@@ -9,7 +9,7 @@ The contexts change every forward pass inside them and leave no trace when they 
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -55,19 +55,16 @@ def mean_activations(
 
         return add
 
-    handles = [_reader(lvlm, layer).register_forward_pre_hook(adder(layer)) for layer in range(len(lvlm.vision_layers))]
-    try:
-        for start in range(0, len(pictures), batch_size):
-            batch = pictures[start : start + batch_size]
-            inputs = lvlm.inputs(batch, [""] * len(batch))
+    with ExitStack() as hooks:
+        for layer in range(len(lvlm.vision_layers)):
+            hooks.enter_context(_reader(lvlm, layer).register_forward_pre_hook(adder(layer)))
+        for of, inputs in lvlm.batches(pictures, batch_size):
+            layouts = lvlm.layout(inputs)
             chosen = {
-                group: torch.cat([layout.vision[mask] for layout, mask in zip(lvlm.layout(inputs), part, strict=True)])
-                for group, part in ((group, mask[start : start + batch_size]) for group, mask in masks.items())
+                group: torch.cat([layout.vision[own] for layout, own in zip(layouts, mask[of], strict=True)])
+                for group, mask in masks.items()
             }
             lvlm.see(inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
     counts = {group: mask.sum() for group, mask in masks.items()}
     return {group: torch.stack(of_layers) / counts[group] for group, of_layers in sums.items()}
 
@@ -178,14 +175,10 @@ def setting(
 
         return set_
 
-    handles = []
-    try:
+    with ExitStack() as hooks:
         for layer in neurons:
-            handles.append(_reader(lvlm, layer).register_forward_pre_hook(setter(layer)))
+            hooks.enter_context(_reader(lvlm, layer).register_forward_pre_hook(setter(layer)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def takes_register(lvlm: LVLM) -> bool:
@@ -245,16 +238,13 @@ def moved_to_register(lvlm: LVLM, neurons: Neurons, passed: torch.Tensor | None 
             hidden = torch.where(there.view(*hidden.shape[:2], 1), register, hidden)
         return (hidden, *args[1:])
 
-    handles = [lvlm.vision_layers[0].register_forward_pre_hook(append, with_kwargs=True)]
-    try:
+    with ExitStack() as hooks:
+        hooks.enter_context(lvlm.vision_layers[0].register_forward_pre_hook(append, with_kwargs=True))
         for layer in neurons:
-            handles.append(_reader(lvlm, layer).register_forward_pre_hook(mover(layer)))
+            hooks.enter_context(_reader(lvlm, layer).register_forward_pre_hook(mover(layer)))
         for connector in lvlm.connectors.values():
-            handles.append(connector.register_forward_pre_hook(leave_out))
+            hooks.enter_context(connector.register_forward_pre_hook(leave_out))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -373,10 +363,9 @@ def received_under(
 
 
 def _batches(lvlm: LVLM, pictures: Mapping[str, Any], size: int) -> Iterator[tuple[list[Any], Prefixes]]:
-    ids = list(pictures)
-    for start in range(0, len(ids), size):
-        batch = [pictures[image] for image in ids[start : start + size]]
-        yield batch, Prefixes(lvlm.inputs(batch, [""] * len(batch)), ids[start : start + size])
+    ids, shown = list(pictures), list(pictures.values())
+    for of, inputs in lvlm.batches(shown, size):
+        yield shown[of], Prefixes(inputs, ids[of])
 
 
 def _reader(lvlm: LVLM, layer: int) -> nn.Module:

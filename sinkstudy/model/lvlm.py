@@ -1,7 +1,7 @@
 """A loaded vision-language model, as the study's functions take it: its parts by one name each, and its tokens."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,6 +134,18 @@ class LVLM:
             ValueError: if the numbers of images and questions differ, or for a picture that the model does not take.
         """
         return self._prepared(images, questions).to(self.device, dtype=self.model.dtype)
+
+    def batches(
+        self, images: Sequence[Any], size: int, questions: Sequence[str] | None = None
+    ) -> Iterator[tuple[slice, BatchFeature]]:
+        """`inputs` of `size` images at a time, in their order, with the places that these have among all.
+
+        Without questions the prompts hold the image alone.
+        """
+        for start in range(0, len(images), size):
+            of = slice(start, start + size)
+            batch = images[of]
+            yield of, self.inputs(batch, [""] * len(batch) if questions is None else list(questions[of]))
 
     def _prepared(self, images: Sequence[Any], questions: Sequence[str]) -> BatchFeature:
         """`inputs` as the processor makes them, in float32 on the CPU."""
@@ -386,14 +398,11 @@ class LVLM:
         def writer(layer: int) -> Callable:
             return lambda module, args, out: like(after(out.reshape(-1, out.shape[-1]), layer), out)
 
-        width, handles = self.vision_width, []
-        try:
+        width = self.vision_width
+        with ExitStack() as hooks:
             for layer, module in self.connectors.items():
                 if before is not None:
-                    handles.append(module.register_forward_pre_hook(reader(layer)))
+                    hooks.enter_context(module.register_forward_pre_hook(reader(layer)))
                 if after is not None:
-                    handles.append(module.register_forward_hook(writer(layer)))
+                    hooks.enter_context(module.register_forward_hook(writer(layer)))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()

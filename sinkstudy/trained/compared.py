@@ -52,7 +52,6 @@ LABELS = {
 ON_TWO = ("two both", "two sinks", "two others", "rew", "true router", "wrong router", "random router", "CoT router")
 MEASURES = ("right", "logp")
 TYPES = ("global", "local", "mixed")
-NOTHING = stats.Interval(float("nan"), float("nan"), float("nan"), 0)
 SLACK = 1.05  # an arm that ends with more than so many times the loss of one connector is under-trained
 UNDER_TRAINED = "under-trained, no verdict"
 
@@ -460,7 +459,7 @@ def comparisons(
         for part, measure in product(["mean", *names, *TYPES], MEASURES):
             change = apart[measure]
             there = parts(change.reset_index(), names)[part] if len(change) else change
-            found, df = study.mean_of_seeds(there, list(change), measure) if len(there) else (NOTHING, np.nan)
+            found, df = study.mean_of_seeds(there, list(change), measure) if len(there) else (stats.NOTHING, np.nan)
             if np.isfinite(found.value):
                 what = _named(model, comparison) | {"benchmark": part, "measure": measure}
                 rows.append({**what, **found._asdict(), "df": df, "verdict": verdict(found, unfair)})
