@@ -143,11 +143,6 @@ def by_type(types: pd.Series, rule: Mapping[str, str] = OF_TYPE) -> pd.Series:
     return types.map(rule).rename("route")
 
 
-def constant(ids: Sequence[str], route: str) -> pd.Series:
-    """The router that gives every question the same route."""
-    return pd.Series(route, index=pd.Index(ids, name="id"), name="route")
-
-
 def dealt_at_random(route: pd.Series, seed: int = 0) -> pd.Series:
     """The decisions of another router dealt out at random: each route exactly as often, to random questions."""
     return pd.Series(np.random.default_rng(seed).permutation(route.to_numpy()), index=route.index, name="route")

@@ -23,6 +23,10 @@ def said() -> pd.DataFrame:
     return pd.DataFrame(rows).sample(frac=1, random_state=0)
 
 
+def constant(ids, route: str) -> pd.Series:
+    return pd.Series(route, index=pd.Index(ids, name="id"), name="route")
+
+
 def test_the_questions_that_the_model_is_asked():
     """Exact texts: results under other words are other results."""
     assert routers.GENERAL == routers.Wording(
@@ -75,19 +79,19 @@ def test_routed_answers_are_those_of_the_chosen_pass(said, types):
     assert out.id.tolist() == route.index.tolist() and out.route.tolist() == route.tolist()
     assert set(out.intervention) == {"oracle"} and list(out.columns) == [*said.columns, "route"]
     for how in routers.ROUTES:
-        same = routers.routed(said, routers.constant(IDS, how))
+        same = routers.routed(said, constant(IDS, how))
         assert same.prediction.tolist() == [f"{how} {i}" for i in IDS]
 
 
 def test_what_cannot_be_routed(said):
     with pytest.raises(ValueError, match="a route is one of sinks, others, both, not 'sink'"):
-        routers.routed(said, routers.constant(IDS, "sink"))
+        routers.routed(said, constant(IDS, "sink"))
     with pytest.raises(ValueError, match="the question '00' has two routes"):
-        routers.routed(said, routers.constant(["00", "00"], "both"))
+        routers.routed(said, constant(["00", "00"], "both"))
     with pytest.raises(ValueError, match="1 answers are missing, such as that to '99' under 'both'"):
-        routers.routed(said, routers.constant(["00", "99"], "both"))
+        routers.routed(said, constant(["00", "99"], "both"))
     with pytest.raises(ValueError, match="12 answers are missing, such as that to '00' under 'sinks'"):
-        routers.routed(said[said.intervention != "sinks"], routers.constant(IDS, "sinks"))
+        routers.routed(said[said.intervention != "sinks"], constant(IDS, "sinks"))
 
 
 def test_agreement_in_closed_form():
@@ -100,8 +104,8 @@ def test_agreement_in_closed_form():
     assert (found.accuracy, found.n) == (0.7, 50) and found.kappa == pytest.approx(0.4)
     assert routers.agreement(truth, truth).kappa == 1
     assert routers.agreement(truth.replace({"sinks": "others", "others": "sinks"}), truth).kappa == -1
-    assert routers.agreement(routers.constant(truth.index, "both"), truth)[1:3] == (0, 0)
-    assert np.isnan(routers.agreement(*[routers.constant(truth.index, "both")] * 2).kappa)
+    assert routers.agreement(constant(truth.index, "both"), truth)[1:3] == (0, 0)
+    assert np.isnan(routers.agreement(*[constant(truth.index, "both")] * 2).kappa)
     with pytest.raises(ValueError, match="not decide about the same questions"):
         routers.agreement(truth, truth[:-1])
 
