@@ -21,7 +21,7 @@ from transformers import BatchFeature
 from sinkstudy import digests
 from sinkstudy.answers.evaluate import Prefixes
 from sinkstudy.model.lvlm import LVLM
-from sinkstudy.pictures import check, decode
+from sinkstudy.pictures import check, opened
 
 MARKER = "<image>"
 
@@ -31,7 +31,7 @@ class Sample:
     """A conversation about a picture: (question, answer) after (question, answer)."""
 
     id: str
-    image: Path
+    image: Any  # a path, or what else `pictures.opened` takes
     turns: tuple[tuple[str, str], ...]
 
 
@@ -146,7 +146,7 @@ class Collate:
 
     def __call__(self, samples: list[Sample], places: list[int]) -> dict[str, Any]:
         lvlm = self.lvlm
-        pictures = [decode(sample.image, str(sample.image)) for sample in samples]
+        pictures = [opened(sample.image, str(sample.image)) for sample in samples]
         if self.single:
             text = {"text": [lvlm.prompt(s.turns[0][0]) for s in samples], "suffix": [s.turns[0][1] for s in samples]}
         else:
