@@ -618,12 +618,9 @@ def ninths_of_tokens(layout: ImageLayout) -> torch.Tensor:
 
 
 def on_patches(layout: ImageLayout, of_tokens: torch.Tensor) -> torch.Tensor:
-    """Values of visual tokens on the patches of a picture's first tile: [visual tokens] -> [rows, columns].
-
-    A patch shows the first token that reads it.
-    """
+    """Values of visual tokens on the patches of a picture's first tile: [visual tokens] -> [rows, columns]."""
     rows, columns = layout.grid
-    return of_tokens[torch.searchsorted(layout.visual, layout.positions[: rows * columns, 0])].view(rows, columns)
+    return layout.lower(of_tokens)[: rows * columns].view(rows, columns)
 
 
 def as_image(picture: Any) -> Image.Image:

@@ -182,10 +182,8 @@ class Groups:
 
     def _outside(self, group: str, masks: Mapping[str, torch.Tensor], layout: ImageLayout) -> torch.Tensor:
         """Patches that a control is drawn from: those of visual tokens without a patch of the group."""
-        token = torch.searchsorted(layout.visual, layout.positions[:, 0].clamp(min=0))
-        if group == "sinks on things":  # other patches on things
-            return ~layout.lift(masks["sinks"], "any")[token] & masks["things"]
-        return ~layout.lift(masks[group], "any")[token] & (layout.positions[:, 0] >= 0)
+        of, among = ("sinks", masks["things"]) if group == "sinks on things" else (group, layout.positions[:, 0] >= 0)
+        return ~layout.lower(layout.lift(masks[of], "any")) & among
 
     def _seed(self, index: int) -> int:
         return self.seed * 100_003 + index

@@ -93,19 +93,8 @@ def read(
 
 
 def per_patch(layouts: Sequence[ImageLayout], values: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The value of the visual token that reads each patch, 0 where none does.
-
-    Args:
-        values: of each picture, [visual tokens].
-
-    Returns:
-        [pictures, patches]; where several tokens read a patch, that of the first.
-    """
-    found = []
-    for layout, of_picture in zip(layouts, values, strict=True):
-        position = layout.positions[:, 0].contiguous()
-        found.append(of_picture[torch.searchsorted(layout.visual, position.clamp(min=0))] * (position >= 0))
-    return torch.stack(found)
+    """`ImageLayout.lower` of each picture: [visual tokens] each -> [pictures, patches]."""
+    return torch.stack([layout.lower(of_picture) for layout, of_picture in zip(layouts, values, strict=True)])
 
 
 @torch.no_grad()

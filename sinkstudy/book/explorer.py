@@ -108,7 +108,7 @@ def without(lvlm: LVLM, picture: Any, asked: pd.DataFrame, groups: Mapping[str, 
             variants[group, 0] = tokens
             for draw in range(1, draws + 1):
                 variants[group, draw] = sinks.random_like(tokens, seed + draw, among=holding)
-    rows = [(text, on_patches(tokens, layout)) for tokens in variants.values() for text in asked.question]
+    rows = [(text, layout.lower(tokens)) for tokens in variants.values() for text in asked.question]
     logp = torch.cat([
         answering(lvlm, picture, *zip(*rows[start : start + batch_size], strict=True), means)
         for start in range(0, len(rows), batch_size)
@@ -125,11 +125,6 @@ def without(lvlm: LVLM, picture: Any, asked: pd.DataFrame, groups: Mapping[str, 
             random = torch.stack([p[place[group, d]] for d in range(1, draws + 1)]) if group else None
             outcomes[group] = Outcome(int(variants[group, 0].sum()), p[v], word[v], p_word[v], random)
     return outcomes, logp[0].exp().topk(5)
-
-
-def on_patches(values: torch.Tensor, layout: ImageLayout) -> torch.Tensor:
-    """Bring what is known of the visual tokens to the patches that they hold: [.., visual tokens] -> [.., patches]."""
-    return values[..., torch.searchsorted(layout.visual, layout.positions[:, 0])]
 
 
 def look(lvlm: LVLM, picture: Any, asked: pd.DataFrame, marks: Sequence[Rule], known: Mapping[str, torch.Tensor],
@@ -153,8 +148,8 @@ def look(lvlm: LVLM, picture: Any, asked: pd.DataFrame, marks: Sequence[Rule], k
     words = [truth or _word(lvlm, own) for truth, own in zip(asked.answer, outcomes[None].word, strict=True)]
     maps = {
         "tower_norm": norms, "tower_attention": 100 * received,
-        "decoder_norm": on_patches(torch.cat([trace.projected_norms[:1], trace.decoder_norms[0]]), layout),
-        "decoder_attention": 100 * on_patches(trace.last_attention.mean(2), layout),  # [questions, layers, patches]
+        "decoder_norm": layout.lower(torch.cat([trace.projected_norms[:1], trace.decoder_norms[0]])),
+        "decoder_attention": 100 * layout.lower(trace.last_attention.mean(2)),  # [questions, layers, patches]
         "attribution": slopes(lvlm, picture, texts, words, batch_size),
     }
     return Seen(layout, uniform, maps, found, groups, outcomes, top)
@@ -166,7 +161,7 @@ def slopes(lvlm: LVLM, picture: Any, questions: Sequence[str], answers: Sequence
     begins = [_word(lvlm, encode(f" {answer}", add_special_tokens=False)[0]) for answer in answers]
     f = attribution.answer_log_prob(lvlm, [picture] * len(questions), list(questions), begins, batch_size)
     found = attribution.gradient_x_activation(f, batch_size=batch_size)  # [questions, visual tokens]
-    return torch.stack([on_patches(row, layout) for row, layout in zip(found, f.layouts, strict=True)])
+    return torch.stack([layout.lower(row) for row, layout in zip(found, f.layouts, strict=True)])
 
 
 def _word(lvlm: LVLM, token: Any) -> str:

@@ -43,20 +43,14 @@ def norms(lvlm: LVLM, pictures: Mapping[Hashable, Any], batch_size: int = 16) ->
     Raises:
         ValueError: norms that are not finite, with the picture's key.
     """
-    keys, of, read = list(pictures), {}, []
-
-    def keep(patches: torch.Tensor, layer: int) -> torch.Tensor:
-        if layer == lvlm.feature_layer:
-            read[:] = [capture.token_norms(patches).cpu()]
-        return patches
-
-    with lvlm.editing(before=keep):
-        for batch, inputs in lvlm.batches(list(pictures.values()), batch_size):
+    keys, of = list(pictures), {}
+    for batch, inputs in lvlm.batches(list(pictures.values()), batch_size):
+        with capture.norms_at_connector(lvlm, lvlm.layout(inputs)) as read:
             lvlm.see(inputs)
-            of |= {key: read[0][layout.connector] for key, layout in zip(keys[batch], lvlm.layout(inputs), strict=True)}
-            for key in keys[batch]:
-                if not of[key].isfinite().all():
-                    raise capture.not_finite(lvlm, "at the connector's input", repr(key))
+        of |= dict(zip(keys[batch], read, strict=True))
+        for key in keys[batch]:
+            if not of[key].isfinite().all():
+                raise capture.not_finite(lvlm, "at the connector's input", repr(key))
     return of
 
 

@@ -325,21 +325,10 @@ def norms_under(
     found: dict[str, list] = {way.name: [] for way in ways}
     for way in ways:
         for batch, inputs in _batches(lvlm, pictures, batch_size):
-            with way.around(lvlm, inputs), lvlm.editing(before=_keeping(lvlm, inputs, found[way.name])):
+            with way.around(lvlm, inputs), capture.norms_at_connector(lvlm, lvlm.layout(inputs)) as norms:
                 lvlm.see(inputs)
+            found[way.name] += norms
     return {name: torch.stack(of) for name, of in found.items()}
-
-
-def _keeping(lvlm: LVLM, inputs: Prefixes, kept: list) -> Callable:
-    layouts = lvlm.layout(inputs)
-
-    def keep(hidden: torch.Tensor, layer: int) -> torch.Tensor:
-        if layer == lvlm.feature_layer:
-            norms = capture.token_norms(hidden.detach()).cpu()  # [patches of the batch]
-            kept.extend(norms[layout.connector] for layout in layouts)
-        return hidden
-
-    return keep
 
 
 @torch.no_grad()

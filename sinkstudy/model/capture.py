@@ -175,6 +175,21 @@ def attention_received(
         yield results
 
 
+@contextmanager
+def norms_at_connector(lvlm: LVLM, layouts: Sequence[ImageLayout]) -> Iterator[list[torch.Tensor]]:
+    """Collect the norms of each image's patches as the connector reads them: float32 [patches] each, on the CPU."""
+    norms: list[torch.Tensor] = []
+
+    def keep(patches: torch.Tensor, layer: int) -> torch.Tensor:
+        if layer == lvlm.feature_layer:
+            of_batch = token_norms(patches.detach()).cpu()  # [patches of the batch]
+            norms[:] = [of_batch[layout.connector] for layout in layouts]
+        return patches
+
+    with lvlm.editing(before=keep):
+        yield norms
+
+
 @dataclass(frozen=True)
 class Trace:
     """What `trace` saw, on the CPU in float32.

@@ -49,6 +49,14 @@ class ImageLayout:
         empty = torch.full((len(self.visual),), float("nan"))
         return empty.scatter_reduce(0, token, numbers, {"mean": "mean", "max": "amax"}[how], include_self=False)
 
+    def lower(self, values: torch.Tensor) -> torch.Tensor:
+        """Bring what is known of the visual tokens to the patches that they read: [.., visual tokens] -> [.., patches].
+
+        A patch that several tokens read has the value of the first, one that none reads 0, or False.
+        """
+        position = self.positions[:, 0].contiguous()
+        return values[..., torch.searchsorted(self.visual, position.clamp(min=0))] * (position >= 0)
+
 
 def block_order(rows: int, columns: int, merge: int) -> torch.Tensor:
     """Place of each patch, counted row by row, if each block of merge x merge patches stands together: [patches]."""

@@ -20,6 +20,7 @@ def layout(patches: int = 16, newline: bool = False) -> ImageLayout:
     fields = {"grid": (side, side), "tiles": 1, "visual": visual, "vision": every, "positions": visual[:patches, None]}
     made = SimpleNamespace(**fields)
     made.lift = lambda values, how: ImageLayout.lift(made, values, how)
+    made.lower = lambda values: ImageLayout.lower(made, values)
     return made
 
 
