@@ -19,6 +19,7 @@ from sinkstudy.benchmarks import harness
 from sinkstudy.effects import ablation, moving, neurons
 from sinkstudy.effects.ablation import Masks
 from sinkstudy.model import capture
+from sinkstudy.model.groups import of_patches
 from sinkstudy.model.lvlm import LVLM
 
 # of `effect`; chapter 10 has the same, as a test holds, for papermill wants plain values in a notebook
@@ -78,11 +79,12 @@ def groups(
         ValueError: an unknown criterion.
     """
     rule = sinks.rule(criterion, threshold)
-    found = {key: rule(n) for key, n in of.items()}
-    enough = sum(int(mask.sum()) for mask in found.values()) >= 0.5 * len(found)
-    chosen = found if enough else {key: sinks.percentile(n, 98) for key, n in of.items()}
+    found = {key: of_patches(n, rule) for key, n in of.items()}
+    enough = sum(int(masks["sinks"].sum()) for masks in found.values()) >= 0.5 * len(found)
+    name: Literal["sinks", "top 2 %"] = "sinks" if enough else "top 2 %"
+    chosen = {key: masks[name] for key, masks in found.items()}
     random = {key: sinks.random_like(mask, seed=seed + i) for i, (key, mask) in enumerate(chosen.items())}
-    return Groups("sinks" if enough else "top 2 %", chosen, random)
+    return Groups(name, chosen, random)
 
 
 @torch.no_grad()
