@@ -1,4 +1,8 @@
-"""Where things are. Every path of the project is derived here, from the place of this file."""
+"""Where things are. Every path of the project is derived here.
+
+The package lies in a checkout of the repository, with notebooks, weights and pages beside it; or it was installed
+without. Then paths of data and results start from the current folder, and what is kept goes to the user's cache.
+"""
 
 import ctypes
 import hashlib
@@ -10,12 +14,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = Path(__file__).resolve().parent
+CHECKOUT = PACKAGE.parent if (PACKAGE.parent / "Snakefile").is_file() else None
+ROOT = CHECKOUT or Path.cwd()
 DATA = ROOT / "data"
 MODELS = DATA / "models"
 TRAINED = DATA / "methods"
 RESULTS = ROOT / "results"
-PLAIN = DATA / "cache" / "plain"
+CACHE = DATA / "cache" if CHECKOUT else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "sinkstudy"
+PLAIN = CACHE / "plain"
 NOTEBOOKS = ROOT / "notebooks"
 BOOK = ROOT / "book"
 RUNS = BOOK / "runs"
@@ -64,7 +71,7 @@ def claimed(run: str, model: str) -> None:
 
 
 def place(path: str) -> Path:
-    """A path as parameters have it: from the project's root, absolute, or with `~` for home."""
+    """A path as parameters have it: from `ROOT`, absolute, or with `~` for home."""
     return ROOT / Path(path).expanduser()
 
 
@@ -94,7 +101,7 @@ def model_folder(name: str) -> Path | None:
         except OSError as error:
             raise ValueError(f"the folder {name} cannot be read: {error.strerror}") from None
     raise ValueError(
-        f"unknown model {name[:80]!r}: not one of {', '.join(lab_models()) or 'the lab models (none is here)'},"
+        f"unknown model {name[:80]!r}: not one of {', '.join(lab_models()) or f'the lab models (none is in {MODELS})'},"
         " not a folder with config.json, not a hub id of the form owner/name"
     )
 
