@@ -354,7 +354,7 @@ def with_malloc() -> None:
 
 
 def main() -> None:
-    """Run the command; whatever goes wrong ends in one line and exit code 1, want of a checkout in 2, an interruption in 130."""
+    """Run the command; what goes wrong ends in one line and exit code 1, for want of a checkout 2, interrupted 130."""
     try:
         sys.exit(app(standalone_mode=False))
     except engine.UserError as problem:

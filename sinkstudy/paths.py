@@ -27,6 +27,7 @@ NOTEBOOKS = ROOT / "notebooks"
 BOOK = ROOT / "book"
 RUNS = BOOK / "runs"
 DEFAULT_MODEL = "lab-llava"
+ADAPTER = "adapter_config.json"
 UNMERGED = (
     "an adapter has to be merged into its base first (merge_and_unload of peft), and the model that it makes saved"
 )
@@ -81,21 +82,20 @@ def lab_models() -> list[str]:
 
 
 def model_folder(name: str) -> Path | None:
-    """The folder of a model; None for a model of the hub, whose name is an id `owner/name`.
+    """The folder of a model, or of an adapter; None for a model of the hub, whose name is an id `owner/name`.
 
     Raises:
-        ValueError: no lab model, no folder with a config.json, and no such id.
+        ValueError: no lab model, no folder with a config.json or an adapter_config.json, and no such id.
     """
     if name in lab_models():
         return MODELS / name
     if len(name) < 500 and "\n" not in name:
         folder = Path(name).expanduser()
         try:
-            if (folder / "config.json").is_file():
+            if (folder / "config.json").is_file() or (folder / ADAPTER).is_file():
                 return folder
             if folder.is_dir():
-                hint = f"; {UNMERGED}" if (folder / "adapter_config.json").is_file() else ""
-                raise ValueError(f"the folder {name} holds no model: it has no config.json{hint}")
+                raise ValueError(f"the folder {name} holds no model: it has no config.json")
             if not folder.exists() and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name, re.ASCII):
                 return None
         except OSError as error:

@@ -93,8 +93,8 @@ def without(lvlm: LVLM, picture: Any, asked: pd.DataFrame, groups: Mapping[str, 
     """What taking groups of patches away, and as many random ones, does to the answers.
 
     Args:
-        asked: the picture's questions, `question` and `answer`; where no answer is known, the model's own counts. One that the
-            tokenizer knows no token of has probability 0.
+        asked: the picture's questions, `question` and `answer`; where no answer is known, the model's own counts. One
+            that begins with no token that the tokenizer knows has probability 0.
         groups: bool [patches].
 
     Returns:

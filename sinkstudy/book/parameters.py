@@ -16,7 +16,18 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from sinkstudy import pictures
-from sinkstudy.paths import DEFAULT_MODEL, MODELS, NOTEBOOKS, RESULTS, ROOT, lab_models, model_folder, place, slug
+from sinkstudy.paths import (
+    ADAPTER,
+    DEFAULT_MODEL,
+    MODELS,
+    NOTEBOOKS,
+    RESULTS,
+    ROOT,
+    lab_models,
+    model_folder,
+    place,
+    slug,
+)
 
 
 class UserError(Exception):
@@ -330,9 +341,7 @@ def depends_on(notebook: str, values: dict[str, Any]) -> tuple[list[Path], list[
     for name, declared in declarations(notebook).items():
         for text in _texts(values[name]):
             if declared.names in ("model", "lab model"):
-                folder = MODELS / text if text in lab_models() else Path(text)
-                if (folder / "config.json").is_file():
-                    models += [path for path in files(folder) if path.name != "README.md"]  # but the model card
+                models += _of_model(text)
             elif declared.names in ("files", "methods") and text:
                 data += files(place(text))
             elif declared.names == "pictures" and text:
@@ -340,6 +349,18 @@ def depends_on(notebook: str, values: dict[str, Any]) -> tuple[list[Path], list[
             elif declared.names == "results":
                 data += [file for path in ROOT.glob(text) for file in files(path)]
     return models, data
+
+
+def _of_model(name: str) -> list[Path]:
+    """The files of a model but its card, those of an adapter with those of its base; none of a model of the hub."""
+    folder = MODELS / name if name in lab_models() else Path(name)
+    found = [path for path in files(folder) if path.name != "README.md"]
+    if (folder / "config.json").is_file():
+        return found
+    if not (folder / ADAPTER).is_file():
+        return []
+    of = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
+    return found + _of_model(str(of.get("base_model_name_or_path")))
 
 
 def reads(notebook: str, run: str, values: dict[str, Any], others: list[str]) -> list[str]:
