@@ -150,8 +150,8 @@ def evaluate(
         answer without blanks around it; and, if there are candidates, `first`, the most likely of them by its first
         token, and `logp_<candidate>`, log-probability (natural, over the whole vocabulary) that the answer begins
         with it, summed over its spellings (capital letters, a space before it). NaN where a row has no such
-        candidate, or, with a warning, where candidates were not given and first tokens do not tell those apart. The
-        index counts from 0.
+        candidate, or, with a warning, where candidates were not given and first tokens do not tell those apart; no such
+        column if it is so in all rows. The index counts from 0.
 
     Raises:
         ValueError: an empty table; a missing column or image; an image that cannot be read, by its name; an id or an

@@ -131,10 +131,9 @@ def copy(one, tmp_path) -> Path:
     return Path(shutil.copytree(one, tmp_path / "copy"))
 
 
-def settle(folder: Path, **settings) -> Path:
+def settle(folder: Path, **settings) -> None:
     file = folder / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | settings))
-    return folder
 
 
 def change(folder: Path, end: str, by) -> None:
