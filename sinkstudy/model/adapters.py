@@ -100,7 +100,7 @@ def read(name: str) -> Adapter | None:
         said = str(error).partition("\n")[0]
         raise ValueError(f"the adapter {name} cannot be read: {type(error).__name__}: {said}; {UNMERGED}") from None
     odd = [f"{key} {value!r}" for key, value in of.items() if value and key not in NEUTRAL]
-    checked = {"peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [True, False, "gaussian"]}
+    checked: dict[str, list] = {"peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [True, False, "gaussian"]}
     odd += [f"{key} {of[key]!r}" for key, known in checked.items() if of.get(key, known[0]) not in known]
     odd += [path for path in weights if "lora_" in re.sub(r"\.lora_[AB]\.weight$", "", path)]
     if odd or not isinstance(base, str):
