@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from sinkstudy import paths
 from sinkstudy.book import engine, parameters
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -20,6 +21,17 @@ MALLOC = {
     "MALLOC_MMAP_THRESHOLD_": "100000000000",
     "MALLOC_TOP_PAD_": "100000000",
 }
+
+
+def _in_checkout() -> None:
+    """End with exit code 2 and a line that says why where the package was installed without its repository."""
+    if paths.CHECKOUT is None:
+        typer.echo(
+            "sinkstudy: this command works on the notebooks, weights and results of a checkout, and the package was "
+            "installed without: clone its repository, run `make setup` there, then call its .venv/bin/sinkstudy",
+            err=True,
+        )
+        raise typer.Exit(2)
 
 
 @app.command("run")
@@ -44,6 +56,7 @@ def run_command(
     ] = False,
 ) -> None:
     """Execute the notebooks on a model: those that are out of date, and no other."""
+    _in_checkout()
     options = {"device": device, "dtype": dtype, "revision": revision, "batch_size": batch_size}
     options |= {"limit": limit, "seed": seed}
     given = {key: value for key, value in options.items() if value is not None}
@@ -111,7 +124,7 @@ def route(
 def _route(
     method: str, benchmark: str, values: dict, weight: float | None, k: int | None, name: str | None
 ) -> None:
-    from sinkstudy import paths, stats
+    from sinkstudy import stats
     from sinkstudy.answers import evaluate
     from sinkstudy.book import report
     from sinkstudy.effects import methods
@@ -159,12 +172,14 @@ def book(
     ] = False,
 ) -> None:
     """Render _build/html from the pages and the executed notebooks, if anything shown has changed."""
+    _in_checkout()
     engine.render(stored=stored)
 
 
 @app.command()
 def models() -> None:
     """List the lab models and the runs made so far."""
+    _in_checkout()
     typer.echo("lab models: " + (", ".join(engine.lab_models()) or "none ('sinkstudy lab train' makes them)"))
     for run in engine.runs():
         names = [name + ("" if engine.is_fresh(run, name) else " (out of date)") for name in engine.executed(run)]
@@ -174,6 +189,7 @@ def models() -> None:
 @app.command("check-fresh")
 def check_fresh() -> None:
     """Fail if an executed notebook no longer follows from its sources."""
+    _in_checkout()
     stale = engine.stale()
     if stale:
         raise engine.UserError(f"out of date: {', '.join(stale)}")
@@ -258,6 +274,7 @@ def train(
 
     A killed training goes on from its last checkpoint.
     """
+    _in_checkout()
     with_malloc()
     from sinkstudy.lab import train as training
 
@@ -276,10 +293,10 @@ def gates() -> None:
     Writes `data/controls/{gates,answers}.csv`, which a page of the book shows, and fails if a gate is missed. Takes
     minutes.
     """
+    _in_checkout()
     import pandas as pd
 
     from sinkstudy.lab import control as of_tower
-    from sinkstudy.paths import DATA, atomic
 
     used, answers = of_tower.uses()
     table = pd.concat([of_tower.measured(), used], ignore_index=True)
@@ -287,7 +304,7 @@ def gates() -> None:
     typer.echo("\nright answers, %, and changes without sinks (calm patches) or as many random tokens, points:")
     typer.echo(answers.set_index("model").to_string(float_format="{:.1f}".format))
     for name, made in (("gates", table), ("answers", answers)):
-        with atomic(DATA / "controls" / f"{name}.csv") as target:
+        with paths.atomic(paths.DATA / "controls" / f"{name}.csv") as target:
             made.to_csv(target, index=False, float_format="%.6g")
     if not table.holds.all():
         raise engine.UserError(f"{(~table.holds).sum()} of {len(table)} gates are missed")
@@ -300,14 +317,14 @@ def norms() -> None:
     Writes `data/controls/{norms,norms-training}.csv`, which a page of the book shows. Takes minutes; a killed training
     goes on from its last checkpoint.
     """
+    _in_checkout()
     with_malloc()
     from sinkstudy.lab import norms as factors
-    from sinkstudy.paths import DATA, atomic
 
     cells, training = factors.measured()
     typer.echo(cells.to_string(index=False, float_format="{:.2f}".format))
     for name, made in (("norms", cells), ("norms-training", training)):
-        with atomic(DATA / "controls" / f"{name}.csv") as target:
+        with paths.atomic(paths.DATA / "controls" / f"{name}.csv") as target:
             made.to_csv(target, index=False, float_format="%.6g")
 
 
@@ -319,6 +336,7 @@ def lab_diysink(
 
     A killed training goes on from its last checkpoint.
     """
+    _in_checkout()
     with_malloc()
     from sinkstudy.lab import arms
 
@@ -336,7 +354,7 @@ def with_malloc() -> None:
 
 
 def main() -> None:
-    """Run the command; whatever goes wrong ends in one line and exit code 1, an interruption in 130."""
+    """Run the command; what goes wrong ends in one line and exit code 1, for want of a checkout 2, interrupted 130."""
     try:
         sys.exit(app(standalone_mode=False))
     except engine.UserError as problem:
@@ -353,7 +371,8 @@ def main() -> None:
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # typer's: an option that there is not, say
             error.show()
             sys.exit(error.exit_code)
-        sys.exit(f"sinkstudy: {engine.one_line(error, ' '.join(sys.argv[1:2]), engine.WORK / 'failed' / 'command')}")
+        beside = (engine.WORK if paths.CHECKOUT else paths.CACHE) / "failed" / "command"
+        sys.exit(f"sinkstudy: {engine.one_line(error, ' '.join(sys.argv[1:2]), beside)}")
 
 
 if __name__ == "__main__":

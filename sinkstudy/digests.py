@@ -7,9 +7,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sinkstudy.paths import DATA, atomic
+from sinkstudy.paths import CACHE, atomic
 
-REMEMBERED = DATA / "cache" / "digests.json"
+REMEMBERED = CACHE / "digests.json"
 LARGE = 1 << 16  # bytes; smaller files are read each time
 SETTLED = 2.0  # seconds: a file changed so shortly before it is read could change again with the same times
 

@@ -1,4 +1,8 @@
-"""Where things are. Every path of the project is derived here, from the place of this file."""
+"""Where things are. Every path of the project is derived here.
+
+The package lies in a checkout of the repository, with notebooks, weights and pages beside it; or it was installed
+without. Then paths of data and results start from the current folder, and what is kept goes to the user's cache.
+"""
 
 import ctypes
 import hashlib
@@ -10,16 +14,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = Path(__file__).resolve().parent
+CHECKOUT = PACKAGE.parent if (PACKAGE.parent / "Snakefile").is_file() else None
+ROOT = CHECKOUT or Path.cwd()
 DATA = ROOT / "data"
 MODELS = DATA / "models"
 TRAINED = DATA / "methods"
 RESULTS = ROOT / "results"
-PLAIN = DATA / "cache" / "plain"
+CACHE = DATA / "cache" if CHECKOUT else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "sinkstudy"
+PLAIN = CACHE / "plain"
 NOTEBOOKS = ROOT / "notebooks"
 BOOK = ROOT / "book"
 RUNS = BOOK / "runs"
 DEFAULT_MODEL = "lab-llava"
+ADAPTER = "adapter_config.json"
 UNMERGED = (
     "an adapter has to be merged into its base first (merge_and_unload of peft), and the model that it makes saved"
 )
@@ -64,7 +72,7 @@ def claimed(run: str, model: str) -> None:
 
 
 def place(path: str) -> Path:
-    """A path as parameters have it: from the project's root, absolute, or with `~` for home."""
+    """A path as parameters have it: from `ROOT`, absolute, or with `~` for home."""
     return ROOT / Path(path).expanduser()
 
 
@@ -74,27 +82,26 @@ def lab_models() -> list[str]:
 
 
 def model_folder(name: str) -> Path | None:
-    """The folder of a model; None for a model of the hub, whose name is an id `owner/name`.
+    """The folder of a model, or of an adapter; None for a model of the hub, whose name is an id `owner/name`.
 
     Raises:
-        ValueError: no lab model, no folder with a config.json, and no such id.
+        ValueError: no lab model, no folder with a config.json or an adapter_config.json, and no such id.
     """
     if name in lab_models():
         return MODELS / name
     if len(name) < 500 and "\n" not in name:
         folder = Path(name).expanduser()
         try:
-            if (folder / "config.json").is_file():
+            if (folder / "config.json").is_file() or (folder / ADAPTER).is_file():
                 return folder
             if folder.is_dir():
-                hint = f"; {UNMERGED}" if (folder / "adapter_config.json").is_file() else ""
-                raise ValueError(f"the folder {name} holds no model: it has no config.json{hint}")
+                raise ValueError(f"the folder {name} holds no model: it has no config.json")
             if not folder.exists() and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name, re.ASCII):
                 return None
         except OSError as error:
             raise ValueError(f"the folder {name} cannot be read: {error.strerror}") from None
     raise ValueError(
-        f"unknown model {name[:80]!r}: not one of {', '.join(lab_models()) or 'the lab models (none is here)'},"
+        f"unknown model {name[:80]!r}: not one of {', '.join(lab_models()) or f'the lab models (none is in {MODELS})'},"
         " not a folder with config.json, not a hub id of the form owner/name"
     )
 

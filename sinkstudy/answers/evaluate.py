@@ -34,10 +34,10 @@ from sinkstudy import digests
 from sinkstudy.model.capture import ADVICE, hidden_states, until_end
 from sinkstudy.model.identity import Identity, Unknown, model_digest
 from sinkstudy.model.lvlm import LVLM
-from sinkstudy.paths import DATA
+from sinkstudy.paths import CACHE
 from sinkstudy.pictures import opened
 
-ANSWERS = Path(os.environ.get("SINKSTUDY_ANSWERS", DATA / "cache" / "answers"))
+ANSWERS = Path(os.environ.get("SINKSTUDY_ANSWERS", CACHE / "answers"))
 
 
 class Prefixes(BatchFeature):
@@ -150,11 +150,12 @@ def evaluate(
         answer without blanks around it; and, if there are candidates, `first`, the most likely of them by its first
         token, and `logp_<candidate>`, log-probability (natural, over the whole vocabulary) that the answer begins
         with it, summed over its spellings (capital letters, a space before it). NaN where a row has no such
-        candidate. The index counts from 0.
+        candidate, or, with a warning, where candidates were not given and first tokens do not tell those apart; no such
+        column if it is so in all rows. The index counts from 0.
 
     Raises:
         ValueError: an empty table; a missing column or image; an image that cannot be read, by its name; an id or an
-            intervention's name that occurs twice; candidates that their first tokens do not tell apart; NaN or infinity
+            intervention's name that occurs twice; given candidates that first tokens do not tell apart; NaN or infinity
             among the logits of any of an answer's tokens, or a candidate of probability 0, with the layer in which
             numbers stop being finite, and the picture. Such an answer is never kept.
     """
@@ -163,6 +164,11 @@ def evaluate(
     shown = dict(zip(table.image_id, table["image"], strict=True)) if images is None else images
     options = _options(table, candidates)
     tokens = {several: first_tokens(lvlm, several) for several in dict.fromkeys(options)}
+    if alike := [several for several, told in tokens.items() if several and not told]:
+        problem = f"{lvlm.name}: first tokens do not tell the candidates {', '.join(map(repr, alike[0]))} apart"
+        if candidates is not None:
+            raise ValueError(problem)
+        warnings.warn(f"{problem}: their log-probabilities are NaN", stacklevel=2)
     first = table.image_id.iloc[0]
     if reason := _not_shared(lvlm, opened(shown[first], repr(first))):
         warnings.warn(f"{lvlm.name}: {reason}, so questions share no prefix", stacklevel=2)
@@ -272,7 +278,7 @@ def _result(table: pd.DataFrame, name: str, answers: list[dict]) -> pd.DataFrame
         intervention=name, prediction=[answer["prediction"] for answer in answers]
     )
     if scores.shape[1]:
-        out["first"] = scores.idxmax(axis=1)
+        out["first"] = scores.dropna(how="all").idxmax(axis=1)
     return out.join(scores.add_prefix("logp_"))
 
 
@@ -557,8 +563,7 @@ def _options(table: pd.DataFrame, candidates: Any) -> list[tuple[str, ...]]:
 def first_tokens(lvlm: LVLM, options: Sequence[str]) -> dict[str, list[int]]:
     """Tokens with which each option can begin, in its spellings, without those that say nothing about which it is.
 
-    Raises:
-        ValueError: no first token tells an option from the others.
+    Empty if no first token tells one of the options from the others, or the tokenizer knows none.
     """
     tokenizer = lvlm.processor.tokenizer
     begins: dict[str, set[int]] = {}
@@ -569,12 +574,9 @@ def first_tokens(lvlm: LVLM, options: Sequence[str]) -> dict[str, list[int]]:
             tokenizer.encode(before + text, add_special_tokens=False)[0] for text in spellings for before in ("", " ")
         }
         begins[option] = {i for i in ids if i != tokenizer.unk_token_id and tokenizer.decode([i]).strip()}
-    for option in options:
-        others = set().union(*(begins[other] for other in options if other != option))
-        if not begins[option] - others:
-            raise ValueError(f"{lvlm.name}: no first token tells {option!r} from the other candidates {options}")
     shared = {i for i in set().union(*begins.values()) if sum(i in ids for ids in begins.values()) > 1}
-    return {option: sorted(ids - shared) for option, ids in begins.items()}
+    own = {option: sorted(ids - shared) for option, ids in begins.items()}
+    return own if all(own.values()) else {}
 
 
 # ------------------------------------------------------------------------------------------------- pictures

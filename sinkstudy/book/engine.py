@@ -41,6 +41,7 @@ from sinkstudy.paths import (
     DATA,
     DEFAULT_MODEL,
     NOTEBOOKS,
+    PACKAGE,
     RESULTS,
     ROOT,
     RUNS,
@@ -401,12 +402,20 @@ def run(
         name: the run's name; by default the slug of the model's.
         jobs: notebooks executed at the same time.
 
+    Notebooks that are none for the model, or for so few pictures, are left out, and named.
+
     Raises UserError, before any kernel starts, for parameters that no notebook has or that do not fit, and for a
     model that cannot be read or does not fit into memory; and after the run if a notebook failed.
     """
     wanted = notebooks(only)
     if not wanted:
         raise UserError("there are no notebooks")
+    reasons = {notebook: parameters.unsuited(notebook, model, given or {}) for notebook in wanted}
+    if not all(reasons.values()):  # otherwise what they are given is refused below
+        wanted = [notebook for notebook in wanted if not reasons[notebook]]
+        why = {why: [name for name in reasons if reasons[name] == why] for why in filter(None, reasons.values())}
+        if why:
+            print("left out: " + "; ".join(f"{', '.join(names)} ({why})" for why, names in why.items()), flush=True)
     plan = {
         notebook: {key: value for key, value in values.items() if value != defaults(notebook)[key]}
         for notebook, values in parameters.fitted(wanted, model, given or {}).items()
@@ -523,7 +532,7 @@ def check_memory(values: dict[str, dict[str, Any]]) -> None:
     if not settings:
         return
     command = [sys.executable, "-m", "sinkstudy.book.memory", *sorted(settings)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent)}
     ended = subprocess.run(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, check=False)
     if ended.returncode:
         raise UserError(ended.stderr.strip().splitlines()[-1])

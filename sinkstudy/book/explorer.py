@@ -95,7 +95,8 @@ def without(lvlm: LVLM, picture: Any, asked: pd.DataFrame, groups: Mapping[str, 
     """What taking groups of patches away, and as many random ones, does to the answers.
 
     Args:
-        asked: the picture's questions, `question` and `answer`; where no answer is known, the model's own counts.
+        asked: the picture's questions, `question` and `answer`; where no answer is known, the model's own counts. One
+            that begins with no token that the tokenizer knows has probability 0.
         groups: bool [patches].
 
     Returns:
@@ -114,7 +115,7 @@ def without(lvlm: LVLM, picture: Any, asked: pd.DataFrame, groups: Mapping[str, 
         for start in range(0, len(rows), batch_size)
     ]).unflatten(0, (len(variants), len(asked)))  # [variants, questions, vocabulary]
     own = logp[0].argmax(-1).tolist()
-    ids = [first_tokens(lvlm, [truth])[truth] if truth else [word]
+    ids = [first_tokens(lvlm, [truth]).get(truth, []) if truth else [word]
            for truth, word in zip(asked.answer, own, strict=True)]
     p = torch.stack([logp[:, q, of].exp().sum(-1) for q, of in enumerate(ids)], 1)  # [variants, questions]
     p_word, word = logp.exp().max(-1)

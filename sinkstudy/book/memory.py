@@ -14,7 +14,7 @@ import psutil
 import torch
 
 from sinkstudy import devices
-from sinkstudy.model import checkpoints, loading
+from sinkstudy.model import adapters, checkpoints, loading
 from sinkstudy.model.lvlm import LVLM
 from sinkstudy.paths import place
 from sinkstudy.pictures import folder, opened
@@ -119,6 +119,8 @@ def check(
             f"{f' of pictures of {size[0]} x {size[1]}' if size != PICTURE else ''}), and {where} "
             f"{_gigabytes(there)} free: try {', or '.join(filter(None, less))}"
         )
+    while adapter := adapters.read(model):
+        model, revision = adapter.base, adapter.revision
     checkpoints.check_values(model, checkpoints.stored(loading.find(model), revision), lvlm.model.dtype)
 
 

@@ -16,7 +16,18 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from sinkstudy import pictures
-from sinkstudy.paths import MODELS, NOTEBOOKS, RESULTS, ROOT, lab_models, model_folder, place
+from sinkstudy.paths import (
+    ADAPTER,
+    DEFAULT_MODEL,
+    MODELS,
+    NOTEBOOKS,
+    RESULTS,
+    ROOT,
+    lab_models,
+    model_folder,
+    place,
+    slug,
+)
 
 
 class UserError(Exception):
@@ -27,7 +38,7 @@ class UserError(Exception):
 class Names:
     """What a parameter's value names, so that outputs depend on its content."""
 
-    what: Literal["model", "files", "pictures", "results"]
+    what: Literal["model", "lab model", "files", "methods", "pictures", "results"]
 
 
 # ---- checks of single values: each returns the value as notebooks take it, or raises ValueError
@@ -37,6 +48,12 @@ def check_model(name: str) -> str:
     """A model's name as notebooks take it (folders made absolute)."""
     folder = model_folder(name)
     return name if folder is None or name in lab_models() else str(folder.resolve())
+
+
+def _lab_model(name: str) -> str:
+    if (name := check_model(name)) not in lab_models():
+        raise ValueError(f"this notebook is about the lab's models or all runs, and {name} is no lab model")
+    return name
 
 
 def check_device(device: str) -> str:
@@ -76,6 +93,7 @@ def _said(text: str) -> str:
 
 _Model = Annotated[str, AfterValidator(check_model)]
 Model = Annotated[_Model, Names("model")]
+LabModel = Annotated[str, AfterValidator(_lab_model), Names("lab model")]  # of a notebook that is not about one model
 Models = Annotated[list[_Model], AfterValidator(_different), Names("model")]
 SomeModels = Annotated[list[_Model], Field(min_length=1), AfterValidator(_different), Names("model")]
 Device = Annotated[str, AfterValidator(check_device)]
@@ -104,6 +122,7 @@ Benchmarks = Annotated[list[_Benchmark], Field(min_length=1), AfterValidator(_di
 Text = Annotated[str, AfterValidator(_said)]
 Texts = Annotated[list[Text], Field(min_length=1), AfterValidator(_different)]
 Files = Annotated[str, AfterValidator(_there), Names("files")]
+Methods = Annotated[str, AfterValidator(_there), Names("methods")]  # a folder with a folder for each model
 FolderIfAny = Annotated[str, AfterValidator(_folder_if_any), Names("files")]
 PicturesIfAny = Annotated[str, AfterValidator(_folder_if_any), Names("pictures")]
 ResultFiles = Annotated[list[Text], Field(min_length=1), Names("results")]
@@ -197,6 +216,29 @@ def defaults(notebook: str) -> dict[str, Any]:
 
 
 # ---- values of a run
+
+
+def unsuited(notebook: str, model: str, given: dict[str, Any]) -> str:
+    """Why a notebook is none for this model, or for so few pictures, in a few words; empty if it is one.
+
+    Args:
+        given: as `fitted` takes it; values that do not fit any notebook are left to it.
+    """
+    of = declarations(notebook)
+    for name, declared in of.items() if model not in lab_models() else ():
+        if declared.names == "lab model":
+            return f"not about this model: the run {DEFAULT_MODEL} has it"
+        folder = str(given.get(name, declared.default))
+        if declared.names == "methods" and place(folder).is_dir() and not (place(folder) / slug(model)).is_dir():
+            return f"no method in {folder} was trained on this model"
+    limit, least = (str(given.get(name, "")) for name in ("limit", "min_pictures"))
+    if "limit" in of and limit.isdigit() and int(limit) > 0:
+        bounds = [bound.ge for field in get_args(of["limit"].type)[1:] for bound in field.metadata]
+        if "min_pictures" in of:
+            bounds.append(int(least) if least.isdigit() else of["min_pictures"].default)
+        if int(limit) < max(bounds):
+            return f"it takes {max(bounds)} pictures at least"
+    return ""
 
 
 def fitted(wanted: list[str], model: str, parameters: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -298,17 +340,27 @@ def depends_on(notebook: str, values: dict[str, Any]) -> tuple[list[Path], list[
     data: list[Path] = []
     for name, declared in declarations(notebook).items():
         for text in _texts(values[name]):
-            if declared.names == "model":
-                folder = MODELS / text if text in lab_models() else Path(text)
-                if (folder / "config.json").is_file():
-                    models += [path for path in files(folder) if path.name != "README.md"]  # but the model card
-            elif declared.names == "files" and text:
+            if declared.names in ("model", "lab model"):
+                models += _of_model(text)
+            elif declared.names in ("files", "methods") and text:
                 data += files(place(text))
             elif declared.names == "pictures" and text:
                 data += [file.path for file in pictures.folder(place(text), _shown(values))[0]]
             elif declared.names == "results":
                 data += [file for path in ROOT.glob(text) for file in files(path)]
     return models, data
+
+
+def _of_model(name: str) -> list[Path]:
+    """The files of a model but its card, those of an adapter with those of its base; none of a model of the hub."""
+    folder = MODELS / name if name in lab_models() else Path(name)
+    found = [path for path in files(folder) if path.name != "README.md"]
+    if (folder / "config.json").is_file():
+        return found
+    if not (folder / ADAPTER).is_file():
+        return []
+    of = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
+    return found + _of_model(str(of.get("base_model_name_or_path")))
 
 
 def reads(notebook: str, run: str, values: dict[str, Any], others: list[str]) -> list[str]:

@@ -25,7 +25,7 @@ from torch import nn
 from transformers import BatchFeature
 
 from sinkstudy import benchmarks
-from sinkstudy.answers.evaluate import NONE, Intervention, Prefixes, evaluate
+from sinkstudy.answers.evaluate import NONE, Intervention, Prefixes, evaluate, first_tokens
 from sinkstudy.model.capture import not_finite
 from sinkstudy.model.layout import ImageLayout
 from sinkstudy.model.lvlm import LVLM
@@ -353,16 +353,18 @@ def scored(
 
     Returns:
         The rows of `evaluate` with `right`, in %: 100 where the greedy answer is right, 0 elsewhere; and `logp`, in
-        nats: the log-probability that the answer begins with the first token of `answer`, in any of its spellings.
+        nats: the log-probability that the answer begins with the first token of `answer`, in any of its spellings; NaN
+        where the tokenizer knows none.
 
     Raises:
         ValueError: as `evaluate`, or where an answer is missing.
     """
     if asked.answer.isna().any():
         raise ValueError("every question needs its right answer")
-    candidates = [[answer] for answer in asked.answer]
+    known = {answer for answer in asked.answer.unique() if first_tokens(lvlm, [answer])}
+    candidates = [[answer] if answer in known else [] for answer in asked.answer]
     said = evaluate(lvlm, asked, [NONE, *interventions], candidates=candidates, **how)
-    logp = [row[f"logp_{row['answer']}"] for row in said.to_dict("records")]
+    logp = [row.get(f"logp_{row['answer']}", float("nan")) for row in said.to_dict("records")]
     said = said[[c for c in said if not c.startswith("logp_") and c != "first"]]
     right = said.prediction == said.answer
     if benchmark:

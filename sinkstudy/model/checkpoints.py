@@ -18,7 +18,7 @@ from torch import nn
 
 from sinkstudy.paths import UNMERGED
 
-FILE, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
+FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 WHOLE = ("I64", "I32", "I16", "BOOL")  # buffers, such as positions
 UNQUANTISED = "the study needs the unquantised checkpoint"

@@ -31,7 +31,7 @@ from PIL import Image
 
 from sinkstudy import digests
 from sinkstudy.model.lvlm import LVLM
-from sinkstudy.paths import ROOT
+from sinkstudy.paths import PACKAGE
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, range, slice, PurePath, torch.dtype, torch.device)
 _NAMED = (GetSetDescriptorType, MethodDescriptorType, WrapperDescriptorType)  # of C, without state
@@ -164,7 +164,7 @@ def model_digest(lvlm: LVLM) -> str:
         weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         if not tensor.is_meta:  # accelerate keeps what does not fit elsewhere; then the revision has to tell
             weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    code = [file.read_text(encoding="utf-8") for file in sorted(ROOT.joinpath("sinkstudy").rglob("*.py"))]
+    code = [file.read_text(encoding="utf-8") for file in sorted(PACKAGE.rglob("*.py"))]
     settings = [
         lvlm.revision,
         lvlm.device.type,

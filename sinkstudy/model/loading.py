@@ -19,12 +19,12 @@ from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from sinkstudy import devices
-from sinkstudy.model import checkpoints
+from sinkstudy.model import adapters, checkpoints
 from sinkstudy.model.lvlm import LVLM
 from sinkstudy.model.registers import CLIPVisionModelWithRegisters
 from sinkstudy.model.sinktower import CLIPVisionModelWithSinks
 from sinkstudy.model.specs import SPECS, Spec, n_prefix, pair, tile_grid
-from sinkstudy.paths import UNMERGED, hub_commit, model_folder
+from sinkstudy.paths import ADAPTER, UNMERGED, hub_commit, model_folder
 
 for _tower in (CLIPVisionModelWithRegisters, CLIPVisionModelWithSinks):  # the study's own, for models that have one
     AutoConfig.register(_tower.config_class.model_type, _tower.config_class, exist_ok=True)
@@ -41,7 +41,8 @@ def load(
     """Load a model for study: evaluation mode, no gradients to weights, SDPA attention.
 
     Args:
-        name: a lab model (a folder of `data/models`), the path of a local folder, or a hub id "owner/name".
+        name: a lab model (a folder of `data/models`), the path of a local folder, or a hub id "owner/name". A folder
+            with an adapter is its base with the adapter merged, see `adapters`.
         device: "cpu", "cuda", "cuda:1", …; "auto" spreads a large model over the GPUs that are there.
         dtype: "float32", "bfloat16" or "float16"; lab weights are stored in bfloat16 and run in float32.
         revision: commit, tag or branch of a hub model; None or "" is its main branch.
@@ -55,6 +56,13 @@ def load(
     dtype = devices.dtype_of(dtype)
     devices.check(device, dtype)
     known = outline(name, dtype=dtype, revision=revision)
+    if adapter := adapters.read(name):
+        base = load(adapter.base, device=device, dtype=dtype, revision=adapter.revision)
+        if any(weight.is_meta for weight in base.model.parameters()):
+            raise ValueError(f"{name}: its base does not fit on the device, and parts of it are elsewhere: {UNMERGED}")
+        adapter.merge(base.model)
+        checkpoints.check_values(name, base.model.named_parameters(), dtype)
+        return replace(base, name=name)
     model = _read(
         name,
         find(name),
@@ -106,6 +114,11 @@ def outline(name: str, *, dtype: str | torch.dtype = "float32", revision: str | 
             weights; weights that are absent, left over or of another shape; a processor or chat format that does not
             fit the model; files that are absent or damaged; no network where one is needed.
     """
+    if adapter := adapters.read(name):
+        _no_revision(name, revision)
+        base = outline(adapter.base, dtype=dtype, revision=adapter.revision)
+        adapter.merge(base.model)
+        return replace(base, name=name)
     spec, config = _configuration(name, revision)
     with _reading(name):
         weights = checkpoints.headers(find(name), revision)
@@ -129,12 +142,11 @@ def outline(name: str, *, dtype: str | torch.dtype = "float32", revision: str | 
 def _configuration(name: str, revision: str | None) -> tuple[Spec, PretrainedConfig]:
     """The architecture of a model and its configuration, once it is known to be one that the study can read."""
     source = find(name)
-    if revision and Path(source).is_dir():
-        raise ValueError(f"{name} is a folder and has no revision {revision!r}; revisions are for models of the hub")
+    _no_revision(name, revision)
     with _reading(name):
         adapter = find_adapter_config_file(source, revision=revision or None)
     if adapter:  # transformers would put it on top of the weights, whether they hold it already or not
-        raise ValueError(f"{name}: {checkpoints.ADAPTER} is in it: {UNMERGED}")
+        raise ValueError(f"{name}: {ADAPTER} is in it: {UNMERGED}")
     with _reading(name):
         known, _ = PretrainedConfig.get_config_dict(source, revision=revision or None)
     spec = _spec(name, known.get("model_type"))
@@ -148,6 +160,11 @@ def _configuration(name: str, revision: str | None) -> tuple[Spec, PretrainedCon
         config = CONFIG_MAPPING[known["model_type"]].from_dict(_without_switches(known))
     _check_layout(name, config)
     return spec, config
+
+
+def _no_revision(name: str, revision: str | None) -> None:
+    if revision and Path(find(name)).is_dir():
+        raise ValueError(f"{name} is a folder and has no revision {revision!r}; revisions are for models of the hub")
 
 
 # What says how a model was last used, not what it is: training with gradient checkpointing leaves use_cache off.

@@ -84,5 +84,48 @@ def test_no_limit_where_the_notebook_knows_it(project: Project):
     assert printed == "sinkstudy: parameter 'limit' of 02-second is 0 at least, and -1 is not\n"
 
 
+LAB = """from sinkstudy.book.parameters import LabModel
+model: LabModel = "lab-llava"
+"""
+MANY = """from sinkstudy.book.parameters import AtLeast1, AtLeast4, Model
+model: Model = "lab-llava"
+limit: AtLeast4 = 9
+min_pictures: AtLeast1 = 5
+"""
+TRAINED = """from sinkstudy.book.parameters import Methods, Model
+model: Model = "lab-llava"
+methods_dir: Methods = "data/methods"
+"""
+
+
+def test_what_is_none_for_a_model_or_for_so_few_pictures_is_left_out(project: Project):
+    for name, parameters in {"00-lab": LAB, "03-many": MANY, "04-other": LAB, "05-trained": TRAINED}.items():
+        project.notebook(name, "print(model)", parameters=parameters)
+    project.write("data/methods/another/one.json", "{}")
+    printed = project.call("run", "owner/name", "--limit", "4", "--only", "0")
+    assert printed.splitlines()[0] == (
+        "left out: 00-lab, 04-other (not about this model: the run lab-llava has it); "
+        "03-many (it takes 5 pictures at least); "
+        "05-trained (no method in data/methods was trained on this model)"
+    )
+    assert "run owner--name: 01-first, 02-second\n" in project.call("models")
+    project.write("data/methods/owner--name/one.json", "{}")
+    project.call("run", "owner/name", "--limit", "4", "-p", "min_pictures=4")
+    assert "run owner--name: 01-first, 02-second, 03-many, 05-trained\n" in project.call("models")
+    project.call("run", "--limit", "4", "--name", "lab")
+    assert "run lab: 00-lab, 01-first, 02-second, 04-other, 05-trained\n" in project.call("models")
+
+
+def test_what_is_left_out_is_refused_where_nothing_else_is_asked_for(project: Project):
+    project.notebook("00-lab", "print(model)", parameters=LAB)
+    project.notebook("03-many", "print(model)", parameters=MANY)
+    about = "this notebook is about the lab's models or all runs, and owner/name is no lab model"
+    assert project.call("run", "owner/name", "--only", "00", code=1) == f"sinkstudy: {about}\n"
+    printed = project.call("run", "--only", "03", "--limit", "3", code=1)
+    assert printed == "sinkstudy: parameter 'limit' of 03-many is 4 at least, and 3 is not\n"
+    printed = project.call("run", "--only", "03", "--limit", "4", code=1)
+    assert printed == "sinkstudy: 03-many: limit is 4, fewer pictures than min_pictures, 5\n"
+
+
 def test_unknown_command_fails(project: Project):
     assert "No such command" in project.call("fly", code=2)

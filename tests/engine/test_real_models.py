@@ -69,6 +69,18 @@ def test_chapters_run_on_a_folder(checkout: Commands, model: Path, tmp_path: Pat
     assert "cell" not in checkout.call("run", str(model), *options)  # nothing is executed again
 
 
+def test_chapters_ask_the_labs_questions_in_words_that_a_tokenizer_lacks(checkout: Commands, model: Path):
+    """Such an answer has no log-probability; the greedy text is judged all the same."""
+    chapters = ["08-criteria", "10-training-free", "13-explorer"]
+    only = [part for name in chapters for part in ("--only", name)]
+    checkout.call("run", str(model), *only, "--limit", "4", "-p", "fit=4", "-p", "controls=[]", "--name", "foreign")
+    results = checkout.root / "results" / "foreign"
+    assert sorted(path.parent.name for path in results.glob("*/metrics.json")) == chapters
+    effects = pd.read_csv(results / "10-training-free" / "effects.csv").set_index(["benchmark", "measure"])
+    assert effects.n["MMStar", "right"].max() > 0 and effects.n["MMStar", "logp"].max() == 0
+    assert effects.n["POPE", "logp"].max() > 0
+
+
 def test_a_chapter_runs_on_a_revision_of_a_hub_model(checkout: Commands, model: Path, tmp_path: Path):
     """Without network, from the hub's cache as a download leaves it."""
     cache = checkout.root / "hub" / "hub" / "models--owner--tiny"

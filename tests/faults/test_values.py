@@ -18,6 +18,7 @@ NAN, INF = float("nan"), float("inf")
 ODD = {  # by the type that a parameter is declared with
     "Model": ["lab-lava", "", "a/b/c", "notebooks", "x" * 5000, "a\nb", "../../etc", 3, None, "ünïcode/model",
               "a/b;rm -rf"],
+    "LabModel": ["lab-lava", "owner/name", "", "notebooks", 3, None],
     "Models": [["lab-lava"], "lab-llava", [3], ["lab-llava", "lab-llava"], [None], {"a": 1}],
     "SomeModels": [[], ["lab-lava"], "lab-llava", ["lab-llava", "lab-llava"]],
     "Device": ["tpu", "", "cuda:-1", "cuda:x", "CPU", "cuda:99999", 0, None],
@@ -39,6 +40,7 @@ ODD = {  # by the type that a parameter is declared with
     "Text": ["", "  ", 3, None],
     "Texts": [[], [""], "base", [3], ["base", "base"]],
     "Files": ["", "no/such/folder", "/no/such", "~/no/such", 3, None],
+    "Methods": ["", "no/such/folder", 3, None],
     "FolderIfAny": ["no/such/folder", "/no/such", "README.md", "~nobody/x", 3, None],
     "PicturesIfAny": ["no/such/folder", "README.md", "data/models", 3, None],
     "ResultFiles": [[], "results/*", [""], [3]],

@@ -261,8 +261,12 @@ def test_the_cache_tells_apart_whatever_changes_answers(llava, table, tmp_path):
 # ------------------------------------------------------------------------------------------------- candidates
 def test_letters_are_candidates_where_they_are_the_answers(llava, table):
     choices = table.assign(answer="A", choices=[["red", "blue"]] * 8)
-    with pytest.raises(ValueError, match="no first token tells 'A'"):  # the tiny vocabulary has no letters
-        evaluate(llava, choices, max_new_tokens=1, cache=None)
+    problem = "first tokens do not tell the candidates 'A', 'B' apart"  # the tiny vocabulary has no letters
+    with pytest.warns(UserWarning, match=f"{problem}: their log-probabilities are NaN"):
+        found = evaluate(llava, choices, max_new_tokens=1, cache=None)
+    assert "first" not in found and found.prediction.notna().all()
+    with pytest.raises(ValueError, match=problem):
+        evaluate(llava, table, candidates=["A", "B"], max_new_tokens=1, cache=None)
     assert "first" not in evaluate(llava, table.assign(answer="a dog"), max_new_tokens=1, cache=None)
 
 

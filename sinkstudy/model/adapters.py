@@ -1,0 +1,132 @@
+"""A folder with a LoRA adapter of peft: its updates are added to the weights of its base, in memory.
+
+An update is W + scale B A, with scale alpha / r, or alpha / sqrt(r) where it is rank-stabilised (arXiv 2106.09685,
+2312.03732). Weights that were trained whole (`modules_to_save`) take the place of the base's. An adapter that does
+anything else (DoRA, biases, an initialisation that changes the base, ..) is refused.
+"""
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from sinkstudy.model.checkpoints import check_values
+from sinkstudy.paths import ADAPTER, UNMERGED, model_folder
+
+WEIGHTS = "adapter_model.safetensors"
+# what says how it was trained or is checked below; any other setting has to be off
+NEUTRAL = set(
+    "peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode r target_modules "
+    "exclude_modules lora_alpha lora_dropout fan_in_fan_out bias use_rslora modules_to_save init_lora_weights "
+    "layers_to_transform layers_pattern rank_pattern alpha_pattern megatron_core qalora_group_size "
+    "runtime_config".split()
+)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What an adapter does to its base.
+
+    Attributes:
+        name: of its folder.
+        base, revision: the model that it was trained on.
+        updates: B [rows, rank], A [rank, columns] and their scale, by the module's path at training.
+        whole: weights that take the place of the base's, by their path.
+        transposed: whether weights are [columns, rows].
+    """
+
+    name: str
+    base: str
+    revision: str | None
+    updates: dict[str, tuple[torch.Tensor, torch.Tensor, float]]
+    whole: dict[str, torch.Tensor]
+    transposed: bool
+
+    @torch.no_grad()
+    def merge(self, model: nn.Module) -> None:
+        """Change the weights of its base; of one on torch's meta device only names and shapes are checked.
+
+        Raises:
+            ValueError: a weight that the base has not, or has twice, or in another shape.
+        """
+        weights = dict(model.named_parameters())
+        for path, new in {**self.updates, **self.whole}.items():
+            weight = weights[self._place(path, weights)]
+            up, down, scale = new if isinstance(new, tuple) else (new, None, 1.0)
+            shape = up.shape if down is None else (up.shape[0], down.shape[1])[:: -1 if self.transposed else 1]
+            if tuple(shape) != tuple(weight.shape):
+                raise ValueError(f"{self.name}: {path} is {list(shape)} and its base has {list(weight.shape)}")
+            if not weight.is_meta:
+                own = up if down is None else self._updated(weight, up.to(weight.device), down.to(weight.device), scale)
+                weight.copy_(own)
+
+    def _updated(self, weight: torch.Tensor, up: torch.Tensor, down: torch.Tensor, scale: float) -> torch.Tensor:
+        update = scale * (up.float() @ down.float())
+        return weight.float() + (update.T if self.transposed else update)
+
+    def _place(self, path: str, weights: dict[str, nn.Parameter]) -> str:
+        """The name of a weight: exactly, or as other versions of transformers have it."""
+        path = path if path.endswith(".weight") or path in weights else f"{path}.weight"
+        tests = (
+            lambda name: name == path,
+            lambda name: _plain(name) == _plain(path),
+            lambda name: f".{_plain(name)}".endswith(f".{_plain(path)}"),
+        )
+        found = next((found for test in tests if (found := [name for name in weights if test(name)])), [])
+        if len(found) != 1:
+            raise ValueError(f"{self.name}: its base {self.base} has {len(found) or 'no'} weights {path}: {UNMERGED}")
+        return found[0]
+
+
+def read(name: str) -> Adapter | None:
+    """The adapter in a folder that has no model of its own; None for a model.
+
+    Raises:
+        ValueError: one that cannot be read, or that does more than the module says.
+    """
+    folder = model_folder(name)
+    if folder is None or (folder / "config.json").is_file():
+        return None
+    try:
+        of = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
+        base = of["base_model_name_or_path"]
+        weights = {_path(key): weight for key, weight in load_file(folder / WEIGHTS).items()}
+    except Exception as error:  # whatever a damaged file provokes
+        said = str(error).partition("\n")[0]
+        raise ValueError(f"the adapter {name} cannot be read: {type(error).__name__}: {said}; {UNMERGED}") from None
+    odd = [f"{key} {value!r}" for key, value in of.items() if value and key not in NEUTRAL]
+    checked: dict[str, list] = {"peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [True, False, "gaussian"]}
+    odd += [f"{key} {of[key]!r}" for key, known in checked.items() if of.get(key, known[0]) not in known]
+    odd += [path for path in weights if "lora_" in re.sub(r"\.lora_[AB]\.weight$", "", path)]
+    if odd or not isinstance(base, str):
+        what = ", ".join(odd[:3]) or "no base"
+        raise ValueError(f"{name}: its adapter has {what}, which is not merged here: {UNMERGED}")
+    check_values(name, weights.items(), torch.float32)
+    ends = (".lora_A.weight", ".lora_B.weight")
+    pairs = {path.removesuffix(end) for path in weights for end in ends if path.endswith(end)}
+    if lacking := [path + end for path in sorted(pairs) for end in ends if path + end not in weights]:
+        raise ValueError(f"{name}: its adapter lacks {lacking[0]}")
+    updates = {path: (weights[path + ends[1]], weights[path + ends[0]], _scale(path, len(weights[path + ends[0]]), of))
+               for path in sorted(pairs)}  # fmt: skip
+    whole = {path: weight for path, weight in weights.items() if not path.endswith(ends)}
+    return Adapter(name, base, of.get("revision"), updates, whole, bool(of.get("fan_in_fan_out")))
+
+
+def _scale(path: str, rank: int, of: dict[str, Any]) -> float:
+    patterns = (of.get("alpha_pattern") or {}).items()
+    alpha = next((alpha for key, alpha in patterns if re.match(rf"(.*\.)?({key})$", path)), of.get("lora_alpha", 8))
+    return alpha / (math.sqrt(rank) if of.get("use_rslora") else rank)
+
+
+def _path(key: str) -> str:
+    return key.removeprefix("base_model.model.").replace(".modules_to_save.", ".")
+
+
+def _plain(name: str) -> str:
+    """A weight's name without the levels that versions of transformers have added or taken away."""
+    return ".".join(part for part in name.split(".") if part not in ("model", "vision_model"))

@@ -1,0 +1,180 @@
+"""A folder with an adapter of peft and its base, against peft itself and against the closed form."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from architectures import write
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from sinkstudy.book import memory, parameters
+from sinkstudy.model import loading
+
+WEIGHTS = "adapter_model.safetensors"
+KINDS = {
+    "plain": {"target_modules": ["q_proj", "down_proj"]},
+    "rank-stabilised": {"target_modules": "all-linear", "use_rslora": True},
+    "some larger": {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 5},
+                    "alpha_pattern": {"v_proj": 2}},
+    "a layer whole": {"target_modules": ["v_proj"], "modules_to_save": ["lm_head"]},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["llava", "qwen2_vl"])
+def base(request, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("base") / request.param
+    write(folder, request.param)
+    return folder
+
+
+def adapter(base: Path, folder: Path, **how) -> torch.nn.Module:
+    """Write an adapter with random updates, and return the model with it."""
+    torch.manual_seed(1)
+    model = loading.load(str(base)).model
+    config = peft.LoraConfig(**{"r": 3, "lora_alpha": 7, "init_lora_weights": False, **how})
+    made = peft.get_peft_model(model, config)
+    for name, weight in made.named_parameters():
+        if "modules_to_save" in name:
+            weight.data += 0.1 * torch.randn_like(weight)
+    made.save_pretrained(folder)
+    return made
+
+
+def logits(lvlm, model) -> torch.Tensor:
+    inputs = lvlm.inputs([Image.linear_gradient("L").convert("RGB").resize((32, 32))], ["what is the texture"])
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_answers_as_under_peft(base, tmp_path, kind):
+    theirs = adapter(base, tmp_path / "adapter", **KINDS[kind])
+    lvlm, plain = loading.load(str(tmp_path / "adapter")), loading.load(str(base))
+    assert lvlm.name == str(tmp_path / "adapter")
+    wanted = logits(lvlm, theirs)
+    assert (logits(lvlm, lvlm.model) - wanted).abs().max() < 1e-4
+    assert (logits(plain, plain.model) - wanted).abs().max() > 1e-2
+    memory.check(str(tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize("stabilised", [False, True])
+def test_an_update_is_its_closed_form(base, tmp_path, stabilised):
+    adapter(base, tmp_path / "adapter", target_modules=["q_proj"], use_rslora=stabilised, layers_to_transform=[1])
+    found = dict(loading.load(str(tmp_path / "adapter")).model.named_parameters())
+    before = dict(loading.load(str(base)).model.named_parameters())
+    file = load_file(tmp_path / "adapter" / WEIGHTS)
+    changed = [name for name in before if not torch.equal(found[name], before[name])]
+    expected = {key for key in file if key.endswith("lora_A.weight")}
+    assert len(changed) == len(expected) > 0
+    for name in changed:
+        key = f"base_model.model.{name.removesuffix('.weight')}"
+        scale = 7 / (math.sqrt(3) if stabilised else 3)
+        update = scale * file[f"{key}.lora_B.weight"] @ file[f"{key}.lora_A.weight"]
+        torch.testing.assert_close(found[name] - before[name], update, atol=1e-6, rtol=1e-5)
+
+
+def test_transposed_weights(base, tmp_path):
+    """With `fan_in_fan_out`, of square weights: the update is transposed."""
+    adapter(base, tmp_path / "adapter", target_modules=r".*language_model.*\.1\.self_attn\.q_proj")
+    before, straight = (dict(loading.load(str(of)).model.named_parameters()) for of in (base, tmp_path / "adapter"))
+    settle(tmp_path / "adapter", fan_in_fan_out=True)
+    turned = dict(loading.load(str(tmp_path / "adapter")).model.named_parameters())
+    name, = (name for name in before if not torch.equal(before[name], straight[name]))
+    torch.testing.assert_close(turned[name] - before[name], (straight[name] - before[name]).T, atol=1e-6, rtol=1e-5)
+
+
+OLD = {  # names of transformers 4
+    "llava": {"model.language_model.": "language_model.model.",
+              "model.vision_tower.encoder": "vision_tower.vision_model.encoder"},
+    "qwen2_vl": {"model.language_model.": "model.", "model.visual.": "visual."},
+}  # fmt: skip
+
+
+def test_names_of_older_versions(base, tmp_path):
+    adapter(base, tmp_path / "adapter", target_modules="all-linear")
+    wanted = dict(loading.load(str(tmp_path / "adapter")).model.named_parameters())
+    weights = load_file(tmp_path / "adapter" / WEIGHTS)
+    renamed = {}
+    for key, value in weights.items():
+        for new, old in OLD[base.name].items():
+            key = key.replace(f"base_model.model.{new}", f"base_model.model.{old}")
+        renamed[key] = value
+    assert renamed.keys() != weights.keys()
+    save_file(renamed, tmp_path / "adapter" / WEIGHTS)
+    found = dict(loading.load(str(tmp_path / "adapter")).model.named_parameters())
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_pages_follow_from_adapter_and_base(base, tmp_path):
+    adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
+    values = parameters.defaults("01-norms") | {"model": str(tmp_path / "adapter"), "controls": []}
+    models, _ = parameters.depends_on("01-norms", values)
+    assert {tmp_path / "adapter" / WEIGHTS, base / "model.safetensors"} < set(models)
+
+
+# ------------------------------------------------------------------------------------------------- refused
+@pytest.fixture(scope="module")
+def one(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("one")
+    write(folder / "base", "llava")
+    adapter(folder / "base", folder / "adapter", target_modules=["q_proj"])
+    return folder / "adapter"
+
+
+@pytest.fixture
+def copy(one, tmp_path) -> Path:
+    return Path(shutil.copytree(one, tmp_path / "copy"))
+
+
+def settle(folder: Path, **settings) -> None:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+
+def change(folder: Path, end: str, by) -> None:
+    weights = load_file(folder / WEIGHTS)
+    key = next(key for key in weights if key.endswith(end))
+    new = by(key, weights.pop(key))
+    save_file({**weights, **new}, folder / WEIGHTS)
+
+
+FAULTS = {
+    "DoRA": (lambda folder: settle(folder, use_dora=True), "has use_dora True, which is not merged here"),
+    "biases": (lambda folder: settle(folder, bias="all"), "has bias 'all', which is not merged here"),
+    "a changed base": (lambda folder: settle(folder, init_lora_weights="pissa"), "'pissa', which is not merged"),
+    "another method": (lambda folder: settle(folder, peft_type="IA3"), "has peft_type 'IA3', which is not"),
+    "a setting of later versions": (lambda folder: settle(folder, use_new=True), "has use_new True, which"),
+    "no base": (lambda folder: settle(folder, base_model_name_or_path=None), "has no base"),
+    "a base that is not there": (lambda folder: settle(folder, base_model_name_or_path="/none"), "unknown model"),
+    "damaged settings": (lambda folder: (folder / "adapter_config.json").write_text("{"), "cannot be read"),
+    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "cannot be read"),
+    "pickled weights": (lambda folder: (folder / WEIGHTS).rename(folder / "adapter_model.bin"), "cannot be read"),
+    "half a pair": (lambda folder: change(folder, "lora_B.weight", lambda key, _: {}), r"lacks .*lora_B.weight"),
+    "another shape": (lambda folder: change(folder, "lora_B.weight", lambda key, w: {key: w[:4].contiguous()}),
+                      r"is \[4, .*\] and its base has"),
+    "NaN": (lambda folder: change(folder, "lora_B.weight", lambda key, w: {key: w * float("nan")}), "NaN or infinite"),
+    "no such weight": (lambda folder: change(folder, "lora_B.weight", lambda key, w: {key.replace("q_", "x_"): w,
+                       key.replace("q_", "x_").replace("lora_B", "lora_A"): w.T.contiguous()}), "lacks|has no weights"),
+    "an embedding": (lambda folder: change(folder, "lora_B.weight", lambda key, w: {f"{key}.lora_embedding_A": w}),
+                     "lora_embedding_A, which is not merged"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_is_refused(copy, fault):
+    spoil, message = FAULTS[fault]
+    spoil(copy)
+    for call in (memory.check, loading.load):
+        with pytest.raises(ValueError, match=message) as problem:
+            call(str(copy))
+        assert "\n" not in str(problem.value)
+
+
+def test_a_revision_of_a_folder(copy):
+    with pytest.raises(ValueError, match="is a folder and has no revision 'v1'"):
+        loading.load(str(copy), revision="v1")
