@@ -117,7 +117,7 @@ def attention_rows(
     Raises:
         IndexError: in the forward pass, if a call has fewer queries than a row asks for.
     """
-    results: dict[int, list] = {layer: [] for layer in _select(lvlm, side, layers)}
+    results: dict[int, list] = {layer: [] for layer in _attending(lvlm, side, layers)}
 
     def see(layer: int, attention: "_Attention") -> None:
         index = torch.arange(attention.n_queries, device=attention.query.device)
@@ -151,7 +151,7 @@ def attention_received(
     With `relative`, values are multiplied by the number of keys: in a tower 1 is then what uniform attention gives,
     in windows too, which have fewer keys than the image.
     """
-    results: dict[int, list] = {layer: [] for layer in _select(lvlm, side, layers)}
+    results: dict[int, list] = {layer: [] for layer in _attending(lvlm, side, layers)}
     chunks: dict[int, list] = {layer: [] for layer in results}
 
     def see(layer: int, attention: "_Attention") -> None:
@@ -315,7 +315,9 @@ def _trace_batch(lvlm: LVLM, inputs: BatchFeature, max_new_tokens: int, first: i
             lvlm.model(**inputs, logits_to_keep=1)
 
     def stack(results: dict[int, list]) -> torch.Tensor:
-        return torch.stack([calls[0].cpu() for calls in results.values()], dim=1)  # [batch, layers, ..]
+        seen = {layer: calls[0].cpu() for layer, calls in results.items()}
+        none = torch.full_like(next(iter(seen.values())), float("nan"))  # of a layer without attention
+        return torch.stack([seen.get(layer, none) for layer in range(len(lvlm.decoder_layers))], dim=1)
 
     tower_norms, of_decoder = _of_patches(vision_norms, layouts), stack(decoder_norms)
     check_finite(lvlm, tower_norms, first, "tower")
@@ -325,7 +327,8 @@ def _trace_batch(lvlm: LVLM, inputs: BatchFeature, max_new_tokens: int, first: i
     output_attention = answers = None
     if max_new_tokens:
         tokens = sequences[:, inputs.input_ids.shape[1] :]  # [batch, steps]
-        steps = torch.stack([torch.stack(calls).cpu() for calls in rows.values()], dim=2)
+        n_steps = len(next(iter(rows.values())))
+        steps = torch.stack([stack({layer: calls[i:] for layer, calls in rows.items()}) for i in range(n_steps)])
         weight = until_end(tokens.cpu(), lvlm.ends).T  # [steps, batch]
         weight = (weight / weight.sum(0))[:, :, None, None, None]
         output_attention = (steps * weight).sum(0)  # [steps, batch, layers, heads, visual tokens] -> [batch, ..]
@@ -356,6 +359,18 @@ def _select(lvlm: LVLM, side: Side, layers: Sequence[int] | None) -> dict[int, n
     modules = lvlm.vision_layers if side == "vision" else lvlm.decoder_layers
     wanted = range(len(modules)) if layers is None else sorted(range(len(modules))[layer] for layer in layers)
     return {layer: modules[layer] for layer in wanted}
+
+
+def _attending(lvlm: LVLM, side: Side, layers: Sequence[int] | None) -> dict[int, nn.Module]:
+    """Attention modules by layer; a layer of another kind (a convolution, linear attention) has none."""
+    path = lvlm.spec.vision_attention if side == "vision" else lvlm.spec.decoder_attention
+    found = {}
+    for layer, block in _select(lvlm, side, layers).items():
+        try:
+            found[layer] = block.get_submodule(path)
+        except AttributeError:
+            continue
+    return found
 
 
 @dataclass(frozen=True)
@@ -457,8 +472,7 @@ def editing_attention(
     [batch, key heads, keys, head width] and SDPA's output [batch, queries, heads, head width], and returns such an
     output. Whoever watches attention inside sees it as it was before the change.
     """
-    attention = lvlm.spec.decoder_attention
-    modules = {k: block.get_submodule(attention) for k, block in _select(lvlm, "decoder", layers).items()}
+    modules = _attending(lvlm, "decoder", layers)
     with _attached(lvlm.decoder, "_editors", {module: partial(edit, layer) for layer, module in modules.items()}):
         yield
 
@@ -475,10 +489,8 @@ def _watching(
 
     A module attends more than once where the tower is packed. Contexts may be nested.
     """
-    part, path = (
-        (lvlm.vision, lvlm.spec.vision_attention) if side == "vision" else (lvlm.decoder, lvlm.spec.decoder_attention)
-    )
-    modules = {layer: block.get_submodule(path) for layer, block in _select(lvlm, side, layers).items()}
+    part = lvlm.vision if side == "vision" else lvlm.decoder
+    modules = _attending(lvlm, side, layers)
     with ExitStack() as stack:
         for layer, module in modules.items():
             hook = module.register_forward_hook(lambda m, args, out, layer=layer: finish(layer))

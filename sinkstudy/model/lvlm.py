@@ -14,6 +14,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 from transformers.vision_utils import get_vision_window_index
 
+from sinkstudy.model import measure
 from sinkstudy.model.layout import ImageLayout, block_order
 from sinkstudy.model.specs import Spec, n_prefix, pair, tile_grid
 from sinkstudy.pictures import opened
@@ -72,13 +73,12 @@ class LVLM:
     @property
     def n_prefix(self) -> int:
         """Leading tokens of the vision sequence that are not patches: CLS and registers."""
-        return n_prefix(self.model.config.vision_config)
+        return n_prefix(self.model.config.vision_config) if self.spec.prefix is None else self.spec.prefix
 
     @property
     def vision_width(self) -> int:
         """Width of the tower's hidden states."""
-        vision = self.model.config.vision_config
-        return getattr(vision, "embed_dim", vision.hidden_size)  # hidden_size of Qwen2-VL's tower is the decoder's
+        return next(m for m in self.vision_layers[0].modules() if isinstance(m, nn.Linear)).in_features
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -94,7 +94,7 @@ class LVLM:
     @property
     def merge(self) -> int:
         """How many patches along each side of the grid become one visual token."""
-        return self.spec.merge(self.model.config)
+        return self.spec.merge(self.model.config) if callable(self.spec.merge) else self.spec.merge
 
     @property
     def feature_layer(self) -> int:
@@ -103,6 +103,8 @@ class LVLM:
         Where it is the last layer the tower's final norm, if it has one, may stand in between.
         """
         layer = getattr(self.model.config, "vision_feature_layer", -1)  # of hidden_states: they begin with embeddings
+        if isinstance(layer, (list, tuple)):  # all are read; sinks are measured on the last
+            return max(len(self.vision_layers) + one if one < 0 else one - 1 for one in layer)
         return len(self.vision_layers) + layer if layer < 0 else layer - 1
 
     @property
@@ -248,6 +250,9 @@ class LVLM:
         Raises:
             ValueError: if a row has no image, or a number of visual tokens that does not fit its image.
         """
+        if self.spec.measured:
+            copy = measure.twin(self.model.config)
+            return measure.layouts(copy, copy.like(inputs))
         layouts = []
         start = 0  # patches of the images before
         size = self.merge**2  # patches of a visual token

@@ -31,13 +31,16 @@ class Spec:
     decoder_layers: str = "model.language_model.layers"
     decoder_attention: str = "self_attn"
     # how many patches along each side become one visual token
-    merge: Callable[[PretrainedConfig], int] = lambda config: 1
+    merge: int | Callable[[PretrainedConfig], int] = lambda config: 1
     # the order in which the connector reads patches: row by row; the patches of each visual token together; or as
     # "blocks", with the visual tokens of each attention window together
     order: Literal["rows", "blocks", "windows"] = "rows"
     packed: bool = False  # the tower sees all images as one sequence [patches, width], in the connector's order
     anyres: bool = False  # overview, then the tiles put together, padding cut off, with a newline token per row
     prompt: str | None = None  # for a model without chat format
+    prefix: int | None = None  # tokens before the patches of a tile; None where `PREFIX` has it
+    mixes: bool = False  # each visual token is made of all patches (Q-Former, resampler)
+    measured: bool = False  # by `measure.spec`, and so are its layouts
     prefix_mask: bool = False  # the whole prompt sees itself, so that image tokens depend on the question
 
 

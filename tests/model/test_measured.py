@@ -1,0 +1,207 @@
+"""Every architecture of pictures and text that transformers has: what of the study works on a tiny random instance.
+
+`data/architectures.csv` has a row for each. After a change that is meant: `python tests/model/test_measured.py` writes
+it anew. Instances are narrow copies (`narrow`), inputs come from the configuration (`bare`), the truth is planted: one
+patch is repainted, and the token that it changes is made a sink.
+"""
+
+import os
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import bare
+import pandas as pd
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, BatchFeature, logging
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as CLASSES
+
+from sinkstudy.model import measure
+from sinkstudy.model.capture import trace
+from sinkstudy.model.lvlm import LVLM
+
+TABLE = Path(__file__).parents[2] / "data" / "architectures.csv"
+SPEECH = SimpleNamespace(  # in the place of a processor
+    chat_template=None,
+    image_processor=SimpleNamespace(do_resize=True),
+    tokenizer=SimpleNamespace(bos_token=None, eos_token_id=None, pad_token_id=0),
+    batch_decode=lambda tokens, **_: [" ".join(map(str, row.tolist())) for row in tokens],
+)
+
+
+@dataclass(frozen=True)
+class Bare(LVLM):
+    """A model without a processor: a picture is given as its (rows, columns) of patches."""
+
+    def inputs(self, images, questions) -> BatchFeature:
+        return BatchFeature(bare.inputs(self.model, images))
+
+
+def tiny(kind: str) -> Bare:
+    config = CONFIG_MAPPING[kind]()
+    for path, value in bare.SIZES.get(kind, {}).items():
+        part, _, key = path.rpartition(".")
+        setattr(getattr(config, part) if part else config, key, value)
+    model = measure.Twin(config).model
+    given = bare.inputs(model, bare.SHAPES["square"])
+    return Bare(model, SPEECH, kind, None, measure.spec(model.config, given))
+
+
+def repainted(lvlm: Bare, inputs: dict, layout, patch: int) -> int:
+    """The token of the tower's first layer, counted through the batch, that changes most with the pixels of a patch."""
+    seen = []
+    hook = lvlm.vision_layers[0].register_forward_pre_hook(
+        lambda m, args, kwargs: seen.append((args[0] if args else kwargs["hidden_states"]).flatten(0, -2)),
+        with_kwargs=True,
+    )
+    pixels = inputs["pixel_values"].clone()
+    n, (rows, columns) = layout.grid[0] * layout.grid[1], layout.grid
+    tile, (row, column) = patch // n, divmod(patch % n, columns)
+    if lvlm.spec.packed and "image_sizes" not in inputs:  # one row of values a patch
+        side = lvlm.merge if bare.blocks(lvlm.model) else 1
+        block = row // side * (columns // side) + column // side
+        place = block * side**2 + row % side * side + column % side
+        flat = pixels if pixels.ndim != 3 else pixels.flatten(0, 1)
+        flat[tile * n + place] += 1
+    else:
+        vision = getattr(lvlm.model.config, "vision_config", lvlm.model.config)
+        size = bare.first(getattr(vision, "patch_size", 0))
+        planes = pixels.flatten(0, -4)
+        high = size if lvlm.spec.packed else planes.shape[-2] // rows
+        wide = size if lvlm.spec.packed else planes.shape[-1] // columns
+        planes[tile, :, high * row : high * (row + 1), wide * column : wide * (column + 1)] += 1
+    try:
+        with torch.no_grad():
+            lvlm.model(**inputs)
+            lvlm.model(**{**inputs, "pixel_values": pixels})
+    finally:
+        hook.remove()
+    moved = (seen[1] - seen[0]).abs().amax(-1)
+    return int(moved.argmax())
+
+
+def planted(lvlm: Bare, token: int):
+    """A hook that makes one token of the feature layer a sink."""
+
+    def plant(module, args, output):
+        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = hidden.clone(memory_format=torch.contiguous_format)
+        hidden.view(-1, hidden.shape[-1])[token] = 100 * torch.linspace(-1, 1, hidden.shape[-1])
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    return lvlm.vision_layers[lvlm.feature_layer].register_forward_hook(plant, prepend=True)
+
+
+def follow(lvlm: Bare, grids: list[tuple[int, int]]) -> None:
+    """Plant a sink in one patch of the second picture, and find it in tower, connector and decoder."""
+    inputs = lvlm.inputs(grids, [""] * len(grids))
+    layout = lvlm.layout(inputs)[-1]
+    patch = len(layout.vision) // 2 + 1
+    if (layout.positions[patch] < 0).all():
+        patch = 1
+    before = sum(other.tiles for other in lvlm.layout(inputs)[:-1])
+    token = repainted(lvlm, inputs, layout, patch + before * layout.grid[0] * layout.grid[1])
+    assert token == layout.vision[patch], "the tower"
+    plain = trace(lvlm, grids, [""] * len(grids))
+    hook = planted(lvlm, token)
+    try:
+        sunk = trace(lvlm, grids, [""] * len(grids))
+    finally:
+        hook.remove()
+    assert sunk.vision_norms[-1, lvlm.feature_layer].argmax() == patch, "the tower's norms"
+    assert torch.isfinite(sunk.vision_received).all(), "the tower's attention"
+    read = layout.lift(torch.arange(len(layout.vision)) == patch, "any")
+    for name, now, then in (
+        ("the connector", sunk.projected_norms, plain.projected_norms),
+        ("the decoder", sunk.decoder_norms[:, 0], plain.decoder_norms[:, 0]),
+    ):
+        moved = (now - then).abs()
+        assert moved[:-1].max() == 0 if len(moved) > 1 else True, name
+        assert read[moved[-1].argmax()], name
+    if not lvlm.spec.mixes:
+        assert ((sunk.projected_norms - plain.projected_norms)[-1] != 0)[~read].sum() == 0, "the connector"
+
+
+def answers(lvlm: Bare) -> None:
+    """Answers under observation are those of `generate`."""
+    seen = trace(lvlm, [(8, 8)], [""], max_new_tokens=3)
+    inputs = lvlm.inputs([(8, 8)], [""])
+    with torch.no_grad():
+        own = lvlm.model.generate(**inputs, max_new_tokens=3, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert seen.answers == SPEECH.batch_decode(own[:, inputs["input_ids"].shape[1] :]), "answers"
+
+
+def row(kind: str) -> dict:
+    """What works on one architecture."""
+    found = {"architecture": kind, "class": CLASSES[kind], "works": "no", "without": ""}
+    failed = []
+    try:
+        torch.manual_seed(0)
+        lvlm = tiny(kind)
+    except Exception as error:
+        if DEBUG:
+            traceback.print_exc(limit=-4)
+        return {**found, "without": said(error)}
+    spec = lvlm.spec
+    (layout,) = lvlm.layout(lvlm.inputs([(8, 8)], [""]))
+    found |= {
+        "tower": spec.vision,
+        "connector": spec.connector or "",
+        "prefix": spec.prefix,
+        "patches of a token": "all" if spec.mixes else spec.merge**2,
+        "pictures": "any size" if spec.packed else f"tiles of {layout.grid[0]} x {layout.grid[1]}",
+    }
+    for name, grids in {"square": [(8, 8)] * 2, "wide": [(4, 12)] * 2}.items():
+        attempt(failed, name, lambda: follow(lvlm, grids))
+    attempt(failed, "answers", lambda: answers(lvlm))
+    found["works"] = "yes" if not failed else "no" if len(failed) == 3 else "in part"
+    if spec.mixes and not failed:
+        found["works"] = "in part"
+        failed.append("the connector mixes all patches")
+    return {**found, "without": "; ".join(dict.fromkeys(failed))}
+
+
+def attempt(failed: list[str], what: str, do) -> None:
+    try:
+        do()
+    except Exception as error:
+        if DEBUG:
+            traceback.print_exc(limit=-4)
+        failed.append(f"{what}: {said(error)}")
+
+
+def said(error: Exception) -> str:
+    if isinstance(error, ImportError):
+        return "needs " + ("timm" if "timm" in str(error) else str(error).split()[0])
+    line = " ".join(str(error).split())[:90]
+    return line if isinstance(error, ValueError) else f"{type(error).__name__} {line}"
+
+
+DEBUG = os.environ.get('DEBUG')
+KINDS = [kind for kind in CLASSES if kind in CONFIG_MAPPING]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_architecture(kind):
+    table = pd.read_csv(TABLE, keep_default_na=False, dtype=str).set_index("architecture")
+    now = pd.DataFrame([row(kind)]).astype(str).set_index("architecture")
+    assert dict(table.loc[kind, now.columns]) == dict(now.loc[kind])
+
+
+def test_there_are_forty():
+    table = pd.read_csv(TABLE, keep_default_na=False)
+    assert set(table.architecture) == set(KINDS)
+    assert (table.works == "yes").sum() >= 40
+
+
+if __name__ == "__main__":
+    logging.set_verbosity_error()
+    rows = []
+    for kind in sys.argv[1:] or KINDS:
+        rows.append(row(kind))
+        print(*rows[-1].values(), sep=" | ", flush=True)
+    if not sys.argv[1:]:
+        pd.DataFrame(rows).fillna("").to_csv(TABLE, index=False)
