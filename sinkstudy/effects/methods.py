@@ -23,13 +23,8 @@ from sinkstudy.model import capture
 from sinkstudy.model.lvlm import LVLM
 
 # of `effect`; chapter 10 has the same, as a test holds, for papermill wants plain values in a notebook
-DEFAULTS: dict[str, Any] = {
-    "criterion": "above_median",
-    "threshold": 3.0,
-    "max_new_tokens": 16,
-    "batch_size": 64,
-    "seed": 0,
-}
+DEFAULTS: dict[str, Any] = {"criterion": "above_median", "threshold": 3.0, "max_new_tokens": 16, "batch_size": 64,
+                            "seed": 0}
 LOOKED_AT = 64  # pictures at most by which neurons are found; a quarter of them for the decoder's dimensions
 
 T = TypeVar("T")
@@ -37,35 +32,6 @@ Way = tuple[str, float | None]  # a method of `METHODS`, and the value of its op
 
 
 # ------------------------------------------------------------------------------------------------- what is acted on
-@torch.no_grad()
-def norms(lvlm: LVLM, pictures: Mapping[Hashable, Any], batch_size: int = 16) -> dict[Hashable, torch.Tensor]:
-    """Norms of each picture's patches where the connector reads them: float32 [patches], on the CPU.
-
-    Args:
-        pictures: by any key; of any sizes, as for `LVLM.inputs` or in a parquet file.
-
-    Raises:
-        ValueError: norms that are not finite, with the picture's key.
-    """
-    keys, of, read = list(pictures), {}, []
-
-    def keep(patches: torch.Tensor, layer: int) -> torch.Tensor:
-        if layer == lvlm.feature_layer:
-            read[:] = [capture.token_norms(patches).cpu()]
-        return patches
-
-    with lvlm.editing(before=keep):
-        for start in range(0, len(keys), batch_size):
-            batch = keys[start : start + batch_size]
-            inputs = lvlm.inputs([pictures[key] for key in batch], [""] * len(batch))
-            lvlm.see(inputs)
-            of |= {key: read[0][layout.connector] for key, layout in zip(batch, lvlm.layout(inputs), strict=True)}
-            for key in batch:
-                if not of[key].isfinite().all():
-                    raise capture.not_finite(lvlm, "at the connector's input", repr(key))
-    return of
-
-
 class Groups(NamedTuple):
     """Patches of each picture, bool [patches] by the picture's key."""
 
@@ -121,13 +87,13 @@ class Case:
 
     Args:
         lvlm: the model.
-        pictures: of each benchmark, by image id, as for `norms`.
+        pictures: of each benchmark, by image id, as for `neurons.norms`.
         criterion, threshold: what a sink is, see `sinks.rule`.
         batch_size: pictures in one pass.
         seed: of all that is random.
 
     Raises:
-        ValueError: as `norms` and `groups`.
+        ValueError: as `neurons.norms` and `groups`.
     """
 
     def __init__(
@@ -142,7 +108,7 @@ class Case:
     ) -> None:
         self.lvlm, self.pictures, self.batch_size, self.seed = lvlm, pictures, batch_size, seed
         self._all = {(name, image): picture for name, of in pictures.items() for image, picture in of.items()}
-        self.norms = norms(lvlm, self._all, batch_size)  # by benchmark and image id, like the groups
+        self.norms = neurons.norms(lvlm, self._all, batch_size=batch_size)  # by benchmark and image id, like the groups
         self.groups = groups(self.norms, criterion, threshold, seed)
         self._neurons: dict[int, dict[int, torch.Tensor]] = {}
 
@@ -176,8 +142,9 @@ class Case:
         Raises:
             ValueError: as `neurons`.
         """
-        with neurons.moved_to_register(self.lvlm, self.neurons(k)):
-            after = norms(self.lvlm, {key: self._all[key] for key in self._looked_at}, self.batch_size)
+        moved = Intervention("moved", lambda lvlm, inputs: neurons.moved_to_register(lvlm, self.neurons(k)))
+        pictures = {key: self._all[key] for key in self._looked_at}
+        after = neurons.norms(self.lvlm, pictures, moved, self.batch_size)
         masks = {key: mask for key in after if (mask := self.groups.sinks[key]).any()}
         means = [[of[key][mask].mean().item() for key, mask in masks.items()] for of in (after, self.norms)]
         return stats.ratio_interval(*means, seed=self.seed)

@@ -200,7 +200,7 @@ def test_changes_in_several_benchmarks(llava, benchmark):
 
 
 def test_without_sinks_the_tail_stands_for_them(llava, benchmark):
-    of = methods.norms(llava, benchmark[1], batch_size=3)
+    of = neurons.norms(llava, benchmark[1], batch_size=3)
     for name, picture in benchmark[1].items():
         torch.testing.assert_close(of[name], hand_norms(llava, picture))
     name, own, random = methods.groups(of, "absolute", 1e9)
