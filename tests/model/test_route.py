@@ -181,7 +181,8 @@ def test_changes_in_several_benchmarks(llava, benchmark):
     shown = {"POPE": pictures, "MME": others}
     case = methods.Case(llava, shown, criterion="percentile", threshold=80.0, seed=3)
     ways = [("keys", 0.5), ("random-keys", 0.5), ("front-top-k", 2)]
-    rows = methods.changes(case, dict.fromkeys(shown, table), ways, public=False, max_new_tokens=1, cache=None)
+    tables = dict.fromkeys(shown, table.assign(group="a column that MME has"))
+    rows = methods.changes(case, tables, ways, public=False, max_new_tokens=1, cache=None)
     assert set(zip(rows.method, rows.way)) == {("keys", "weight 0.5"), ("random-keys", "weight 0.5"),
                                                ("front-top-k", "k 2")}
     for i, name in enumerate(shown):
