@@ -242,6 +242,29 @@ def mean(said: pd.DataFrame, measure: str, seed: int = 0) -> stats.Interval:
     return _widened(found, said, measure)
 
 
+def long(said: pd.DataFrame) -> pd.DataFrame:
+    """Answers with a row a measure, "right" and "logp": its number is the `value`."""
+    return said.melt([c for c in said if c not in ("right", "logp")], ["right", "logp"], var_name="measure")
+
+
+def means(rows: pd.DataFrame, by: Sequence[str], seed: int = 0) -> pd.DataFrame:
+    """`mean` of each benchmark, and of all together ("mean"), in each cell.
+
+    Args:
+        rows: as `long` returns them, or differences of such values.
+        by: further columns that name a cell.
+
+    Returns:
+        `by`, `benchmark`, `measure`, `value`, `low`, `high` and `n` (pictures).
+    """
+    found = []
+    for (*cell, measure), of in rows.groupby([*by, "measure"], sort=False):
+        of = of.rename(columns={"value": measure})
+        for benchmark, part in (*of.groupby("benchmark", sort=False), ("mean", of)):
+            found.append((*cell, benchmark, measure, *mean(part, measure, seed)))
+    return pd.DataFrame(found, columns=[*by, "benchmark", "measure", "value", "low", "high", "n"])
+
+
 def mean_of_seeds(said: pd.DataFrame, seeds: Sequence[Any], measure: str) -> tuple[stats.Interval, float]:
     """Mean over the columns `seeds`, one for each training, with a 95 % t interval over seeds and pictures.
 

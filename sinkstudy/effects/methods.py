@@ -1,13 +1,14 @@
-"""One training-free method on one benchmark, beside the untouched model: `sinkstudy route`.
+"""The training-free methods, one table: `sinkstudy route` and the chapter on them take theirs from `METHODS`.
 
-`METHODS` is the table of the methods that can be named. What they act on is found from the pictures alone: no answer
-is looked at.
+What a method acts on is found from the pictures alone: no answer is looked at. Its control does the same to as many
+random others. What helps with any tokens is no use of sinks.
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import pandas as pd
 import torch
@@ -23,38 +24,15 @@ from sinkstudy.model.groups import of_patches
 from sinkstudy.model.lvlm import LVLM
 
 # of `effect`; chapter 10 has the same, as a test holds, for papermill wants plain values in a notebook
-DEFAULTS: dict[str, Any] = {
-    "criterion": "above_median",
-    "threshold": 3.0,
-    "max_new_tokens": 16,
-    "batch_size": 64,
-    "seed": 0,
-}
+DEFAULTS: dict[str, Any] = {"criterion": "above_median", "threshold": 3.0, "max_new_tokens": 16, "batch_size": 64,
+                            "seed": 0}
 LOOKED_AT = 64  # pictures at most by which neurons are found; a quarter of them for the decoder's dimensions
+
+T = TypeVar("T")
+Way = tuple[str, float | None]  # a method of `METHODS`, and the value of its option
 
 
 # ------------------------------------------------------------------------------------------------- what is acted on
-@torch.no_grad()
-def norms(lvlm: LVLM, pictures: Mapping[Hashable, Any], batch_size: int = 16) -> dict[Hashable, torch.Tensor]:
-    """Norms of each picture's patches where the connector reads them: float32 [patches], on the CPU.
-
-    Args:
-        pictures: by any key; of any sizes, as for `LVLM.inputs` or in a parquet file.
-
-    Raises:
-        ValueError: norms that are not finite, with the picture's key.
-    """
-    keys, of = list(pictures), {}
-    for batch, inputs in lvlm.batches(list(pictures.values()), batch_size):
-        with capture.norms_at_connector(lvlm, lvlm.layout(inputs)) as read:
-            lvlm.see(inputs)
-        of |= dict(zip(keys[batch], read, strict=True))
-        for key in keys[batch]:
-            if not of[key].isfinite().all():
-                raise capture.not_finite(lvlm, "at the connector's input", repr(key))
-    return of
-
-
 class Groups(NamedTuple):
     """Patches of each picture, bool [patches] by the picture's key."""
 
@@ -106,110 +84,185 @@ def tau(lvlm: LVLM) -> float:
     return 0.3125 * lvlm.model.config.get_text_config().hidden_size ** 0.5
 
 
-def register_neurons(
-    lvlm: LVLM, pictures: Mapping[Any, Any], masks: Masks, k: int, batch_size: int
-) -> dict[int, list[int]]:
-    """`neurons.register_neurons` of the first `LOOKED_AT` pictures that have as many patches as the very first."""
-    n = len(next(iter(masks.values())))
-    keys = [key for key, mask in masks.items() if len(mask) == n][:LOOKED_AT]
-    shown = [pictures[key] for key in keys]
-    found = neurons.register_neurons(lvlm, shown, torch.stack([masks[key] for key in keys]), k, batch_size)
-    return {layer: of.tolist() for layer, of in found.items()}
+class Case:
+    """A model and the pictures that it is asked about, with what methods act on there.
+
+    Args:
+        lvlm: the model.
+        pictures: of each benchmark, by image id, as for `neurons.norms`.
+        criterion, threshold: what a sink is, see `sinks.rule`.
+        batch_size: pictures in one pass.
+        seed: of all that is random.
+
+    Raises:
+        ValueError: as `neurons.norms` and `groups`.
+    """
+
+    def __init__(
+        self,
+        lvlm: LVLM,
+        pictures: Mapping[str, Mapping[str, Any]],
+        *,
+        criterion: str = DEFAULTS["criterion"],
+        threshold: float = DEFAULTS["threshold"],
+        batch_size: int = DEFAULTS["batch_size"],
+        seed: int = DEFAULTS["seed"],
+    ) -> None:
+        self.lvlm, self.pictures, self.batch_size, self.seed = lvlm, pictures, batch_size, seed
+        self._all = {(name, image): picture for name, of in pictures.items() for image, picture in of.items()}
+        self.norms = neurons.norms(lvlm, self._all, batch_size=batch_size)  # by benchmark and image id, like the groups
+        self.groups = groups(self.norms, criterion, threshold, seed)
+        self._neurons: dict[int, dict[int, torch.Tensor]] = {}
+
+    @cached_property
+    def dimensions(self) -> list[int]:
+        """The decoder's sink dimensions, see `sink_dimensions`."""
+        return sink_dimensions(self.lvlm, list(self._all.values())[: min(LOOKED_AT // 4, self.batch_size)])
+
+    def neurons(self, k: int) -> dict[int, torch.Tensor]:
+        """The k neurons that write the sinks' norm, by layer, see `neurons.register_neurons`.
+
+        Raises:
+            ValueError: as there, or a tower that takes no added token.
+        """
+        neurons.check_takes_register(self.lvlm)
+        if k not in self._neurons:
+            masks = torch.stack([self.groups.sinks[key] for key in self._looked_at])
+            pictures = [self._all[key] for key in self._looked_at]
+            self._neurons[k] = neurons.register_neurons(self.lvlm, pictures, masks, k, self.batch_size)
+        return self._neurons[k]
+
+    @cached_property
+    def _looked_at(self) -> list[tuple[str, str]]:
+        """By which neurons are found: the first pictures that have as many patches as the very first."""
+        n = len(next(iter(self.norms.values())))
+        return [key for key, of in self.norms.items() if len(of) == n][:LOOKED_AT]
+
+    def norm_left(self, k: int) -> stats.Interval:
+        """Share of the sinks' norm that k register neurons leave, on the pictures by which they were found.
+
+        Raises:
+            ValueError: as `neurons`.
+        """
+        moved = Intervention("moved", lambda lvlm, inputs: neurons.moved_to_register(lvlm, self.neurons(k)))
+        pictures = {key: self._all[key] for key in self._looked_at}
+        after = neurons.norms(self.lvlm, pictures, moved, self.batch_size)
+        masks = {key: mask for key in after if (mask := self.groups.sinks[key]).any()}
+        means = [[of[key][mask].mean().item() for key, mask in masks.items()] for of in (after, self.norms)]
+        return stats.ratio_interval(*means, seed=self.seed)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a method acts on in the pictures of one benchmark, or, `at_random`, what its control does."""
+
+    case: Case
+    benchmark: str
+    at_random: bool = False
+
+    def _here(self, of: Mapping[tuple[str, str], T]) -> dict[str, T]:
+        return {image: x for (benchmark, image), x in of.items() if benchmark == self.benchmark}
+
+    @property
+    def tokens(self) -> Masks:
+        """The sinks, or as many others."""
+        return self._here(self.case.groups.random if self.at_random else self.case.groups.sinks)
+
+    def highest(self, k: int | None) -> Masks:
+        """The k patches of highest norm, a quarter without k; or as many others."""
+        highest = {image: sinks.top_k(n, k or max(1, len(n) // 4)) for image, n in self._here(self.case.norms).items()}
+        if not self.at_random:
+            return highest
+        return {image: sinks.random_like(mask, self.case.seed + i) for i, (image, mask) in enumerate(highest.items())}
+
+    def neurons(self, k: int) -> dict[int, list[int]]:
+        """The k neurons that write the sinks' norm, or as many others of the same layers."""
+        found = self.case.neurons(k)
+        if self.at_random:
+            reads = self.case.lvlm.vision_layers[0].get_submodule(self.case.lvlm.spec.vision_neurons)
+            found = neurons.random_neurons(found, reads.in_features, self.case.seed)
+        return {layer: of.tolist() for layer, of in found.items()}
+
+    def var(self) -> dict[str, Any]:
+        """What VAR is told of the decoder.
+
+        Raises:
+            ValueError: the first token lights no dimension.
+        """
+        if not self.case.dimensions:
+            raise ValueError(f"{self.case.lvlm.name}: VAR has nothing to move, the first token lights no dimension")
+        return {"dimensions": self.case.dimensions, "tau": tau(self.case.lvlm)}
 
 
 # ------------------------------------------------------------------------------------------------- the methods
-@dataclass(frozen=True)
-class Case:
-    """What a method can need."""
-
-    lvlm: LVLM
-    pictures: Mapping[Any, Any]
-    norms: Mapping[Any, torch.Tensor]
-    sinks: Masks
-    random: Masks
-    batch_size: int
-
-
 class TrainingFree(NamedTuple):
+    """A way to make a model use its sinks differently; `at_random`, the control of one."""
+
     words: str
-    make: Callable[[Case, Any], Intervention]  # with the option's value
+    act: Callable[[Chosen, Any], tuple]  # with the option's value: a context, the patches, further arguments
     option: Literal["", "weight", "k"] = ""
     default: float | None = None  # of the option
     check: Callable[[LVLM], None] | None = None  # raises ValueError for a model that cannot; needs no weights
+    at_random: bool = False
 
 
-def _front(case: Case, _: None) -> Intervention:
-    return moving.intervention("front", moving.reordered, case.sinks)
-
-
-def _front_renumber(case: Case, _: None) -> Intervention:
-    return moving.intervention("front-renumber", moving.reordered, case.sinks, ids="renumber")
-
-
-def _end(case: Case, _: None) -> Intervention:
-    return moving.intervention("end", moving.reordered, case.sinks, to="end")
-
-
-def _random_front(case: Case, _: None) -> Intervention:
-    return moving.intervention("random-front", moving.reordered, case.random)
-
-
-def _sinks_only(case: Case, _: None) -> Intervention:
-    return ablation.hide("sinks-only", case.sinks, others=True)
-
-
-def _others_only(case: Case, _: None) -> Intervention:
-    return ablation.hide("others-only", case.sinks)
-
-
-def _keep_top_k(case: Case, k: int | None) -> Intervention:
-    kept = {key: sinks.top_k(n, k or max(1, len(n) // 4)) for key, n in case.norms.items()}
-    return ablation.hide("keep-top-k", kept, others=True)
-
-
-def _features(case: Case, weight: float) -> Intervention:
-    return moving.intervention("features", moving.reweighted, case.sinks, chosen_by=weight)
-
-
-def _keys(case: Case, weight: float) -> Intervention:
-    return moving.intervention("keys", moving.gated, case.sinks, chosen_by=weight)
-
-
-def _var(case: Case, _: None) -> Intervention:
-    lit = sink_dimensions(case.lvlm, list(case.pictures.values())[: min(LOOKED_AT // 4, case.batch_size)])
-    if not lit:
-        raise ValueError(f"{case.lvlm.name}: VAR has nothing to move, the first token lights no dimension")
-    return moving.intervention("var", moving.redistributed, dimensions=lit, tau=tau(case.lvlm))
-
-
-def _register(case: Case, k: int) -> Intervention:
-    found = register_neurons(case.lvlm, case.pictures, case.sinks, k, case.batch_size)
-    return moving.intervention("test-time-registers", moving.registered, neurons=found)
-
-
-def _register_passed(case: Case, k: int) -> Intervention:
-    found = register_neurons(case.lvlm, case.pictures, case.sinks, k, case.batch_size)
-    first = {key: sinks.top_k(n, 1) for key, n in case.norms.items()}
-    return moving.intervention("test-time-registers-passed", moving.registered, first, neurons=found)
-
-
-_takes = neurons.check_takes_register
-METHODS = {
-    "front": TrainingFree("sinks to the front of the visual tokens, position ids travel", _front),
-    "front-renumber": TrainingFree("the same, position ids renumbered", _front_renumber),
-    "end": TrainingFree("sinks to the end of the visual tokens, position ids travel", _end),
-    "random-front": TrainingFree("control: as many random others to the front", _random_front),
-    "sinks-only": TrainingFree("no later token sees a visual token but sinks", _sinks_only),
-    "others-only": TrainingFree("no later token sees a sink", _others_only),
-    "keep-top-k": TrainingFree("only the k patches of highest norm, a quarter by default", _keep_top_k, "k"),
-    "features": TrainingFree("projected features of sinks times a weight", _features, "weight", 0.5),
-    "keys": TrainingFree("keys of sinks times a weight, in all decoder layers", _keys, "weight", 0.0),
-    "var": TrainingFree("attention of the decoder's sinks to other visual tokens", _var),
-    "test-time-registers": TrainingFree("k register neurons write to an added token", _register, "k", 10, _takes),
-    "test-time-registers-passed": TrainingFree(
-        "the same, and the token takes the place of the patch of highest norm", _register_passed, "k", 10, _takes
-    ),
+_reordered, _hidden, _takes = moving.reordered, ablation.hidden, neurons.check_takes_register
+_OF_SINKS = {
+    "front": TrainingFree(
+        "sinks to the front of the visual tokens, position ids travel", lambda of, _: (_reordered, of.tokens, {})),
+    "front-renumber": TrainingFree(
+        "the same, position ids renumbered", lambda of, _: (_reordered, of.tokens, {"ids": "renumber"})),
+    "front-top-k": TrainingFree(
+        "the k patches of highest norm to the front, a quarter by default, position ids travel",
+        lambda of, k: (_reordered, of.highest(k), {}), "k"),
+    "end": TrainingFree(
+        "sinks to the end of the visual tokens, position ids travel",
+        lambda of, _: (_reordered, of.tokens, {"to": "end"})),
+    "end-renumber": TrainingFree(
+        "the same, position ids renumbered", lambda of, _: (_reordered, of.tokens, {"to": "end", "ids": "renumber"})),
+    "features": TrainingFree(
+        "projected features of sinks times a weight",
+        lambda of, weight: (moving.reweighted, of.tokens, {"chosen_by": weight}), "weight", 0.5),
+    "keys": TrainingFree(
+        "keys of sinks times a weight, in all decoder layers",
+        lambda of, weight: (moving.gated, of.tokens, {"chosen_by": weight}), "weight", 0.0),
+    "others-only": TrainingFree("no later token sees a sink", lambda of, _: (_hidden, of.tokens, {})),
+    "sinks-only": TrainingFree(
+        "no later token sees a visual token but sinks", lambda of, _: (_hidden, of.tokens, {"others": True})),
+    "keep-top-k": TrainingFree(
+        "only the k patches of highest norm, a quarter by default",
+        lambda of, k: (_hidden, of.highest(k), {"others": True}), "k"),
+    "test-time-registers": TrainingFree(
+        "k register neurons write to an added token",
+        lambda of, k: (moving.registered, None, {"neurons": of.neurons(k)}), "k", 10, _takes),
 }
+METHODS = _OF_SINKS | {
+    "test-time-registers-passed": TrainingFree(
+        "the same, and the token takes the place of the patch of highest norm",
+        lambda of, k: (moving.registered, of.highest(1), {"neurons": of.neurons(k)}), "k", 10, _takes),
+    "var": TrainingFree(
+        "attention of the decoder's sinks to other visual tokens",
+        lambda of, _: (moving.redistributed, None, of.var())),
+} | {
+    f"random-{name}": known._replace(words=f"control of {name}: the same with as many random others", at_random=True)
+    for name, known in _OF_SINKS.items()
+}
+
+
+def intervention(case: Case, benchmark: str, method: str, value: float | None) -> Intervention:
+    """A method on the pictures of a benchmark, by its name.
+
+    Raises:
+        ValueError: a model in which it has nothing to act on.
+    """
+    known = METHODS[method]
+    context, masks, how = known.act(Chosen(case, benchmark, known.at_random), value)
+    return moving.intervention(f"{method}|{way(method, value)}", context, masks, **how)
+
+
+def way(method: str, value: float | None) -> str:
+    """How a method was used, "weight 0.5"; empty without an option, or where it has no value."""
+    return "" if value is None else f"{METHODS[method].option} {value:g}"
 
 
 def option(method: str, weight: float | None = None, k: int | None = None) -> float | int | None:
@@ -263,13 +316,10 @@ def effect(
     pictures: Mapping[str, Any],
     *,
     public: bool = False,
-    criterion: str = DEFAULTS["criterion"],
-    threshold: float = DEFAULTS["threshold"],
     max_new_tokens: int = DEFAULTS["max_new_tokens"],
-    batch_size: int = DEFAULTS["batch_size"],
-    seed: int = DEFAULTS["seed"],
     cache: str | Path | None = ANSWERS,
     harnesses: Path | None = None,
+    **of_case: Any,
 ) -> pd.DataFrame:
     """What a method does to the answers to a benchmark.
 
@@ -277,10 +327,9 @@ def effect(
         method: of `METHODS`, with the `value` that `option` gives.
         benchmark: its name, with `table` and `pictures` as `study.benchmark` gives them.
         public: whether these are public data, asked in the words of the model's family.
-        criterion, threshold: of sinks, see `groups`.
-        max_new_tokens, batch_size, cache: as in `evaluate`.
-        seed: of random groups and of the bootstrap.
+        max_new_tokens, cache: as in `evaluate`.
         harnesses: a folder for the answers in the form of other harnesses, see `benchmarks.harness`; None for none.
+        of_case: further arguments of `Case`; its seed is also that of the bootstrap.
 
     Returns:
         Three rows a measure, `what` being baseline, method and difference, with `value`, `low` and `high`: mean over
@@ -291,30 +340,61 @@ def effect(
     Raises:
         ValueError: as `evaluate`, or for a model that the method cannot work on.
     """
-    of = norms(lvlm, pictures, batch_size)
-    group, own, random = groups(of, criterion, threshold, seed)
-    how = METHODS[method].make(Case(lvlm, pictures, of, own, random, batch_size), value)
-    settings = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "cache": cache}
-    said = study.answers(lvlm, benchmark, table, pictures, [NONE, how], public=public, **settings)
-    answers = {name: part.reset_index(drop=True) for name, part in said.groupby("intervention")}
+    case = Case(lvlm, {benchmark: pictures}, **of_case)
+    how = intervention(case, benchmark, method, value)
+    said = study.answers(lvlm, benchmark, table, pictures, [NONE, how], public=public, cache=cache,
+                         batch_size=case.batch_size, max_new_tokens=max_new_tokens)
     if harnesses is not None:
-        for name, part in answers.items():
-            whose = paths.slug(lvlm.name) + ("" if name == NONE.name else f"--{name}")
-            harness.write(part.assign(question=table.question), benchmark, part.question.tolist(), whose, harnesses)
-    before, after = answers[NONE.name], answers[how.name]
-    interval = {"clusters": before.image_id, "method": "percentile", "missing": "drop", "seed": seed}
-    rows = []
-    for measure, unit in (("right", "%"), ("logp", "nats")):
-        found = {
-            "baseline": stats.mean_interval(before[measure], **interval),
-            "method": stats.mean_interval(after[measure], **interval),
-            "difference": stats.difference_interval(after[measure], before[measure], **interval),
-        }
-        for what, (mean, low, high, n) in found.items():
-            rows.append({"measure": measure, "unit": unit, "what": what, "value": mean, "low": low, "high": high,
-                         "pictures": n})
-    used = METHODS[method].option
-    notes = {"benchmark": benchmark, "data": "public" if public else "lab", "method": method, "option": used,
-             "option_value": value, "group": group}
-    out = pd.DataFrame([{**notes, **row, "questions": len(table), "seed": seed} for row in rows])
-    return out[out.pictures > 0].reset_index(drop=True)
+        for name, part in said.groupby("intervention"):
+            whose = paths.slug(lvlm.name) + ("" if name == NONE.name else f"--{method}")
+            asked = part.question.tolist()
+            harness.write(part.assign(question=table.question.to_numpy()), benchmark, asked, whose, harnesses)
+    whole = {"baseline": said[said.intervention == NONE.name], "method": said[said.intervention == how.name],
+             "difference": ablation.effects(said)}
+    rows = study.means(study.long(pd.concat([of.assign(what=what) for what, of in whole.items()])), ["what"], case.seed)
+    rows = rows[(rows.benchmark == benchmark) & (rows.n > 0)].rename(columns={"n": "pictures"})
+    notes = {"data": "public" if public else "lab", "method": method, "option": METHODS[method].option,
+             "option_value": value, "group": case.groups.name, "questions": len(table), "seed": case.seed}
+    return rows.assign(unit=rows.measure.map({"right": "%", "logp": "nats"}), **notes).reset_index(drop=True)
+
+
+def fitting(case: Case, ways: Iterable[Way]) -> list[Way]:
+    """Those methods that have something to act on in a model. Why others have not is printed."""
+    found, reasons = [], []
+    for method, value in ways:
+        try:
+            intervention(case, next(iter(case.pictures)), method, value)
+            found.append((method, value))
+        except ValueError as reason:
+            reasons.append(str(reason))
+    for reason in dict.fromkeys(reasons):
+        print(reason)
+    return found
+
+
+def changes(
+    case: Case, tables: Mapping[str, pd.DataFrame], ways: Sequence[Way], *, public: bool, **settings: Any
+) -> pd.DataFrame:
+    """What methods change in the answers to some benchmarks.
+
+    Args:
+        tables: by benchmark, as `study.benchmark` gives them.
+        ways: methods that fit.
+        public, settings: as in `study.answers`; the batch size is the case's.
+
+    Returns:
+        The rows of `study.long`, of the differences to the untouched model in points and nats, with `group`, what
+        stands for sinks; `method`; and its `way`. A control has the method's name behind "random-".
+
+    Raises:
+        ValueError: as `evaluate`, or a method that does not fit.
+    """
+    found = []
+    for name, table in tables.items():
+        made = [NONE, *(intervention(case, name, *of) for of in ways)]
+        said = study.answers(case.lvlm, name, table, case.pictures[name], made, public=public,
+                             batch_size=case.batch_size, **settings)
+        found.append(ablation.effects(said))
+    rows = study.long(pd.concat(found, ignore_index=True))
+    rows[["method", "way"]] = rows.intervention.str.split("|", expand=True)
+    return rows.assign(group=case.groups.name)

@@ -369,7 +369,7 @@ def registered(
 def intervention(
     name: str, method: Callable[..., AbstractContextManager], masks: Masks | None = None, **how: Any
 ) -> Intervention:
-    """A method of this module for `evaluate.evaluate`.
+    """A method of this module, or `ablation.hidden`, for `evaluate.evaluate`.
 
     Args:
         name: of the intervention.

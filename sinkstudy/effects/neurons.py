@@ -8,14 +8,14 @@ The contexts change every forward pass inside them and leave no trace when they 
 `set_dimensions` wrap them for `evaluate.evaluate`.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from sinkstudy.answers.evaluate import Intervention, Prefixes
+from sinkstudy.answers.evaluate import NONE, Intervention, Prefixes
 from sinkstudy.effects.ablation import Masks, digest, of_images
 from sinkstudy.model import capture
 from sinkstudy.model.lvlm import LVLM
@@ -314,21 +314,33 @@ def set_dimensions(name: str, dimensions: Sequence[int], values: torch.Tensor, m
 
 
 @torch.no_grad()
+def norms(
+    lvlm: LVLM, pictures: Mapping[Hashable, Any], way: Intervention = NONE, batch_size: int = 16
+) -> dict[Hashable, torch.Tensor]:
+    """Norms of each picture's patches where the connector reads them: float32 [patches], on the CPU.
+
+    Args:
+        pictures: by any key; of any sizes, as for `LVLM.inputs` or in a parquet file.
+        way: under which the tower sees them.
+
+    Raises:
+        ValueError: norms that are not finite, with the picture's key.
+    """
+    found: dict[Hashable, torch.Tensor] = {}
+    for _, inputs in _batches(lvlm, pictures, batch_size):
+        with way.around(lvlm, inputs), capture.norms_at_connector(lvlm, lvlm.layout(inputs)) as read:
+            lvlm.see(inputs)
+        found |= dict(zip(inputs.image_ids, read, strict=True))
+        if odd := [key for key in inputs.image_ids if not found[key].isfinite().all()]:
+            raise capture.not_finite(lvlm, "at the connector's input", repr(odd[0]))
+    return found
+
+
 def norms_under(
     lvlm: LVLM, pictures: Mapping[str, Any], ways: Sequence[Intervention], batch_size: int = 16
 ) -> dict[str, torch.Tensor]:
-    """Norms of patches where the connector reads them, under each intervention: by name, float32 [pictures, patches].
-
-    Args:
-        pictures: by id, of one number of patches.
-    """
-    found: dict[str, list] = {way.name: [] for way in ways}
-    for way in ways:
-        for batch, inputs in _batches(lvlm, pictures, batch_size):
-            with way.around(lvlm, inputs), capture.norms_at_connector(lvlm, lvlm.layout(inputs)) as norms:
-                lvlm.see(inputs)
-            found[way.name] += norms
-    return {name: torch.stack(of) for name, of in found.items()}
+    """`norms` of pictures of one number of patches under each intervention: by name, float32 [pictures, patches]."""
+    return {way.name: torch.stack(list(norms(lvlm, pictures, way, batch_size).values())) for way in ways}
 
 
 @torch.no_grad()
@@ -351,7 +363,7 @@ def received_under(
     return torch.cat(found)
 
 
-def _batches(lvlm: LVLM, pictures: Mapping[str, Any], size: int) -> Iterator[tuple[list[Any], Prefixes]]:
+def _batches(lvlm: LVLM, pictures: Mapping[Any, Any], size: int) -> Iterator[tuple[list[Any], Prefixes]]:
     ids, shown = list(pictures), list(pictures.values())
     for of, inputs in lvlm.batches(shown, size):
         yield shown[of], Prefixes(inputs, ids[of])

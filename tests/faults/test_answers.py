@@ -21,7 +21,7 @@ from architectures import write
 from sinkstudy import sinks
 from sinkstudy.analyses import attribution, probing, relevance
 from sinkstudy.answers.evaluate import NONE, Intervention, evaluate
-from sinkstudy.effects import ablation, methods
+from sinkstudy.effects import ablation, neurons
 from sinkstudy.model import capture, loading
 from sinkstudy.model.lvlm import LVLM
 from sinkstudy.paths import ROOT
@@ -418,7 +418,7 @@ def attributed(llava, pictures):
 
 READERS = {  # of the tower
     "relevance": lambda llava, pictures: relevance.measure(llava, pictures),
-    "norms of a method": lambda llava, pictures: methods.norms(llava, dict(enumerate(pictures))),
+    "norms of a method": lambda llava, pictures: neurons.norms(llava, dict(enumerate(pictures))),
     "tokens": lambda llava, pictures: ablation.read(llava, dict(enumerate(pictures))),
     "attribution": attributed,
     "log-probability": lambda llava, pictures: attribution.answer_log_prob(

@@ -22,5 +22,12 @@ def test_public_files(tmp_path: Path, name: str):
     assert "not run: MME, MMStar" in chapters.printed(tmp_path)
     effects = pd.read_csv(tmp_path / "tiny" / "10-training-free" / "effects.csv")
     done = set(effects[effects.n > 0].method)
-    assert {"front", "without", "only", "keys"} <= done
-    assert ("register" in done) == (name == "llava")
+    assert {"front", "random-front", "others-only", "keep-top-k", "keys"} <= done
+    assert ("test-time-registers" in done) == (name == "llava")
+    assert ("this tower takes no added token" in chapters.printed(tmp_path)) == (name != "llava")
+    compared = pd.read_csv(tmp_path / "tiny" / "10-training-free" / "against_random.csv")
+    wide = effects[effects.measure == "logp"].pivot(index=["method", "benchmark"], columns="way", values="value")
+    for row in compared[compared.measure == "logp"].itertuples():
+        way = row.way if isinstance(row.way, str) else float("nan")
+        own, control = (wide.loc[(method, row.benchmark), way] for method in (row.method, f"random-{row.method}"))
+        assert row.value == pytest.approx(own - control, abs=1e-5)

@@ -41,20 +41,21 @@ def benchmark() -> tuple[pd.DataFrame, dict]:
     return pd.DataFrame(rows), pictures
 
 
-def expected(method, lvlm, inputs, norms, own, random):
-    """The context of a method, called by hand."""
+def expected(method, lvlm, inputs, own, top):
+    """The context of a method, called by hand, on sinks and the highest quarter, or what its control has for them."""
     contexts = {
         "front": lambda: moving.reordered(lvlm, inputs, [own], "front", "travel"),
         "front-renumber": lambda: moving.reordered(lvlm, inputs, [own], "front", "renumber"),
+        "front-top-k": lambda: moving.reordered(lvlm, inputs, [top], "front", "travel"),
         "end": lambda: moving.reordered(lvlm, inputs, [own], "end", "travel"),
-        "random-front": lambda: moving.reordered(lvlm, inputs, [random], "front", "travel"),
+        "end-renumber": lambda: moving.reordered(lvlm, inputs, [own], "end", "renumber"),
         "sinks-only": lambda: ablation.hidden(lvlm, inputs, [~own]),
         "others-only": lambda: ablation.hidden(lvlm, inputs, [own]),
-        "keep-top-k": lambda: ablation.hidden(lvlm, inputs, [norms < norms.sort().values[-4]]),
+        "keep-top-k": lambda: ablation.hidden(lvlm, inputs, [~top]),
         "features": lambda: moving.reweighted(lvlm, inputs, [own], 0.5, 1.0),
         "keys": lambda: moving.gated(lvlm, inputs, [own], 0.0, 1.0),
     }
-    return contexts[method]()
+    return contexts[method.removeprefix("random-")]()
 
 
 def hand_norms(lvlm, picture) -> torch.Tensor:
@@ -96,8 +97,9 @@ def test_a_method_is_what_its_name_says(llava, benchmark, method):
     groups = {}
     for i, (name, picture) in enumerate(benchmark[1].items()):
         norms = hand_norms(llava, picture)
-        own = norms > norms.quantile(0.8)
-        groups[name] = norms, own, sinks.random_like(own, seed=3 + i)
+        own = norms > norms.quantile(0.8), norms >= norms.sort().values[-4]
+        at_random = [sinks.random_like(mask, seed=3 + i) for mask in own]
+        groups[name] = at_random if method.startswith("random-") else own
     before, after, right = by_hand(
         llava, benchmark, lambda inputs, name: expected(method, llava, inputs, *groups[name])
     )
@@ -113,41 +115,93 @@ def test_a_method_is_what_its_name_says(llava, benchmark, method):
     assert low < found["difference"] < high
 
 
+@pytest.mark.parametrize("method", [m for m in methods.METHODS if "registers" in m])
 @torch.no_grad()
-def test_registers_take_the_neurons_of_the_sinks(llava, benchmark):
+def test_registers_take_the_neurons_of_the_sinks(llava, benchmark, method):
     pictures = benchmark[1]
     norms = torch.stack([hand_norms(llava, picture) for picture in pictures.values()])
     own = norms > norms.quantile(0.8, dim=1, keepdim=True)
-    found = neurons.register_neurons(llava, list(pictures.values()), own, k=5)
+    moved = neurons.register_neurons(llava, list(pictures.values()), own, k=5)
     first = {name: norms[i] == norms[i].max() for i, name in enumerate(pictures)}
-    for method in ("test-time-registers", "test-time-registers-passed"):
-        rows = methods.effect(llava, method, 5, "POPE", *benchmark, **HOW)
+    if method.startswith("random-"):
+        wide = llava.vision_layers[0].mlp.fc1.out_features
+        found, moved = moved, neurons.random_neurons(moved, wide, seed=3)
+        assert all(len(moved[layer]) == len(of) and not set(moved[layer].tolist()) & set(of.tolist())
+                   for layer, of in found.items())
+    rows = methods.effect(llava, method, 5, "POPE", *benchmark, **HOW)
 
-        def context(inputs, name):
-            return moving.registered(llava, inputs, [first[name]] if "passed" in method else None, neurons=found)
+    def context(inputs, name):
+        return moving.registered(llava, inputs, [first[name]] if "passed" in method else None, neurons=moved)
 
-        before, after, _ = by_hand(llava, benchmark, context)
-        assert logp(rows)["difference"] == pytest.approx((after - before).mean(), abs=1e-4)
-        assert np.abs(after - before).max() > 1e-3
+    before, after, _ = by_hand(llava, benchmark, context)
+    assert logp(rows)["difference"] == pytest.approx((after - before).mean(), abs=1e-4)
+    assert np.abs(after - before).max() > 1e-3
 
 
 @torch.no_grad()
-def test_var_is_about_the_dimension_that_the_first_token_lights(benchmark, tmp_path, monkeypatch):
+def test_norm_that_a_register_leaves(llava, benchmark):
+    pictures = benchmark[1]
+    case = methods.Case(llava, {"POPE": pictures}, criterion="percentile", threshold=80.0)
+    means = []
+    for picture in pictures.values():
+        before = hand_norms(llava, picture)
+        own = before > before.quantile(0.8)
+        with moving.registered(llava, llava.inputs([picture], [""]), neurons=case.neurons(5)):
+            after = hand_norms(llava, picture)[:-1]  # the added token stands last
+        means.append((after[own].mean().item(), before[own].mean().item()))
+    after, before = np.array(means).sum(0)
+    found = case.norm_left(5)
+    assert found.value == pytest.approx(after / before, rel=1e-4) and found.n == 4 and found.value != pytest.approx(1)
+
+
+@torch.no_grad()
+def test_var_is_about_the_dimension_that_the_first_token_lights(benchmark, tmp_path, monkeypatch, capsys):
     architectures.write(tmp_path, "llava")
     lvlm = loading.load(str(tmp_path))
     first = lvlm.inputs([benchmark[1]["a"]], [""])["input_ids"][0, 0]
     lvlm.model.get_input_embeddings().weight.data[first, 3] = 1000
-    case = methods.Case(lvlm, benchmark[1], {}, {}, {}, 4)
-    made = methods.METHODS["var"].make(case, None)
+    case = methods.Case(lvlm, {"POPE": benchmark[1]})
+    made = methods.intervention(case, "POPE", "var", None)
     assert made.parameters["dimensions"][0] == 3
     assert made.parameters["tau"] == pytest.approx(20 * (32 / 4096) ** 0.5)
-    monkeypatch.setattr(methods, "sink_dimensions", lambda *_: [])
+    asked = [("var", None), ("keys", 0.5)]
+    assert methods.fitting(case, asked) == asked and not capsys.readouterr().out
+    monkeypatch.setattr(case, "dimensions", [])
     with pytest.raises(ValueError, match="VAR has nothing to move"):
-        methods.METHODS["var"].make(case, None)
+        methods.intervention(case, "POPE", "var", None)
+    assert methods.fitting(case, asked) == asked[1:]
+    assert capsys.readouterr().out.count("VAR has nothing to move") == 1
+
+
+@torch.no_grad()
+def test_changes_in_several_benchmarks(llava, benchmark):
+    """Two benchmarks name different pictures alike. Each question's change is that of one pass by hand."""
+    table, pictures = benchmark
+    others = dict(zip(pictures, reversed(pictures.values()), strict=True))
+    shown = {"POPE": pictures, "MME": others}
+    case = methods.Case(llava, shown, criterion="percentile", threshold=80.0, seed=3)
+    ways = [("keys", 0.5), ("random-keys", 0.5), ("front-top-k", 2)]
+    tables = dict.fromkeys(shown, table.assign(group="a column that MME has"))
+    rows = methods.changes(case, tables, ways, public=False, max_new_tokens=1, cache=None)
+    assert set(zip(rows.method, rows.way)) == {("keys", "weight 0.5"), ("random-keys", "weight 0.5"),
+                                               ("front-top-k", "k 2")}
+    for i, name in enumerate(shown):
+        norms = {image: hand_norms(llava, picture) for image, picture in shown[name].items()}
+        own = {image: of > of.quantile(0.8) for image, of in norms.items()}
+        top = {image: of >= of.sort().values[-2] for image, of in norms.items()}
+        at_random = {image: sinks.random_like(mask, seed=3 + 4 * i + j) for j, (image, mask) in enumerate(own.items())}
+        contexts = {"keys": lambda inputs, image: moving.gated(llava, inputs, [own[image]], 0.5),
+                    "random-keys": lambda inputs, image: moving.gated(llava, inputs, [at_random[image]], 0.5),
+                    "front-top-k": lambda inputs, image: moving.reordered(llava, inputs, [top[image]])}
+        for method, context in contexts.items():
+            before, after, _ = by_hand(llava, (table, shown[name]), context)
+            of = rows[(rows.benchmark == name) & (rows.method == method) & (rows.measure == "logp")]
+            np.testing.assert_allclose(of.set_index("id").value[table.id], after - before, atol=1e-4)
+    assert rows.value[rows.measure == "logp"].abs().max() > 1e-3 and set(rows.group) == {"sinks"}
 
 
 def test_without_sinks_the_tail_stands_for_them(llava, benchmark):
-    of = methods.norms(llava, benchmark[1], batch_size=3)
+    of = neurons.norms(llava, benchmark[1], batch_size=3)
     for name, picture in benchmark[1].items():
         torch.testing.assert_close(of[name], hand_norms(llava, picture))
     name, own, random = methods.groups(of, "absolute", 1e9)

@@ -101,6 +101,20 @@ def test_mean_of_benchmarks():
     assert np.isnan(study.mean(rows.iloc[5:], "right").value)
 
 
+def test_means_of_each_benchmark_and_of_all():
+    rows = pd.DataFrame({"benchmark": ["POPE"] * 4 + ["MME"] * 2, "picture": list("aabbcd"), "way": list("xyxyxx"),
+                         "right": [100.0, 0, 100, 100, 0, 50], "logp": [-1.0, -2, -3, -4, np.nan, -6]})
+    found = study.means(study.long(rows), ["way"]).set_index(["way", "benchmark", "measure"])
+    values = {("x", "POPE", "right"): 100, ("x", "MME", "right"): 25, ("x", "mean", "right"): 62.5,
+              ("x", "POPE", "logp"): -2, ("x", "MME", "logp"): -6, ("x", "mean", "logp"): -4,
+              ("y", "POPE", "right"): 50, ("y", "mean", "right"): 50,
+              ("y", "POPE", "logp"): -3, ("y", "mean", "logp"): -3}
+    assert found.value.to_dict() == values
+    assert found.n["x", "mean", "right"] == 4 and found.n["x", "mean", "logp"] == 3
+    own = study.mean(rows[rows.way == "x"], "right")
+    assert tuple(found.loc[("x", "mean", "right"), ["low", "high"]]) == (own.low, own.high)
+
+
 def test_mean_of_several_trainings_counts_benchmarks_alike():
     """Each seed's mean is that of the benchmarks' means; a row that one seed lacks counts for none."""
     rows = pd.DataFrame({"benchmark": ["POPE"] * 3 + ["MME"] * 3, "picture": list("abcdef")})
