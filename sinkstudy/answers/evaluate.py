@@ -556,11 +556,15 @@ def _options(table: pd.DataFrame, candidates: Any) -> list[tuple[str, ...]]:
     return [tuple(chr(ord("A") + i) for i in range(len(choices))) for choices in table["choices"]]
 
 
+class Untold(ValueError):
+    """No first token tells a possible answer from the others."""
+
+
 def first_tokens(lvlm: LVLM, options: Sequence[str]) -> dict[str, list[int]]:
     """Tokens with which each option can begin, in its spellings, without those that say nothing about which it is.
 
     Raises:
-        ValueError: no first token tells an option from the others.
+        Untold: no first token tells an option from the others.
     """
     tokenizer = lvlm.processor.tokenizer
     begins: dict[str, set[int]] = {}
@@ -574,7 +578,7 @@ def first_tokens(lvlm: LVLM, options: Sequence[str]) -> dict[str, list[int]]:
     for option in options:
         others = set().union(*(begins[other] for other in options if other != option))
         if not begins[option] - others:
-            raise ValueError(f"{lvlm.name}: no first token tells {option!r} from the other candidates {options}")
+            raise Untold(f"{lvlm.name}: no first token tells {option!r} from the other candidates {options}")
     shared = {i for i in set().union(*begins.values()) if sum(i in ids for ids in begins.values()) > 1}
     return {option: sorted(ids - shared) for option, ids in begins.items()}
 
