@@ -110,7 +110,7 @@ def observed(table: pd.DataFrame, benchmark: str, rule: str = "official") -> pd.
     elif benchmark == "MME":
         pairs = of.groupby(["group", "category", "image_id"], sort=False).accuracy
         of = pairs.agg(**{"accuracy": "mean", "acc+": "min"}).reset_index()
-        of = of.assign(score=of["accuracy"] + of["acc+"], id=of.image_id, one=1.0)
+        of = of.assign(score=of["accuracy"] + of["acc+"], id=of.category + "/" + of.image_id, one=1.0)
         measures |= {"acc+": "one", "score": "one"}
     rows = []
     for level, part, rows_of in _parts(of, benchmark):
@@ -120,7 +120,8 @@ def observed(table: pd.DataFrame, benchmark: str, rule: str = "official") -> pd.
             most = number * (200 if measure == "score" else 100)
             rows.append(pd.DataFrame({
                 "level": level, "part": part, "measure": measure, "most": most, "id": rows_of.id,
-                "image_id": rows_of.image_id, "stratum": pd.factorize(rows_of.category)[0] if total else 0,
+                "image_id": rows_of.id if total else rows_of.image_id,  # a name that categories share is two pictures
+                "stratum": pd.factorize(rows_of.category)[0] if total else 0,
                 "value": number * rows_of[measure], "of": rows_of[below]}))
     return pd.concat(rows, ignore_index=True)
 
