@@ -20,7 +20,7 @@ from sinkstudy.book import report
 NOTHING = stats.Interval(float("nan"), float("nan"), float("nan"), 0)
 BLUE, ORANGE, GREEN, PINK, RED = report.PALETTE
 GROUPS = {"sinks": RED, "top 2 %": ORANGE, "calm": GREEN, "calm patches": GREEN, "things": BLUE, "random": report.INK,
-          "next in norm": PINK, "others": report.INK, "all": report.INK}
+          "next in norm": PINK, "others": report.INK, "all": report.INK, "blind": report.INK}
 """The colour of each group of tokens, the same in every chapter."""
 
 MODELS = {"lab-llava": "#5661c9", "lab-llava-gist": "#a8432f", "lab-llava-registers": "#2b8f8a",
