@@ -75,7 +75,7 @@ def test_a_model_is_made_from_nothing(small, capsys):
 
 
 def test_what_is_told_of_the_followed_towers_is_what_their_logs_and_configs_hold():
-    """`data/emergence/towers.csv`, which chapter 02 shows: pictures by the last step, depth by the layers of the log."""
+    """`data/emergence/towers.csv`, which chapter 02 shows: pictures by the last step, depth by the layers."""
     told = pd.read_csv(DATA / "emergence" / "towers.csv")
     pd.testing.assert_frame_equal(told, train.recipes())
     logs = {name: pd.read_csv(DATA / "emergence" / f"{name}.csv") for name in told.tower}
