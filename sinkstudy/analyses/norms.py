@@ -205,6 +205,23 @@ def rank_correlation(seen: Seen) -> pd.DataFrame:
                          for image, pair in enumerate(pairs)])
 
 
+def natural_sink(rows: pd.DataFrame) -> pd.DataFrame:
+    """What a natural sink needs, by a rule that was fixed before looking: each condition, and `sink`, all three.
+
+    Args:
+        rows: of a log of `data/emergence`, see `lab.emergence`.
+
+    Returns:
+        Bool, with the index of `rows`: `norm`, a largest norm of at least 3 medians; `attention`, outliers that receive
+        at least 5 times uniform attention; `low information`, outliers that lie on calm patches more than three times
+        as often as chance, while fewer than half lie on things.
+    """
+    of = pd.DataFrame({
+        "norm": rows.max_over_median >= 3, "attention": rows.attention_outliers >= 5,
+        "low information": (rows.outliers_on_calm > 3 * rows.area_calm) & (rows.outliers_on_things < 0.5)})
+    return of.assign(sink=of.all(axis=1))
+
+
 # --- pictures to draw ---
 
 

@@ -2,18 +2,21 @@
 
 import random
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+import torch
+from PIL import Image
 
 from sinkstudy import benchmarks, paths, stats
 from sinkstudy.answers.evaluate import Intervention, evaluate
 from sinkstudy.benchmarks.files import TABLES
 from sinkstudy.model import loading
 from sinkstudy.model.lvlm import LVLM
-from sinkstudy.pictures import folder
+from sinkstudy.pictures import folder, opened
 from sinkstudy.world import benchmarks as lab_benchmarks
 from sinkstudy.world import drawing
 from sinkstudy.world import questions as lab
@@ -199,12 +202,14 @@ def answers(
     interventions: Sequence[Intervention],
     *,
     public: bool,
+    blind: Any | None = None,
     **settings: Any,
 ) -> pd.DataFrame:
     """A model's answers to a benchmark, asked in the words of `family` and judged by the benchmark's official rule.
 
     Args:
         benchmark, table, pictures: its name, and what `benchmark` gives for it.
+        blind: a picture that is shown in place of all of them.
         settings: further ones of `evaluate`.
 
     Returns:
@@ -217,14 +222,26 @@ def answers(
     """
     asked = table.assign(question=benchmarks.prompts(table, benchmark, family(lvlm, public)))
     asked = asked.drop(columns="image", errors="ignore")
-    where = ["image_id", "question"]
-    once = evaluate(lvlm, asked.drop_duplicates(where), interventions, images=pictures, **settings)
-    new = once[[*where, *once.columns.difference(asked.columns)]]
+    where = ["image_id", "question"] if blind is None else ["question"]
+    once = asked.drop_duplicates(where)
+    if blind is not None:
+        once, pictures = once.assign(image_id="blind"), {"blind": blind}
+    said = evaluate(lvlm, once, interventions, images=pictures, **settings)
+    new = said[[*where, *said.columns.difference(asked.columns)]]
     parts = [asked.merge(of, on=where, how="left") for _, of in new.groupby("intervention", sort=False)]
     said = pd.concat(parts, ignore_index=True)
     said["right"] = pd.concat([100.0 * benchmarks.right(of, benchmark) for _, of in said.groupby("intervention")])
     said["logp"] = [row.get(f"logp_{row['answer']}", float("nan")) for row in said.to_dict("records")]
     return said.assign(benchmark=benchmark, picture=benchmark + " " + said.image_id.astype(str))
+
+
+def mean_picture(pictures: Iterable[Any]) -> Any:
+    """What is shown instead of a picture: the mean of all, of files brought to 336 × 336 pixels."""
+    first, *_ = pictures = list(pictures)
+    if isinstance(first, torch.Tensor):  # the lab's, all of one size
+        return torch.stack(pictures).float().mean(0).round().to(torch.uint8)
+    resized = (opened(of).resize((336, 336), Image.Resampling.BILINEAR) for of in pictures)
+    return Image.fromarray((sum(np.asarray(of, float) for of in resized) / len(pictures)).round().astype(np.uint8))
 
 
 def mean(said: pd.DataFrame, measure: str, seed: int = 0) -> stats.Interval:

@@ -4,7 +4,7 @@ from sinkstudy.benchmarks import harness
 from sinkstudy.benchmarks.data import SOURCES, askable, check, load, remarks
 from sinkstudy.benchmarks.prompts import FAMILIES, prompts
 from sinkstudy.benchmarks.rules import RULES
-from sinkstudy.benchmarks.score import answered, mme, mmstar, pope, right
+from sinkstudy.benchmarks.score import answered, observed, readings, right
 
-__all__ = ["FAMILIES", "RULES", "SOURCES", "answered", "askable", "check", "harness", "load", "mme", "mmstar", "pope",
-           "prompts", "remarks", "right"]
+__all__ = ["FAMILIES", "RULES", "SOURCES", "answered", "askable", "check", "harness", "load", "observed", "prompts",
+           "readings", "remarks", "right"]

@@ -1,12 +1,11 @@
 """Scores of a benchmark: pure functions over its table with a column `prediction`, the model's texts.
 
-`right` says for each row how right it is and is what intervals are computed from; `pope`, `mme` and `mmstar` give
-the numbers that these benchmarks report, for several extraction rules side by side (`rules.RULES`). Everything is in
-per cent but MME's score, which has the official scale: acc + acc+ of a task, 0–200, summed over tasks.
+`right` says for each row how right it is; `observed` makes of it what a benchmark reports, as observations of which
+intervals are computed. Everything is in per cent but MME's score, which has the official scale: acc + acc+ of a task,
+0–200, summed over tasks.
 
 Questions about one image are not independent, so an interval draws images:
-`stats.mean_interval(right(table, "POPE"), clusters=table.image_id)`. F1 is a ratio, 2 · hits / (said yes + is yes), and
-goes with `stats.ratio_interval`.
+`stats.mean_interval(right(table, "POPE"), clusters=table.image_id)`.
 """
 
 import re
@@ -82,87 +81,84 @@ def right(table: pd.DataFrame, benchmark: str, rule: str = "official") -> pd.Ser
     return pd.Series([float(score(row)) for row in table.to_dict("records")], index=table.index)
 
 
-def pope(table: pd.DataFrame, which: Sequence[str] = ("official", "strict")) -> pd.DataFrame:
-    """POPE's scores (Li et al. 2023), by several rules side by side; "yes" is the positive class.
+def observed(table: pd.DataFrame, benchmark: str, rule: str = "official") -> pd.DataFrame:
+    """What a benchmark reports, as observations; a number of a part is the sum of `value` over the sum of `of`.
+
+    POPE (Li et al. 2023) has, in %, `accuracy`, `precision`, `recall` and `F1`, with "yes" as the positive class, and
+    `yes`, how often that is the *answer*. MME (Fu et al. 2023) has by picture `accuracy`, `acc+` (both questions right)
+    and `score`, their sum, which is 0–200 in a category; a group's is the sum over its categories, so each counts alike
+    there, and pictures are to be drawn within each. Every other benchmark has `accuracy`.
+
+    Args:
+        table: the benchmark's, with `prediction`.
+        rule: as in `right`.
 
     Returns:
-        A row for each rule and category, and for `all`: `rule`, `category`, then in % `accuracy`, `precision` (NaN
-        if nothing is answered yes), `recall`, `f1`, `yes_ratio` (of the *predictions*: answers yes, of all
-        questions), `unanswered` (texts in which the rule finds no answer; they are wrong, and a missed yes), and
-        `questions`.
+        A row a question (of MME a picture) and measure, for each part: `level` ("head" for what papers report,
+        "category" for what lies below), `part`, `measure`, `most` (the largest number possible), `id`, `image_id`,
+        `stratum` (of pictures that are drawn together), `value`, `of`.
+
+    Raises:
+        ValueError: as `right`.
+    """
+    of, measures = table.assign(accuracy=100 * right(table, benchmark, rule), one=1.0), {"accuracy": "one"}
+    if benchmark == "POPE":
+        yes, true = ((said == "yes").astype(float) for said in (answered(table, benchmark, rule), table.answer))
+        of = of.assign(**{"precision": 100 * yes * true, "recall": 100 * yes * true, "F1": 200 * yes * true,
+                          "yes": 100 * yes, "said": yes, "true": true, "either": yes + true})
+        measures |= {"precision": "said", "recall": "true", "F1": "either", "yes": "one"}
+    elif benchmark == "MME":
+        pairs = of.groupby(["group", "category", "image_id"], sort=False).accuracy
+        of = pairs.agg(**{"accuracy": "mean", "acc+": "min"}).reset_index()
+        of = of.assign(score=of["accuracy"] + of["acc+"], id=of.category + "/" + of.image_id, one=1.0)
+        measures |= {"acc+": "one", "score": "one"}
+    rows = []
+    for level, part, rows_of in _parts(of, benchmark):
+        for measure, below in measures.items():
+            total = level == "head" and measure == "score"
+            number = rows_of.category.nunique() if total else 1
+            most = number * (200 if measure == "score" else 100)
+            rows.append(pd.DataFrame({
+                "level": level, "part": part, "measure": measure, "most": most, "id": rows_of.id,
+                "image_id": rows_of.id if total else rows_of.image_id,  # a name that categories share is two pictures
+                "stratum": pd.factorize(rows_of.category)[0] if total else 0,
+                "value": number * rows_of[measure], "of": rows_of[below]}))
+    return pd.concat(rows, ignore_index=True)
+
+
+def _parts(of: pd.DataFrame, benchmark: str) -> list[tuple[str, str, pd.DataFrame]]:
+    """(level, name, rows) of each part of a benchmark."""
+    below = "head" if benchmark == "POPE" else "category"
+    categories = [(below, name, rows) for name, rows in of.groupby("category", sort=False)]
+    if benchmark == "POPE":
+        return [*categories, ("head", "all", of)]
+    if benchmark == "MME":
+        return [*(("head", name, rows) for name, rows in of.groupby("group", sort=False)), *categories]
+    return [("head", "mean", of), *categories]
+
+
+def readings(table: pd.DataFrame, benchmark: str) -> pd.DataFrame:
+    """How much depends on the way in which an answer is read, each in % of the questions.
+
+    Args:
+        table: POPE, MME or MMStar with `prediction` and, where first tokens tell the answers apart, `first`.
+
+    Returns:
+        A row a question and measure, `image_id`, `measure` and `value`: right by the `official` rule, by the `strict`
+        one and by the `first token`; whether the `rules differ`, the strict one finds `no answer`, and it reads the
+        `same as first token` (NaN without `first`).
 
     Raises:
         ValueError: as `answered`.
     """
-    rows = []
-    for rule in which:
-        said, truth = answered(table, "POPE", rule), table.answer
-        for category, mask in _parts(table):
-            yes, positive = (said == "yes")[mask], (truth == "yes")[mask]
-            hits = (yes & positive).sum()
-            rows.append({
-                "rule": rule, "category": category, "accuracy": 100 * (said == truth)[mask].mean(),
-                "precision": _percent(hits, yes.sum()), "recall": _percent(hits, positive.sum()),
-                "f1": _percent(2 * hits, yes.sum() + positive.sum()), "yes_ratio": 100 * yes.mean(),
-                "unanswered": 100 * said[mask].isna().mean(), "questions": int(mask.sum())})
-    return pd.DataFrame(rows)
-
-
-def mme(table: pd.DataFrame, which: Sequence[str] = ("official", "strict")) -> pd.DataFrame:
-    """MME's scores (Fu et al. 2023), by several rules side by side.
-
-    Returns:
-        A row for each rule and category, and for each group with category `total`: `rule`, `group` (perception,
-        cognition), `category`, `acc` (% of questions), `acc_plus` (% of images with both questions right), `score`
-        (their sum, 0–200; for a group the sum over its categories, at most 2000 and 800 for all of MME), `images`.
-        The group's acc and acc_plus are means over its categories.
-
-    Raises:
-        ValueError: as `answered`; so an image without exactly two questions.
-    """
-    rows = []
-    for rule in which:
-        scored = table.assign(right=right(table, "MME", rule))
-        images = scored.groupby(["group", "category", "image_id"], sort=False).right.agg(["mean", "min"])
-        of = 100 * images.groupby(["group", "category"], sort=False).mean()
-        of["images"] = images.groupby(["group", "category"], sort=False).size()
-        of = of.rename(columns={"mean": "acc", "min": "acc_plus"}).reset_index()
-        of.insert(4, "score", of.acc + of.acc_plus)
-        for group, members in of.groupby("group", sort=False):
-            total = {"group": group, "category": "total", "acc": members.acc.mean(),
-                     "acc_plus": members.acc_plus.mean(), "score": members.score.sum(),
-                     "images": members.images.sum()}
-            rows += [{"rule": rule, **row} for row in [*members.to_dict("records"), total]]
-    return pd.DataFrame(rows)
-
-
-def mmstar(table: pd.DataFrame, which: Sequence[str] = ("official", "strict")) -> pd.DataFrame:
-    """MMStar's scores (Chen et al. 2024), by several rules side by side.
-
-    Returns:
-        A row for each rule and capability, and for the `mean` over all questions (all of MMStar has 250 questions a
-        capability, so it is the mean over capabilities too): `rule`, `category`, in % `accuracy` and `unanswered`,
-        and `questions`.
-
-    Raises:
-        ValueError: as `answered`.
-    """
-    rows = []
-    for rule in which:
-        said = answered(table, "MMStar", rule)
-        rows += [{"rule": rule, "category": category, "accuracy": 100 * (said == table.answer)[mask].mean(),
-                  "unanswered": 100 * said[mask].isna().mean(), "questions": int(mask.sum())}
-                 for category, mask in _parts(table, everything="mean")]
-    return pd.DataFrame(rows)
-
-
-def _parts(table: pd.DataFrame, everything: str = "all") -> list[tuple[str, pd.Series]]:
-    each = [(c, table.category == c) for c in table.category.unique()]
-    return [*each, (everything, pd.Series(True, index=table.index))]
-
-
-def _percent(part: int, whole: int) -> float:
-    return 100 * part / whole if whole else np.nan
+    official, strict = (answered(table, benchmark, rule) for rule in ("official", "strict"))
+    wide = pd.DataFrame({
+        "official": official == table.answer, "strict": strict == table.answer, "first token": np.nan,
+        "rules differ": official.fillna("") != strict.fillna(""), "no answer": strict.isna(),
+        "same as first token": np.nan})
+    if "first" in table:
+        wide["first token"], wide["same as first token"] = table["first"] == table.answer, table["first"] == strict
+    return (100 * wide.astype(float)).assign(image_id=table.image_id).melt("image_id", var_name="measure")
 
 
 # ------------------------------------------------------------------------------------------- open answers

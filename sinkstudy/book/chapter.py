@@ -19,7 +19,7 @@ from sinkstudy.book import report
 
 BLUE, ORANGE, GREEN, PINK, RED = report.PALETTE
 GROUPS = {"sinks": RED, "top 2 %": ORANGE, "calm": GREEN, "calm patches": GREEN, "things": BLUE, "random": report.INK,
-          "next in norm": PINK, "others": report.INK, "all": report.INK}
+          "next in norm": PINK, "others": report.INK, "all": report.INK, "blind": report.INK}
 """The colour of each group of tokens, the same in every chapter."""
 
 MODELS = {"lab-llava": "#5661c9", "lab-llava-gist": "#a8432f", "lab-llava-registers": "#2b8f8a",
@@ -42,9 +42,11 @@ def estimates(
     by: Sequence[str],
     value: str = "value",
     *,
+    over: str | None = None,
     images: str = "image_id",
     strata: str | None = None,
     least: int = 1,
+    method: str = "BCa",
     seed: int = 0,
 ) -> pd.DataFrame:
     """Mean of a column in each cell, with its 95 % bootstrap interval that draws whole images.
@@ -53,10 +55,11 @@ def estimates(
         observations: a row a value; values that are not finite are left out.
         by: columns that name a cell. Cells stand in the order of their first row.
         value: the column that is averaged.
+        over: a column by whose mean that of `value` is divided; a cell where it is nothing has no estimate, and `n` 0.
         images: the column that says which rows belong together.
         strata: a column, say the benchmark, within whose values images are drawn; see `stats.mean_interval`.
         least: cells that fewer images have get no estimate, and `n` 0.
-        seed: of the bootstrap.
+        method, seed: of the bootstrap.
 
     Returns:
         `by`, `value` (in the unit of the column), `low`, `high`, `n` (images).
@@ -64,11 +67,11 @@ def estimates(
     rows = []
     for cell, of in observations.groupby(list(by), sort=False, observed=True):
         there = of[np.isfinite(of[value].astype(float))]
-        found = stats.NOTHING
-        if len(there) and there[images].nunique() >= least:
+        found, below = stats.NOTHING, np.ones(len(there)) if over is None else there[over].to_numpy(float)
+        if there[images].nunique() >= least and below.sum() > 0:
             within = None if strata is None else there[strata].to_numpy()
-            found = stats.mean_interval(there[value].to_numpy(float), clusters=there[images].to_numpy(), strata=within,
-                                        seed=seed)
+            found = stats.ratio_interval(there[value].to_numpy(float), below, clusters=there[images].to_numpy(),
+                                         strata=within, method=method, seed=seed)
         rows.append((*cell, *found))
     return pd.DataFrame(rows, columns=[*by, "value", "low", "high", "n"])
 

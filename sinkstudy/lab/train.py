@@ -20,6 +20,7 @@ from sinkstudy.lab.corpus import CAPTION, SLOTS, TRAIN_SCENES, Codec, Corpus, tr
 from sinkstudy.lab.emergence import Follower, log_spaced
 from sinkstudy.lab.families import Llava, family
 from sinkstudy.model import loading
+from sinkstudy.model.registers import CLIPVisionWithRegistersConfig
 from sinkstudy.model.sinktower import CLIPVisionModelWithSinks
 from sinkstudy.paths import DATA, MODELS, atomic
 from sinkstudy.world.drawing import PATCH
@@ -152,10 +153,36 @@ def train_gist() -> Path:
 
 
 def train_arms(names=tuple(EMERGENCE_ARMS)) -> None:
-    """The short towers of chapter 02; what is kept is their logged statistics."""
+    """The short towers of chapter 02; what is kept is their logged statistics, and how they were trained."""
     for name in names:
-        settings = TOWER | {"kind": "plain", "steps": ARM_STEPS} | EMERGENCE_ARMS[name]
-        train_tower(f"arm.{name}", follow=DATA / "emergence" / f"{name}.csv", **settings)
+        train_tower(f"arm.{name}", follow=DATA / "emergence" / f"{name}.csv", **followed()[name])
+    with atomic(DATA / "emergence" / "towers.csv") as file:
+        recipes().to_csv(file, index=False)
+
+
+def followed() -> dict[str, dict[str, Any]]:
+    """The settings of `train_tower` for each tower that chapter 02 follows, by the name of its log."""
+    shipped = {name: TOWER | {"kind": kind} for name, kind in TOWER_OF.items() if kind != "gist"}
+    return shipped | {name: TOWER | {"kind": "plain", "steps": ARM_STEPS} | changed
+                      for name, changed in EMERGENCE_ARMS.items()}
+
+
+def recipes() -> pd.DataFrame:
+    """What `followed` comes to, in words: a row a tower, `connector` being the layer that is read, counted from 1."""
+    beside = {"registers": f"CLS, {CLIPVisionWithRegistersConfig().num_register_tokens} registers", "no-cls": "none",
+              "qwen2vl": "none"}
+    rows = []
+    for name, of in followed().items():
+        losses = ["image level", *(["captions"] if of.get("caption_weight", 1) else []), "grounding",
+                  *(["planted sinks"] if of["kind"] == "sinks" else [])]
+        muon = f"Muon {of['muon']:g}, " if "muon" in of else ""
+        rows.append({
+            "tower": name, "pictures": of["steps"] * of["batch"], "width": tower_module.WIDTH,
+            "depth": tower_module.LAYERS, "beside patches": beside.get(of["kind"], "CLS"),
+            "objective": ", ".join(losses),
+            "optimiser": f"{muon}AdamW {of['lr']:g}, weight decay {of['weight_decay']:g}",
+            "connector": tower_module.LAYERS - (of["kind"] != "qwen2vl")})
+    return pd.DataFrame(rows)
 
 
 def export(name: str, model, log: pd.DataFrame | None = None) -> Path:

@@ -4,7 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sinkstudy.benchmarks import answered, check, mme, mmstar, pope, right, score
+from sinkstudy.benchmarks import answered, check, observed, readings, right, score
+from sinkstudy.book import chapter
 
 
 def asked(rows: list[tuple], columns: list[str]) -> pd.DataFrame:
@@ -30,82 +31,103 @@ MMSTAR = asked([
 ], ["category", "answer", "prediction"]).assign(l2_category="x")
 
 
+def numbers(table: pd.DataFrame, benchmark: str, rule: str = "official") -> pd.DataFrame:
+    """What the chapter makes of the observations: a row a part, a column a measure."""
+    of = observed(table, benchmark, rule)
+    found = chapter.estimates(of, ["part", "measure", "most"], over="of", strata="stratum", method="percentile")
+    return found.pivot_table(index="part", columns="measure", values="value", sort=False, dropna=False)
+
+
 def test_pope():
     """official reads yes, no, yes, yes · yes, no, no, yes; strict yes, -, -, no · -, no, no, yes."""
-    scores = pope(POPE).set_index(["rule", "category"])
-    #                                                accuracy precision recall   f1   yes  unanswered
-    expected = {("official", "random"):            (75.0, 200 / 3, 100.0, 80.0, 75.0, 0.0),
-                ("official", "adversarial"):       (50.0, 50.0, 50.0, 50.0, 50.0, 0.0),
-                ("official", "all"):               (62.5, 60.0, 75.0, 200 / 3, 62.5, 0.0),
-                ("strict", "random"):              (50.0, 100.0, 50.0, 200 / 3, 25.0, 50.0),
-                ("strict", "adversarial"):         (25.0, 0.0, 0.0, 0.0, 25.0, 25.0),
-                ("strict", "all"):                 (37.5, 50.0, 25.0, 100 / 3, 25.0, 37.5)}
-    assert list(scores.index) == list(expected)
-    for key, values in expected.items():
-        found = scores.loc[key, ["accuracy", "precision", "recall", "f1", "yes_ratio", "unanswered"]]
-        assert found.astype(float).tolist() == pytest.approx(values), key
-    assert scores.questions.tolist() == [4, 4, 8] * 2
+    #                                     accuracy precision recall   F1   yes
+    expected = {("official", "random"):      (75.0, 200 / 3, 100.0, 80.0, 75.0),
+                ("official", "adversarial"): (50.0, 50.0, 50.0, 50.0, 50.0),
+                ("official", "all"):         (62.5, 60.0, 75.0, 200 / 3, 62.5),
+                ("strict", "random"):        (50.0, 100.0, 50.0, 200 / 3, 25.0),
+                ("strict", "adversarial"):   (25.0, 0.0, 0.0, 0.0, 25.0),
+                ("strict", "all"):           (37.5, 50.0, 25.0, 100 / 3, 25.0)}
+    found = {rule: numbers(POPE, "POPE", rule) for rule in ("official", "strict")}
+    assert [list(of.index) for of in found.values()] == [["random", "adversarial", "all"]] * 2
+    for (rule, part), values in expected.items():
+        of = found[rule].loc[part, ["accuracy", "precision", "recall", "F1", "yes"]]
+        assert of.tolist() == pytest.approx(values), (rule, part)
 
 
 def test_the_yes_ratio_is_that_of_the_predictions():
     """lmms-eval reports that of the annotations, a constant of the data set."""
-    always = POPE.assign(prediction="Yes")
-    assert (pope(always).yes_ratio == 100).all() and (pope(always).accuracy == 50).all()
-    never = pope(POPE.assign(prediction="No"))
-    assert (never.yes_ratio == 0).all() and never.precision.isna().all()
-    assert (never.recall == 0).all() and (never.f1 == 0).all()
+    always = numbers(POPE.assign(prediction="Yes"), "POPE")
+    assert (always.yes == 100).all() and (always.accuracy == 50).all()
+    never = numbers(POPE.assign(prediction="No"), "POPE")
+    assert (never.yes == 0).all() and never.precision.isna().all()
+    assert (never.recall == 0).all() and (never.F1 == 0).all()
 
 
 def test_a_model_that_evades():
     """What the page on harnesses says of it."""
-    scores = pope(POPE.assign(prediction="maybe")).query("category == 'all'").set_index("rule")
-    assert scores.loc["official", ["accuracy", "yes_ratio", "unanswered"]].tolist() == [50, 100, 0]
-    assert scores.loc["strict", ["accuracy", "yes_ratio", "unanswered"]].tolist() == [0, 0, 100]
+    evading = POPE.assign(prediction="maybe")
+    official, strict = (numbers(evading, "POPE", rule).loc["all"] for rule in ("official", "strict"))
+    assert (official.accuracy, official.yes, strict.accuracy, strict.yes) == (50, 100, 0, 0)
+    read = readings(evading.assign(first="yes"), "POPE").groupby("measure").value.mean()
+    assert read.to_dict() == {"official": 50, "strict": 0, "first token": 50, "rules differ": 100, "no answer": 100,
+                              "same as first token": 0}
+
+
+def test_readings_without_first_tokens():
+    """official reads yes, no, yes, yes · yes, no, no, yes; strict yes, -, -, no · -, no, no, yes."""
+    read = readings(POPE, "POPE").groupby("measure").value.mean()
+    assert (read["no answer"], read["rules differ"], read["official"], read["strict"]) == (37.5, 50, 62.5, 37.5)
+    assert np.isnan(read["first token"]) and np.isnan(read["same as first token"])
 
 
 def test_mme():
-    scores = mme(MME, ["official"]).set_index(["group", "category"])
-    #                                              acc   acc+  score  images
-    expected = {("perception", "existence"):      (75.0, 50.0, 125.0, 2),
-                ("perception", "count"):          (0.0, 0.0, 0.0, 1),
-                ("perception", "total"):          (37.5, 25.0, 125.0, 3),
-                ("cognition", "code_reasoning"):  (100.0, 100.0, 200.0, 1),
-                ("cognition", "total"):           (100.0, 100.0, 200.0, 1)}
-    assert list(scores.index) == list(expected)
-    for key, values in expected.items():
-        assert scores.loc[key, ["acc", "acc_plus", "score", "images"]].astype(float).tolist() == list(values)
-    strict = mme(MME, ["strict"]).set_index(["group", "category"])
-    assert strict.loc[("cognition", "total"), ["acc", "acc_plus", "score"]].tolist() == [50, 0, 50]  # "None of it"
+    #                             accuracy  acc+     score
+    expected = {"perception":     (50.0, 100 / 3, 125.0),  # the score: each category alike
+                "cognition":      (100.0, 100.0, 200.0),
+                "existence":      (75.0, 50.0, 125.0),
+                "count":          (0.0, 0.0, 0.0),
+                "code_reasoning": (100.0, 100.0, 200.0)}
+    found = numbers(MME, "MME")
+    assert list(found.index) == list(expected)
+    for part, values in expected.items():
+        assert found.loc[part, ["accuracy", "acc+", "score"]].tolist() == pytest.approx(values), part
+    strict = numbers(MME, "MME", "strict")
+    assert strict.loc["cognition", ["accuracy", "acc+", "score"]].tolist() == [50, 0, 50]  # "None of it"
+
+
+def test_a_group_of_mme_draws_pictures_within_its_categories():
+    """Two categories without spread inside: the sum is sure, although pictures of the two differ by 200."""
+    sure = MME[MME.category != "code_reasoning"].assign(image_id=list("aabbcc"))
+    sure = sure.assign(prediction=np.where(sure.category == "existence", sure.answer, "maybe"))
+    found = chapter.estimates(observed(sure, "MME"), ["part", "measure"], over="of", strata="stratum")
+    assert chapter.one(found, part="perception", measure="score")[:3] == (200, 200, 200)
+    assert chapter.one(found, part="perception", measure="accuracy").low < 200 / 3
 
 
 def test_a_perfect_model_has_the_official_maxima():
     from sinkstudy.benchmarks.data import MME_GROUPS
     rows = [(group, category, "i", answer, answer.title())
             for group, members in MME_GROUPS.items() for category in members for answer in ("yes", "no")]
-    table = asked(rows, ["group", "category", "image_id", "answer", "prediction"])
-    totals = mme(table, ["official"]).query("category == 'total'").set_index("group").score
-    assert totals.to_dict() == {"perception": 2000, "cognition": 800}
+    of = observed(asked(rows, ["group", "category", "image_id", "answer", "prediction"]), "MME")
+    totals = of[(of.level == "head") & (of.measure == "score")].groupby("part")
+    assert totals.value.mean().to_dict() == totals.most.max().to_dict() == {"perception": 2000, "cognition": 800}
 
 
 def test_mmstar():
-    scores = mmstar(MMSTAR).set_index(["rule", "category"])
-    assert scores.accuracy.to_dict() == {
-        ("official", "math"): 100, ("official", "science & technology"): 0, ("official", "mean"): 75,
-        ("strict", "math"): pytest.approx(200 / 3), ("strict", "science & technology"): 0, ("strict", "mean"): 50}
-    assert scores.unanswered.loc["strict"].tolist() == pytest.approx([100 / 3, 0, 25])
-    assert scores.questions.loc["strict"].tolist() == [3, 1, 4]
+    assert numbers(MMSTAR, "MMStar").accuracy.to_dict() == {"mean": 75, "math": 100, "science & technology": 0}
+    strict = numbers(MMSTAR, "MMStar", "strict").accuracy
+    assert strict.to_dict() == {"mean": 50, "math": pytest.approx(200 / 3), "science & technology": 0}
 
 
 def test_scores_are_pure_and_keep_the_index():
     before = POPE.set_index(pd.Index(range(10, 18)))
     kept = before.copy()
-    pope(before), right(before, "POPE")
+    observed(before, "POPE"), readings(before, "POPE"), right(before, "POPE")
     pd.testing.assert_frame_equal(before, kept)
     assert right(before, "POPE", "strict").index.equals(before.index)
     assert answered(before, "POPE", "strict").tolist() == ["yes", None, None, "no", None, "no", "no", "yes"]
-    shuffled = POPE.sample(frac=1, random_state=0)
-    again = pope(shuffled).set_index(["rule", "category"]).loc[pope(POPE).set_index(["rule", "category"]).index]
-    pd.testing.assert_frame_equal(again, pope(POPE).set_index(["rule", "category"]))
+    shuffled = numbers(POPE.sample(frac=1, random_state=0), "POPE")
+    pd.testing.assert_frame_equal(shuffled.loc[["random", "adversarial", "all"]], numbers(POPE, "POPE"))
 
 
 # ------------------------------------------------------------------------------------------- the others
@@ -179,16 +201,15 @@ def test_math_vista(text, answer, kind, choices, precision, expected):
     (POPE.assign(prediction=np.nan), "POPE", "POPE: a prediction is missing; an empty answer is the text ''"),
 ])
 def test_a_bad_table_is_one_message(table, name, message):
-    for scorer in (right, {"POPE": pope, "MME": mme, "MMStar": mmstar}.get(name)):
-        if scorer:
-            with pytest.raises(ValueError) as raised:
-                scorer(table, name) if scorer is right else scorer(table)
-            assert str(raised.value).startswith(message)
+    for scorer in (right, observed):
+        with pytest.raises(ValueError) as raised:
+            scorer(table, name)
+        assert str(raised.value).startswith(message)
 
 
 def test_an_unknown_rule_is_one_message():
     with pytest.raises(ValueError, match="^POPE has no rule 'lenient'; it has official, strict, lmms-eval, vlme"):
-        pope(POPE, ["lenient"])
+        observed(POPE, "POPE", "lenient")
     with pytest.raises(ValueError, match="^GQA has no rule 'strict'; it has only the official one$"):
         right(asked([("cat", "cat")], ["answer", "prediction"]), "GQA", "strict")
 

@@ -1,5 +1,6 @@
 """The whole training of a lab model in small: every stage, export, scores, and once more from the checkpoints."""
 
+import json
 from functools import partial
 
 import pandas as pd
@@ -9,6 +10,7 @@ import torch
 from sinkstudy.lab import emergence, language, score, train, training
 from sinkstudy.lab.families import QWEN2VL, family
 from sinkstudy.model import loading
+from sinkstudy.paths import DATA, MODELS
 from sinkstudy.world import benchmarks
 from sinkstudy.world.drawing import render
 
@@ -70,3 +72,18 @@ def test_a_model_is_made_from_nothing(small, capsys):
     moved = {name for name, weight in model.named_parameters() if weight.requires_grad}
     assert not any("visual.blocks" in name or "patch_embed" in name for name in moved)
     assert {"model.visual.merger.mlp.0.weight", "model.language_model.layers.0.mlp.up_proj.weight"} < moved
+
+
+def test_what_is_told_of_the_followed_towers_is_what_their_logs_and_configs_hold():
+    """`data/emergence/towers.csv`, which chapter 02 shows: pictures by the last step, depth by the layers."""
+    told = pd.read_csv(DATA / "emergence" / "towers.csv")
+    pd.testing.assert_frame_equal(told, train.recipes())
+    logs = {name: pd.read_csv(DATA / "emergence" / f"{name}.csv") for name in told.tower}
+    assert set(logs) == {file.stem for file in (DATA / "emergence").glob("*.csv")} - {"towers"}
+    for name, row in told.set_index("tower").iterrows():
+        log = logs[name]
+        assert (row.pictures, row.depth) == (64 * log.step.max(), log.layer.max())
+        assert (log.attention_prefix == 0).all() == (row["beside patches"] == "none"), name
+    for name in told.tower[told.tower.str.startswith("lab-")]:
+        vision = json.loads((MODELS / name / "config.json").read_text())["vision_config"]
+        assert {vision.get("embed_dim"), vision["hidden_size"]} & set(told.width)

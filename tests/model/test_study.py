@@ -151,6 +151,33 @@ def test_what_is_asked_twice_is_answered_once(monkeypatch):
     assert said["first"].equals(direct["first"])
 
 
+def test_blind_one_picture_is_shown_and_each_question_answered_once(monkeypatch):
+    lvlm, numbers = loading.load("lab-llava-sinks"), []
+
+    def counting(lvlm, table, *more, **how):
+        numbers.append(len(table))
+        return evaluate(lvlm, table, *more, **how)
+
+    monkeypatch.setattr(study, "evaluate", counting)
+    table, shown = study.benchmark("MME", "", False, 2)
+    unseen = study.mean_picture(shown.values())
+    said = study.answers(lvlm, "MME", table, shown, [NONE], public=False, blind=unseen, cache=None)
+    assert numbers == [table.question.nunique()] and numbers[0] < len(table)
+    asked = table.assign(question=benchmarks.prompts(table, "MME", "lab"))
+    direct = evaluate(lvlm, asked, [NONE], images=dict.fromkeys(shown, unseen), cache=None)
+    assert said.prediction.equals(direct.prediction) and said.image_id.equals(table.image_id)
+    assert said.right.tolist() == (100.0 * (direct.prediction == table.answer)).tolist()
+
+
+def test_the_mean_picture():
+    """Of the lab's pictures by channel; of files at one size, whatever theirs is."""
+    dark, light = torch.full((3, 4, 4), 10, dtype=torch.uint8), torch.full((3, 4, 4), 21, dtype=torch.uint8)
+    assert (study.mean_picture([dark, light]) == 16).all()  # 15.5, rounded to even
+    files = [Image.new("RGB", (8, 30), (0, 100, 7)), Image.new("RGB", (50, 9), (100, 0, 7))]
+    mean = np.asarray(study.mean_picture(files))
+    assert mean.shape == (336, 336, 3) and (mean == [50, 50, 7]).all()
+
+
 def test_answers_are_judged_and_their_logp_is_the_true_ones():
     """Against `evaluate` and the benchmark's rule, called directly."""
     lvlm = loading.load("lab-llava-sinks")
