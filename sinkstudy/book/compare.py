@@ -57,7 +57,7 @@ def check(runs: Sequence[str], results: Path = RESULTS) -> None:
     """Raise ValueError unless these are two or more different runs that have numbers."""
     there = sorted({file.parts[-3] for file in results.glob("*/*/metrics.json")})
     for run in runs:
-        if not (results / run).is_dir() or Path(run).name != run:
+        if run not in [folder.name for folder in results.glob("*")]:
             raise ValueError(f"there is no run '{run}': runs with results are {', '.join(there) or 'none'}")
         if run not in there:
             raise ValueError(f"the run '{run}' has no metrics.json: 'sinkstudy run --name {run}' makes them")

@@ -132,7 +132,8 @@ def _answers(ax: Any, of: Followed) -> None:
     ax.plot(of.answers.before, at, "o", ms=5, color=report.INK)
     ax.plot(of.answers.random, at, "o", ms=8, mfc="none", color=report.INK)
     ax.plot(of.answers.without, at, "o", ms=5, color=colour)
-    labels = [f"{kind}:\n{answer}" for kind, answer in zip(of.answers.type, of.answers.answer, strict=True)]
+    named = zip(of.answers.type, of.answers.answer, strict=True)
+    labels = [f"{kind}:\n{answer}" if isinstance(answer, str) else kind for kind, answer in named]
     ax.set(xlim=(-0.05, 1.05), ylim=(len(at) - 0.5, -0.5), xticks=[0, 0.5, 1])
     ax.set_yticks(at, labels, fontsize="x-small")
     ax.tick_params(labelsize="x-small")

@@ -127,9 +127,9 @@ def test_counts_and_words(checkout: Commands, shown: Path):
         "not read, for want of columns: lab-llava/route/front.csv\n"
     )
     glued = " ".join(outputs(checkout.page("12-across-models"), "application/papermill.record/text/plain"))
-    assert "In 3 of the 7 cells does the interval lie above zero: front (travel) in lab-llava and owner--big;" in glued
-    assert "features (weight 0.5) in lab-llava; by chance about 0 would." in glued
-    assert "After correction for all cells: front (travel) in lab-llava and owner--big; features (weight 0.5)" in glued
+    assert "above zero: 3 of 7, where chance would give about 0: front (travel) in lab-llava and owner--big;" in glued
+    assert "features (weight 0.5) in lab-llava. After correction: front (travel) in lab-llava and owner--big;" in glued
+    assert "Below zero: 2, after correction 0. Left out: not run." in glued
 
 
 def outputs(page, kind: str) -> list[str]:

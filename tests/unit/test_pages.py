@@ -195,7 +195,7 @@ def test_pages_without_any_run(tmp_path, monkeypatch):
 def test_everything_is_written_whole(tmp_path):
     pages.write(tmp_path)
     named = {f"paper-{table['table']}.md" for table in pages.paper_tables()}
-    parts = {"intro-results.md", "verdicts.csv"}
+    parts = {"intro-results.md", "one-picture-numbers.md", "one-picture-models.md", "verdicts.csv"}
     computed = ("evidence", "summary", "themes", "matrix", "table", "power", "controls")
     parts |= {f"verdicts-{part}.md" for part in computed}
     parts |= {f"control-{part}.md" for part in ("gates", "answers", "norms")}
