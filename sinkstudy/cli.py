@@ -186,6 +186,24 @@ def models() -> None:
         typer.echo(f"run {run}: {', '.join(names)}")
 
 
+@app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN RUN ..", help="Names of folders under results/.")],
+    out: Annotated[Path | None, typer.Option(help="The page, .html; without it under _build/compare/.")] = None,
+) -> None:
+    """Compare runs: verdicts, headline numbers and figures side by side, on a page and in a CSV file."""
+    from sinkstudy.book import compare as of
+
+    page = out or engine.BUILD / "compare" / f"{'--'.join(runs)[:200]}.html"
+    try:
+        found = of.write(runs, page)
+    except ValueError as problem:
+        raise engine.UserError(str(problem)) from None
+    for model, rows in found.groupby("model", sort=False):
+        typer.echo(f"{model}:\n{rows.pivot(index='claim', columns='run', values='verdict')[runs].to_string()}")
+    typer.echo(f"written: {page} and {page.with_suffix('.csv').name}")
+
+
 @app.command("check-fresh")
 def check_fresh() -> None:
     """Fail if an executed notebook no longer follows from its sources."""

@@ -312,10 +312,10 @@ def models(numbers: pd.DataFrame, patterns: Iterable[tuple[str, str]]) -> list[s
         found |= dict.fromkeys(name[len(before) : len(name) - len(after)] for name in names)
     # "a.minus.b" is no model where "a" is one
     named = [model for model in found if not any(model.startswith(f"{other}.") for other in found)]
-    return sorted(named, key=lambda model: not (numbers.run.map(_plain) == model).any())
+    return sorted(named, key=lambda model: not (numbers.run.map(plain) == model).any())
 
 
-def _plain(run: str) -> str:
+def plain(run: str) -> str:
     """A run's name as the names of metrics hold it: `report.key` writes small letters."""
     return re.sub(r"[^a-z0-9.-]+", "_", run.lower())
 
@@ -333,11 +333,13 @@ def look_up(numbers: pd.DataFrame, chapter: str, pattern: str, model: str = "") 
         A row of `numbers`; None if no run has it.
     """
     rows = numbers[(numbers.chapter == chapter) & (numbers.name == pattern.replace("{model}", model))]
-    own = rows[rows.run.map(_plain) == model]
+    own = rows[rows.run.map(plain) == model]
     return next((found.iloc[0] for found in (own, rows) if len(found)), None)
 
 
-def verdicts(results: Path = RESULTS, ledger: Mapping[str, list[dict[str, Any]]] | None = None) -> pd.DataFrame:
+def verdicts(
+    results: Path = RESULTS, ledger: Mapping[str, list[dict[str, Any]]] | None = None, run: str = ""
+) -> pd.DataFrame:
     """The verdict on every claim in every model.
 
     The word is that of `word`, if the p of its rule (`regions`, `p_value`), corrected by Holm over the claims judged in
@@ -348,6 +350,7 @@ def verdicts(results: Path = RESULTS, ledger: Mapping[str, list[dict[str, Any]]]
     Args:
         results: the folder of all runs.
         ledger: of `load`; read from `data/claims.yml` without it.
+        run: by the numbers of this run alone; without it by those of all.
 
     Returns:
         A row for each claim and model: `claim` (id), `model`, `run` and `metric` (what was judged), `value`, `low`,
@@ -355,6 +358,7 @@ def verdicts(results: Path = RESULTS, ledger: Mapping[str, list[dict[str, Any]]]
         any metric there is no model and no row.
     """
     rows, numbers, ledger = [], metrics(results), ledger or load()
+    numbers = numbers[numbers.run == run] if run else numbers
     for model in models(numbers, [(claim["chapter"], claim["metric"]) for claim in ledger["claims"]]):
         for claim in ledger["claims"]:
             row = {"claim": claim["id"], "model": model, "run": "", "verdict": "not run"}

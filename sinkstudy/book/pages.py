@@ -52,6 +52,8 @@ def write(folder: Path) -> None:
     judged = claims.verdicts(ledger=ledger)
     parts = {
         "intro-results": headlines(ledger, judged, numbers),
+        "one-picture-numbers": five(ledger, judged),
+        "one-picture-models": counted(numbers, judged.model.unique()),
         "verdicts-evidence": evidence(judged, numbers),
         "verdicts-summary": verdict_summary(ledger, judged),
         "verdicts-themes": themes(ledger, judged),
@@ -113,16 +115,8 @@ def _number(value: float) -> str:
 
 def headlines(ledger: Mapping[str, list[dict]], judged: pd.DataFrame, numbers: pd.DataFrame) -> str:
     """A list: how many sinks each model has, then each of `HEADLINES` with number, interval, n, verdict and link."""
-    counted = []
-    for model in judged.model.unique():
-        found = claims.look_up(numbers, "01-norms", "{model}.sinks_per_image.chosen", model)
-        if found is not None and np.isfinite(found.value):
-            share = on_things(numbers, model) if found.value else np.nan
-            of = [f"{share:.0f} % of them on things"] if np.isfinite(share) else []
-            of = ["there by construction", *of] if model == CONTROL else of
-            about = f" ({', '.join(of)})" if of else ""
-            counted.append(f"`{model}` {_interval(found)}{about}")
-    lines = [f"- **Sinks in a picture, by the rule:** {'; '.join(counted)}."] if counted else []
+    sinks = counted(numbers, judged.model.unique())
+    lines = [f"- **Sinks in a picture, by the rule:** {sinks}."] if sinks else []
     cells = judged.set_index(["claim", "model"])
     for claim in ledger["claims"]:
         model = HEADLINES.get(claim["id"])
@@ -132,6 +126,35 @@ def headlines(ledger: Mapping[str, list[dict]], judged: pd.DataFrame, numbers: p
     return "\n".join(lines) or "No run has been made."
 
 
+def counted(numbers: pd.DataFrame, models: Iterable[str]) -> str:
+    """How many sinks a picture has in each model, by the rule of the first chapter, and how many lie on things."""
+    parts = []
+    for model in models:
+        found = claims.look_up(numbers, "01-norms", "{model}.sinks_per_image.chosen", model)
+        if found is not None and np.isfinite(found.value):
+            share = on_things(numbers, model) if found.value else np.nan
+            of = [f"{share:.0f} % of them on things"] if np.isfinite(share) else []
+            of = ["there by construction", *of] if model == CONTROL else of
+            parts.append(f"`{model}` {_interval(found)}" + (f" ({', '.join(of)})" if of else ""))
+    return "; ".join(parts)
+
+
+def five(ledger: Mapping[str, list[dict]], judged: pd.DataFrame) -> str:
+    """A table of `HEADLINES`: claim, number with interval, n and model, verdict, chapter."""
+    rows, cells = [["claim of others", "measured here", "verdict", "chapter"]], judged.set_index(["claim", "model"])
+    for claim in ledger["claims"]:
+        if (cell := (claim["id"], HEADLINES.get(claim["id"]))) in cells.index:
+            found, title = cells.loc[cell], _chapter(claim["chapter"])[0]
+            number = f"**{_interval(found)}** {claim['unit']}\\\n" if np.isfinite(found.value) else ""
+            n = f"n{NBSP}={NBSP}{int(found.n)}, " if np.isfinite(found.value) else ""
+            sure = f"\\\n{shown_p(found.p_holm)} after correction" if np.isfinite(found.p_holm) else ""
+            verdict = _verdict(found.verdict, figure(found.run, claim["chapter"], claim["figure"]))
+            there = (RUNS / DEFAULT_MODEL / f"{claim['chapter']}.ipynb").is_file()
+            link = f"{{doc}}`{title} </book/runs/{DEFAULT_MODEL}/{claim['chapter']}>`" if there else title
+            rows.append([claim["claim"], f"{number}{n}`{cell[1]}`", f"{verdict}{sure}", link])
+    return list_table(rows, "verdicts", [40, 25, 20, 15]) if len(rows) > 1 else "No run has been made."
+
+
 def _outcome(claim: Mapping[str, Any], found: pd.Series) -> str:
     """Number, interval, n, verdict with its link, and how sure that is, in a line."""
     verdict = _verdict(found.verdict, figure(found.run, claim["chapter"], claim["figure"]))
@@ -139,7 +162,7 @@ def _outcome(claim: Mapping[str, Any], found: pd.Series) -> str:
         return f"{verdict}."
     control = ", against the same patches in the matched model" if _is_matched(claim, found) else ""
     number = f"{_interval(found)} {claim['unit']}, n = {int(found.n)}{control}".replace("n = ", f"n{NBSP}={NBSP}")
-    sure = "not sure" if found.verdict == "inconclusive" else f"sure, {_p(found.p_holm)} after correction"
+    sure = "not sure" if found.verdict == "inconclusive" else f"sure, {shown_p(found.p_holm)} after correction"
     return f"{number}: {verdict}, {sure}{_untestable(found, '; ')}."
 
 
@@ -341,13 +364,13 @@ def _cell(claim: Mapping[str, Any], found: pd.Series) -> str:
     text = _verdict(found.verdict, figure(found.run, claim["chapter"], claim["figure"]))
     if np.isfinite(found.value):
         text += f"\\\n{_interval(found)}"
-        sure = [] if np.isnan(found.p_holm) else [_p(found.p_holm)]
+        sure = [] if np.isnan(found.p_holm) else [shown_p(found.p_holm)]
         text += "\\\n" + ", ".join(part.replace(" ", NBSP) for part in [f"n = {int(found.n)}", *sure])
         text += _untestable(found, "\\\n")
     return text
 
 
-def _p(p: float) -> str:
+def shown_p(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
 
 

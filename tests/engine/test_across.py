@@ -6,6 +6,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from sinkstudy import paths
+from sinkstudy.book import across
 from tests.engine.conftest import Commands
 
 PICTURES = 100
@@ -84,9 +86,26 @@ def test_cells(checkout: Commands, shown: Path):
         ), key
     others = cells.drop(index=list(expected))
     assert len(others) == 24 and set(others.state) == {"not run"}
-    page = checkout.page("12-across-models")
-    table = next(text for text in outputs(page, "text/plain") if "two connectors" in text)
-    assert table.count("not run") == 24 and table.count("not applicable") == 1 and table.count("no change") == 1
+    models = pd.read_csv(shown / "models.csv").set_index("model")
+    counted = ["better", "worse", "not clear", "no change", "not applicable", "not run"]
+    assert models.loc["lab-llava", counted].tolist() == [2, 2, 1, 1, 0, 10]
+    assert models.loc["owner--big", counted].tolist() == [1, 0, 0, 0, 1, 14]
+    assert models["worse, Holm"].tolist() == [0, 0] and models["better, Holm"].tolist() == [2, 1]
+
+
+def test_methods_beside_their_controls(checkout: Commands, shown: Path):
+    found, _ = across.read(["results/*/1[01]-*/effects.csv"])  # of this repository, not of the copy
+    table = across.compared(found).set_index(["label", "which", "model"])
+    source = pd.read_csv(paths.RESULTS / "lab-llava/10-training-free/effects.csv")
+    source = source[(source.benchmark == "mean") & (source.measure == "right")].set_index(["method", "way", "model"])
+    for which, method, way in (("itself", "without", "group"), ("random", "without", "random")):
+        for model in ("lab-llava", "lab-qwen2vl"):
+            expected = source.loc[(method, way, model)]
+            assert table.value["left out", which, model] == expected.value
+            assert table.high["left out", which, model] == expected.high
+    assert set(table.benchmark) == {"mean"} and not table.index.duplicated().any()
+    closing = outputs(checkout.page("12-across-models"), "text/plain")
+    assert any("sinks to the front" in text and "+2.5 [+2.0, +3.0]" in text for text in closing)
 
 
 def test_counts_and_words(checkout: Commands, shown: Path):
@@ -108,9 +127,9 @@ def test_counts_and_words(checkout: Commands, shown: Path):
         "not read, for want of columns: lab-llava/route/front.csv\n"
     )
     glued = " ".join(outputs(checkout.page("12-across-models"), "application/papermill.record/text/plain"))
-    assert "In 3 of the 7 cells does the interval lie above zero: front (travel) in lab-llava and owner--big;" in glued
-    missing = " · ".join(["front, travel", "random to front, travel", "features, weight 0.5", "two connectors"])
-    assert f"'in lab-llava and owner--big: {missing}'" in glued  # each lacks some benchmark in both
+    assert "above zero: 3 of 7, where chance would give about 0: front (travel) in lab-llava and owner--big;" in glued
+    assert "features (weight 0.5) in lab-llava. After correction: front (travel) in lab-llava and owner--big;" in glued
+    assert "Below zero: 2, after correction 0. Left out: not run." in glued
 
 
 def outputs(page, kind: str) -> list[str]:

@@ -113,6 +113,29 @@ def test_answers_without_a_group(one, shown):
     assert answers["p"] == pytest.approx(np.exp(log_p(one, [evaluate.NONE])[0]), abs=2e-4)
 
 
+def test_way_of_one_picture(shown):
+    table = pd.read_csv(RESULTS / "lab-llava" / "13-explorer" / "one_picture.csv").set_index(["model", "type"])
+    assert list(table.index.get_level_values("model").unique()) == ["lab-llava", "lab-llava-gist"]
+    pictures, scenes = study.pictures("", len(shown["pictures"]))
+    for of in shown["models"][:2]:
+        lvlm, own = loading.load(of["name"]), table.loc[of["name"]]
+        trace = capture.trace(lvlm, pictures[:1], [""])
+        norms = trace.vision_norms[0, lvlm.feature_layer]
+        top, columns = int(norms.argmax()), 12
+        assert (own.row * columns + own.column == top).all()
+        assert own.norm.iloc[0] == pytest.approx(float(norms[top] / np.median(norms)), rel=1e-5)
+        # who attends to it: the mean over queries of one column of the map is what the trace kept of that layer
+        received = 100 * trace.vision_received[0].mean(1)[lvlm.feature_layer, top]
+        assert own.attending.iloc[0] == pytest.approx(float(received), rel=0.05)
+        group = "sinks" if of["name"] == "lab-llava-gist" else "top 2 %"
+        assert (own.group == group).all()
+        for q, question in enumerate(shown["pictures"][0]["questions"]):
+            answers = of["pictures"][0]["answers"][q]
+            row = own.loc[question["type"]]
+            assert row.before == pytest.approx(answers["p"], abs=1e-4)
+            assert row.without == pytest.approx(answers["without"][group.replace(" 2 %", "_2_percent")]["p"], abs=1e-4)
+
+
 def test_what_lies_there(shown):
     _, scenes = study.pictures("", len(shown["pictures"]))
     for i, picture in enumerate(shown["pictures"]):

@@ -128,6 +128,18 @@ def test_power_table_and_what_was_not_testable(results):
     assert cells.count("not testable here: n = 160 would be needed") == 1  # where it is inconclusive, and nowhere else
 
 
+def test_five_numbers(results):
+    write(results, "lab-llava", [(f"{pages.CONTROL}.up.effect", 3.0, 2.5, 3.5, 99, "")])
+    ledger = copy.deepcopy(LEDGER)
+    ledger["claims"][0]["id"] = next(iter(pages.HEADLINES))
+    text = pages.five(ledger, claims.verdicts(results, ledger)).replace(pages.NBSP, " ")
+    assert text.count("\n* - ") == 2  # a head and the only claim that is a headline
+    assert "* - Something.\n  - **3.00 [2.50, 3.50]** times\\\n    n = 99, `lab-llava-gist`\n" in text
+    assert "✓ supported" in text and "p < 0.001 after correction" in text
+    assert text.splitlines()[-2] == "  - {doc}`90 Toys </book/runs/lab-llava/90-toy>`"
+    assert pages.five(ledger, claims.verdicts(results, ledger)[:0]) == "No run has been made."
+
+
 def headline_of(results, row, **more):
     """The introduction's line on a toy claim in the planted model."""
     write(results, "lab-llava", [(f"{pages.CONTROL}.up.effect", *row)])
@@ -183,7 +195,7 @@ def test_pages_without_any_run(tmp_path, monkeypatch):
 def test_everything_is_written_whole(tmp_path):
     pages.write(tmp_path)
     named = {f"paper-{table['table']}.md" for table in pages.paper_tables()}
-    parts = {"intro-results.md", "verdicts.csv"}
+    parts = {"intro-results.md", "one-picture-numbers.md", "one-picture-models.md", "verdicts.csv"}
     computed = ("evidence", "summary", "themes", "matrix", "table", "power", "controls")
     parts |= {f"verdicts-{part}.md" for part in computed}
     parts |= {f"control-{part}.md" for part in ("gates", "answers", "norms")}

@@ -1,0 +1,158 @@
+"""What methods did to right answers, side by side: every method, model and benchmark of all runs.
+
+A *cell* is the change of right answers, in points, under one method in one model on one benchmark, against the same
+model left as it is; of a trained method, against what its row names.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import pandas as pd
+
+from sinkstudy import paths, stats
+from sinkstudy.book import claims
+
+CELL = ["model", "method", "way", "benchmark"]
+MEAN = "mean"
+"""In place of a benchmark: the mean over all that a chapter has. It is no cell."""
+STATES = ("better", "worse", "not clear", "no change", "not applicable", "not run")
+
+COMPARED = {
+    "sinks to the front": (("front", "travel"), ("random to front", "travel")),
+    "to the front, renumbered": (("front", "renumber"), ("random to front", "renumber")),
+    "features halved": (("features", "half"), ("features of random", "half")),
+    "test-time register": (("register", "left out"), ("register of random neurons", "left out")),
+    "hidden (keys zero)": (("keys", "zero"), ("keys of random", "zero")),
+    "left out": (("without", "group"), ("without", "random")),
+    "only a quarter kept": (("only", "top quarter"), ("only", "random quarter")),
+    "two connectors − one": (("two connectors", "against one connector"), None),
+    "two connectors − random split": (("two connectors", "against two connectors, random split"), None),
+    "soft router − one connector": (("soft router", "against one connector"), None),
+    "gates − adapters": (("gates", "against adapters"), None),
+}
+"""The methods of the chapter's figure, each a (method, way) of the tables and the same with random tokens or neurons.
+The control of a trained method is part of its row."""
+
+
+def read(patterns: Sequence[str]) -> tuple[pd.DataFrame, list[str]]:
+    """The effects on right answers in all tables under the project's folder that have the columns.
+
+    Returns:
+        Rows with the columns `CELL`, `group`, `value`, `low`, `high`, `n`, `df` (of Student's intervals), `run` and
+        `source` (chapter or "route"). Of a model that several runs measured, first its own run, then the default run,
+        then the others by name; within a run first what has most pictures. And the tables that lack columns.
+
+    Raises:
+        ValueError: there is no table.
+    """
+    found, left_out = [], []
+    for file in sorted({file for pattern in patterns for file in paths.ROOT.glob(pattern)}):
+        _, run, source = file.relative_to(paths.ROOT).parts[:3]
+        rows = _tidied(pd.read_csv(file))
+        if {*CELL, "group", "measure", "value", "low", "high", "n"} <= set(rows):
+            found.append(rows[rows.measure == "right"].assign(run=run, source=source))
+        else:
+            left_out.append(f"{run}/{source}/{file.name}")
+    if not found:
+        raise ValueError(f"no table of effects is there ({', '.join(patterns)}): 'sinkstudy run --only 10' makes one")
+    rows = pd.concat(found, ignore_index=True).fillna({"group": "", "way": ""})
+    own, default = rows.run == rows.model.map(paths.slug), rows.run == paths.DEFAULT_MODEL
+    rows = rows.assign(df=rows.get("df", np.nan), rank=-2.0 * own - default, fewer=-rows.n)
+    return rows.sort_values(["rank", "run", "source", "fewer"], kind="stable", ignore_index=True), left_out
+
+
+def _tidied(rows: pd.DataFrame) -> pd.DataFrame:
+    """A table in the columns of the chapters; `sinkstudy route` writes before, after and difference."""
+    if "what" in rows:
+        rows = rows[rows.what == "difference"].rename(columns={"pictures": "n"})
+        given = zip(rows.option, rows.option_value, strict=True)
+        rows = rows.assign(way=[f"{option} {value:g}" if pd.notna(option) else "" for option, value in given])
+    if "data" in rows:
+        rows = rows.assign(benchmark=rows.benchmark + np.where(rows.data == "public", " (public)", ""))
+    return rows
+
+
+def cells(effects: pd.DataFrame) -> pd.DataFrame:
+    """Every combination of a method, a model and a benchmark, run or not; of what several runs have, the first.
+
+    Args:
+        effects: of `read`.
+
+    Returns:
+        `CELL`, the other columns of `effects`, `state` (of `STATES`, by the 95 % interval), and `p` and `p_holm`, that
+        the effect is not 0, as in the ledger (`claims.p_value`), corrected over all cells.
+    """
+    chosen = effects[effects.benchmark != MEAN].drop_duplicates(CELL)
+    methods = list(dict.fromkeys(zip(chosen.method, chosen.way, strict=True)))
+    every = [(model, *what, benchmark) for what in methods for model in chosen.model.unique()
+             for benchmark in chosen.benchmark.unique()]
+    columns = [*CELL, "group", "value", "low", "high", "n", "df", "run", "source"]
+    of = pd.DataFrame(every, columns=CELL).merge(chosen[columns], how="left", on=CELL)
+    same = (of.low == 0) & (of.high == 0)
+    sides = [of.run.isna(), of.value.isna(), of.low > 0, of.high < 0, same]
+    of["state"] = np.select(sides, ["not run", "not applicable", "better", "worse", "no change"], "not clear")
+    of["p"] = [claims.p_value(r.value, *claims.widen(r.low, r.high, r.n, "points"), {"above": 0}, r.df)
+               for r in of.itertuples()]
+    return of.assign(p_holm=stats.holm(of.p))
+
+
+def by_model(of: pd.DataFrame) -> pd.DataFrame:
+    """How many cells of each model came out how.
+
+    Args:
+        of: of `cells`.
+
+    Returns:
+        A row a model: `model`, `tokens` (those that methods act on), a column for each of `STATES`, and "better, Holm"
+        and "worse, Holm", the number that is so after correction.
+    """
+    counts = pd.crosstab(of.model, of.state).reindex(index=of.model.unique(), columns=STATES, fill_value=0)
+    for at, state in ((1, "better"), (3, "worse")):
+        counts.insert(at, f"{state}, Holm", sure(of, state).groupby(of.model).sum())
+    tokens = of.dropna(subset="group").groupby("model").group
+    counts.insert(0, "tokens", tokens.agg(lambda group: ", ".join(filter(None, dict.fromkeys(group))) or "–"))
+    return counts.rename_axis(columns=None).reset_index()
+
+
+def sure(of: pd.DataFrame, state: str) -> pd.Series:
+    """Which cells are better, or worse, after correction too: bool."""
+    return (of.state == state) & (of.p_holm <= claims.LEVEL)
+
+
+def compared(effects: pd.DataFrame) -> pd.DataFrame:
+    """The methods of `COMPARED` beside their controls: the mean over benchmarks where there is one, else each.
+
+    Args:
+        effects: of `read`.
+
+    Returns:
+        Estimates with `model`, `label`, `which` ("itself" or "random"), `group` and `benchmark`.
+    """
+    names = [(label, which, *what) for label, of in COMPARED.items()
+             for which, what in zip(("itself", "random"), of, strict=True) if what]
+    names = pd.DataFrame(names, columns=["label", "which", "method", "way"])
+    rows = names.merge(effects.drop_duplicates(CELL).dropna(subset="value"), on=["method", "way"])
+    means = rows.benchmark == MEAN
+    return rows[means] if means.any() else rows
+
+
+def named(of: pd.DataFrame) -> str:
+    """Which methods, in which models: "front (travel) in a and b; gates in c"."""
+    parts = [f"{method}{f' ({way})' if way else ''} in {listed(rows.model)}"
+             for (method, way), rows in of.groupby(["method", "way"], sort=False)]
+    return "; ".join(parts) or "none"
+
+
+def everywhere(of: pd.DataFrame) -> str:
+    """The methods that cost something, on some benchmark, in each of the several models that they were run in."""
+    ran = of[~of.state.isin(["not run", "not applicable"])]
+    lost = ran.assign(lost=ran.state == "worse").groupby(["method", "way", "model"], sort=False).lost.any()
+    lost = lost.groupby(["method", "way"], sort=False).agg(["size", "all"])
+    lost = lost.index[(lost["size"] > 1) & lost["all"]]
+    return listed(f"{method}{f' ({way})' if way else ''}" for method, way in lost)
+
+
+def listed(items: Iterable[str]) -> str:
+    """Different items as "a, b and c"; "none" for none."""
+    items = list(dict.fromkeys(items))
+    return ", ".join(items[:-1]) + " and " + items[-1] if len(items) > 1 else "".join(items) or "none"
