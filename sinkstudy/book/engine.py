@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -271,6 +272,8 @@ def _execute(notebook: str, run: str, given: dict[str, Any], failed: Path) -> No
         noted["results_sha256"] = files_sha256(files(RESULTS / run / notebook))
         noted["started"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started))
         noted["seconds"] = round(time.time() - started, 1)
+        largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # the kernel's: KiB, on macOS bytes
+        noted["memory_mb"] = largest // (1 << 20 if sys.platform == "darwin" else 1 << 10)
         noted["revision"] = hub_commit(values.get("model", ""), values.get("revision")) or ""
         page = tidy(nbformat.read(copy, as_version=4))
         page.metadata["sinkstudy"] = noted
