@@ -24,7 +24,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib import metadata
@@ -36,7 +36,7 @@ from filelock import FileLock, Timeout
 
 from sinkstudy import digests
 from sinkstudy.book import parameters
-from sinkstudy.book.parameters import UserError, check_model, defaults, files
+from sinkstudy.book.parameters import UserError, cells, check_model, defaults, files
 from sinkstudy.paths import (
     BOOK,
     DATA,
@@ -75,21 +75,38 @@ def notebooks(only: Iterable[str] = ()) -> list[str]:
 
 def fingerprint(notebook: str, given: dict[str, Any]) -> dict[str, str]:
     """SHA-256 of all that the outputs of `notebook` follow from where `given` differs from its defaults, by kind."""
-    values = defaults(notebook) | given
-    text = [[cell["cell_type"], _text(cell), cell["metadata"].get("tags", [])] for cell in _cells(notebook)]
-    models, data = parameters.depends_on(notebook, values)
-    return {
-        "source_sha256": _sha256(json.dumps(text)),
-        "params_sha256": _sha256(json.dumps(values, sort_keys=True)),
-        "package_sha256": files_sha256(modules(notebook)),
-        "model_sha256": files_sha256(models),
-        "data_sha256": files_sha256(data),
-    }
+    return {kind: of(notebook, given) for kind, of in KINDS.items()}
+
+
+@cache
+def _source(notebook: str) -> str:
+    text = [[cell["cell_type"], _text(cell), cell["metadata"].get("tags", [])] for cell in cells(notebook)]
+    return _sha256(json.dumps(text))
+
+
+@cache
+def _package(notebook: str) -> str:
+    return files_sha256(modules(notebook))
+
+
+# A process reads notebooks, modules, models and data once, however many runs it plans; results may change meanwhile.
+KINDS: dict[str, Callable[[str, dict[str, Any]], str]] = {
+    "source_sha256": lambda notebook, given: _source(notebook),
+    "params_sha256": lambda notebook, given: _sha256(json.dumps(defaults(notebook) | given, sort_keys=True)),
+    "package_sha256": lambda notebook, given: _package(notebook),
+    "model_sha256": lambda notebook, given: _combined(
+        map(_line_once, parameters.model_files(notebook, defaults(notebook) | given))
+    ),
+    "data_sha256": lambda notebook, given: _combined(
+        _line(path) if path.is_relative_to(RESULTS) else _line_once(path)
+        for path in parameters.data_files(notebook, defaults(notebook) | given)
+    ),
+}
 
 
 def modules(notebook: str) -> list[Path]:
     """The files of `sinkstudy` that a notebook imports, directly or through one another (static, by syntax tree)."""
-    code = "\n".join(_text(cell) for cell in _cells(notebook) if cell["cell_type"] == "code")
+    code = "\n".join(_text(cell) for cell in cells(notebook) if cell["cell_type"] == "code")
     return _imported(re.sub(r"(?m)^\s*[%!].*$", "", code))
 
 
@@ -130,20 +147,26 @@ def read_by(notebook: str, run: str, given: dict[str, Any]) -> list[str]:
 
 def files_sha256(paths: Iterable[Path]) -> str:
     """SHA-256 over the names and contents of files; the same wherever the project lies."""
-    digest = hashlib.sha256()
-    for path in sorted(set(paths)):
-        digest.update(os.path.relpath(path, ROOT).encode("utf-8", "surrogateescape") + b"\0")
-        digest.update(bytes.fromhex(digests.sha256(path)))
+    return _combined(map(_line, paths))
+
+
+def _combined(lines: Iterable[bytes]) -> str:
+    digest = _sha256(b"".join(sorted(set(lines))))
     digests.remember()
-    return digest.hexdigest()
+    return digest
 
 
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def _line(path: Path) -> bytes:
+    """A file's name, from the project's root, and the digest of its content."""
+    name = os.path.relpath(path, ROOT).encode("utf-8", "surrogateescape")
+    return name + b"\0" + bytes.fromhex(digests.sha256(path))
 
 
-def _cells(notebook: str) -> list[dict]:
-    return json.loads((NOTEBOOKS / f"{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
+_line_once = cache(_line)
+
+
+def _sha256(text: str | bytes) -> str:
+    return hashlib.sha256(text.encode() if isinstance(text, str) else text).hexdigest()
 
 
 def _text(cell: dict) -> str:

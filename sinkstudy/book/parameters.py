@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -159,14 +160,15 @@ def _told(error: Mapping[str, Any], default: Any) -> str:
     return f"does not fit: {error['msg']} ({shown})"
 
 
-def declarations(notebook: str) -> dict[str, Declared]:
+@cache
+def declarations(notebook: str) -> Mapping[str, Declared]:
     """The parameters of a notebook, from its cell tagged `parameters`; nothing of it is run.
 
     Raises:
         UserError: a parameter without a type of this module, or whose default is no plain value.
     """
     found = {}
-    for cell in _cells(notebook):
+    for cell in cells(notebook):
         if "parameters" not in cell["metadata"].get("tags", []):
             continue
         for node in ast.parse("".join(cell["source"])).body:
@@ -187,7 +189,9 @@ def declarations(notebook: str) -> dict[str, Declared]:
     return found
 
 
-def _cells(notebook: str) -> list[dict]:
+@cache
+def cells(notebook: str) -> list[dict]:
+    """The cells of a source notebook, which a process reads once."""
     return json.loads((NOTEBOOKS / f"{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
 
 
@@ -219,7 +223,7 @@ def fitted(wanted: list[str], model: str, parameters: dict[str, Any]) -> dict[st
     }
 
 
-def fitted_to(declared: dict[str, Declared], given: dict[str, Any], notebook: str = "") -> dict[str, Any]:
+def fitted_to(declared: Mapping[str, Declared], given: dict[str, Any], notebook: str = "") -> dict[str, Any]:
     """What is given of declared parameters, of a notebook or a command, as these take it.
 
     Raises:
@@ -255,7 +259,7 @@ def _line(key: str, problem: str, notebook: str = "") -> str:
     return f"parameter '{key}'{where}{':' if problem.startswith('there is') else ''} {problem}"
 
 
-def _together(values: dict[str, Any], of: dict[str, Declared]) -> None:
+def _together(values: dict[str, Any], of: Mapping[str, Declared]) -> None:
     """What has to hold between parameters. Raises ValueError."""
     if values.get("criterion") == "percentile" and not values["threshold"] < 100:
         raise ValueError(f"the threshold of percentile is below 100, and {values['threshold']:g} is not")
@@ -292,23 +296,37 @@ def check(namespace: dict[str, Any]) -> None:
 # ---- files that values name
 
 
-def depends_on(notebook: str, values: dict[str, Any]) -> tuple[list[Path], list[Path]]:
-    """Files of models, and other files of this machine, that parameter values name."""
-    models: list[Path] = []
+def model_files(notebook: str, values: dict[str, Any]) -> list[Path]:
+    """Files of models of this machine that parameter values name."""
+    named = (values[name] for name, declared in declarations(notebook).items() if declared.names == "model")
+    return [path for value in named for text in _texts(value) for path in _of_model(text)]
+
+
+@cache
+def _of_model(text: str) -> list[Path]:
+    folder = MODELS / text if text in lab_models() else Path(text)
+    if not (folder / "config.json").is_file():
+        return []
+    return [path for path in files(folder) if path.name != "README.md"]  # but the model card
+
+
+@cache
+def _of_folder(text: str) -> list[Path]:
+    return files(place(text))
+
+
+def data_files(notebook: str, values: dict[str, Any]) -> list[Path]:
+    """Other files of this machine that parameter values name."""
     data: list[Path] = []
     for name, declared in declarations(notebook).items():
         for text in _texts(values[name]):
-            if declared.names == "model":
-                folder = MODELS / text if text in lab_models() else Path(text)
-                if (folder / "config.json").is_file():
-                    models += [path for path in files(folder) if path.name != "README.md"]  # but the model card
-            elif declared.names == "files" and text:
-                data += files(place(text))
+            if declared.names == "files" and text:
+                data += _of_folder(text)
             elif declared.names == "pictures" and text:
                 data += [file.path for file in pictures.folder(place(text), _shown(values))[0]]
             elif declared.names == "results":
                 data += [file for path in ROOT.glob(text) for file in files(path)]
-    return models, data
+    return data
 
 
 def reads(notebook: str, run: str, values: dict[str, Any], others: list[str]) -> list[str]:
