@@ -38,6 +38,10 @@ def digest(kind):
     return lambda w: f"{kind} {engine.KINDS[kind](w.notebook, given(w))}"
 
 
+def asked(what):
+    return lambda w: engine.asks(w.notebook, given(w), config.get("memory_mb", {}).get(given(w).get("model"), 0))[what]
+
+
 if workflow.is_main_process:  # not in a job of its own, on a cluster
     for run, notebooks in PLAN.items():
         for notebook in notebooks:
@@ -80,6 +84,8 @@ rule notebook:
         model=digest("model_sha256"),
         data=digest("data_sha256"),
     resources:
-        gpu=lambda w: int(given(w).get("device", "cpu") != "cpu"),
+        mem_mb=asked("mem_mb"),
+        runtime=asked("runtime"),
+        gpu=asked("gpu"),
     shell:
         "exec {sys.executable:q} -m sinkstudy.book.engine {wildcards.run} {wildcards.notebook} {params.parameters:q}"

@@ -24,7 +24,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib import metadata
@@ -36,7 +36,7 @@ from filelock import FileLock, Timeout
 
 from sinkstudy import digests
 from sinkstudy.book import parameters
-from sinkstudy.book.parameters import UserError, cells, check_model, defaults, files
+from sinkstudy.book.parameters import UserError, cells, check_model, defaults, files, source
 from sinkstudy.paths import (
     BOOK,
     DATA,
@@ -89,7 +89,7 @@ def _package(notebook: str) -> str:
     return files_sha256(modules(notebook))
 
 
-# A process reads notebooks, modules, models and data once, however many runs it plans; results may change meanwhile.
+# A process reads notebooks, modules and models once, however many runs it plans; data and results may change meanwhile.
 KINDS: dict[str, Callable[[str, dict[str, Any]], str]] = {
     "source_sha256": lambda notebook, given: _source(notebook),
     "params_sha256": lambda notebook, given: _sha256(json.dumps(defaults(notebook) | given, sort_keys=True)),
@@ -97,10 +97,7 @@ KINDS: dict[str, Callable[[str, dict[str, Any]], str]] = {
     "model_sha256": lambda notebook, given: _combined(
         map(_line_once, parameters.model_files(notebook, defaults(notebook) | given))
     ),
-    "data_sha256": lambda notebook, given: _combined(
-        _line(path) if path.is_relative_to(RESULTS) else _line_once(path)
-        for path in parameters.data_files(notebook, defaults(notebook) | given)
-    ),
+    "data_sha256": lambda notebook, given: files_sha256(parameters.data_files(notebook, defaults(notebook) | given)),
 }
 
 
@@ -171,6 +168,22 @@ def _sha256(text: str | bytes) -> str:
 
 def _text(cell: dict) -> str:
     return "".join(cell["source"])
+
+
+def asks(notebook: str, given: dict[str, Any], model_mb: int = 0) -> dict[str, int]:
+    """What the execution of a notebook asks of a cluster: memory in MB, minutes, and GPUs.
+
+    From what its last stored execution took, on two shared CPU cores and the lab models: half as much memory again, and
+    room for the job's own processes; five times the time. A model that is not the lab's gets `model_mb` more, of
+    `check_memory`, and a day. `--set-resources notebook:runtime=600` says otherwise.
+    """
+    took = source(notebook)["metadata"].get("sinkstudy", {})
+    lab = (defaults(notebook) | given).get("model", DEFAULT_MODEL) in lab_models()
+    return {
+        "mem_mb": 1000 + int(1.5 * took.get("memory_mb", 1000)) + model_mb,
+        "runtime": 10 + int(5 * took.get("seconds", 600) / 60) if lab else 24 * 60,
+        "gpu": int(given.get("device", "cpu") != "cpu"),
+    }
 
 
 # ---- executed notebooks
@@ -415,45 +428,56 @@ def _alone(name: str) -> Iterator[Path]:
 
 
 def run(
-    model: str = DEFAULT_MODEL,
+    models: Sequence[str] = (DEFAULT_MODEL,),
     *,
     only: Iterable[str] = (),
     given: dict[str, Any] | None = None,
     name: str | None = None,
-    jobs: int = 1,
-) -> str:
-    """Bring the notebooks of a run up to date and return the run's name.
+    jobs: int | None = None,
+    profile: Path | None = None,
+) -> list[str]:
+    """Bring the notebooks of a run for each model up to date and return the runs' names.
 
     Args:
-        model: a lab model, a local folder with config.json, or a hub id `owner/name`.
+        models: lab models, local folders with config.json, or hub ids `owner/name`.
         only: beginnings of notebook names; all notebooks without it.
         given: values for the notebooks' parameters, besides `model`.
-        name: the run's name; by default the slug of the model's.
-        jobs: notebooks executed at the same time.
+        name: the name of the run, of one model; by default the slug of the model's.
+        jobs: notebooks executed at the same time; 1 without it, or what the profile says.
+        profile: folder of a Snakemake profile that has the notebooks executed elsewhere, on a cluster say. Neither
+            device nor memory of this machine count then; the memory that a model needs becomes part of the request.
 
     Raises UserError, before any kernel starts, for parameters that no notebook has or that do not fit, and for a
     model that cannot be read or does not fit into memory; and after the run if a notebook failed.
     """
-    wanted = notebooks(only)
+    wanted, given = notebooks(only), dict(given or {})
     if not wanted:
         raise UserError("there are no notebooks")
-    plan = {
-        notebook: {key: value for key, value in values.items() if value != defaults(notebook)[key]}
-        for notebook, values in parameters.fitted(wanted, model, given or {}).items()
-    }
-    run_name = name or slug(check_model(model))
-    try:
-        check_name(run_name)
-    except ValueError as problem:
-        raise UserError(str(problem)) from None
-    for folder in (WORK, RUNS / run_name, RESULTS / run_name):
-        _writable(folder)
-        sweep(folder)
-    claim(run_name, check_model(model))
-    outdated = [nb for nb in wanted if not is_fresh(run_name, nb, plan[nb])]
-    check_memory({nb: defaults(nb) | plan[nb] for nb in outdated})
-    _snakemake(run_name, plan, jobs)
-    return run_name
+    if name and len(models) > 1:
+        raise UserError(f"--name is for the run of one model, and there are {len(models)}")
+    there = {"device": given.pop("device")} if profile and "device" in given else {}  # not for this machine to judge
+    plans: dict[str, dict[str, dict]] = {}
+    outdated = []
+    for model in models:
+        run_name = name or slug(check_model(model))
+        if run_name in plans:
+            raise UserError(f"two of the models have runs of the same name, {run_name}")
+        plan = plans[run_name] = {
+            notebook: {key: value for key, value in (values | there).items() if value != defaults(notebook)[key]}
+            for notebook, values in parameters.fitted(wanted, model, given).items()
+        }
+        try:
+            check_name(run_name)
+        except ValueError as problem:
+            raise UserError(str(problem)) from None
+        for folder in (WORK, RUNS / run_name, RESULTS / run_name):
+            _writable(folder)
+            sweep(folder)
+        claim(run_name, check_model(model))
+        outdated += [(nb, defaults(nb) | plan[nb]) for nb in wanted if not is_fresh(run_name, nb, plan[nb])]
+    needed = check_memory(outdated, elsewhere=bool(profile))
+    _snakemake({"runs": plans, "memory_mb": needed}, jobs, profile)
+    return list(plans)
 
 
 def _writable(folder: Path) -> None:
@@ -467,12 +491,18 @@ def _writable(folder: Path) -> None:
         raise UserError(f"{free / 1e6:.0f} MB are free on the disk of {folder}, and {LEAST_FREE / 1e6:.0f} are needed")
 
 
-def _snakemake(run_name: str, plan: dict[str, dict], jobs: int) -> None:
-    """Have Snakemake bring a run up to date, in processes that end when this one does. Raises if one fails."""
-    given = WORK / f"{run_name}.plan.json"
+def _snakemake(plan: dict[str, dict], jobs: int | None, profile: Path | None) -> None:
+    """Have Snakemake bring runs up to date, in processes that end when this one does. Raises if one fails."""
+    names = list(plan["runs"])
+    called = names[0] if len(names) == 1 else f"{len(names)}-runs-{digests.of_values(names)[:12]}"
+    given = WORK / f"{called}.plan.json"
     with atomic(given) as target:
-        target.write_text(json.dumps({"run": run_name, "notebooks": plan}, indent=1), encoding="utf-8")
-    command = [sys.executable, "-m", "snakemake", "--configfile", given, "--cores", jobs, "--quiet", "all"]
+        target.write_text(json.dumps(plan, indent=1), encoding="utf-8")
+    command = [sys.executable, "-m", "snakemake", "--configfile", given, "--quiet", "all"]
+    if profile:
+        command += ["--workflow-profile", profile, *(["--jobs", jobs] if jobs else [])]
+    else:
+        command += ["--cores", jobs or 1]
     # a line is written at once, so that it is read at once
     environment = os.environ | {"SINKSTUDY_ENGINE": str(os.getpid()), "PYTHONUTF8": "1", "PYTHONUNBUFFERED": ""}
     told = False
@@ -490,7 +520,7 @@ def _snakemake(run_name: str, plan: dict[str, dict], jobs: int) -> None:
     if process.returncode and told:
         sys.exit(1)
     if process.returncode:
-        raise UserError(f"the run {run_name} did not end well: see the last file in {ROOT / '.snakemake' / 'log'}")
+        raise UserError(f"the run {called} did not end well: see the last file in {ROOT / '.snakemake' / 'log'}")
 
 
 def _end_children(patience: float = 3) -> None:
@@ -532,31 +562,36 @@ def claim(run: str, model: str) -> None:
         raise UserError(f"the run {run} holds results of {of}: give those of {model} another name (--name)")
 
 
-def check_memory(values: dict[str, dict[str, Any]]) -> None:
+def check_memory(asked: Sequence[tuple[str, dict[str, Any]]], *, elsewhere: bool = False) -> dict[str, int]:
     """Raise UserError unless the models that notebooks, or a command (""), load can be read and fit.
 
     Args:
-        values: parameters, by notebook.
+        asked: notebooks and their parameters.
+        elsewhere: they are loaded on another machine: nothing is said about this one.
 
     Lab models fit anywhere, and take their own pictures. The work is done in a process of its own, which gives back
     what torch takes of memory, on a GPU too, before a kernel needs it.
+
+    Returns:
+        What each model needs, in MB, by the estimate of `memory.need`; of the lab's nothing.
     """
     loader = ROOT / "sinkstudy" / "model" / "loading.py"
-    asked = ("images_dir", "data_dir", "hub")  # pictures that are not the lab's
-    keys = ("model", "device", "dtype", "revision", "batch_size", "benchmarks", "benchmark", "limit", "fit", *asked)
+    pictures = ("images_dir", "data_dir", "hub")  # that are not the lab's
+    keys = ("model", "device", "dtype", "revision", "batch_size", "benchmarks", "benchmark", "limit", "fit", *pictures)
     settings = {
         json.dumps({key: of[key] for key in keys if key in of})
-        for notebook, of in values.items()
+        for notebook, of in asked
         if (not notebook or loader in modules(notebook))
-        and (of.get("model") not in lab_models() or any(map(of.get, asked)))
+        and (of.get("model") not in lab_models() or any(map(of.get, pictures)))
     }
     if not settings:
-        return
-    command = [sys.executable, "-m", "sinkstudy.book.memory", *sorted(settings)]
+        return {}
+    command = [sys.executable, "-m", "sinkstudy.book.memory", *(["--elsewhere"] if elsewhere else []), *sorted(settings)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    ended = subprocess.run(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, check=False)
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if ended.returncode:
         raise UserError(ended.stderr.strip().splitlines()[-1])
+    return json.loads(ended.stdout.splitlines()[-1])
 
 
 def update_notebooks(only: Iterable[str] = ()) -> None:
@@ -564,13 +599,14 @@ def update_notebooks(only: Iterable[str] = ()) -> None:
     import nbformat
 
     for name in notebooks(only):
-        source = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+        stored = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
         page = nbformat.read(RUNS / DEFAULT_MODEL / f"{name}.ipynb", as_version=4)
-        for cell, done in zip(source.cells, page.cells, strict=True):
+        for cell, done in zip(stored.cells, page.cells, strict=True):
             if cell.cell_type == "code":
                 cell.outputs, cell.execution_count = done.outputs, done.execution_count
+        stored.metadata["sinkstudy"] = {key: page.metadata["sinkstudy"][key] for key in ("seconds", "memory_mb")}
         with atomic(NOTEBOOKS / f"{name}.ipynb") as target:
-            nbformat.write(tidy(source), target)
+            nbformat.write(tidy(stored), target)
 
 
 # ---- the book

@@ -190,9 +190,13 @@ def declarations(notebook: str) -> Mapping[str, Declared]:
 
 
 @cache
+def source(notebook: str) -> dict[str, Any]:
+    """A source notebook, which a process reads once."""
+    return json.loads((NOTEBOOKS / f"{notebook}.ipynb").read_text(encoding="utf-8"))
+
+
 def cells(notebook: str) -> list[dict]:
-    """The cells of a source notebook, which a process reads once."""
-    return json.loads((NOTEBOOKS / f"{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
+    return source(notebook)["cells"]
 
 
 def defaults(notebook: str) -> dict[str, Any]:
@@ -310,18 +314,13 @@ def _of_model(text: str) -> list[Path]:
     return [path for path in files(folder) if path.name != "README.md"]  # but the model card
 
 
-@cache
-def _of_folder(text: str) -> list[Path]:
-    return files(place(text))
-
-
 def data_files(notebook: str, values: dict[str, Any]) -> list[Path]:
     """Other files of this machine that parameter values name."""
     data: list[Path] = []
     for name, declared in declarations(notebook).items():
         for text in _texts(values[name]):
             if declared.names == "files" and text:
-                data += _of_folder(text)
+                data += files(place(text))
             elif declared.names == "pictures" and text:
                 data += [file.path for file in pictures.folder(place(text), _shown(values))[0]]
             elif declared.names == "results":
