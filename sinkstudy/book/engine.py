@@ -89,7 +89,7 @@ def _package(notebook: str) -> str:
     return files_sha256(modules(notebook))
 
 
-# A process reads notebooks, modules and models once, however many runs it plans; data and results may change meanwhile.
+# A process reads notebooks, modules, models and data once, however many runs it plans; results may change meanwhile.
 KINDS: dict[str, Callable[[str, dict[str, Any]], str]] = {
     "source_sha256": lambda notebook, given: _source(notebook),
     "params_sha256": lambda notebook, given: _sha256(json.dumps(defaults(notebook) | given, sort_keys=True)),
@@ -97,7 +97,10 @@ KINDS: dict[str, Callable[[str, dict[str, Any]], str]] = {
     "model_sha256": lambda notebook, given: _combined(
         map(_line_once, parameters.model_files(notebook, defaults(notebook) | given))
     ),
-    "data_sha256": lambda notebook, given: files_sha256(parameters.data_files(notebook, defaults(notebook) | given)),
+    "data_sha256": lambda notebook, given: _combined(
+        _line(path) if RESULTS in path.parents else _line_once(path)
+        for path in parameters.data_files(notebook, defaults(notebook) | given)
+    ),
 }
 
 
@@ -498,11 +501,11 @@ def _snakemake(plan: dict[str, dict], jobs: int | None, profile: Path | None) ->
     given = WORK / f"{called}.plan.json"
     with atomic(given) as target:
         target.write_text(json.dumps(plan, indent=1), encoding="utf-8")
-    command = [sys.executable, "-m", "snakemake", "--configfile", given, "--quiet", "all"]
-    if profile:
-        command += ["--workflow-profile", profile, *(["--jobs", jobs] if jobs else [])]
+    command = [sys.executable, "-m", "snakemake", "--configfile", given]
+    if profile:  # Snakemake tells of a job that failed, and where its log is: what it said is not heard here
+        command += ["--workflow-profile", profile, *(["--jobs", jobs] if jobs else []), "--quiet", "rules", "progress"]
     else:
-        command += ["--cores", jobs or 1]
+        command += ["--cores", jobs or 1, "--quiet", "all"]
     # a line is written at once, so that it is read at once
     environment = os.environ | {"SINKSTUDY_ENGINE": str(os.getpid()), "PYTHONUTF8": "1", "PYTHONUNBUFFERED": ""}
     told = False
@@ -586,7 +589,7 @@ def check_memory(asked: Sequence[tuple[str, dict[str, Any]]], *, elsewhere: bool
     }
     if not settings:
         return {}
-    command = [sys.executable, "-m", "sinkstudy.book.memory", *(["--elsewhere"] if elsewhere else []), *sorted(settings)]
+    command = [sys.executable, "-m", "sinkstudy.book.memory", *["--elsewhere"] * elsewhere, *sorted(settings)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if ended.returncode:
