@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import BatchFeature, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
@@ -217,8 +217,8 @@ def trace(
     if len(images) == 0 or len(images) != len(questions):
         raise ValueError(f"one question per image: got {len(images)} images and {len(questions)} questions")
     parts = [
-        _trace_batch(lvlm, images[i : i + batch_size], questions[i : i + batch_size], max_new_tokens, i)
-        for i in range(0, len(images), batch_size)
+        _trace_batch(lvlm, inputs, max_new_tokens, of.start)
+        for of, inputs in lvlm.batches(images, questions, batch_size)
     ]
     _same_sizes([layout for part in parts for layout in part.layouts])
     return Trace(**{field.name: _joined([getattr(part, field.name) for part in parts]) for field in fields(Trace)})
@@ -239,9 +239,7 @@ def trace_tower(lvlm: LVLM, images: Sequence[Any], batch_size: int = 16) -> tupl
     if len(images) == 0:
         raise ValueError("there are no images to trace")
     norms, received, layouts = [], [], []
-    for start in range(0, len(images), batch_size):
-        batch = images[start : start + batch_size]
-        inputs = lvlm.inputs(batch, [""] * len(batch))
+    for of, inputs in lvlm.batches(images, batch_size=batch_size):
         of_batch = lvlm.layout(inputs)
         layouts += of_batch
         _same_sizes(layouts)
@@ -251,7 +249,7 @@ def trace_tower(lvlm: LVLM, images: Sequence[Any], batch_size: int = 16) -> tupl
         ):
             lvlm.see(inputs)
         norms.append(_of_patches(norms_of, of_batch))
-        check_finite(lvlm, norms[-1], start, "tower")
+        check_finite(lvlm, norms[-1], of.start, "tower")
         received.append(_of_patches(received_by, of_batch))
     return torch.cat(norms), torch.cat(received)
 
@@ -281,10 +279,7 @@ def _of_patches(results: dict[int, list], layouts: list[ImageLayout]) -> torch.T
     return torch.stack(found, dim=1)
 
 
-def _trace_batch(
-    lvlm: LVLM, images: Sequence[Any], questions: Sequence[str], max_new_tokens: int, first: int
-) -> Trace:
-    inputs = lvlm.inputs(images, questions)
+def _trace_batch(lvlm: LVLM, inputs: BatchFeature, max_new_tokens: int, first: int) -> Trace:
     layouts = lvlm.layout(inputs)
     _same_sizes(layouts)
     visual = torch.stack([layout.visual for layout in layouts]).to(lvlm.device)  # [batch, visual tokens]
