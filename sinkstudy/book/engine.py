@@ -177,14 +177,14 @@ def asks(notebook: str, given: dict[str, Any], model_mb: int = 0) -> dict[str, i
     """What the execution of a notebook asks of a cluster: memory in MB, minutes, and GPUs.
 
     From what its last stored execution took (`update_notebooks`), on two shared CPU cores and the lab models: half as
-    much memory again, and room for the job's own processes; five times the time. A model that is not the lab's gets
-    `model_mb` more, of `check_memory`, and a day. `--set-resources notebook:runtime=600` says otherwise.
+    much memory again, and room for the job's own processes; five times the time, and half an hour. A model that is not
+    the lab's gets `model_mb` more, of `check_memory`, and a day. `--set-resources notebook:runtime=600` says otherwise.
     """
     took = source(notebook)["metadata"].get("sinkstudy", {})
     lab = (defaults(notebook) | given).get("model", DEFAULT_MODEL) in lab_models()
     return {
         "mem_mb": 1000 + int(1.5 * took.get("memory_mb", 1200)) + model_mb,  # 1200: two at a time took 2.4 GB
-        "runtime": 10 + int(5 * took.get("seconds", 600) / 60) if lab else 24 * 60,
+        "runtime": 30 + int(5 * took.get("seconds", 300) / 60) if lab else 24 * 60,
         "gpu": int(given.get("device", "cpu") != "cpu"),
     }
 

@@ -75,7 +75,7 @@ def test_on_slurm(project: Project):
     own = [line for line in jobs.splitlines() if f"WorkDir={project.root} " in line]
     second = next(line for line in own if "02-second" in line)
     assert len(own) == 2 and "JobState=COMPLETED" in second
-    assert "TRES=cpu=1,mem=1600M" in second and "TimeLimit=00:20:00" in second
+    assert "TRES=cpu=1,mem=1600M" in second and "TimeLimit=00:40:00" in second
 
     project.notebook("01-first", FIRST)
     assert project.executed("--profile", "profiles/slurm") == ["01-first"]
