@@ -1,8 +1,9 @@
 # One rule: source notebook -> executed notebook in book/runs/<run>/ and its tables in results/<run>/.
 #
 # `snakemake --cores 2` brings the default run up to date, `snakemake -n` says what is out of date and why.
-# `sinkstudy run` checks what it is given and calls the same with a plan, which it leaves in
-# book/runs/.work/<run>.plan.json; Snakemake takes it by itself with --configfile, on a cluster with `--executor slurm`.
+# `sinkstudy run` checks what it is given and calls the same with a plan, which it leaves in book/runs/.work; Snakemake
+# takes it by itself with --configfile: {"runs": {run: {notebook: parameters}}}. On a cluster: --workflow-profile
+# profiles/slurm, see book/cluster.md.
 #
 # A notebook is out of date if its params are others than when it was executed: digests of its text, of the modules
 # that it imports, and of the model, data and result files that its parameters name. Times of files play no part.
@@ -24,54 +25,67 @@ from filelock import FileLock, Timeout
 
 from sinkstudy.book import engine
 
-RUN = config.get("run", engine.DEFAULT_MODEL)
-PLAN = config.get("notebooks") or {name: {} for name in engine.notebooks()}
-STAMP = f".snakemake/executed/{RUN}/{{notebook}}"
-ALONE = FileLock(engine.WORK / f"{RUN}.plan.lock")
+PLAN = config.get("runs") or {engine.DEFAULT_MODEL: {name: {} for name in engine.notebooks()}}
+STAMP = ".snakemake/executed/{run}/{notebook}"
+ALONE = {run: FileLock(engine.WORK / f"{run}.plan.lock") for run in PLAN}
+
+
+def given(w):
+    return PLAN[w.run][w.notebook]
 
 
 def digest(kind):
-    return lambda w: f"{kind} {engine.fingerprint(w.notebook, PLAN[w.notebook])[kind]}"
+    return lambda w: f"{kind} {engine.KINDS[kind](w.notebook, given(w))}"
 
 
-for notebook in PLAN:
-    if not engine.is_whole(RUN, notebook):
-        (engine.ROOT / STAMP.format(notebook=notebook)).unlink(missing_ok=True)
+def asked(what):
+    return lambda w: engine.asks(w.notebook, given(w), config.get("memory_mb", {}).get(given(w).get("model"), 0))[what]
+
+
+if workflow.is_main_process:  # not in a job of its own, on a cluster
+    for run, notebooks in PLAN.items():
+        for notebook in notebooks:
+            stamp = engine.ROOT / STAMP.format(run=run, notebook=notebook)
+            if stamp.exists() and not engine.is_whole(run, notebook):
+                stamp.unlink(missing_ok=True)
 
 if started_by := os.environ.pop("SINKSTUDY_ENGINE", ""):
     engine.end_with(int(started_by))
 
 
 onstart:
-    try:
-        ALONE.acquire(timeout=5)  # what a killed command has started takes two seconds to end
-    except Timeout:
-        busy = f"another process executes the run {RUN}: wait for it, or give this one another name (--name)"
-        sys.exit(f"sinkstudy: {busy}")
+    for run, lock in ALONE.items():
+        try:
+            lock.acquire(timeout=5)  # what a killed command has started takes two seconds to end
+        except Timeout:
+            busy = f"another process executes the run {run}: wait for it, or give this one another name (--name)"
+            sys.exit(f"sinkstudy: {busy}")
 
 
 rule all:
     input:
-        expand(STAMP, notebook=PLAN),
+        [STAMP.format(run=run, notebook=notebook) for run, notebooks in PLAN.items() for notebook in notebooks],
 
 
 rule notebook:
     input:
         # those whose results it reads: they come before it
         lambda w: [
-            STAMP.format(notebook=other)
-            for other in engine.read_by(w.notebook, RUN, PLAN[w.notebook])
-            if other in PLAN
+            STAMP.format(run=w.run, notebook=other)
+            for other in engine.read_by(w.notebook, w.run, given(w))
+            if other in PLAN[w.run]
         ],
     output:
         touch(STAMP),
     params:
-        parameters=lambda w: json.dumps(PLAN[w.notebook]),
+        parameters=lambda w: json.dumps(given(w)),
         source=digest("source_sha256"),
         package=digest("package_sha256"),
         model=digest("model_sha256"),
         data=digest("data_sha256"),
     resources:
-        gpu=lambda w: int(PLAN[w.notebook].get("device", "cpu") != "cpu"),
+        mem_mb=asked("mem_mb"),
+        runtime=asked("runtime"),
+        gpu=asked("gpu"),
     shell:
-        "exec {sys.executable:q} -m sinkstudy.book.engine {RUN} {wildcards.notebook} {params.parameters:q}"
+        "exec {sys.executable:q} -m sinkstudy.book.engine {wildcards.run} {wildcards.notebook} {params.parameters:q}"

@@ -1,36 +1,77 @@
-"""Measures what the study promises about speed: `make bench`, or `python bench/run.py world capture`.
+"""Measures what the study promises about speed: `make bench`, or `python bench/run.py trace evaluate`.
 
-A case is a function that prints a line for each thing it measures. What it needs and is not there yet, it says.
-Give the machine nothing else to do, or the figures mean little; where that cannot be had, OMP_NUM_THREADS=1 measures
-the processor's time instead of the clock's, which other work disturbs less.
+A case is a function that prints its measurements. Ways to do the same take turns, and a ratio is the median over the
+turns, so that other work disturbs all of them alike. With OMP_NUM_THREADS=1 the CPU's seconds are the processor's, not
+the clock's. With a GPU the same cases run there, in bfloat16.
+
+Beside a time stands what share of it the arithmetic alone would take: products of matrices that the work needs, counted
+by torch, at the rate of one large product measured in the same turns.
 """
 
 import copy
 import gc
 import os
+import platform
 import resource
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from sinkstudy.paths import lab_models
-
+GPU = torch.cuda.is_available()
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
 THREADS = int(os.environ.get("OMP_NUM_THREADS", 2))
-clock = time.process_time if THREADS == 1 else time.perf_counter
+clock = time.process_time if THREADS == 1 and not GPU else time.perf_counter
 
 
-def best(action: Callable[[], object], times: int = 3) -> float:
-    """Seconds of the fastest of several calls, after one that is not counted."""
+def timed(action: Callable[[], object]) -> float:
+    """Seconds of one call, to the end of what it has a GPU do."""
+    started = clock()
     action()
-    seconds = []
-    for _ in range(times):
-        started = clock()
+    if GPU:
+        torch.cuda.synchronize()
+    return clock() - started
+
+
+def rounds(actions: Mapping[str, Callable[[], object]], times: int) -> dict[str, np.ndarray]:
+    """Seconds [times] of each action; they take turns."""
+    seconds = [[timed(action) for action in actions.values()] for _ in range(times)]
+    return dict(zip(actions, np.array(seconds).T))
+
+
+def ratio(over: np.ndarray, under: np.ndarray) -> float:
+    return float(np.median(over / under))
+
+
+def flops(action: Callable[[], object]) -> int:
+    """Floating-point operations of an action's products of matrices, those of attention included."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         action()
-        seconds.append(clock() - started)
-    return min(seconds)
+    return counter.get_total_flops()
+
+
+class Product:
+    """One large product of matrices, whose rate stands for what the device can do."""
+
+    def __init__(self) -> None:
+        n = 8192 if GPU else 1024
+        self.matrix = torch.randn(n, n, device=DEVICE, dtype=DTYPE)
+        self.flops = 2 * n**3
+
+    def __call__(self) -> None:
+        self.matrix @ self.matrix
+
+    def share(self, needed: float, seconds: np.ndarray, of_product: np.ndarray) -> str:
+        """How much of the seconds the operations that are needed would take at this rate, in the same turns."""
+        return f"{100 * ratio(of_product * needed / self.flops, seconds):.0f} % of it arithmetic"
 
 
 def world() -> None:
@@ -38,33 +79,37 @@ def world() -> None:
     from sinkstudy.world.drawing import render
 
     n = 2048
-    rate = n / best(lambda: render("train", 0, n))
+    rate = n / np.median(rounds({"": lambda: render("train", 0, n)}, 3)[""])
     print(f"world: {rate:,.0f} images/s rendered (bar 1,000: {'met' if rate >= 1000 else 'missed'})")
 
 
-@torch.no_grad()
-def capture() -> None:
-    """Attention of the last token, all layers, on one batch: beside SDPA against eager attention with full maps."""
-    if "lab-llava" not in lab_models():
-        print("capture: not measured, data/models/lab-llava is not there")
-        return
-    from sinkstudy.model.capture import attention_rows
-    from sinkstudy.model.loading import load
-    from sinkstudy.world.drawing import render
+def plan() -> None:
+    """What a hundred models of fourteen chapters take to plan: Snakemake's dry run, start included, in seconds."""
+    import json
 
-    lvlm = load("lab-llava")
-    images = render("test", 0, 16).images
-    inputs = lvlm.inputs(list(images), ["how many things"] * len(images))
+    from sinkstudy.book import engine
 
-    def rows() -> None:
-        with attention_rows(lvlm, "decoder"):
-            lvlm.model(**inputs, logits_to_keep=1)
-
-    plain = best(lambda: lvlm.model(**inputs, logits_to_keep=1))
-    chosen = best(rows)
-    lvlm.model.set_attn_implementation("eager")
-    full = best(lambda: lvlm.model(**inputs, logits_to_keep=1, output_attentions=True))
-    print(f"capture: forward pass {plain:.3f} s, with rows {chosen:.3f} s, eager, full maps {full:.3f} s; 16 images")
+    with tempfile.TemporaryDirectory() as folder:
+        runs: dict[str, dict] = {}
+        for i in range(100):
+            model = Path(folder) / f"model-{i}"
+            model.mkdir()
+            (model / "config.json").write_text(str(i))
+            runs[model.name] = {notebook: {"model": str(model)} for notebook in engine.notebooks()}
+        given = Path(folder) / "plan.json"
+        given.write_text(json.dumps({"runs": runs}))
+        command = [sys.executable, "-m", "snakemake", "--configfile", str(given), "-n", "--quiet", "all"]
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run(command, cwd=engine.ROOT, check=True, capture_output=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        started = clock()
+        for of_run in runs.values():
+            for notebook, values in of_run.items():
+                engine.fingerprint(notebook, values)
+        ours = clock() - started
+    used = sum(getattr(after, of) - getattr(before, of) for of in ("ru_utime", "ru_stime"))
+    n = sum(map(len, runs.values()))
+    print(f"plan: {n:,} notebooks: {used:.1f} s of a processor, Snakemake's start included; fingerprints {ours:.1f} s")
 
 
 def random_llava():
@@ -116,15 +161,18 @@ def random_llava():
     )
     torch.manual_seed(0)
     model = hf.LlavaForConditionalGeneration._from_config(config, attn_implementation="sdpa")
-    return LVLM(model.eval().requires_grad_(False), processor, "random LLaVA", None, SPECS["llava"])
+    model = model.to(DEVICE, DTYPE).eval().requires_grad_(False)
+    return LVLM(model, processor, "random LLaVA", None, SPECS["llava"])
 
 
 POPE = "Is there a {} in the image? Answer the question using a single word or phrase."
 KINDS = "dog cat car person bench bottle cup chair table bird horse boat".split()
 
 
-def noise_images(n: int) -> list[np.ndarray]:
-    return list(np.random.default_rng(0).integers(0, 256, (n, 3, 336, 336), dtype=np.uint8))
+def noise_images(n: int) -> list[Image.Image]:
+    """Pictures of the size of the public benchmarks', so that their processing is a part of the time."""
+    noise = np.random.default_rng(0).integers(0, 256, (n, 480, 640, 3), dtype=np.uint8)
+    return [Image.fromarray(pixels) for pixels in noise]
 
 
 def verdict(value: float, bar: float, most: bool = True) -> str:
@@ -135,55 +183,110 @@ def verdict(value: float, bar: float, most: bool = True) -> str:
 
 @torch.no_grad()
 def evaluate() -> None:
-    """POPE-shaped work, six questions an image: against one `generate` for each question, same answers."""
-    import pandas as pd
-
-    from sinkstudy.answers.evaluate import NONE, Intervention
-    from sinkstudy.answers.evaluate import evaluate as answer
+    """POPE-shaped work, 16 pictures with six questions each, and chapter 10's methods on some of it."""
+    from sinkstudy.answers.evaluate import NONE
+    from sinkstudy.effects import methods
 
     lvlm = random_llava()
-    pictures = {f"image {i}": image for i, image in enumerate(noise_images(2))}
-    table = pd.DataFrame(
-        [
-            {"id": f"{name}, {kind}", "image_id": name, "question": POPE.format(kind), "answer": "yes", "image": image}
-            for i, (name, image) in enumerate(pictures.items())
-            for kind in KINDS[6 * i : 6 * i + 6]
-        ]
-    )
+    pictures = {f"image {i}": image for i, image in enumerate(noise_images(16))}
+    shared_out("untouched", lvlm, pictures, [NONE], (3, 1.5), rounds_of=16 if GPU else 4)
+    some = dict(list(pictures.items())[: 16 if GPU else 2])
+    norms = methods.norms(lvlm, some)
+    group = methods.groups(norms)
+    case = methods.Case(lvlm, some, norms, group.sinks, group.random, 16)
+    # a decoder of random weights lights no dimension that VAR could act on
+    names = [name for name in methods.METHODS if name != "var"]
+    ten = [NONE, *(methods.METHODS[name].make(case, methods.option(name)) for name in names)]
+    shared_out("chapter 10", lvlm, some, ten, (4, 1.5), rounds_of=16 if GPU else 1)
 
-    def scaled(factor: float) -> Intervention:
-        return Intervention(
-            f"x {factor}", lambda lvlm, inputs: lvlm.editing(after=lambda tokens, layer: tokens * factor)
-        )
 
-    eight = [NONE, *(scaled(0.25 * k) for k in range(7))]
+def shared_out(what: str, lvlm, pictures: dict, interventions: Sequence, bars: tuple, rounds_of: int) -> None:
+    """`answers.evaluate` against one `generate` a question, and against `generate` in batches; the same answers.
 
-    def one_by_one(interventions: Sequence[Intervention]) -> list[str]:
-        said = []
+    `rounds_of` pictures make a turn. The arithmetic that is needed: the tower once for each picture and each
+    intervention on it, prefixes once for each intervention that changes them, each question and its answer's tokens.
+    """
+    import pandas as pd
+
+    from sinkstudy.answers import evaluate as module
+    from sinkstudy.answers.evaluate import Prefixes
+
+    new = 4
+    kinds = KINDS[:6]
+
+    def table(names: Sequence[str]) -> pd.DataFrame:
+        return pd.DataFrame(
+            [{"id": f"{name}, {kind}", "image_id": name, "question": POPE.format(kind), "answer": "yes"}
+             for name in names for kind in kinds]
+        )  # fmt: skip
+
+    def generated(names: Sequence[str], batch_size: int) -> list[str]:
+        said, asked = [], table(names)
         for how in interventions:
-            for row in table.itertuples():
-                inputs = lvlm.inputs([row.image], [row.question])
+            for start in range(0, len(asked), batch_size):
+                rows = asked.iloc[start : start + batch_size]
+                images, texts = list(rows.image_id), list(rows.question)
+                inputs = Prefixes(lvlm.inputs([pictures[name] for name in images], texts), images, texts)
                 with how.around(lvlm, inputs):
-                    out = lvlm.model.generate(**inputs, max_new_tokens=4, do_sample=False, pad_token_id=0)
-                said += lvlm.processor.batch_decode(out[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+                    out = lvlm.generate(inputs, new).sequences
+                said += lvlm.processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return [text.strip() for text in said]
 
-    def shared(interventions: Sequence[Intervention]) -> list[str]:
-        return list(answer(lvlm, table, interventions, max_new_tokens=4, batch_size=6, cache=None).prediction)
+    def shared(names: Sequence[str], ahead: Callable = module.ahead) -> list[str]:
+        module.ahead = ahead
+        how = dict(max_new_tokens=new, batch_size=len(kinds) * min(len(names), 16), cache=None, images=pictures)
+        return list(module.evaluate(lvlm, table(names), interventions, **how).prediction)
 
-    for interventions, bar, times in (([NONE], 3, 3), (eight, 4, 1)):
-        said: dict[str, list[str]] = {}
-        ways = [
-            lambda: said.update(slow=one_by_one(interventions)),
-            lambda: said.update(fast=shared(interventions)),
-        ]
-        slow, fast = rounds(ways, times)
-        same = said["slow"] == said["fast"]
-        n = len(table) * len(interventions)
-        print(
-            f"evaluate: {len(interventions)} interventions, {n / fast:.1f} against {n / slow:.1f} questions/s,"
-            f" {verdict(slow / fast, bar, most=False)}, answers {'identical' if same else 'DIFFERENT'}"
-        )
+    def prepare(names: Sequence[str]) -> None:
+        """What a turn's inputs take: the pictures once, every question's tokens, the way to the device."""
+        images = [pictures[name] for name in names]
+        with module._images_once(lvlm.processor):
+            for kind in kinds:
+                batch = lvlm.prepared(images, [POPE.format(kind)] * len(images))
+        lvlm.moved(batch)
+
+    first = next(iter(pictures.values()))
+    prompt, prefix = (lvlm.inputs([first], [POPE.format(kinds[0])]) for _ in range(2))
+    end = int((prompt["input_ids"][0] == lvlm.image_token_id).nonzero()[-1]) + 1
+    prefix.update({key: prefix[key][:, :end] for key in ("input_ids", "attention_mask")})
+    tower = flops(lambda: lvlm.see(prompt))
+    before, whole = (flops(lambda: lvlm.model(**of, logits_to_keep=1)) - tower for of in (prefix, prompt))
+    token = (whole - before) / (prompt["input_ids"].shape[1] - end)  # of a question or an answer, about
+    towers = 1 + sum(how.keeps == "nothing" for how in interventions)
+    prefixes = 1 + sum(how.keeps != "prefix" for how in interventions)
+    questions = len(kinds) * len(interventions) * (whole - before + (new - 1) * token)
+    needed = rounds_of * (towers * tower + prefixes * before + questions)
+
+    product, own = Product(), module.ahead
+    names, said = list(pictures), {"one by one": [], "batched": [], "shared": []}
+    turn: list[str] = []
+    ways = {
+        "one by one": lambda: said["one by one"].extend(generated(turn, 1)),
+        "batched": lambda: said["batched"].extend(generated(turn, len(kinds))),
+        "shared": lambda: said["shared"].extend(shared(turn)),
+        "not ahead": lambda: shared(turn, iter),
+        "inputs": lambda: prepare(turn),
+        "product": product,
+    }
+    turns = [names[start : start + rounds_of] for start in range(0, len(names), rounds_of)]
+    turns = turns * max(1, 3 // len(turns))
+    parts = []
+    for turn[:] in turns:
+        parts.append(rounds(ways, 1))
+    seconds = {way: np.concatenate([part[way] for part in parts]) for way in ways}
+    module.ahead = own
+    n = rounds_of * len(kinds) * len(interventions)
+    print(f"evaluate, {what}: {len(names)} pictures x {len(kinds)} questions x {len(interventions)} interventions")
+    for way in said:
+        print(f"evaluate, {what}: {way}: {np.median(n / seconds[way]):.1f} questions/s, "
+              f"{product.share(needed, seconds[way], seconds['product'])}")
+    for way, bar in zip(("one by one", "batched"), bars):
+        same = sum(a == b for a, b in zip(said[way], said["shared"], strict=True)) / len(said[way])
+        print(f"evaluate, {what}: of {way} {verdict(ratio(seconds[way], seconds['shared']), bar, most=False)}, "
+              f"{100 * same:.0f} % of answers identical")
+    inputs = 100 * ratio(seconds["inputs"], seconds["shared"])
+    ahead = verdict(ratio(seconds["shared"], seconds["not ahead"]), 1.05)
+    print(f"evaluate, {what}: inputs take {inputs:.1f} % of shared; made ahead, the run takes of in turn {ahead}")
 
 
 @torch.no_grad()
@@ -192,9 +295,10 @@ def trace() -> None:
     from sinkstudy.model import capture
 
     lvlm = random_llava()
-    images, questions = noise_images(2), [POPE.format(kind) for kind in KINDS[:2]]
+    n = 16 if GPU else 2
+    images, questions = noise_images(n), [POPE.format(KINDS[i % len(KINDS)]) for i in range(n)]
     config = copy.deepcopy(lvlm.model.config)  # or both models would be eager
-    eager = type(lvlm.model)._from_config(config, attn_implementation="eager").eval()
+    eager = type(lvlm.model)._from_config(config, attn_implementation="eager").to(DEVICE, DTYPE).eval()
     eager.load_state_dict(lvlm.model.state_dict())
 
     def plain() -> None:
@@ -219,32 +323,30 @@ def trace() -> None:
     ways = {"plain SDPA": plain, "our trace": ours, "hooks that keep hidden states": hooks, "eager with maps": maps}
     for way in ways.values():
         peak_memory(way)  # warm, the profiler too
-    seconds = dict(zip(ways, rounds(list(ways.values()), 3)))
-    memory = {name: peak_memory(way) for name, way in ways.items()}
-    print("trace: 2 images; memory is beside the weights")
-    for name in ways:
-        print(f"trace: {name}: {seconds[name]:.2f} s, peak {memory[name] / 2**20:.0f} MiB")
-    (plain_s, ours_s, _, maps_s), (plain_m, ours_m, _, maps_m) = seconds.values(), memory.values()
-    print(f"trace: time, of the plain pass's {verdict(ours_s / plain_s, 1.1)}")
+    product = Product()
+    *seconds, of_product = rounds({**ways, "product": product}, 5).values()
+    memory = [peak_memory(way) for way in ways.values()]
+    needed = flops(plain)
+    print(f"trace: {n} images; memory is beside the weights")
+    for name, own, peak in zip(ways, seconds, memory):
+        print(f"trace: {name}: {np.median(own):.2f} s, {product.share(needed, own, of_product)}, "
+              f"peak {peak / 2**20:.0f} MiB")
+    (plain_s, ours_s, _, maps_s), (plain_m, ours_m, _, maps_m) = seconds, memory
+    print(f"trace: time, of the plain pass's {verdict(ratio(ours_s, plain_s), 1.05)}")
     print(f"trace: memory, of the plain pass's {verdict(ours_m / plain_m, 1.1)}")
-    print(f"trace: faster than eager {verdict(maps_s / ours_s, 1.6, most=False)}; plain {maps_s / plain_s:.2f}x")
+    print(f"trace: faster than eager {verdict(ratio(maps_s, ours_s), 1.6, most=False)}; "
+          f"plain {ratio(maps_s, plain_s):.2f}x")
     print(f"trace: memory, of eager's {verdict(ours_m / maps_m, 0.5)}")
 
 
-def rounds(actions: Sequence[Callable[[], object]], times: int) -> list[float]:
-    """Seconds of the fastest call of each action; they take turns, so that all meet the same disturbances."""
-    seconds = [[] for _ in actions]
-    for _ in range(times):
-        for action, own in zip(actions, seconds):
-            started = clock()
-            action()
-            own.append(clock() - started)
-    return [min(own) for own in seconds]
-
-
 def peak_memory(action: Callable[[], object]) -> int:
-    """Most bytes of tensors on the CPU that an action holds at once, beside those that were there before."""
+    """Most bytes of tensors that an action holds at once, beside those that were there before."""
     gc.collect()  # or what an earlier action left in a cycle is freed meanwhile, and counted
+    if GPU:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        action()
+        return torch.cuda.max_memory_allocated() - before
     gc.disable()  # and when it runs is chance
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         action()
@@ -253,14 +355,15 @@ def peak_memory(action: Callable[[], object]) -> int:
     return int(np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]).max())
 
 
-CASES = {"world": world, "capture": capture, "evaluate": evaluate, "trace": trace}
+CASES = {"world": world, "plan": plan, "trace": trace, "evaluate": evaluate}
 
 if __name__ == "__main__":
     torch.set_num_threads(THREADS)
     chosen_cases = sys.argv[1:] or list(CASES)
     if unknown := [name for name in chosen_cases if name not in CASES]:
         sys.exit(f"unknown case {unknown[0]}: choose from {', '.join(CASES)}")
-    print(f"{THREADS} threads, torch {torch.__version__}")
+    on = torch.cuda.get_device_name() if GPU else f"{platform.processor() or platform.machine()}, {THREADS} threads"
+    print(f"{on}, {DTYPE}, torch {torch.__version__}")
     for case in chosen_cases:
         CASES[case]()
     print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")

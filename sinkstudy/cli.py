@@ -36,9 +36,10 @@ def _in_checkout() -> None:
 
 @app.command("run")
 def run_command(
-    model: Annotated[
-        str, typer.Argument(help="Lab model, folder with config.json, or hub id owner/name.")
-    ] = engine.DEFAULT_MODEL,
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[MODEL]...", help="Lab models, folders with config.json, or hub ids owner/name."),
+    ] = None,
     only: Annotated[list[str] | None, typer.Option(help="Beginning of a notebook's name, e.g. 01.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps or auto (all GPUs).")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
@@ -50,12 +51,15 @@ def run_command(
         list[str] | None, typer.Option("--parameter", "-p", metavar="NAME=VALUE", help="Any other parameter.")
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run, if not the model's.")] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Notebooks executed at the same time.")] = 1,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Notebooks executed at the same time.")] = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="Folder of a Snakemake profile: profiles/slurm executes on a cluster.")
+    ] = None,
     update_notebooks: Annotated[
         bool, typer.Option("--update-notebooks", help="Store the default run's outputs in notebooks/.")
     ] = False,
 ) -> None:
-    """Execute the notebooks on a model: those that are out of date, and no other."""
+    """Execute the notebooks on models: those that are out of date, and no other."""
     _in_checkout()
     options = {"device": device, "dtype": dtype, "revision": revision, "batch_size": batch_size}
     options |= {"limit": limit, "seed": seed}
@@ -65,12 +69,15 @@ def run_command(
         if not equals:
             raise engine.UserError(f"-p takes NAME=VALUE, not '{item}'")
         given[key] = value
-    if update_notebooks and (given or name or model != engine.DEFAULT_MODEL):
+    models = models or [engine.DEFAULT_MODEL]
+    if profile and not (profile / "config.yaml").is_file():
+        raise engine.UserError(f"{profile} is no folder of a Snakemake profile: it has no config.yaml")
+    if update_notebooks and (given or name or models != [engine.DEFAULT_MODEL]):
         raise engine.UserError("--update-notebooks is for the default run: no other model, parameter or name")
-    run = engine.run(model, only=only or [], given=given, name=name, jobs=jobs)
-    if update_notebooks:
-        engine.update_notebooks(only or [])
-    typer.echo(f"run {run} is up to date: book/runs/{run}, results/{run}")
+    for run in engine.run(models, only=only or [], given=given, name=name, jobs=jobs, profile=profile):
+        if update_notebooks:
+            engine.update_notebooks(only or [])
+        typer.echo(f"run {run} is up to date: book/runs/{run}, results/{run}")
 
 
 @app.command()
@@ -134,7 +141,7 @@ def _route(
     model, check = values["model"], methods.METHODS[method].check
     run = name or paths.slug(model)
     found = methods.data(model in paths.lab_models(), benchmark, values["data_dir"], values["hub"], values["limit"])
-    engine.check_memory({"": values | {"benchmarks": [found[0]]}})
+    engine.check_memory([("", values | {"benchmarks": [found[0]]})])
     if check is not None:
         check(loading.outline(model, revision=values["revision"]))
     engine.claim(run, model)

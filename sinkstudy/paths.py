@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ BOOK = ROOT / "book"
 RUNS = BOOK / "runs"
 DEFAULT_MODEL = "lab-llava"
 ADAPTER = "adapter_config.json"
+HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 UNMERGED = (
     "an adapter has to be merged into its base first (merge_and_unload of peft), and the model that it makes saved"
 )
@@ -153,7 +155,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path.parent)
-    holder = Path(tempfile.mkdtemp(prefix=f".partial-{os.getpid()}-", dir=path.parent))
+    holder = Path(tempfile.mkdtemp(prefix=f".partial-{os.getpid()}-{HOST}-", dir=path.parent))
     temporary = holder / path.name
     try:
         yield temporary
@@ -188,8 +190,8 @@ def _exchanged(one: Path, other: Path) -> bool:
 
 
 def sweep(folder: Path) -> None:
-    """Remove half-made things whose process is gone."""
-    for left in folder.glob(".partial-[0-9]*-*"):
+    """Remove half-made things of this machine whose process is gone; those of others in a shared folder are theirs."""
+    for left in folder.glob(f".partial-[0-9]*-{HOST}-*"):
         if (pid := left.name.split("-")[1]).isdigit() and not _lives(int(pid)):
             shutil.rmtree(left, ignore_errors=True)
 

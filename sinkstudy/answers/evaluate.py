@@ -33,7 +33,7 @@ from transformers import BatchFeature, DynamicCache, ProcessorMixin
 from sinkstudy import digests
 from sinkstudy.model.capture import ADVICE, hidden_states, until_end
 from sinkstudy.model.identity import Identity, Unknown, model_digest
-from sinkstudy.model.lvlm import LVLM
+from sinkstudy.model.lvlm import LVLM, ahead
 from sinkstudy.paths import CACHE
 from sinkstudy.pictures import opened
 
@@ -183,7 +183,10 @@ def evaluate(
     bar = tqdm(
         total=total, desc="answers", unit="answer", file=sys.stderr, disable=None if progress is None else not progress
     )
-    with bar, _images_once(lvlm.processor):
+    other = lvlm.for_thread()
+
+    def ready() -> Iterator[_Group]:
+        """What is asked together, prepared; under which interventions, in the batches of an undisturbed run."""
         for group in _groups(rows, batch_size):
             pictures = {image: opened(shown[image], repr(image)) for image in group}
             of_group = {image: rows[image] for image in group}
@@ -194,15 +197,20 @@ def evaluate(
                 ]
             )
             numbers = {row: number for number, row in enumerate(row for own in of_group.values() for row in own)}
-            missing = []  # under which the whole group is asked, in the batches of an undisturbed run
+            keys = {name: {row: _key(asked, does, n) for row, n in numbers.items()} for name, does in told.items()}
+            missing = [how for how in interventions if any(key not in store.known for key in keys[how.name].values())]
+            split = _split(other, pictures, texts, of_group) if missing else (None, {})
+            yield _Group(pictures, of_group, keys, missing, *split)
+
+    with bar, _images_once(lvlm.processor), _images_once(other.processor):
+        for group in ahead(ready()):
+            pictures, keys = group.pictures, group.keys
             for how in interventions:
-                known = [store.known.get(_key(asked, told[how.name], number)) for number in numbers.values()]
-                if None in known:
-                    missing.append(how)
-                else:
-                    said |= {(how.name, row): answer for row, answer in zip(numbers, known, strict=True)}
-            bar.total -= len(numbers) * (len(interventions) - len(missing))  # so that the time left is of what is done
-            answers = _answer(lvlm, pictures, texts, of_group, missing, max_new_tokens, batch_size)
+                if how not in group.missing:
+                    said |= {(how.name, row): store.known[key] for row, key in keys[how.name].items()}
+            # so that the time left is of what is done
+            bar.total -= sum(map(len, group.wanted.values())) * (len(interventions) - len(group.missing))
+            answers = _answer(lvlm, group, texts, max_new_tokens, batch_size)
             before = None
             for how, row, prediction, logp in answers:
                 scores = {c: logp[ids].logsumexp(0).item() for c, ids in tokens[options[row]].items()}
@@ -215,7 +223,7 @@ def evaluate(
                     store.write()
                     before = how
                 said[how.name, row] = {"prediction": prediction, "scores": scores}
-                store.add(_key(asked, told[how.name], numbers[row]), said[how.name, row])
+                store.add(keys[how.name][row], said[how.name, row])
                 bar.update()
             store.write()
     parts = [_result(table, how.name, [said[how.name, r] for r in range(len(table))]) for how in interventions]
@@ -287,26 +295,33 @@ Filled = tuple[DynamicCache, torch.Tensor | None]  # with Qwen's shift of positi
 Said = tuple[Intervention, int, str, torch.Tensor]  # with the row, and the first token's log-probabilities [vocabulary]
 
 
+@dataclass(frozen=True)
+class _Group:
+    """Questions that go through the decoder together."""
+
+    pictures: Mapping[str, Any]  # by image
+    wanted: Mapping[str, list[int]]  # rows of the table, by image
+    keys: Mapping[str, Mapping[int, str | None]]  # {intervention: {row: where the answer is kept}}
+    missing: Sequence[Intervention]  # under which the group has to be asked
+    prefix: Prefixes | None  # of `_split`
+    rest: Mapping[int, torch.Tensor]
+
+
 def _answer(
-    lvlm: LVLM,
-    pictures: Mapping[str, Any],
-    texts: Sequence[str],
-    wanted: Mapping[str, list[int]],
-    interventions: Sequence[Intervention],
-    max_new_tokens: int,
-    batch_size: int,
+    lvlm: LVLM, group: _Group, texts: Sequence[str], max_new_tokens: int, batch_size: int
 ) -> Generator[Said]:
-    """Answer rows {image: rows} under each intervention."""
-    if not interventions:
-        return
-    prefix, rest = _split(lvlm, pictures, texts, wanted)
+    """Answer a group's questions under each intervention that is missing."""
+    pictures, wanted, prefix, rest = group.pictures, group.wanted, group.prefix, group.rest
     if prefix is None and len(wanted) > 1:  # prefixes of different length, or none: each image for itself
-        for image, of_image in wanted.items():
-            yield from _answer(lvlm, pictures, texts, {image: of_image}, interventions, max_new_tokens, batch_size)
+        for image, of_image in wanted.items() if group.missing else ():
+            alone = {image: of_image}
+            split = _split(lvlm, pictures, texts, alone)
+            one = _Group(pictures, alone, group.keys, group.missing, *split)
+            yield from _answer(lvlm, one, texts, max_new_tokens, batch_size)
         return
     tower: dict[int, torch.Tensor] = {}
     untouched = None
-    for how in interventions:
+    for how in group.missing:
         if how.asks:
             yield from _each_with_question(lvlm, pictures, texts, wanted, how, max_new_tokens, batch_size)
         elif prefix is None:
@@ -381,7 +396,7 @@ def _behind_prefixes(
 def _split(
     lvlm: LVLM, pictures: Mapping[str, Any], texts: Sequence[str], wanted: Mapping[str, list[int]]
 ) -> tuple[Prefixes | None, dict[int, torch.Tensor]]:
-    """The images' prefixes [images, tokens] as model inputs, and for each row the token ids that follow.
+    """The images' prefixes [images, tokens] as model inputs, and for each row the token ids that follow, on the CPU.
 
     The prefixes are None where they differ in length from image to image, or where an image has none.
     """
@@ -391,7 +406,7 @@ def _split(
     first, rest, lengths = None, {}, set()
     for k in range(max(map(len, wanted.values()))):  # the k-th question of every image
         rows = [of_image[min(k, len(of_image) - 1)] for of_image in wanted.values()]
-        inputs = lvlm.inputs(images, [texts[row] for row in rows])
+        inputs = lvlm.prepared(images, [texts[row] for row in rows])
         if first is None:
             first = inputs
         for i, row in enumerate(rows):
@@ -404,9 +419,9 @@ def _split(
     if len(lengths) > 1:
         return None, {}
     length = lengths.pop()
-    at = (first["attention_mask"].argmax(1)[:, None] + torch.arange(length, device=lvlm.device))  # behind the padding
+    at = (first["attention_mask"].argmax(1)[:, None] + torch.arange(length))  # behind the padding
     tokenwise = {k: v.gather(1, at) for k, v in first.items() if v.shape == first["input_ids"].shape}
-    return Prefixes({**first, **tokenwise}, list(wanted)), rest
+    return Prefixes(lvlm.moved(BatchFeature({**first, **tokenwise})), list(wanted)), rest
 
 
 def _not_shared(lvlm: LVLM, picture: Any) -> str:
@@ -451,7 +466,7 @@ def _continuation(
     longest = max(map(len, rest))
     # a token of the prompt itself as padding, so that a repetition penalty finds no token that the prompt has not
     padded = torch.stack([torch.cat([ids[:1].expand(longest - len(ids)), ids]) for ids in rest])
-    real = torch.stack([torch.arange(longest, device=lvlm.device) >= longest - len(ids) for ids in rest])
+    real = torch.stack([torch.arange(longest) >= longest - len(ids) for ids in rest])
     cache, deltas = filled
     branch = copy.copy(cache)
     branch.layers = [copy.copy(layer) for layer in cache.layers]
@@ -463,8 +478,8 @@ def _continuation(
     if deltas is not None:
         lvlm.model.model.rope_deltas = deltas[of]
     return {
-        "input_ids": torch.cat([prefix["input_ids"][of], padded], dim=1),
-        "attention_mask": torch.cat([prefix["attention_mask"][of], real.long()], dim=1),
+        "input_ids": torch.cat([prefix["input_ids"][of], padded.to(of.device)], dim=1),
+        "attention_mask": torch.cat([prefix["attention_mask"][of], real.long().to(of.device)], dim=1),
         "past_key_values": branch,
     }
 

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib import metadata
@@ -35,7 +36,7 @@ from filelock import FileLock, Timeout
 
 from sinkstudy import digests
 from sinkstudy.book import parameters
-from sinkstudy.book.parameters import UserError, check_model, defaults, files
+from sinkstudy.book.parameters import UserError, cells, check_model, defaults, files, source
 from sinkstudy.paths import (
     BOOK,
     DATA,
@@ -75,21 +76,39 @@ def notebooks(only: Iterable[str] = ()) -> list[str]:
 
 def fingerprint(notebook: str, given: dict[str, Any]) -> dict[str, str]:
     """SHA-256 of all that the outputs of `notebook` follow from where `given` differs from its defaults, by kind."""
-    values = defaults(notebook) | given
-    text = [[cell["cell_type"], _text(cell), cell["metadata"].get("tags", [])] for cell in _cells(notebook)]
-    models, data = parameters.depends_on(notebook, values)
-    return {
-        "source_sha256": digests.of_values(text),
-        "params_sha256": digests.of_values(values),
-        "package_sha256": files_sha256(modules(notebook)),
-        "model_sha256": files_sha256(models),
-        "data_sha256": files_sha256(data),
-    }
+    return {kind: of(notebook, given) for kind, of in KINDS.items()}
+
+
+@cache
+def _source(notebook: str) -> str:
+    return digests.of_values(
+        [[cell["cell_type"], _text(cell), cell["metadata"].get("tags", [])] for cell in cells(notebook)]
+    )
+
+
+@cache
+def _package(notebook: str) -> str:
+    return files_sha256(modules(notebook))
+
+
+# A process reads notebooks, modules, models and data once, however many runs it plans; results may change meanwhile.
+KINDS: dict[str, Callable[[str, dict[str, Any]], str]] = {
+    "source_sha256": lambda notebook, given: _source(notebook),
+    "params_sha256": lambda notebook, given: digests.of_values(defaults(notebook) | given),
+    "package_sha256": lambda notebook, given: _package(notebook),
+    "model_sha256": lambda notebook, given: _combined(
+        map(_line_once, parameters.model_files(notebook, defaults(notebook) | given))
+    ),
+    "data_sha256": lambda notebook, given: _combined(
+        _line(path) if RESULTS in path.parents else _line_once(path)
+        for path in parameters.data_files(notebook, defaults(notebook) | given)
+    ),
+}
 
 
 def modules(notebook: str) -> list[Path]:
     """The files of `sinkstudy` that a notebook imports, directly or through one another (static, by syntax tree)."""
-    code = "\n".join(_text(cell) for cell in _cells(notebook) if cell["cell_type"] == "code")
+    code = "\n".join(_text(cell) for cell in cells(notebook) if cell["cell_type"] == "code")
     return _imported(re.sub(r"(?m)^\s*[%!].*$", "", code))
 
 
@@ -130,20 +149,42 @@ def read_by(notebook: str, run: str, given: dict[str, Any]) -> list[str]:
 
 def files_sha256(paths: Iterable[Path]) -> str:
     """SHA-256 over the names and contents of files; the same wherever the project lies."""
-    digest = hashlib.sha256()
-    for path in sorted(set(paths)):
-        digest.update(os.path.relpath(path, ROOT).encode("utf-8", "surrogateescape") + b"\0")
-        digest.update(bytes.fromhex(digests.sha256(path)))
+    return _combined(map(_line, paths))
+
+
+def _combined(lines: Iterable[bytes]) -> str:
+    digest = hashlib.sha256(b"".join(sorted(set(lines)))).hexdigest()
     digests.remember()
-    return digest.hexdigest()
+    return digest
 
 
-def _cells(notebook: str) -> list[dict]:
-    return json.loads((NOTEBOOKS / f"{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
+def _line(path: Path) -> bytes:
+    """A file's name, from the project's root, and the digest of its content."""
+    name = os.path.relpath(path, ROOT).encode("utf-8", "surrogateescape")
+    return name + b"\0" + bytes.fromhex(digests.sha256(path))
+
+
+_line_once = cache(_line)
 
 
 def _text(cell: dict) -> str:
     return "".join(cell["source"])
+
+
+def asks(notebook: str, given: dict[str, Any], model_mb: int = 0) -> dict[str, int]:
+    """What the execution of a notebook asks of a cluster: memory in MB, minutes, and GPUs.
+
+    From what its last stored execution took (`update_notebooks`), on two shared CPU cores and the lab models: half as
+    much memory again, and room for the job's own processes; five times the time, and half an hour. A model that is not
+    the lab's gets `model_mb` more, of `check_memory`, and a day. `--set-resources notebook:runtime=600` says otherwise.
+    """
+    took = source(notebook)["metadata"].get("sinkstudy", {})
+    lab = (defaults(notebook) | given).get("model", DEFAULT_MODEL) in lab_models()
+    return {
+        "mem_mb": 1000 + int(1.5 * took.get("memory_mb", 1200)) + model_mb,  # 1200: two at a time took 2.4 GB
+        "runtime": 30 + int(5 * took.get("seconds", 300) / 60) if lab else 24 * 60,
+        "gpu": int(given.get("device", "cpu") != "cpu"),
+    }
 
 
 # ---- executed notebooks
@@ -268,6 +309,8 @@ def _execute(notebook: str, run: str, given: dict[str, Any], failed: Path) -> No
         noted["results_sha256"] = files_sha256(files(RESULTS / run / notebook))
         noted["started"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started))
         noted["seconds"] = round(time.time() - started, 1)
+        largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # the kernel's: KiB, on macOS bytes
+        noted["memory_mb"] = largest // (1 << 20 if sys.platform == "darwin" else 1 << 10)
         noted["revision"] = hub_commit(values.get("model", ""), values.get("revision")) or ""
         page = tidy(nbformat.read(copy, as_version=4))
         page.metadata["sinkstudy"] = noted
@@ -386,53 +429,73 @@ def _alone(name: str) -> Iterator[Path]:
 
 
 def run(
-    model: str = DEFAULT_MODEL,
+    models: Sequence[str] = (DEFAULT_MODEL,),
     *,
     only: Iterable[str] = (),
     given: dict[str, Any] | None = None,
     name: str | None = None,
-    jobs: int = 1,
-) -> str:
-    """Bring the notebooks of a run up to date and return the run's name.
+    jobs: int | None = None,
+    profile: Path | None = None,
+) -> list[str]:
+    """Bring the notebooks of a run for each model up to date and return the runs' names.
 
     Args:
-        model: a lab model, a local folder with config.json, or a hub id `owner/name`.
+        models: lab models, local folders with config.json, or hub ids `owner/name`.
         only: beginnings of notebook names; all notebooks without it.
         given: values for the notebooks' parameters, besides `model`.
-        name: the run's name; by default the slug of the model's.
-        jobs: notebooks executed at the same time.
+        name: the name of the run, of one model; by default the slug of the model's.
+        jobs: notebooks executed at the same time; 1 without it, or what the profile says.
+        profile: folder of a Snakemake profile that has the notebooks executed elsewhere, on a cluster say. Neither
+            device nor memory of this machine count then; the memory that a model needs becomes part of the request.
 
     Notebooks that are none for the model, or for so few pictures, are left out, and named.
 
     Raises UserError, before any kernel starts, for parameters that no notebook has or that do not fit, and for a
     model that cannot be read or does not fit into memory; and after the run if a notebook failed.
     """
-    wanted = notebooks(only)
+    wanted, given = notebooks(only), dict(given or {})
     if not wanted:
         raise UserError("there are no notebooks")
-    reasons = {notebook: parameters.unsuited(notebook, model, given or {}) for notebook in wanted}
-    if not all(reasons.values()):  # otherwise what they are given is refused below
-        wanted = [notebook for notebook in wanted if not reasons[notebook]]
-        why = {why: [name for name in reasons if reasons[name] == why] for why in filter(None, reasons.values())}
-        if why:
-            print("left out: " + "; ".join(f"{', '.join(names)} ({why})" for why, names in why.items()), flush=True)
-    plan = {
-        notebook: {key: value for key, value in values.items() if value != defaults(notebook)[key]}
-        for notebook, values in parameters.fitted(wanted, model, given or {}).items()
-    }
-    run_name = name or slug(check_model(model))
-    try:
-        check_name(run_name)
-    except ValueError as problem:
-        raise UserError(str(problem)) from None
-    for folder in (WORK, RUNS / run_name, RESULTS / run_name):
-        _writable(folder)
-        sweep(folder)
-    claim(run_name, check_model(model))
-    outdated = [nb for nb in wanted if not is_fresh(run_name, nb, plan[nb])]
-    check_memory({nb: defaults(nb) | plan[nb] for nb in outdated})
-    _snakemake(run_name, plan, jobs)
-    return run_name
+    if name and len(models) > 1:
+        raise UserError(f"--name is for the run of one model, and there are {len(models)}")
+    there = {"device": given.pop("device")} if profile and "device" in given else {}  # not for this machine to judge
+    plans: dict[str, dict[str, dict]] = {}
+    outdated = []
+    for model in models:
+        run_name = name or slug(check_model(model))
+        if run_name in plans:
+            raise UserError(f"two of the models have runs of the same name, {run_name}")
+        suited = _suited(wanted, model, given)
+        plan = plans[run_name] = {
+            notebook: {key: value for key, value in (values | there).items() if value != defaults(notebook)[key]}
+            for notebook, values in parameters.fitted(suited, model, given).items()
+        }
+        try:
+            check_name(run_name)
+        except ValueError as problem:
+            raise UserError(str(problem)) from None
+        for folder in (WORK, RUNS / run_name, RESULTS / run_name):
+            _writable(folder)
+            sweep(folder)
+        claim(run_name, check_model(model))
+        outdated += [(nb, defaults(nb) | plan[nb]) for nb in plan if not is_fresh(run_name, nb, plan[nb])]
+    needed = check_memory(outdated, elsewhere=bool(profile))
+    _snakemake({"runs": plans, "memory_mb": needed}, jobs, profile)
+    return list(plans)
+
+
+def _suited(wanted: Sequence[str], model: str, given: dict[str, Any]) -> list[str]:
+    """Those of the notebooks that are some for the model and for so few pictures; the others are named, with why.
+
+    If it is none of them, all: what they are given is then refused.
+    """
+    reasons = {notebook: parameters.unsuited(notebook, model, given) for notebook in wanted}
+    if all(reasons.values()):
+        return list(wanted)
+    why = {why: [name for name in reasons if reasons[name] == why] for why in filter(None, reasons.values())}
+    if why:
+        print("left out: " + "; ".join(f"{', '.join(names)} ({why})" for why, names in why.items()), flush=True)
+    return [notebook for notebook in wanted if not reasons[notebook]]
 
 
 def _writable(folder: Path) -> None:
@@ -446,12 +509,18 @@ def _writable(folder: Path) -> None:
         raise UserError(f"{free / 1e6:.0f} MB are free on the disk of {folder}, and {LEAST_FREE / 1e6:.0f} are needed")
 
 
-def _snakemake(run_name: str, plan: dict[str, dict], jobs: int) -> None:
-    """Have Snakemake bring a run up to date, in processes that end when this one does. Raises if one fails."""
-    given = WORK / f"{run_name}.plan.json"
+def _snakemake(plan: dict[str, dict], jobs: int | None, profile: Path | None) -> None:
+    """Have Snakemake bring runs up to date, in processes that end when this one does. Raises if one fails."""
+    names = list(plan["runs"])
+    called = names[0] if len(names) == 1 else f"{len(names)}-runs-{digests.of_values(names)[:12]}"
+    given = WORK / f"{called}.plan.json"
     with atomic(given) as target:
-        target.write_text(json.dumps({"run": run_name, "notebooks": plan}, indent=1), encoding="utf-8")
-    command = [sys.executable, "-m", "snakemake", "--configfile", given, "--cores", jobs, "--quiet", "all"]
+        target.write_text(json.dumps(plan, indent=1), encoding="utf-8")
+    command = [sys.executable, "-m", "snakemake", "--configfile", given]
+    if profile:  # Snakemake tells of a job that failed, and where its log is: what it said is not heard here
+        command += ["--workflow-profile", profile, *(["--jobs", jobs] if jobs else []), "--quiet", "rules", "progress"]
+    else:
+        command += ["--cores", jobs or 1, "--quiet", "all"]
     # a line is written at once, so that it is read at once
     environment = os.environ | {"SINKSTUDY_ENGINE": str(os.getpid()), "PYTHONUTF8": "1", "PYTHONUNBUFFERED": ""}
     told = False
@@ -469,7 +538,7 @@ def _snakemake(run_name: str, plan: dict[str, dict], jobs: int) -> None:
     if process.returncode and told:
         sys.exit(1)
     if process.returncode:
-        raise UserError(f"the run {run_name} did not end well: see the last file in {ROOT / '.snakemake' / 'log'}")
+        raise UserError(f"the run {called} did not end well: see the last file in {ROOT / '.snakemake' / 'log'}")
 
 
 def _end_children(patience: float = 3) -> None:
@@ -511,31 +580,36 @@ def claim(run: str, model: str) -> None:
         raise UserError(f"the run {run} holds results of {of}: give those of {model} another name (--name)")
 
 
-def check_memory(values: dict[str, dict[str, Any]]) -> None:
+def check_memory(asked: Sequence[tuple[str, dict[str, Any]]], *, elsewhere: bool = False) -> dict[str, int]:
     """Raise UserError unless the models that notebooks, or a command (""), load can be read and fit.
 
     Args:
-        values: parameters, by notebook.
+        asked: notebooks and their parameters.
+        elsewhere: they are loaded on another machine: nothing is said about this one.
 
     Lab models fit anywhere, and take their own pictures. The work is done in a process of its own, which gives back
     what torch takes of memory, on a GPU too, before a kernel needs it.
+
+    Returns:
+        What each model needs, in MB, by the estimate of `memory.need`; of the lab's nothing.
     """
     loader = ROOT / "sinkstudy" / "model" / "loading.py"
-    asked = ("images_dir", "data_dir", "hub")  # pictures that are not the lab's
-    keys = ("model", "device", "dtype", "revision", "batch_size", "benchmarks", "benchmark", "limit", "fit", *asked)
+    pictures = ("images_dir", "data_dir", "hub")  # that are not the lab's
+    keys = ("model", "device", "dtype", "revision", "batch_size", "benchmarks", "benchmark", "limit", "fit", *pictures)
     settings = {
         json.dumps({key: of[key] for key in keys if key in of})
-        for notebook, of in values.items()
+        for notebook, of in asked
         if (not notebook or loader in modules(notebook))
-        and (of.get("model") not in lab_models() or any(map(of.get, asked)))
+        and (of.get("model") not in lab_models() or any(map(of.get, pictures)))
     }
     if not settings:
-        return
-    command = [sys.executable, "-m", "sinkstudy.book.memory", *sorted(settings)]
+        return {}
+    command = [sys.executable, "-m", "sinkstudy.book.memory", *["--elsewhere"] * elsewhere, *sorted(settings)]
     environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent)}
-    ended = subprocess.run(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, check=False)
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if ended.returncode:
         raise UserError(ended.stderr.strip().splitlines()[-1])
+    return json.loads(ended.stdout.splitlines()[-1])
 
 
 def update_notebooks(only: Iterable[str] = ()) -> None:
@@ -543,13 +617,14 @@ def update_notebooks(only: Iterable[str] = ()) -> None:
     import nbformat
 
     for name in notebooks(only):
-        source = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+        stored = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
         page = nbformat.read(RUNS / DEFAULT_MODEL / f"{name}.ipynb", as_version=4)
-        for cell, done in zip(source.cells, page.cells, strict=True):
+        for cell, done in zip(stored.cells, page.cells, strict=True):
             if cell.cell_type == "code":
                 cell.outputs, cell.execution_count = done.outputs, done.execution_count
+        stored.metadata["sinkstudy"] = {key: page.metadata["sinkstudy"][key] for key in ("seconds", "memory_mb")}
         with atomic(NOTEBOOKS / f"{name}.ipynb") as target:
-            nbformat.write(tidy(source), target)
+            nbformat.write(tidy(stored), target)
 
 
 # ---- the book

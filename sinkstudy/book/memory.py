@@ -95,8 +95,11 @@ def check(
     revision: str = "",
     batch_size: int = 1,
     size: tuple[int, int] = PICTURE,
-) -> None:
+) -> int:
     """Make sure that a model can be read, is whole and fits. Weights that are on this machine are read, one at a time.
+
+    Returns:
+        Bytes that it needs, by the estimate of `need`.
 
     Raises:
         ValueError: as `loading.load`; or the estimate of `need` is more than is `free`.
@@ -122,6 +125,7 @@ def check(
     while adapter := adapters.read(model):
         model, revision = adapter.base, adapter.revision
     checkpoints.check_values(model, checkpoints.stored(loading.find(model), revision), lvlm.model.dtype)
+    return sum(needed)
 
 
 def asked_about(
@@ -175,8 +179,12 @@ def _gigabytes(count: int) -> str:
     return f"{count / 1e9:.3g} GB"
 
 
-def _main(sets: Sequence[dict[str, Any]]) -> None:
-    """Check what notebooks are asked for, by their parameters: a model once, with the largest of its batches."""
+def _main(sets: Sequence[dict[str, Any]], elsewhere: bool = False) -> dict[str, int]:
+    """Check what notebooks are asked for, by their parameters: a model once, with the largest of its batches.
+
+    Returns:
+        MB that each model needs; `elsewhere`, this is all that is done.
+    """
     batches: dict[str, int] = {}
     sizes: dict[str, dict[str, tuple[int, int]]] = {}
     for of in sets:
@@ -188,13 +196,22 @@ def _main(sets: Sequence[dict[str, Any]]) -> None:
         sizes.setdefault(how, {}).update(found)
         if found or of.get("hub"):
             check_pictures(of["model"], found, revision=of.get("revision", ""), hub=of.get("hub", False))
+    needed: dict[str, int] = {}
     for how, batch_size in batches.items():
-        largest = max(sizes[how].values(), key=math.prod, default=PICTURE)
-        check(**json.loads(how), batch_size=batch_size, size=max(largest, PICTURE, key=math.prod))
+        of = json.loads(how)
+        size = max([*sizes[how].values(), PICTURE], key=math.prod)
+        if elsewhere:
+            lvlm = loading.outline(of["model"], dtype=of.get("dtype", "float32"), revision=of.get("revision", ""))
+            total = sum(need(lvlm, batch_size, size))
+        else:
+            total = check(**of, batch_size=batch_size, size=size)
+        needed[of["model"]] = max(needed.get(of["model"], 0), total // 10**6)
+    return needed
 
 
 if __name__ == "__main__":  # called by the engine: parameters of notebooks as JSON, a set each
     try:
-        _main([json.loads(arguments) for arguments in sys.argv[1:]])
+        arguments = [argument for argument in sys.argv[1:] if argument != "--elsewhere"]
+        print(json.dumps(_main([json.loads(argument) for argument in arguments], "--elsewhere" in sys.argv)))
     except ValueError as problem:
         sys.exit(str(problem))

@@ -14,7 +14,7 @@ from matplotlib.patches import ConnectionPatch, Rectangle
 
 from sinkstudy.analyses import probing, relevance
 from sinkstudy.book import chapter, report
-from sinkstudy.book.explorer import Seen, on_patches
+from sinkstudy.book.explorer import Seen
 from sinkstudy.model.lvlm import LVLM
 
 PANELS = {"norm": "norm in the tower,\n× median", "seen": "who attends to it\nin the tower, %",
@@ -61,7 +61,7 @@ def _said(lvlm: LVLM, picture: Any, seen: Seen) -> list[str]:
     """The word that each patch's token is decoded to alone; "–" where no token stands alone (`probing.words`)."""
     if lvlm.spec.deepstack:
         return ["–"] * len(seen.layout.vision)
-    words = on_patches(probing.words(lvlm, [picture])[0].alone, seen.layout)
+    words = seen.layout.lower(probing.words(lvlm, [picture])[0].alone)
     return [lvlm.processor.decode([word]).strip().lower() or "(blank)" for word in words.tolist()]
 
 
@@ -118,7 +118,7 @@ def _link(fig: mpl.figure.Figure, row: Sequence[Any], of: Followed) -> None:
         ax.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, ec=colour, lw=2))
     for here, there in zip(row[:-1], row[1:], strict=True):
         last = there is row[-1]
-        end = {"xyB": (0, 0.5), "coordsB": there.transAxes} if last else {"xyB": (x - 0.5, y), "coordsB": "data"}
+        end: dict[str, Any] = {"xyB": (0, 0.5), "coordsB": there.transAxes} if last else {"xyB": (x - 0.5, y), "coordsB": "data"}
         way = ConnectionPatch((x + 0.5, y), end["xyB"], "data", end["coordsB"], axesA=here, axesB=there,
                               arrowstyle="->", color=colour, lw=0.9, mutation_scale=8)
         way.set_in_layout(False)

@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -178,14 +179,15 @@ def _told(error: Mapping[str, Any], default: Any) -> str:
     return f"does not fit: {error['msg']} ({shown})"
 
 
-def declarations(notebook: str) -> dict[str, Declared]:
+@cache
+def declarations(notebook: str) -> Mapping[str, Declared]:
     """The parameters of a notebook, from its cell tagged `parameters`; nothing of it is run.
 
     Raises:
         UserError: a parameter without a type of this module, or whose default is no plain value.
     """
     found = {}
-    for cell in _cells(notebook):
+    for cell in cells(notebook):
         if "parameters" not in cell["metadata"].get("tags", []):
             continue
         for node in ast.parse("".join(cell["source"])).body:
@@ -206,8 +208,14 @@ def declarations(notebook: str) -> dict[str, Declared]:
     return found
 
 
-def _cells(notebook: str) -> list[dict]:
-    return json.loads((NOTEBOOKS / f"{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
+@cache
+def source(notebook: str) -> dict[str, Any]:
+    """A source notebook, which a process reads once."""
+    return json.loads((NOTEBOOKS / f"{notebook}.ipynb").read_text(encoding="utf-8"))
+
+
+def cells(notebook: str) -> list[dict]:
+    return source(notebook)["cells"]
 
 
 def defaults(notebook: str) -> dict[str, Any]:
@@ -261,7 +269,7 @@ def fitted(wanted: list[str], model: str, parameters: dict[str, Any]) -> dict[st
     }
 
 
-def fitted_to(declared: dict[str, Declared], given: dict[str, Any], notebook: str = "") -> dict[str, Any]:
+def fitted_to(declared: Mapping[str, Declared], given: dict[str, Any], notebook: str = "") -> dict[str, Any]:
     """What is given of declared parameters, of a notebook or a command, as these take it.
 
     Raises:
@@ -297,7 +305,7 @@ def _line(key: str, problem: str, notebook: str = "") -> str:
     return f"parameter '{key}'{where}{':' if problem.startswith('there is') else ''} {problem}"
 
 
-def _together(values: dict[str, Any], of: dict[str, Declared]) -> None:
+def _together(values: dict[str, Any], of: Mapping[str, Declared]) -> None:
     """What has to hold between parameters. Raises ValueError."""
     if values.get("criterion") == "percentile" and not values["threshold"] < 100:
         raise ValueError(f"the threshold of percentile is below 100, and {values['threshold']:g} is not")
@@ -334,23 +342,27 @@ def check(namespace: dict[str, Any]) -> None:
 # ---- files that values name
 
 
-def depends_on(notebook: str, values: dict[str, Any]) -> tuple[list[Path], list[Path]]:
-    """Files of models, and other files of this machine, that parameter values name."""
-    models: list[Path] = []
+def model_files(notebook: str, values: dict[str, Any]) -> list[Path]:
+    """Files of models of this machine that parameter values name."""
+    named = [name for name, declared in declarations(notebook).items() if declared.names in ("model", "lab model")]
+    return [path for value in map(values.get, named) for text in _texts(value) for path in _of_model(text)]
+
+
+def data_files(notebook: str, values: dict[str, Any]) -> list[Path]:
+    """Other files of this machine that parameter values name."""
     data: list[Path] = []
     for name, declared in declarations(notebook).items():
         for text in _texts(values[name]):
-            if declared.names in ("model", "lab model"):
-                models += _of_model(text)
-            elif declared.names in ("files", "methods") and text:
+            if declared.names in ("files", "methods") and text:
                 data += files(place(text))
             elif declared.names == "pictures" and text:
                 data += [file.path for file in pictures.folder(place(text), _shown(values))[0]]
             elif declared.names == "results":
                 data += [file for path in ROOT.glob(text) for file in files(path)]
-    return models, data
+    return data
 
 
+@cache
 def _of_model(name: str) -> list[Path]:
     """The files of a model but its card, those of an adapter with those of its base; none of a model of the hub."""
     folder = MODELS / name if name in lab_models() else Path(name)

@@ -20,7 +20,7 @@ the hidden states of layer l - 1.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -396,6 +396,11 @@ class _Attention:
         """Every query sees every key, and nothing is padding."""
         return self.mask is None and not self.causal
 
+    @cached_property
+    def _keys(self) -> torch.Tensor:
+        """[batch, key heads, head width, keys], float32, as a product of matrices takes them."""
+        return self.key.float().contiguous().transpose(-1, -2)
+
     def visible(self, rows: torch.Tensor) -> torch.Tensor:
         """Which keys each of these queries may attend to: bool [batch or 1, 1 or heads, rows, keys]."""
         if self.mask is None:
@@ -414,10 +419,10 @@ class _Attention:
 
     def weights(self, rows: torch.Tensor) -> torch.Tensor:
         """softmax(q k^T * scaling + mask) of these queries, float32 [batch, heads, rows, keys]."""
-        key_heads = self.key.shape[1]
-        q = self.query[:, :, rows].float().unflatten(1, (key_heads, -1))  # [batch, key heads, group, rows, width]
-        k = self.key.float().unsqueeze(2)  # query head h reads key head h // group
-        scores = (q @ k.transpose(-1, -2)).flatten(1, 2).mul_(self.scaling)
+        q = self.query[:, :, rows].float() * self.scaling  # there are fewer of these than of scores
+        q = q.unflatten(1, (self.key.shape[1], -1))  # [batch, key heads, group, rows, width]
+        scores = q.flatten(2, 3) @ self._keys  # query head h reads key head h // group
+        scores = scores.unflatten(2, (-1, len(rows))).flatten(1, 2)
         if self.all_visible:
             return scores.softmax(-1)
         if self.mask is not None and self.mask.dtype != torch.bool:

@@ -271,7 +271,7 @@ def _check_parts(lvlm: LVLM) -> None:
                 raise ValueError("its chat format drops the picture")
         if question not in prompt:
             raise ValueError("its chat format drops the question")
-        inputs = lvlm._prepared([blank(lvlm)], [question])
+        inputs = lvlm.prepared([blank(lvlm)], [question])
         visual = inputs["input_ids"][0].tolist().count(lvlm.image_token_id)
         layout = lvlm.layout(inputs)[0] if visual else None
     except Exception as error:  # a processor's own, of any kind, where an entry of its files is absent or wrong

@@ -1,9 +1,11 @@
 """A loaded vision-language model, as the study's functions take it: its parts by one name each, and its tokens."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar, cast
 
 import torch
 import transformers
@@ -18,6 +20,18 @@ from sinkstudy.model import measure
 from sinkstudy.model.layout import ImageLayout, block_order
 from sinkstudy.model.specs import Spec, n_prefix, pair, tile_grid
 from sinkstudy.pictures import opened
+
+T = TypeVar("T")
+
+
+def ahead(items: Iterable[T]) -> Iterator[T]:
+    """The items, each made by a thread while the one before is used; an error comes in the place of its item."""
+    iterator, end = iter(items), cast(T, object())
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        coming = thread.submit(next, iterator, end)
+        while (item := coming.result()) is not end:
+            coming = thread.submit(next, iterator, end)
+            yield item
 
 
 @dataclass(frozen=True)
@@ -135,21 +149,35 @@ class LVLM:
         Raises:
             ValueError: if the numbers of images and questions differ, or for a picture that the model does not take.
         """
-        return self._prepared(images, questions).to(self.device, dtype=self.model.dtype)
+        return self.moved(self.prepared(images, questions))
 
     def batches(
-        self, images: Sequence[Any], size: int, questions: Sequence[str] | None = None
+        self, images: Sequence[Any], size: int = 16, questions: Sequence[str] | None = None
     ) -> Iterator[tuple[slice, BatchFeature]]:
         """`inputs` of `size` images at a time, in their order, with the places that these have among all.
 
-        Without questions the prompts hold the image alone.
+        Each batch is made `ahead` of its use. Without questions the prompts hold the image alone.
         """
-        for start in range(0, len(images), size):
-            of = slice(start, start + size)
-            batch = images[of]
-            yield of, self.inputs(batch, [""] * len(batch) if questions is None else list(questions[of]))
+        asked, other = questions or [""] * len(images), self.for_thread()
+        places = [slice(start, start + size) for start in range(0, len(images), size)]
+        return ahead((of, other.inputs(images[of], list(asked[of]))) for of in places)
 
-    def _prepared(self, images: Sequence[Any], questions: Sequence[str]) -> BatchFeature:
+    def for_thread(self) -> "LVLM":
+        """The same model with a processor of its own: a tokenizer is used by one thread at a time."""
+        return replace(self, processor=copy.deepcopy(self.processor))
+
+    def moved(self, batch: BatchFeature) -> BatchFeature:
+        """A prepared batch on the model's device, in its dtype; a GPU fetches it while it computes."""
+
+        def move(value: torch.Tensor) -> torch.Tensor:
+            value = value.to(self.model.dtype) if value.is_floating_point() else value
+            if self.device.type == "cuda":
+                return value.pin_memory().to(self.device, non_blocking=True)
+            return value.to(self.device)
+
+        return BatchFeature({k: move(v) if isinstance(v, torch.Tensor) else v for k, v in batch.items()})
+
+    def prepared(self, images: Sequence[Any], questions: Sequence[str]) -> BatchFeature:
         """`inputs` as the processor makes them, in float32 on the CPU."""
         if len(images) != len(questions):
             raise ValueError(f"one question per image: got {len(images)} images and {len(questions)} questions")

@@ -33,7 +33,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 )
 def test_modules(package: Path, monkeypatch: pytest.MonkeyPatch, code: str, found: list[str]):
     cells = [{"cell_type": "code", "source": code, "metadata": {}}]
-    monkeypatch.setattr(engine, "_cells", lambda notebook: cells)
+    monkeypatch.setattr(engine, "cells", lambda notebook: cells)
     names = [str(path.relative_to(package / "sinkstudy").with_suffix("")) for path in engine.modules("any")]
     assert sorted(names) == sorted(found)
 

@@ -133,6 +133,17 @@ def test_snakemake_says_why(project: Project):
     assert """'{"limit": 4}'""" in project.snakemake("-n")
 
 
+def test_several_models(project: Project):
+    project.write("data/models/other/config.json", '{"model_type": "other"}')
+    both = ["01-first", "01-first", "02-second", "02-second"]
+    assert project.executed("lab-llava", "other", "--jobs", "2") == both
+    assert project.executed("lab-llava", "other") == []
+    project.write("data/models/other/config.json", '{"model_type": "changed"}')
+    assert project.executed("lab-llava", "other") == ["01-first", "02-second"]
+    assert "--name is for the run of one model" in project.call("run", "lab-llava", "other", "--name", "a", code=1)
+    assert "runs of the same name" in project.call("run", "other", "other", code=1)
+
+
 def test_without_the_records_of_snakemake(project: Project):
     project.call("run")
     shutil.rmtree(project.root / ".snakemake")
@@ -162,5 +173,8 @@ def test_update_notebooks_stores_what_nbval_compares(project: Project):
     source = nbformat.read(project.root / "notebooks/01-first.ipynb", as_version=4)
     assert source.cells[2].outputs[0].text == "doubled: 6\n"
     assert source.cells[2].execution_count == 2
-    assert "papermill" not in source.metadata and "sinkstudy" not in source.metadata
+    assert "papermill" not in source.metadata
+    noted = project.page("01-first").metadata["sinkstudy"]
+    took = {key: noted[key] for key in ("seconds", "memory_mb")}  # what a cluster is asked for
+    assert source.metadata["sinkstudy"] == took and min(took.values()) > 0
     assert project.executed() == []  # outputs are no part of the source

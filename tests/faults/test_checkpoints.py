@@ -529,7 +529,7 @@ def test_a_wrapped_model_with_an_adapter(one):
 
 # ------------------------------------------------------------------------------------------------- pictures of the lab
 def asked(**values) -> None:
-    engine.check_memory({"01-norms": engine.defaults("01-norms") | values})
+    engine.check_memory([("01-norms", engine.defaults("01-norms") | values)])
 
 
 @pytest.fixture

@@ -263,9 +263,10 @@ def execute(source, copy, given, **_):  # in place of a kernel
     page.cells[-1].outputs = [new_output("stream", name="stdout", text=text)]
     nbformat.write(page, copy)
 
-def one_after_another(run, plan, jobs):  # in place of Snakemake, which calls the same in processes
-    for name in plan:
-        engine.execute(name, run, plan[name])
+def one_after_another(plan, jobs, profile):  # in place of Snakemake, which calls the same in processes
+    for run, notebooks in plan["runs"].items():
+        for name, given in notebooks.items():
+            engine.execute(name, run, given)
 
 papermill.execute_notebook, engine._snakemake = execute, one_after_another
 
@@ -347,13 +348,14 @@ def test_a_whole_run_killed_at_each_file_operation(project: Project):
 
 
 def test_what_a_living_process_makes_is_left_alone(tmp_path):
-    mine = tmp_path / f".partial-{os.getpid()}-x"
-    dead = tmp_path / ".partial-999999999-x"
-    for folder in (mine, dead):
+    mine = tmp_path / f".partial-{os.getpid()}-{paths.HOST}-x"
+    dead = tmp_path / f".partial-999999999-{paths.HOST}-x"
+    elsewhere = tmp_path / ".partial-999999999-0123abcd-x"  # a process of another machine, which shares the folder
+    for folder in (mine, dead, elsewhere):
         folder.mkdir()
     with paths.atomic(tmp_path / "a") as target:
         target.write_text("a")
-    assert mine.is_dir() and not dead.exists()
+    assert mine.is_dir() and elsewhere.is_dir() and not dead.exists()
 
 
 # ------------------------------------------------------------------------------------------- remembered digests

@@ -140,7 +140,7 @@ def test_other_pictures_are_seen(home, name):
     values = parameters.defaults("01-norms") | {"images_dir": name, "limit": 4}
     parameters.fitted(["01-norms"], "lab-llava", {"images_dir": name, "limit": 4})
     folder = paths.place(name)
-    assert [path.name for path in parameters.depends_on("01-norms", values)[1]] == ["0.png", "1.png", "2.png", "3.png"]
+    assert [path.name for path in parameters.data_files("01-norms", values)] == ["0.png", "1.png", "2.png", "3.png"]
     before = engine.fingerprint("01-norms", {"images_dir": name, "limit": 4})
     Image.new("RGB", (8, 8), "blue").save(folder / "5.png")
     assert engine.fingerprint("01-norms", {"images_dir": name, "limit": 4}) == before
