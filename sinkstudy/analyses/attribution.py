@@ -28,7 +28,7 @@ from PIL import Image, ImageFilter
 from transformers import BatchFeature
 from transformers.utils import ModelOutput
 
-from sinkstudy import sinks, stats
+from sinkstudy import progress, sinks, stats
 from sinkstudy.model.capture import not_finite
 from sinkstudy.model.layout import ImageLayout
 from sinkstudy.model.lvlm import LVLM
@@ -136,7 +136,7 @@ def answer_log_prob(
     padded = torch.stack([torch.cat([torch.full((longest - len(a),), -1), a]) for a in ids]).to(lvlm.device)
 
     encoded = []
-    for start in range(0, len(images), batch_size):
+    for start in progress.batches(images, batch_size):
         stop = start + batch_size
         of_batch = lvlm.inputs(images[start:stop], questions[start:stop])
         pictures = {name: values for name, values in of_batch.items() if name not in _OF_TOKENS}

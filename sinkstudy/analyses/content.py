@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from sinkstudy import sinks
+from sinkstudy import progress, sinks
 from sinkstudy.analyses import probing
 from sinkstudy.model.layout import ImageLayout
 from sinkstudy.model.lvlm import LVLM
@@ -255,7 +255,7 @@ def _sizes(masks: Sequence[Mapping[str, torch.Tensor]]) -> pd.DataFrame:
 def _pixels(lvlm: LVLM, pictures: Sequence[Any], patch: torch.Tensor, batch_size: int) -> torch.Tensor:
     """The pixels of the chosen patches: [pictures, singles, most] -> [pictures, singles, most, values]."""
     found = []
-    for start in range(0, len(pictures), batch_size):
+    for start in progress.batches(pictures, batch_size):
         batch = pictures[start : start + batch_size]
         of_batch = lvlm.patch_pixels(lvlm.inputs(batch, [""] * len(batch)))
         found += [of_batch[i][patch[start + i]] for i in range(len(batch))]

@@ -15,7 +15,7 @@ import scipy.stats
 import torch
 from torch import nn
 
-from sinkstudy import stats
+from sinkstudy import progress, stats
 from sinkstudy.model.capture import hidden_states, not_finite, token_norms
 from sinkstudy.model.layout import ImageLayout
 from sinkstudy.model.lvlm import LVLM
@@ -193,7 +193,7 @@ def states(
     found: dict[tuple[str, int], list] = {}
     prefix: dict[int, list] = {}
     norms, layouts = [], []
-    for start in range(0, len(pictures), batch_size):
+    for start in progress.batches(pictures, batch_size):
         batch = pictures[start : start + batch_size]
         inputs = lvlm.inputs(batch, [""] * len(batch))
         here = lvlm.layout(inputs)
@@ -268,7 +268,7 @@ def words(lvlm: LVLM, pictures: Sequence[Any], *, batch_size: int = 32) -> list[
     if lvlm.spec.deepstack:
         raise ValueError(f"{lvlm.name}: features are added behind decoder layers too, so no visual token stands alone")
     out = []
-    for start in range(0, len(pictures), batch_size):
+    for start in progress.batches(pictures, batch_size):
         batch = pictures[start : start + batch_size]
         inputs = lvlm.inputs(batch, [""] * len(batch))
         with hidden_states(lvlm, "decoder", lambda hidden, _: hidden) as decoder, _entering(lvlm) as calls:

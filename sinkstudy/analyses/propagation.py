@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from sinkstudy import sinks, stats
+from sinkstudy import progress, sinks, stats
 from sinkstudy.model import capture
 from sinkstudy.model.layout import ImageLayout
 from sinkstudy.model.lvlm import LVLM
@@ -205,7 +205,7 @@ def look_inside(
         ValueError: as `LVLM.visual_positions`.
     """
     parts = []
-    for start in range(0, len(images), batch_size):
+    for start in progress.batches(images, batch_size):
         of = slice(start, start + batch_size)
         own = {group: mask[of] for group, mask in masks.items()}
         parts.append(_look(lvlm, lvlm.inputs(images[of], questions[of]), own))

@@ -24,7 +24,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from transformers import BatchFeature
 
-from sinkstudy import sinks, stats
+from sinkstudy import progress, sinks, stats
 from sinkstudy.model import capture
 from sinkstudy.model.layout import ImageLayout
 from sinkstudy.model.lvlm import LVLM
@@ -146,7 +146,7 @@ def measure(
     if len(images) == 0:
         raise ValueError("relevance needs at least one image")
     parts = []
-    for start in range(0, len(images), batch_size):
+    for start in progress.batches(images, batch_size):
         batch = images[start : start + batch_size]
         inputs = lvlm.inputs(batch, [""] * len(batch))
         layouts = lvlm.layout(inputs)

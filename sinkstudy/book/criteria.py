@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from matplotlib.ticker import LogLocator, NullLocator
 
-from sinkstudy import sinks, stats
+from sinkstudy import progress, sinks, stats
 from sinkstudy.analyses import attribution, probing, relevance
 from sinkstudy.answers.evaluate import Intervention
 from sinkstudy.book import chapter, report
@@ -149,7 +149,7 @@ def decoder_phi(
     width, rng = lvlm.model.config.get_text_config().hidden_size, np.random.default_rng(seed)
     sets = [[own, *(rng.choice(width, len(own), replace=False).tolist() for _ in range(draws))] for own in lit]
     layouts, found = [], []
-    for start in range(0, len(pictures), batch_size):
+    for start in progress.batches(pictures, batch_size):
         inputs = lvlm.inputs(pictures[start : start + batch_size], list(questions[start : start + batch_size]))
         layouts += (here := lvlm.layout(inputs))
         visual = torch.stack([layout.visual for layout in here]).to(lvlm.device)[..., None]

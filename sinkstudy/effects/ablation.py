@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from transformers import BatchFeature
 
-from sinkstudy import benchmarks
+from sinkstudy import benchmarks, progress
 from sinkstudy.answers.evaluate import NONE, Intervention, Prefixes, evaluate
 from sinkstudy.model.capture import not_finite
 from sinkstudy.model.layout import ImageLayout
@@ -74,7 +74,7 @@ def read(lvlm: LVLM, images: Mapping[str, Any], site: Site = "output", batch_siz
     if not images:
         raise ValueError("there are no images to read")
     ids, of, layouts = list(images), {}, {}
-    for start in range(0, len(ids), batch_size):
+    for start in progress.batches(ids, batch_size):
         batch = ids[start : start + batch_size]
         inputs = lvlm.inputs([images[image] for image in batch], [""] * len(batch))
         seen: dict[int, torch.Tensor] = {}

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sinkstudy import progress
 from sinkstudy.answers.evaluate import Intervention, Prefixes
 from sinkstudy.effects.ablation import Masks, digest, of_images
 from sinkstudy.model import capture
@@ -57,7 +58,7 @@ def mean_activations(
 
     handles = [_reader(lvlm, layer).register_forward_pre_hook(adder(layer)) for layer in range(len(lvlm.vision_layers))]
     try:
-        for start in range(0, len(pictures), batch_size):
+        for start in progress.batches(pictures, batch_size):
             batch = pictures[start : start + batch_size]
             inputs = lvlm.inputs(batch, [""] * len(batch))
             chosen = {

@@ -30,6 +30,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
+from sinkstudy import progress
 from sinkstudy.model.layout import ImageLayout
 from sinkstudy.model.lvlm import LVLM
 
@@ -218,7 +219,7 @@ def trace(
         raise ValueError(f"one question per image: got {len(images)} images and {len(questions)} questions")
     parts = [
         _trace_batch(lvlm, images[i : i + batch_size], questions[i : i + batch_size], max_new_tokens, i)
-        for i in range(0, len(images), batch_size)
+        for i in progress.batches(images, batch_size)
     ]
     _same_sizes([layout for part in parts for layout in part.layouts])
     return Trace(**{field.name: _joined([getattr(part, field.name) for part in parts]) for field in fields(Trace)})
@@ -239,7 +240,7 @@ def trace_tower(lvlm: LVLM, images: Sequence[Any], batch_size: int = 16) -> tupl
     if len(images) == 0:
         raise ValueError("there are no images to trace")
     norms, received, layouts = [], [], []
-    for start in range(0, len(images), batch_size):
+    for start in progress.batches(images, batch_size):
         batch = images[start : start + batch_size]
         inputs = lvlm.inputs(batch, [""] * len(batch))
         of_batch = lvlm.layout(inputs)

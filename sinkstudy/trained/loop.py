@@ -27,7 +27,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset, SequentialSampler, default_collate
-from tqdm import tqdm
 from transformers import (
     PrinterCallback,
     Trainer,
@@ -40,6 +39,7 @@ from sinkstudy import digests
 from sinkstudy.answers.evaluate import Intervention, Prefixes
 from sinkstudy.model.lvlm import LVLM
 from sinkstudy.paths import atomic
+from sinkstudy.progress import Progress
 
 
 class Method(nn.Module):
@@ -479,21 +479,14 @@ class _Trainer(Trainer):
 
 
 class _Progress(TrainerCallback):
-    """A bar with rate, time left and loss on stderr; where that is no terminal, a line every half minute."""
+    """How far the training is, with its loss."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar = tqdm(
-            desc=self.name,
-            total=state.max_steps,
-            initial=state.global_step,
-            unit="step",
-            file=sys.stderr,
-            mininterval=0.1 if sys.stderr.isatty() else 30,
-            disable=not state.is_world_process_zero,
-        )
+        silent = not state.is_world_process_zero
+        self.bar = Progress(f"{self.name}: step", state.max_steps, initial=state.global_step, disable=silent)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         if "loss" in logs:
