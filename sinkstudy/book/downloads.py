@@ -37,7 +37,7 @@ def add_links(app: Any, doctree: nodes.document) -> None:
                  if f"{stem}.{suffix}" in there]
         caption = next(figure.findall(nodes.caption), None)
         if links and caption is not None:
-            caption += line([*links, ("tables", f"#{FOOT}")], nodes.inline)
+            caption += line([*links, ("tables", f"#{FOOT}")] if listed else links, nodes.inline)
     shown = [raw for raw in doctree.findall(nodes.raw) if _is_table(raw)]
     latex = [f"table-{number}.tex" for number in range(1, len(shown) + 1)]
     if there.issuperset(latex) and f"table-{len(shown) + 1}.tex" not in there:  # of these very tables

@@ -216,6 +216,7 @@ METHODS = {
         "the same, and the token takes the place of the patch of highest norm", _register_passed, "k", 10, _takes
     ),
 }
+"""The training-free methods, by the names that `sinkstudy route --method` takes."""
 
 
 def option(method: str, weight: float | None = None, k: int | None = None) -> float | int | None:
