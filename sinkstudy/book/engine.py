@@ -449,11 +449,11 @@ def run(
         sweep(folder)
     claim(run_name, check_model(model))
     outdated = [nb for nb in wanted if not is_fresh(run_name, nb, plan[nb])]
-    if outdated:
+    check_memory({nb: defaults(nb) | plan[nb] for nb in outdated})
+    if len(outdated) > 1:
         took = [record(run_name, nb).get("seconds") for nb in outdated]
         about = "" if None in took else f"; the last time they took {_minutes(sum(took))}, one after the other"
         print(f"{len(outdated)} of {len(wanted)} chapters are out of date{about}", file=sys.stderr, flush=True)
-    check_memory({nb: defaults(nb) | plan[nb] for nb in outdated})
     _snakemake(run_name, plan, jobs)
     return run_name
 
