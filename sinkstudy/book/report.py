@@ -97,7 +97,11 @@ class Results:
 
     def __init__(self, run: str, notebook: str):
         self.folder = results_dir(run, notebook)
+        self._shown: list[str] = []  # LaTeX of the tables that cells showed
+        self._written = False
         _figures.clear()
+        if (shell := get_ipython()) is not None:
+            shell.display_formatter.formatters["text/latex"].for_type(pd.DataFrame, self._keep_shown)
         self._tables: dict[str, pd.DataFrame] = {}
         self._metrics: dict[str, dict[str, Any]] = {}
 
@@ -157,8 +161,18 @@ class Results:
             (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
             for name, content in _figures.items():
                 (folder / name).write_bytes(content)
-            for number, table in enumerate(_shown_tables(), 1):
-                (folder / f"table-{number}.tex").write_text(latex(table), encoding="utf-8")
+            self._write_shown(folder)
+        self._written = True
+
+    def _keep_shown(self, table: pd.DataFrame) -> None:
+        """IPython asks for the LaTeX of a table that it shows. It is kept for a file, and the page does without."""
+        self._shown.append(latex(table))
+        if self._written:
+            self._write_shown(self.folder)
+
+    def _write_shown(self, folder: Path) -> None:
+        for number, text in enumerate(self._shown, 1):
+            (folder / f"table-{number}.tex").write_text(text, encoding="utf-8")
 
 
 def _six(value: float | None) -> float | None:
@@ -166,12 +180,6 @@ def _six(value: float | None) -> float | None:
     if value is None or not np.isfinite(value):
         return None
     return float(f"{round(float(value), 12):.6g}") + 0.0
-
-
-def _shown_tables() -> list[pd.DataFrame]:
-    """The tables that cells of this notebook ended with, in their order: IPython keeps them as `Out`."""
-    shell = get_ipython()
-    return [] if shell is None else [out for out in shell.user_ns["Out"].values() if isinstance(out, pd.DataFrame)]
 
 
 def latex(table: pd.DataFrame) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from IPython.core.formatters import DisplayFormatter
 
 from sinkstudy.book import report
 from sinkstudy.paths import BOOK
@@ -290,9 +291,14 @@ def test_text_of_figures_stays_text(results):
 
 def test_tables_are_kept_as_they_were_shown(results, monkeypatch):
     shown = pd.DataFrame({"above 3 sd, %": ["2.86 [2.70, 3.03]", "−1.0"], "n_images": [7, 8]}, index=["lab_llava", "φ"])
-    out = {3: shown, 5: "no table", 9: pd.DataFrame({"x": [1.5]})}
-    monkeypatch.setattr(report, "get_ipython", lambda: SimpleNamespace(user_ns={"Out": out}))
+    shell = SimpleNamespace(display_formatter=DisplayFormatter())
+    monkeypatch.setattr(report, "get_ipython", lambda: shell)
+    results = report.Results("lab-llava", "01-norms")
+    page, _ = shell.display_formatter.format(shown)
+    assert "lab_llava" in page["text/html"] and "text/latex" not in page
+    shell.display_formatter.format("no table")
     results.write()
+    shell.display_formatter.format(pd.DataFrame({"x": [1.5]}))  # below the cell that wrote
     assert sorted(path.name for path in results.folder.glob("*.tex")) == ["table-1.tex", "table-2.tex"]
     first = (results.folder / "table-1.tex").read_text(encoding="utf-8")
     assert first.isascii() and r"\toprule" in first
