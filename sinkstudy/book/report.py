@@ -35,7 +35,7 @@ WITHOUT = {"pdf": ("CreationDate", "Creator", "Producer"), "svg": ("Date", "Crea
 """Formats in which figures are kept, with what their metadata lack: times and versions, so that bytes are equal."""
 
 IN_LATEX = {"−": "$-$", "×": r"$\times$", "≥": r"$\geq$", "≤": r"$\leq$", "→": r"$\rightarrow$", "Δ": r"$\Delta$",
-            "τ": r"$\tau$", "φ": r"$\varphi$", "–": "--", "…": r"\ldots{}"}
+            "τ": r"$\tau$", "φ": r"$\varphi$", "–": "--", "\xa0": "~", "…": r"\ldots{}"}
 """Signs of the tables for which pdfLaTeX has no letter."""
 
 _figures: dict[str, bytes] = {}  # files of the figures named since the last `Results` was made, which writes them
@@ -185,7 +185,7 @@ def _six(value: float | None) -> float | None:
 def latex(table: pd.DataFrame) -> str:
     """A table as it is shown, for LaTeX with the package booktabs; signs that LaTeX would read are escaped."""
     table = table.rename_axis(columns=None) if table.columns.nlevels == 1 else table
-    text = table.to_latex(escape=True, index=not isinstance(table.index, pd.RangeIndex), na_rep="NaN")
+    text = table.to_latex(escape=True, index=not isinstance(table.index, pd.RangeIndex), float_format="%g")
     return re.sub("|".join(IN_LATEX), lambda found: IN_LATEX[found[0]], text)
 
 

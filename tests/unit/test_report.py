@@ -306,5 +306,5 @@ def test_tables_are_kept_as_they_were_shown(results, monkeypatch):
     assert body == [["", r"above 3 sd, \%", r"n\_images"], [r"lab\_llava", "2.86 [2.70, 3.03]", "7"],
                     [r"$\varphi$", "$-$1.0", "8"]]
     assert (results.folder / "table-2.tex").read_text().split() == [
-        r"\begin{tabular}{r}", r"\toprule", "x", r"\\", r"\midrule", "1.500000", r"\\", r"\bottomrule",
+        r"\begin{tabular}{r}", r"\toprule", "x", r"\\", r"\midrule", "1.5", r"\\", r"\bottomrule",
         r"\end{tabular}"]
