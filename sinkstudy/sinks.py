@@ -181,7 +181,7 @@ def rms_normalised(hidden: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
 
 
 def dimension_profile(hidden: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Mean |RMSNorm(x)| of a group of tokens in each dimension: [.., tokens, width] -> float [width].
+    """Mean `|RMSNorm(x)|` of a group of tokens in each dimension: [.., tokens, width] -> float [width].
 
     `mask`, bool [.., tokens], chooses the group; all tokens by default. NaN if the group is empty.
     """
@@ -201,7 +201,7 @@ def sink_dimensions(profile: torch.Tensor, factor: float = 5.0) -> list[int]:
 
 
 def phi(hidden: torch.Tensor, dimensions: Sequence[int]) -> torch.Tensor:
-    """max over the sink dimensions of |RMSNorm(x)[d]|: [.., tokens, width] -> float [.., tokens].
+    """max over the sink dimensions of `|RMSNorm(x)[d]|`: [.., tokens, width] -> float [.., tokens].
 
     Kang et al., "See What You Are Told" (VAR, 2503.03321). Zero if there are no sink dimensions.
     """
@@ -267,7 +267,7 @@ def next_in_norm(norms: torch.Tensor, mask: torch.Tensor, among: torch.Tensor | 
 
 
 def jaccard(a: torch.Tensor, b: torch.Tensor, empty: float = 1.0) -> torch.Tensor:
-    """|a and b| / |a or b| of each image: two bool [.., tokens] -> float [..].
+    """`|a and b| / |a or b|` of each image: two bool [.., tokens] -> float [..].
 
     Where both sets are empty the value is `empty`: 1 by default, as two criteria that both find nothing
     agree; NaN leaves such images out of a nanmean.

@@ -15,7 +15,6 @@ import hashlib
 import json
 import math
 import os
-import sys
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -27,7 +26,6 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
-from tqdm import tqdm
 from transformers import BatchFeature, DynamicCache, ProcessorMixin
 
 from sinkstudy import digests
@@ -36,6 +34,7 @@ from sinkstudy.model.identity import Identity, Unknown, model_digest
 from sinkstudy.model.lvlm import LVLM, ahead
 from sinkstudy.paths import CACHE
 from sinkstudy.pictures import opened
+from sinkstudy.progress import Progress
 
 ANSWERS = Path(os.environ.get("SINKSTUDY_ANSWERS", CACHE / "answers"))
 
@@ -117,7 +116,6 @@ def evaluate(
     max_new_tokens: int = 16,
     batch_size: int = 16,
     cache: str | Path | None = ANSWERS,
-    progress: bool | None = None,
 ) -> pd.DataFrame:
     """Answer every question of a table under every intervention.
 
@@ -142,8 +140,6 @@ def evaluate(
             numbers of an undisturbed one, to the bit (on a GPU, as far as it repeats itself). A folder that cannot be
             written, and an intervention of which it cannot be told what it does, give a warning, and answers that are
             not kept.
-        progress: whether to show a bar with rate and time left on stderr; by default only on a terminal, so never
-            in a notebook's outputs.
 
     Returns:
         The table's columns but `image`, once for each intervention, with `intervention`; `prediction`, the greedy
@@ -180,9 +176,6 @@ def evaluate(
     told = {how.name: store.told(how) for how in interventions}
     said: dict[tuple[str, int], dict] = {}  # (intervention, row) -> answer
     total = len(table) * len(interventions)
-    bar = tqdm(
-        total=total, desc="answers", unit="answer", file=sys.stderr, disable=None if progress is None else not progress
-    )
     other = lvlm.for_thread()
 
     def ready() -> Iterator[_Group]:
@@ -202,7 +195,7 @@ def evaluate(
             split = _split(other, pictures, texts, of_group) if missing else (None, {})
             yield _Group(pictures, of_group, keys, missing, *split)
 
-    with bar, _images_once(lvlm.processor), _images_once(other.processor):
+    with Progress("answers", total) as bar, _images_once(lvlm.processor), _images_once(other.processor):
         for group in ahead(ready()):
             pictures, keys = group.pictures, group.keys
             for how in interventions:

@@ -194,7 +194,7 @@ def quantities(
     """Three numbers of each patch, float32 [pictures, patches].
 
     - "attention": from the answer's tokens to the visual token that reads it, mean over decoder layers and heads;
-    - "attribution": |gradient x activation| of that token, for the first token of the model's answer;
+    - "attribution": `|gradient x activation|` of that token, for the first token of the model's answer;
     - "spread": mean distance of the patches of the tower that attend to it, in patches, see `relevance.spread`; mean
       over heads and over the layers from the second to the connector's.
     """

@@ -34,7 +34,7 @@ from typing import Any
 import psutil
 from filelock import FileLock, Timeout
 
-from sinkstudy import digests
+from sinkstudy import digests, progress
 from sinkstudy.book import parameters
 from sinkstudy.book.parameters import UserError, cells, check_model, defaults, files, source
 from sinkstudy.paths import (
@@ -282,7 +282,7 @@ def _execute(notebook: str, run: str, given: dict[str, Any], failed: Path) -> No
             return
         noted = {"run": run, "params": given, "values": values, **fingerprint(notebook, given)}
         noted |= surroundings() | {key: values.get(key) for key in ("model", "device", "dtype", "seed")}
-        _kernel_environment(work, values)
+        _kernel_environment(work, notebook, values)
         copy = work / f"{notebook}.ipynb"
         started = time.time()
         try:
@@ -295,6 +295,7 @@ def _execute(notebook: str, run: str, given: dict[str, Any], failed: Path) -> No
                 cwd=NOTEBOOKS,
                 config=Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"}),  # no open ports
                 progress_bar={"desc": notebook, "bar_format": "{desc}: cell {n_fmt}/{total_fmt} ({elapsed})"},
+                stderr_file=_Progress(notebook),
             )
         except PapermillExecutionError as error:
             failed.parent.mkdir(exist_ok=True)
@@ -316,6 +317,28 @@ def _execute(notebook: str, run: str, given: dict[str, Any], failed: Path) -> No
         page.metadata["sinkstudy"] = noted
         with atomic(RUNS / run / f"{notebook}.ipynb") as target:
             nbformat.write(page, target)
+    fresh = sum(is_fresh(run, name) for name in executed(run))
+    done = f"{notebook}: executed on {run} in {_minutes(noted['seconds'])}"
+    print(f"{done}; {fresh} of {len(notebooks())} chapters are up to date", file=sys.stderr)
+
+
+class _Progress:
+    """A file for what a kernel writes to stderr: passes on how far its work is, and nothing else."""
+
+    def __init__(self, notebook: str) -> None:
+        self.beginning = f"{notebook}: "
+
+    def write(self, text: str) -> None:
+        for line in text.splitlines():
+            if line.startswith(self.beginning):
+                print(f"\n{line}", end="", file=sys.stderr)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 @contextmanager
@@ -333,9 +356,10 @@ def _sockets() -> Iterator[str]:
             yield short
 
 
-def _kernel_environment(work: Path, values: dict[str, Any]) -> None:
+def _kernel_environment(work: Path, notebook: str, values: dict[str, Any]) -> None:
     """Settings that the kernel inherits: tables go to `work`, this checkout is imported, nothing is random."""
     os.environ["SINKSTUDY_RESULTS"] = str(work / "results")
+    os.environ[progress.CHAPTER] = notebook
     os.environ["PYTHONPATH"] = str(ROOT)
     os.environ["PYTHONHASHSEED"] = "0"
     # threads that wait for one another sleep: on a shared machine spinning takes several times as long as the work
@@ -479,6 +503,12 @@ def run(
             sweep(folder)
         claim(run_name, check_model(model))
         outdated += [(nb, defaults(nb) | plan[nb]) for nb in plan if not is_fresh(run_name, nb, plan[nb])]
+    if len(outdated) > 1:
+        took = [record(run_name, nb).get("seconds") for run_name, plan in plans.items() for nb in plan
+                if (nb, defaults(nb) | plan[nb]) in outdated]
+        about = "" if None in took else f"; the last time they took {_minutes(sum(took))}, one after the other"
+        of = sum(map(len, plans.values()))
+        print(f"{len(outdated)} of {of} chapters are out of date{about}", file=sys.stderr, flush=True)
     needed = check_memory(outdated, elsewhere=bool(profile))
     _snakemake({"runs": plans, "memory_mb": needed}, jobs, profile)
     return list(plans)
@@ -657,9 +687,9 @@ def render(*, stored: bool = False) -> bool:
             raise UserError(f"{page}.ipynb is missing: 'sinkstudy run' makes it")
     write_provenance()
     shown = [path for folder in (BOOK, DATA, RESULTS) for path in files(folder)]
+    shown += (ROOT / "sinkstudy").rglob("*.py")  # the pages of the API, and pages that are computed
     shown += [path for path in (ROOT / "_config.yml", ROOT / "_toc.yml", ROOT / "CITATION.cff") if path.is_file()]
     computed = (DATA / "claims.yml").is_file()  # pages that follow from the ledger and from the results of all runs
-    shown += _imported("import sinkstudy.book.pages") if computed else []
     content = files_sha256(path for path in shown if WORK not in path.parents)
     stamp = BUILD / "rendered-from"
     index = BUILD / "html" / "index.html"
@@ -677,7 +707,8 @@ def render(*, stored: bool = False) -> bool:
             raise UserError(str(problem)) from None
     (BUILD / "toc.yml").write_text(yaml.safe_dump(_with_runs(toc), sort_keys=False))
     command = [str(Path(sys.executable).with_name("jupyter-book")), "build", ".", "--toc", str(BUILD / "toc.yml")]
-    ended = subprocess.run([*command, "--all", "-W", "-n", "--keep-going"], cwd=ROOT, check=False)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run([*command, "--all", "-W", "-n", "--keep-going"], cwd=ROOT, env=environment, check=False)
     if ended.returncode or not index.is_file():
         raise UserError("the book was not rendered without a warning: Jupyter Book's messages stand above")
     with atomic(stamp) as target:

@@ -1,10 +1,12 @@
 """What a notebook hands on: figures in one style, tables and metrics, numbers for the prose, its provenance.
 
-A notebook makes one `Results`, adds tables and metrics to it and writes it once, at its end.
+A notebook makes one `Results`, adds tables and metrics to it and writes it once, at its end: with the figures that it
+gave a name (`glue_figure`), as PDF and SVG, and the tables that it showed, as LaTeX.
 """
 
 import hashlib
 import html
+import io
 import json
 import platform
 import re
@@ -28,6 +30,15 @@ PALETTE = ("#1a78c2", "#cc7f00", "#0fa37f", "#c26ab2", "#b5402a")
 
 INK = "#707070"
 """Text, axes and reference lines: a grey that reads on white and, brightened by the book's style sheet, on black."""
+
+WITHOUT = {"pdf": ("CreationDate", "Creator", "Producer"), "svg": ("Date", "Creator")}
+"""Formats in which figures are kept, with what their metadata lack: times and versions, so that bytes are equal."""
+
+IN_LATEX = {"−": "$-$", "×": r"$\times$", "≥": r"$\geq$", "≤": r"$\leq$", "→": r"$\rightarrow$", "Δ": r"$\Delta$",
+            "τ": r"$\tau$", "φ": r"$\varphi$", "–": "--", "\xa0": "~", "…": r"\ldots{}"}
+"""Signs of the tables for which pdfLaTeX has no letter."""
+
+_figures: dict[str, bytes] = {}  # files of the figures named since the last `Results` was made, which writes them
 
 
 def style() -> list[str]:
@@ -60,6 +71,8 @@ def style() -> list[str]:
             "patch.linewidth": 0,
             "image.cmap": "viridis",
             "svg.hashsalt": "sinkstudy",
+            "svg.fonttype": "none",  # text stays text, in the reader's fonts
+            "pdf.fonttype": 42,  # TrueType, embedded: journals refuse Type 3
             **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor"), INK),
             **dict.fromkeys(("xtick.color", "ytick.color", "grid.color"), INK),
         },
@@ -84,6 +97,11 @@ class Results:
 
     def __init__(self, run: str, notebook: str):
         self.folder = results_dir(run, notebook)
+        self._shown: list[str] = []  # LaTeX of the tables that cells showed
+        self._written = False
+        _figures.clear()
+        if (shell := get_ipython()) is not None:
+            shell.display_formatter.formatters["text/latex"].for_type(pd.DataFrame, self._keep_shown)
         self._tables: dict[str, pd.DataFrame] = {}
         self._metrics: dict[str, dict[str, Any]] = {}
 
@@ -141,6 +159,20 @@ class Results:
                 rows.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g", lineterminator="\n")
             text = json.dumps(list(self._metrics.values()), indent=1, sort_keys=True, ensure_ascii=False)
             (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
+            for name, content in _figures.items():
+                (folder / name).write_bytes(content)
+            self._write_shown(folder)
+        self._written = True
+
+    def _keep_shown(self, table: pd.DataFrame) -> None:
+        """IPython asks for the LaTeX of a table that it shows. It is kept for a file, and the page does without."""
+        self._shown.append(latex(table))
+        if self._written:
+            self._write_shown(self.folder)
+
+    def _write_shown(self, folder: Path) -> None:
+        for number, text in enumerate(self._shown, 1):
+            (folder / f"table-{number}.tex").write_text(text, encoding="utf-8")
 
 
 def _six(value: float | None) -> float | None:
@@ -148,6 +180,13 @@ def _six(value: float | None) -> float | None:
     if value is None or not np.isfinite(value):
         return None
     return float(f"{round(float(value), 12):.6g}") + 0.0
+
+
+def latex(table: pd.DataFrame) -> str:
+    """A table as it is shown, for LaTeX with the package booktabs; signs that LaTeX would read are escaped."""
+    table = table.rename_axis(columns=None) if table.columns.nlevels == 1 else table
+    text = table.to_latex(escape=True, index=not isinstance(table.index, pd.RangeIndex), float_format="%g")
+    return re.sub("|".join(IN_LATEX), lambda found: IN_LATEX[found[0]], text)
 
 
 def glue(name: str, value: float | str, fmt: str = ".3g") -> None:
@@ -175,6 +214,7 @@ def glue_figure(name: str, figure: mpl.figure.Figure) -> None:
     """Show a figure and give it a name, so that a ``{glue:figure}`` directive can set it with a caption.
 
     Tag the cell `remove-output`: Jupyter shows the figure below the cell, the book where the directive stands.
+    `Results.write` puts `<name>.pdf` and `<name>.svg` beside the tables.
     """
     import matplotlib.pyplot as plt
 
@@ -187,6 +227,10 @@ def glue_figure(name: str, figure: mpl.figure.Figure) -> None:
             display(figure)
         else:
             myst_nb.glue(name, figure, display=True)
+    for suffix, without in WITHOUT.items():
+        file = io.BytesIO()
+        figure.savefig(file, format=suffix, metadata=dict.fromkeys(without), bbox_inches="tight", dpi=200)
+        _figures[f"{name}.{suffix}"] = file.getvalue()
     plt.close(figure)
 
 

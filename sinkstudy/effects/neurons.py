@@ -37,7 +37,7 @@ def mean_activations(
         lvlm: the model.
         pictures: as for `LVLM.inputs`, of one number of patches.
         masks: the patches of each group, bool [pictures, patches].
-        magnitude: of |activation|; otherwise of the activation with its sign.
+        magnitude: of `|activation|`; otherwise of the activation with its sign.
         batch_size: pictures in one pass.
 
     Returns:
@@ -88,7 +88,7 @@ def layer_of_rise(norms: torch.Tensor, masks: torch.Tensor) -> int:
 
 
 def register_scores(lvlm: LVLM, pictures: Sequence[Any], masks: torch.Tensor, batch_size: int = 16) -> torch.Tensor:
-    """How much more active each neuron is on a group: mean |activation| on its patches less that on the others.
+    """How much more active each neuron is on a group: mean `|activation|` on its patches less that on the others.
 
     Jiang et al. (2506.08010) take the plain mean on outliers, which a neuron that fires everywhere would win too.
 

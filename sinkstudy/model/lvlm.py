@@ -20,6 +20,7 @@ from sinkstudy.model import measure
 from sinkstudy.model.layout import ImageLayout, block_order
 from sinkstudy.model.specs import Spec, n_prefix, pair, tile_grid
 from sinkstudy.pictures import opened
+from sinkstudy.progress import Progress
 
 T = TypeVar("T")
 
@@ -160,7 +161,10 @@ class LVLM:
         """
         asked, other = questions or [""] * len(images), self.for_thread()
         places = [slice(start, start + size) for start in range(0, len(images), size)]
-        return ahead((of, other.inputs(images[of], list(asked[of]))) for of in places)
+        with Progress("pictures", len(images)) as bar:
+            for of, inputs in ahead((of, other.inputs(images[of], list(asked[of]))) for of in places):
+                yield of, inputs
+                bar.update(len(images[of]))
 
     def for_thread(self) -> "LVLM":
         """The same model with a processor of its own: a tokenizer is used by one thread at a time."""

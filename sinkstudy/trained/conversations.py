@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import BatchFeature
 
 from sinkstudy import digests
 from sinkstudy.answers.evaluate import Prefixes
 from sinkstudy.model.lvlm import LVLM
 from sinkstudy.pictures import check, opened
+from sinkstudy.progress import Progress
 
 MARKER = "<image>"
 
@@ -75,11 +75,13 @@ def read(file: str | Path, images: str | Path, *, outside: bool = False) -> list
             )
     damaged = []
     files = {sample.image: sample.id for sample in shown}
-    for image, name in tqdm(files.items(), desc="pictures", file=sys.stderr, disable=None):
-        try:
-            check(image)
-        except ValueError as problem:
-            damaged.append(f"sample {name!r}: {problem}")
+    with Progress("pictures", len(files)) as bar:
+        for image, name in files.items():
+            try:
+                check(image)
+            except ValueError as problem:
+                damaged.append(f"sample {name!r}: {problem}")
+            bar.update()
     if damaged:
         more = f" ({len(damaged)} of {len(files)} pictures are damaged)" if len(damaged) > 1 else ""
         raise ValueError(f"{file}: {damaged[0]}{more}")

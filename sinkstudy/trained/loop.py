@@ -28,13 +28,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, default_collate
-from tqdm import tqdm
 from transformers import set_seed
 
 from sinkstudy import devices, digests
 from sinkstudy.answers.evaluate import Intervention, Prefixes
 from sinkstudy.model.lvlm import LVLM
 from sinkstudy.paths import atomic
+from sinkstudy.progress import Progress
 
 
 class Method(nn.Module):
@@ -431,8 +431,7 @@ def descend(
         _set_random(begun["random"][PartialState().process_index])
     elif watch is not None:
         watch(0)
-    bar = tqdm(desc=folder.name, total=steps, initial=first, unit="step", file=sys.stderr, disable=not main,
-               mininterval=0.1 if sys.stderr.isatty() else 30)  # fmt: skip
+    bar = Progress(f"{folder.name}: step", steps, initial=first, disable=not main)
     try:
         for step in range(first, steps):
             values = dict(gradients(step))

@@ -22,7 +22,8 @@ def toc_pages() -> list[str]:
     """Every page of the table of contents that the book was rendered from, further runs included."""
     files = [path for path in (BUILD / "toc.yml", ROOT / "_toc.yml") if path.exists()]
     toc = yaml.safe_load(files[0].read_text())
-    return [toc["root"], *(chapter["file"] for part in toc["parts"] for chapter in part["chapters"])]
+    chapters = [chapter for part in toc["parts"] for chapter in part["chapters"]]
+    return [toc["root"], *(page["file"] for chapter in chapters for page in (chapter, *chapter.get("sections", [])))]
 
 
 PAGES = toc_pages()

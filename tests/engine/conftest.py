@@ -102,7 +102,7 @@ class Project(Commands):
     def __init__(self, root: Path):
         super().__init__(root)
         (root / "sinkstudy" / "book").mkdir(parents=True)
-        base = ("__init__.py", "paths.py", "pictures.py", "digests.py", "devices.py", "cli.py")
+        base = ("__init__.py", "paths.py", "pictures.py", "digests.py", "devices.py", "progress.py", "cli.py")
         for name in (*base, "book/__init__.py", "book/parameters.py", "book/engine.py"):
             shutil.copy(REPOSITORY / "sinkstudy" / name, root / "sinkstudy" / name)
         copy_snakemake(root)

@@ -178,3 +178,20 @@ def test_update_notebooks_stores_what_nbval_compares(project: Project):
     took = {key: noted[key] for key in ("seconds", "memory_mb")}  # what a cluster is asked for
     assert source.metadata["sinkstudy"] == took and min(took.values()) > 0
     assert project.executed() == []  # outputs are no part of the source
+
+
+def test_how_far_a_run_is_is_said(project: Project):
+    """Before it what is to be done, at each chapter's end how many are; in between what its kernel says of its work."""
+    slow = "progress.SECONDS = 0\nwith progress.Progress('pictures', 4) as bar:\n    bar.update(2)\n    bar.update(2)"
+    head = "import sys\nfrom sinkstudy import progress\nprint('a warning', file=sys.stderr)"
+    project.notebook("02-second", f"{head}\n{slow}")
+    printed = project.call("run").replace("\r", "\n").splitlines()
+    assert printed[0] == "2 of 2 chapters are out of date"
+    assert any(line.startswith("02-second: pictures 2 of 4, ") and line.endswith(" left") for line in printed)
+    done = [line for line in printed if ": executed on lab-llava in " in line]
+    assert [line.partition("; ")[2] for line in done] == [f"{n} of 2 chapters are up to date" for n in (1, 2)]
+    assert not any("warning" in line for line in printed)
+    assert "pictures" not in str(project.page("02-second").cells[-1].outputs)
+    project.notebook("01-first", "print(1)")
+    project.notebook("02-second", "print(2)")
+    assert project.call("run").startswith("2 of 2 chapters are out of date; the last time they took ")

@@ -316,10 +316,3 @@ def test_a_model_that_cannot_share_says_so(table, tmp_path_factory):
     with warnings.catch_warnings(), pytest.warns(UserWarning, match="share no prefix"):
         warnings.simplefilter("always")
         evaluate(lvlm, table.head(1), max_new_tokens=1, cache=None)
-
-
-def test_progress_is_quiet_unless_asked_for(llava, table, capsys):
-    evaluate(llava, table, max_new_tokens=1, cache=None)
-    assert capsys.readouterr().err == ""  # no terminal, as in a notebook
-    evaluate(llava, table, max_new_tokens=1, cache=None, progress=True)
-    assert "answer/s" in capsys.readouterr().err

@@ -1,6 +1,5 @@
-"""`sinkstudy route`: every method of the table, the command with its errors, and the README's lines."""
+"""`sinkstudy route`: every method of the table, and the command with its errors."""
 
-import re
 
 import architectures
 import numpy as np
@@ -9,7 +8,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
 from typer.testing import CliRunner
 
 from sinkstudy import cli, paths, sinks
@@ -291,34 +289,3 @@ def test_what_is_not_given_is_as_in_the_chapter():
 def test_methods_are_listed():
     listed = call("lab-llava").stdout.splitlines()
     assert [line.split(":")[0] for line in listed] == list(methods.METHODS)
-
-
-# ------------------------------------------------------------------------------------------------- the README
-def test_the_readmes_lines_move_sinks_of_a_loaded_model(capsys):
-    """Its code as it stands, on a lab model that transformers loads; the answer is the one of the study's own way."""
-    code = re.findall(r"```python\n(.*?)```", (paths.ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(code) == 1
-    own = loading.load("lab-llava-sinks")
-    picture = study.pictures("", 1)[0][0]
-    image = Image.fromarray(np.asarray(picture).transpose(1, 2, 0))
-    given = {"model": own.model, "processor": own.processor, "image": image}
-    exec(code[0], given)
-    inputs = own.inputs([picture], ["What is in the picture?"])
-    mask = hand_norms(own, picture) >= 3 * hand_norms(own, picture).median()
-    assert 0 < mask.sum() < 20
-    with torch.no_grad(), moving.reordered(own, inputs, [mask]):
-        tokens = own.model.generate(**inputs, max_new_tokens=16)
-    assert torch.equal(given["output"], tokens)
-    assert capsys.readouterr().out.strip() == own.processor.batch_decode(tokens, skip_special_tokens=True)[0].strip()
-    assert not own.decoder._forward_pre_hooks
-
-
-def test_the_readmes_commands_are_known(monkeypatch):
-    commands = re.findall(r"^.venv/bin/sinkstudy (route .*)$", (paths.ROOT / "README.md").read_text(), re.MULTILINE)
-    asked = []
-    monkeypatch.setattr(cli, "_route", lambda *arguments: asked.append(arguments))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    for command in commands:
-        assert CliRunner().invoke(cli.app, command.split()).exit_code == 0
-    assert len(asked) == 2 and all(method in methods.METHODS for method, *_ in asked)

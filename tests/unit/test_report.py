@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from IPython.core.formatters import DisplayFormatter
 
 from sinkstudy.book import report
 from sinkstudy.paths import BOOK
@@ -255,3 +256,55 @@ def test_plain_log_labels_read_as_numbers():
     (1.0, "1.000"), (0.0314, "0.031"), (0.0005, "0.001"), (0.00049, "< 0.001"), (0.0, "< 0.001"), (float("nan"), "–")])
 def test_shown_p(p: float, text: str):
     assert report.shown_p(p) == text
+
+
+# ------------------------------------------------------------------------------------------------- to take away
+def drawn():
+    report.style()
+    fig, ax = plt.subplots()
+    ax.plot([0, 1], [2, 3])
+    ax.set(title="norm − median", xlabel="layer")
+    return fig
+
+
+def test_figures_are_kept_with_the_tables_as_pdf_and_svg_of_equal_bytes(results, tmp_path, monkeypatch):
+    report.glue_figure("norms", drawn())
+    results.write()
+    first = {path.name: path.read_bytes() for path in results.folder.iterdir()}
+    assert set(first) == {"metrics.json", "norms.pdf", "norms.svg"}
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1000000000")  # another day
+    report.Results("lab-llava", "02-other").write()
+    assert not list(tmp_path.glob("lab-llava/02-other/norms.*")), "figures of an earlier notebook"
+    report.glue_figure("norms", drawn())
+    results.write()
+    assert first == {path.name: path.read_bytes() for path in results.folder.iterdir()}
+
+
+def test_text_of_figures_stays_text(results):
+    report.glue_figure("norms", drawn())
+    results.write()
+    assert ">norm − median</text>" in (results.folder / "norms.svg").read_text(encoding="utf-8")
+    pdf = (results.folder / "norms.pdf").read_bytes()
+    assert b"/TrueType" in pdf or b"/CIDFontType2" in pdf
+    assert b"/Type3" not in pdf and b"/CreationDate" not in pdf
+
+
+def test_tables_are_kept_as_they_were_shown(results, monkeypatch):
+    shown = pd.DataFrame({"above 3 sd, %": ["2.86 [2.70, 3.03]", "−1.0"], "n_images": [7, 8]}, index=["lab_llava", "φ"])
+    shell = SimpleNamespace(display_formatter=DisplayFormatter())
+    monkeypatch.setattr(report, "get_ipython", lambda: shell)
+    results = report.Results("lab-llava", "01-norms")
+    page, _ = shell.display_formatter.format(shown)
+    assert "lab_llava" in page["text/html"] and "text/latex" not in page
+    shell.display_formatter.format("no table")
+    results.write()
+    shell.display_formatter.format(pd.DataFrame({"x": [1.5]}))  # below the cell that wrote
+    assert sorted(path.name for path in results.folder.glob("*.tex")) == ["table-1.tex", "table-2.tex"]
+    first = (results.folder / "table-1.tex").read_text(encoding="utf-8")
+    assert first.isascii() and r"\toprule" in first
+    body = [line.removesuffix(r" \\").split(" & ") for line in first.splitlines() if "&" in line]
+    assert body == [["", r"above 3 sd, \%", r"n\_images"], [r"lab\_llava", "2.86 [2.70, 3.03]", "7"],
+                    [r"$\varphi$", "$-$1.0", "8"]]
+    assert (results.folder / "table-2.tex").read_text().split() == [
+        r"\begin{tabular}{r}", r"\toprule", "x", r"\\", r"\midrule", "1.5", r"\\", r"\bottomrule",
+        r"\end{tabular}"]

@@ -1,0 +1,60 @@
+"""Beside the figures and tables of a chapter's page, links to what they can be taken away as. An extension of Sphinx.
+
+A figure is there as PDF and SVG, a table as it is shown in LaTeX, and what was kept as CSV at the foot of the page.
+The files are those of `results/<run>/<notebook>/`, which the book copies; a link stands only where there is a file.
+"""
+
+from typing import Any
+
+from docutils import nodes
+
+from sinkstudy.paths import RESULTS, ROOT, RUNS
+
+FOOT = "files"  # the anchor of the list at the foot of a page
+
+
+def add_links(app: Any, doctree: nodes.document) -> None:
+    """Add the links to a page as it is read, where it is that of a chapter."""
+    name = app.env.docname
+    page = ROOT / name
+    if RUNS not in page.parents or app.builder.format != "html":
+        return
+    run, notebook = page.parts[-2:]
+    files = sorted((RESULTS / run / notebook).glob("*"))
+    base = "../" * name.count("/") + f"_static/{run}/{notebook}/"  # _config.yml copies results/ there
+
+    def line(links: list[tuple[str, str]], kind: type = nodes.paragraph, before: str = "") -> nodes.Element:
+        found = kind("", before, classes=["take-away"])
+        for number, (text, address) in enumerate(links):
+            found += [*([nodes.Text(" · ")] if number else []), nodes.reference("", text, refuri=address)]
+        return found
+
+    there = {path.name for path in files}
+    listed = [path.name for path in files if path.suffix in (".csv", ".json")]
+    for figure in doctree.findall(nodes.figure):
+        stems = [name.removeprefix("fig-").removesuffix(f"--{run}") for name in figure["names"]]
+        links = [(suffix.upper(), f"{base}{stem}.{suffix}") for stem in stems for suffix in ("pdf", "svg")
+                 if f"{stem}.{suffix}" in there]
+        caption = next(figure.findall(nodes.caption), None)
+        if links and caption is not None:
+            caption += line([*links, ("tables", f"#{FOOT}")] if listed else links, nodes.inline)
+    shown = [raw for raw in doctree.findall(nodes.raw) if _is_table(raw)]
+    latex = [f"table-{number}.tex" for number in range(1, len(shown) + 1)]
+    if there.issuperset(latex) and f"table-{len(shown) + 1}.tex" not in there:  # of these very tables
+        for raw, file in zip(shown, latex, strict=True):
+            raw.parent.append(line([("LaTeX", base + file)]))
+    if listed:
+        foot = line([(file, base + file) for file in listed], before="What this page shows, as files: ")
+        foot["ids"].append(FOOT)
+        doctree.children[-1].append(foot)
+
+
+def _is_table(raw: nodes.raw) -> bool:
+    """Is it a DataFrame that a cell ended with? The one of the page's provenance has a further class."""
+    return raw.get("format") == "html" and 'class="dataframe"' in raw.astext()
+
+
+def setup(app: Any) -> dict[str, bool]:
+    """What Sphinx calls."""
+    app.connect("doctree-read", add_links)
+    return {"parallel_read_safe": True}

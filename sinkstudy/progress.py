@@ -1,0 +1,40 @@
+"""How far long work is: a bar on a terminal, else, in a log or in a chapter's kernel, a line every half minute.
+
+Work that ends sooner says nothing, so that logs and executed notebooks stay short.
+"""
+
+import os
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+SECONDS = 30  # between two lines
+CHAPTER = "SINKSTUDY_CHAPTER"  # a variable of the environment, set by the engine: with it the lines of a kernel begin
+
+
+class Progress(tqdm):
+    """tqdm on stderr that writes whole lines where that is no terminal: "07-ablation: answers 120 of 3000, 02:05 left".
+
+    Args:
+        what: the things that are counted, "pictures".
+        total: how many there are.
+        more: as tqdm takes it.
+    """
+
+    def __init__(self, what: str, total: int, **more: Any) -> None:
+        self.on_terminal = sys.stderr.isatty()
+        lines = {} if self.on_terminal else {"mininterval": SECONDS, "delay": SECONDS, "miniters": 1}
+        name = f"{chapter}: {what}" if (chapter := os.environ.get(CHAPTER)) else what
+        super().__init__(desc=name, total=total, file=sys.stderr, leave=False, **lines, **more)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        """Say how far the work is; tqdm calls this when it is time to."""
+        if self.on_terminal or msg == "":  # at the end a bar is taken away, and a line is not
+            return self.on_terminal and super().display(msg, pos)
+        of = self.format_dict
+        left = of["elapsed"] * (of["total"] - of["n"]) / max(1, of["n"] - of["initial"])
+        note = f", {self.postfix}" if self.postfix else ""
+        self.fp.write(f"{self.desc} {of['n']} of {of['total']}, {self.format_interval(left)} left{note}\n")
+        self.fp.flush()
+        return True

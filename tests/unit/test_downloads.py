@@ -1,0 +1,70 @@
+"""Links of a chapter's page to its figures and tables as files: where there is a file, and nowhere else."""
+
+from types import SimpleNamespace
+
+import pytest
+from docutils import nodes
+from docutils.utils import new_document
+
+from sinkstudy.book import downloads
+
+TABLE = '<table border="1" class="dataframe"><tr><td>1</td></tr></table>'
+PROVENANCE = '<table class="dataframe provenance"><tr><td>1</td></tr></table>'
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    monkeypatch.setattr(downloads, "RESULTS", tmp_path)
+    folder = tmp_path / "lab-x" / "01-norms"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def page(figure: str = "fig-norms-layers", tables: tuple[str, ...] = (TABLE, PROVENANCE)) -> nodes.document:
+    made = new_document("page")
+    section = nodes.section("", nodes.title("", "Norms"))
+    section += nodes.figure("", nodes.image(uri="x.png"), nodes.caption("", "Norms."), names=[figure])
+    for table in tables:
+        section += nodes.container("", nodes.raw("", table, format="html"))
+    made += section
+    return made
+
+
+def links(made: nodes.document, name: str = "book/runs/lab-x/01-norms", format: str = "html") -> list[tuple[str, str]]:
+    app = SimpleNamespace(env=SimpleNamespace(docname=name), builder=SimpleNamespace(format=format))
+    downloads.add_links(app, made)
+    return [(link.astext(), link["refuri"]) for link in made.findall(nodes.reference)]
+
+
+def test_what_is_there_is_linked(results):
+    for name in ("norms-layers.pdf", "norms-layers.svg", "table-1.tex", "counts.csv", "metrics.json", "explorer.js"):
+        (results / name).touch()
+    base = "../../../_static/lab-x/01-norms/"
+    assert links(page()) == [
+        ("PDF", f"{base}norms-layers.pdf"), ("SVG", f"{base}norms-layers.svg"), ("tables", "#files"),
+        ("LaTeX", f"{base}table-1.tex"),
+        ("counts.csv", f"{base}counts.csv"), ("metrics.json", f"{base}metrics.json"),
+    ]  # fmt: skip
+
+
+def test_labels_of_another_run_name_the_same_files(results):
+    (results / "norms-layers.pdf").touch()
+    assert [text for text, _ in links(page("fig-norms-layers--lab-x"))] == ["PDF"]
+
+
+def test_nothing_leads_nowhere(results):
+    assert links(page()) == []
+    (results / "other.svg").touch()
+    assert links(page()) == []
+
+
+@pytest.mark.parametrize("kept", [1, 3])
+def test_tables_of_another_execution_are_not_linked(results, kept):
+    for number in range(1, kept + 1):
+        (results / f"table-{number}.tex").touch()
+    assert links(page(tables=(TABLE, TABLE, PROVENANCE))) == []
+
+
+def test_other_pages_and_formats_stay_as_they_are(results):
+    (results / "norms-layers.pdf").touch()
+    assert links(page(), name="book/intro") == [] == links(page(), format="latex")

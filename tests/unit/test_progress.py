@@ -1,0 +1,64 @@
+"""How far work is: lines in a log, a bar on a terminal, and nothing about what is over soon."""
+
+import io
+import sys
+
+import pytest
+
+from sinkstudy import progress
+
+
+class Clock:
+    """Seconds, as a test sets them."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    made = Clock()
+    monkeypatch.setattr("tqdm.std.time", made)
+    return made
+
+
+def test_lines_of_a_log_come_every_half_minute_and_say_how_long_it_takes(clock, capsys, monkeypatch):
+    monkeypatch.setenv(progress.CHAPTER, "07-ablation")
+    with progress.Progress("pictures", 100) as bar:
+        for start in range(0, 100, 8):
+            clock.now += 16
+            bar.update(min(8, 100 - start))
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "07-ablation: pictures 16 of 100, 02:48 left"  # 2 s each, 84 are left
+    assert said[1] == "07-ablation: pictures 32 of 100, 02:16 left"
+    assert len(said) == 6 and not any(line.strip() != line for line in said)
+
+
+def test_what_was_done_before_does_not_count_for_the_time_left(clock, capsys):
+    with progress.Progress("steps", 100, initial=90) as bar:
+        clock.now += 40
+        bar.set_postfix(loss="0.5", refresh=False)
+        bar.update()
+    assert capsys.readouterr().err == "steps 91 of 100, 06:00 left, loss=0.5\n"
+
+
+def test_short_work_says_nothing(clock, capsys):
+    with progress.Progress("pictures", 5) as bar:
+        for _ in range(3):
+            clock.now += 5
+            bar.update(2)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_terminal_has_a_bar(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with progress.Progress("answers", 4) as bar:
+        bar.update(1)
+        bar.refresh()
+    assert "answers:  25%|" in sys.stderr.getvalue() and "\n" not in sys.stderr.getvalue()
