@@ -20,6 +20,8 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
 RESAMPLES = 2000
+LEVEL = 0.95
+"""Coverage of every interval."""
 _CELLS = 4_000_000  # resampled values held in memory at once
 
 
@@ -46,7 +48,6 @@ def mean_interval(
     *,
     clusters: ArrayLike | None = None,
     strata: ArrayLike | None = None,
-    level: float = 0.95,
     method: str = "BCa",
     resamples: int = RESAMPLES,
     seed: int = 0,
@@ -61,7 +62,6 @@ def mean_interval(
         strata: [rows], the benchmark of each row, if there are several. With it the mean is that of the benchmarks'
             means, and as many images as a benchmark has are drawn from each (section 3.2 there), so that differences
             *between* benchmarks add no width. A benchmark of one image adds none either: nothing is known of it.
-        level: coverage, 0–1.
         method: "BCa" (bias-corrected and accelerated; Efron 1987) or "percentile".
         resamples: number of bootstrap samples.
         seed: of the bootstrap.
@@ -76,7 +76,7 @@ def mean_interval(
     """
     (sums,), sizes, strata = _per_image([values], clusters, strata, missing)
     left_out = _leave_one_out(sums, sizes)
-    return _bootstrap(_ratio, [sums, sizes], left_out, level, method, resamples, seed, strata=strata)
+    return _bootstrap(_ratio, [sums, sizes], left_out, method, resamples, seed, strata=strata)
 
 
 def ratio_interval(
@@ -85,7 +85,6 @@ def ratio_interval(
     *,
     clusters: ArrayLike | None = None,
     strata: ArrayLike | None = None,
-    level: float = 0.95,
     method: str = "BCa",
     resamples: int = RESAMPLES,
     seed: int = 0,
@@ -101,7 +100,7 @@ def ratio_interval(
         denominator: [rows], of the same images in the same order.
         clusters: [rows], the image of each row, if there are several rows an image.
         strata: [rows], as in `mean_interval`: both means are then those of the benchmarks' means.
-        level, method, resamples, seed, missing: as in `mean_interval`; a row is dropped where either is missing.
+        method, resamples, seed, missing: as in `mean_interval`; a row is dropped where either is missing.
 
     Returns:
         The ratio (no unit); `n` is the number of images.
@@ -113,7 +112,7 @@ def ratio_interval(
     if len(below) and below.sum() <= 0:
         raise ValueError("the mean of the denominator must be above zero")
     left_out = _leave_one_out(above, below)
-    return _bootstrap(_ratio, [above, below], left_out, level, method, resamples, seed, strata=strata)
+    return _bootstrap(_ratio, [above, below], left_out, method, resamples, seed, strata=strata)
 
 
 def difference_interval(first: ArrayLike, second: ArrayLike, **how: Any) -> Interval:
@@ -169,7 +168,6 @@ def pooled_interval(
     statistic: Callable[..., np.ndarray],
     *columns: ArrayLike,
     strata: ArrayLike | None = None,
-    level: float = 0.95,
     method: str = "BCa",
     resamples: int = RESAMPLES,
     seed: int = 0,
@@ -184,7 +182,7 @@ def pooled_interval(
         columns: [images, ..] each, of the same images in the same order.
         strata: [images], the benchmark of each image, if they are drawn within each. The statistic gets the images
             of all benchmarks, in their order, and weighs them as it likes.
-        level, method, resamples, seed: as in `mean_interval`.
+        method, resamples, seed: as in `mean_interval`.
 
     Returns:
         The statistic of all images; `n` is the number of images. Low and high are NaN for one image, all is NaN for
@@ -207,7 +205,7 @@ def pooled_interval(
     index = np.arange(len(columns[0]))
     left_out = np.array([float(of(np.delete(index, image))) for image in index] if len(index) > 1 else [])
     per_image = sum(column[:1].size for column in columns)
-    return _bootstrap(of, [index], left_out, level, method, resamples, seed, per_image, strata)
+    return _bootstrap(of, [index], left_out, method, resamples, seed, per_image, strata)
 
 
 def seeds_interval(
@@ -215,7 +213,6 @@ def seeds_interval(
     *,
     clusters: ArrayLike | None = None,
     strata: ArrayLike | None = None,
-    level: float = 0.95,
 ) -> tuple[Interval, float]:
     """Mean over rows and seeds of what was trained several times, with a t interval over seeds *and* images.
 
@@ -231,7 +228,6 @@ def seeds_interval(
         values: [rows, seeds], the same rows under each seed; for a paired comparison, differences.
         clusters: [rows], the image of each row, if there are several rows an image.
         strata: [rows], the benchmark of each row, as in `mean_interval`.
-        level: coverage, 0–1.
 
     Returns:
         The mean with `n` the number of images, and the degrees of freedom of the t that has this quantile: seeds − 1
@@ -264,7 +260,7 @@ def seeds_interval(
     variance = sum(of for of, _ in parts)
     if variance <= (1e-12 * value) ** 2:  # neither a seed nor an image moves it
         return Interval(value, value, value, len(sizes)), float("nan")
-    student = partial(scipy.stats.t.ppf, (1 + level) / 2)
+    student = partial(scipy.stats.t.ppf, (1 + LEVEL) / 2)
     quantile = sum(of * student(free) for of, free in parts) / variance
     frees = [free for _, free in parts]
     df = scipy.optimize.brentq(lambda free: student(free) - quantile, 0.9 * min(frees), 1.1 * max(frees))
@@ -272,28 +268,27 @@ def seeds_interval(
     return Interval(value, value - half, value + half, len(sizes)), float(df)
 
 
-def rule_of_three(n: float, *, level: float = 0.95) -> float:
+def rule_of_three(n: float) -> float:
     """The largest share that n images without an exception leave possible, about 3 / n (Hanley & Lippman-Hand 1983).
 
     Args:
         n: number of independent images, at least 1. For a mean over strata that count alike: their number times the
             images of the *smallest*, which is exact where all have as many, and never too small a share.
-        level: one-sided confidence, 0–1.
 
     Returns:
         The share, 0–1.
     """
-    return 1 - (1 - level) ** (1 / n)
+    return 1 - (1 - LEVEL) ** (1 / n)
 
 
-def images_needed(interval: Interval, effect: float, *, power: float = 0.8, level: float = 0.95) -> float:
+def images_needed(interval: Interval, effect: float, *, power: float = 0.8) -> float:
     """How many images would show an effect as surely as `power`, at the standard deviation that was measured.
 
     Normal approximation: the interval's half is 1.96 standard errors, and these fall with the root of the number of
     images. Where seeds are in the interval, so many times the seeds are needed too.
 
     Args:
-        interval: of this run, at the same `level`.
+        interval: of this run.
         effect: the distance between the true value and the bound that the whole interval has to clear, above zero.
         power: chance that it does, 0–1.
 
@@ -303,19 +298,18 @@ def images_needed(interval: Interval, effect: float, *, power: float = 0.8, leve
     half = (interval.high - interval.low) / 2
     if not half > 0 or not effect > 0:
         return float("nan")
-    z = float(scipy.stats.norm.ppf((1 + level) / 2))
+    z = float(scipy.stats.norm.ppf((1 + LEVEL) / 2))
     needed = interval.n * ((z + float(scipy.stats.norm.ppf(power))) * (half / z) / effect) ** 2
     return float(np.ceil(needed))
 
 
-def wilson(successes: int, n: int, *, level: float = 0.95) -> Interval:
+def wilson(successes: int, n: int) -> Interval:
     """A share of independent yes/no outcomes with Wilson's score interval (Wilson 1927).
 
     Args:
         successes: number of hits, 0–n.
         n: number of independent trials. Several questions about one image are not independent: give their
             hits to `mean_interval(..., clusters=image)` instead.
-        level: coverage, 0–1.
 
     Returns:
         The share, 0–1.
@@ -325,7 +319,7 @@ def wilson(successes: int, n: int, *, level: float = 0.95) -> Interval:
     """
     if n < 1 or not 0 <= successes <= n:
         raise ValueError(f"need 0 <= successes <= n and n >= 1, not {successes} of {n}")
-    low, high = scipy.stats.binomtest(int(successes), int(n)).proportion_ci(level, method="wilson")
+    low, high = scipy.stats.binomtest(int(successes), int(n)).proportion_ci(LEVEL, method="wilson")
     return Interval(successes / n, float(low), float(high), int(n))
 
 
@@ -482,7 +476,6 @@ def _bootstrap(
     statistic: Callable,
     columns: list[np.ndarray],
     left_out: np.ndarray,
-    level: float,
     method: str,
     resamples: int,
     seed: int,
@@ -519,7 +512,7 @@ def _bootstrap(
         vectorized=True,
         n_resamples=resamples,
         batch=max(1, _CELLS // (n * per_image)),
-        confidence_level=level,
+        confidence_level=LEVEL,
         method=method,
         rng=np.random.default_rng(seed),
     ).confidence_interval

@@ -303,7 +303,7 @@ def entropy(counts: np.ndarray) -> np.ndarray:
         return np.nan_to_num(scipy.stats.entropy(counts, base=2, axis=-1))
 
 
-def entropy_difference(first: np.ndarray, others: np.ndarray, *, level: float = 0.95, seed: int = 0) -> stats.Interval:
+def entropy_difference(first: np.ndarray, others: np.ndarray, *, seed: int = 0) -> stats.Interval:
     """Entropy of a pooled histogram minus the mean entropy of others, in bits, with an interval over pictures.
 
     Args:
@@ -317,7 +317,7 @@ def entropy_difference(first: np.ndarray, others: np.ndarray, *, level: float = 
     said = first.sum(-1) > 0
     n = int(said.sum())
     if n < 2:
-        return stats.Interval(float("nan"), float("nan"), float("nan"), n)
+        return stats.NOTHING._replace(n=n)
     first, others = first[said].astype(float), others[:, said].astype(float)
 
     def difference(times: np.ndarray) -> np.ndarray:  # how often each picture was drawn, [.., pictures]
@@ -325,5 +325,5 @@ def entropy_difference(first: np.ndarray, others: np.ndarray, *, level: float = 
         return entropy(times @ first) - np.mean(pooled, axis=0)
 
     drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), stats.RESAMPLES)  # [resamples, pictures]
-    low, high = np.quantile(difference(drawn), [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(difference(drawn), [(1 - stats.LEVEL) / 2, (1 + stats.LEVEL) / 2])
     return stats.Interval(float(difference(np.ones(n))), float(low), float(high), n)
