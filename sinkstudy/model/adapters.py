@@ -35,8 +35,8 @@ class Adapter:
     Attributes:
         name: of its folder.
         base, revision: the model that it was trained on.
-        updates: B [rows, rank], A [rank, columns] and their scale, by the module's path at training.
-        whole: weights that take the place of the base's, by their path.
+        updates: B [rows, rank], A [rank, columns] and their scale, by the weight's name at training.
+        whole: weights that take the place of the base's, by their name.
         transposed: whether weights are [columns, rows].
     """
 
@@ -71,7 +71,6 @@ class Adapter:
 
     def _place(self, path: str, weights: dict[str, nn.Parameter]) -> str:
         """The name of a weight: exactly, or as other versions of transformers have it."""
-        path = path if path.endswith(".weight") or path in weights else f"{path}.weight"
         tests = (
             lambda name: name == path,
             lambda name: _plain(name) == _plain(path),
@@ -107,14 +106,15 @@ def read(name: str) -> Adapter | None:
         what = ", ".join(odd[:3]) or "no base"
         raise ValueError(f"{name}: its adapter has {what}, which is not merged here: {UNMERGED}")
     check_values(name, weights.items(), torch.float32)
-    ends = (".lora_A.weight", ".lora_B.weight")
-    pairs = {path.removesuffix(end) for path in weights for end in ends if path.endswith(end)}
-    if lacking := [path + end for path in sorted(pairs) for end in ends if path + end not in weights]:
-        raise ValueError(f"{name}: its adapter lacks {lacking[0]}")
-    updates = {path: (weights[path + ends[1]], weights[path + ends[0]], _scale(path, len(weights[path + ends[0]]), of))
-               for path in sorted(pairs)}  # fmt: skip
-    whole = {path: weight for path, weight in weights.items() if not path.endswith(ends)}
-    return Adapter(name, base, of.get("revision"), updates, whole, bool(of.get("fan_in_fan_out")))
+    halves = {path: weights.pop(path) for path in list(weights) if ".lora_" in path}
+    updates = {}
+    for path in sorted({re.sub(r"\.lora_[AB]\.weight$", "", half) for half in halves}):
+        try:
+            down, up = (halves[f"{path}.lora_{half}.weight"] for half in "AB")
+        except KeyError as lacking:
+            raise ValueError(f"{name}: its adapter lacks {lacking.args[0]}") from None
+        updates[f"{path}.weight"] = up, down, _scale(path, len(down), of)
+    return Adapter(name, base, of.get("revision"), updates, weights, bool(of.get("fan_in_fan_out")))
 
 
 def _scale(path: str, rank: int, of: dict[str, Any]) -> float:
