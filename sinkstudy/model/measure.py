@@ -392,7 +392,8 @@ def layouts(twin: Twin, inputs: Mapping[str, Any]) -> list[ImageLayout]:
         if flow.tokens is None:
             tokens = torch.arange(len(visual)).expand(len(index), -1)
         else:
-            tokens = torch.where(flow.tokens[index] >= 0, flow.tokens[index] - before, -1)
+            k = max(1, int((flow.tokens[index] >= 0).sum(1).max()))
+            tokens = torch.where(flow.tokens[index] >= 0, flow.tokens[index] - before, -1)[:, :k]
         if grids is None:
             _, tile = places[index, 0].unique_consecutive(return_inverse=True)
             sizes = {tuple(len(places[index[tile == t], axis].unique()) for axis in (1, 2)) for t in tile.unique()}

@@ -95,8 +95,8 @@ def _narrowed(entries: dict[str, Any], tokens: dict[int, int], head: int | None 
 
 def _section(section: list[int], head: int) -> list[int]:
     """Parts of a rotary embedding for time, row and column, of heads as narrow as `HEAD`."""
-    rest = [max(1, part * HEAD // head) for part in section[1:]]
-    return [sum(section) * HEAD // head - sum(rest), *rest]
+    parts = [max(1, part * HEAD // head) for part in section[:-1]]
+    return [*parts, sum(section) * HEAD // head - sum(parts)]
 
 
 def _each_kind(values: list) -> list:
