@@ -237,7 +237,7 @@ class Twin:
         through: list[tuple[torch.Tensor, torch.Tensor]] = []
 
         def keep(module: nn.Module, args: tuple, output: Any) -> None:
-            if isinstance(output, torch.Tensor) and args:
+            if isinstance(output, torch.Tensor) and args and args[0].is_floating_point():
                 through.append((args[0].reshape(-1, WIDTH), output.reshape(-1, output.shape[-1])))
 
         with ExitStack() as stack:

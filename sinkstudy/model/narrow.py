@@ -63,6 +63,7 @@ def _narrowed(entries: dict[str, Any], tokens: dict[int, int], head: int | None 
     heads = next((v for k, v in entries.items() if re.search(_RULES[3][0], str(k)) and _is_number(v)), HEADS)
     width = next((entries[k] for k in ("hidden_size", "embed_dim") if _is_number(entries.get(k))), None)
     head = entries.get("head_dim") or (width // heads if width else head)
+    indexes = sorted(map(str, range(layers)))  # a list of all layers is none of what each layer is
     made: dict[str, Any] = {}
     for key, value in entries.items():
         name = str(key)
@@ -79,7 +80,7 @@ def _narrowed(entries: dict[str, Any], tokens: dict[int, int], head: int | None 
             made[key] = _section(value, head or HEAD)
         elif rule is not None and isinstance(value, list) and len(value) == layers:
             made[key] = [rule] * LAYERS
-        elif isinstance(value, list) and value and len(value) == layers and not _LAYERS_LISTED.search(name):
+        elif isinstance(value, list) and value and len(value) == layers and sorted(map(str, value)) != indexes:
             made[key] = _each_kind(value)
         elif rule is None and _LAYERS_LISTED.search(name) and isinstance(value, (list, int)):
             listed = [_scaled(v, layers) for v in (value if isinstance(value, list) else [value])]

@@ -13,9 +13,23 @@ FITTING = {  # where a configuration's defaults do not fit each other, or the sm
     "cohere_compass": {"text_config.rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
     "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense"] + ["sparse"] * 11},
     "unlimited_ocr": {"text_config.mlp_layer_types": ["dense"] + ["sparse"] * 11},
+    "nemotron_h_omni": {"image_token_id": 18},
+    "step3p7": {"text_config.sliding_window": 512},
     "hunyuan_vl": {"text_config.head_dim": 128},
     "ernie4_5_vl_moe": {"text_config.rope_parameters": {**ROPE, "mrope_section": [22, 22, 20]}},
-    **{kind: {"text_config.rope_parameters": GLM} for kind in ("glm4v", "glm46v", "glm4v_moe", "glm_ocr", "glmga")},
+    **{
+        kind: {"text_config.rope_parameters": GLM, "text_config.head_dim": 128}
+        for kind in ("glm4v", "glm46v", "glm4v_moe", "glm_ocr", "glmga")
+    },
+    **{
+        kind: {"text_config.rope_parameters": {**ROPE, "mrope_section": [16, 24, 24]}}
+        for kind in ("qwen2_vl", "qwen2_5_vl", "paddleocr_vl")
+    },
+    "qwen2_5_omni_thinker": {
+        "vision_start_token_id": 151652,
+        "vision_end_token_id": 151653,
+        "text_config.rope_parameters": {**ROPE, "mrope_section": [16, 24, 24]},
+    },
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 151652, "vision_end_token_id": 151653},
 }
 
@@ -62,9 +76,13 @@ def pictures(model: PreTrainedModel, grids: list[tuple[int, int]], other: bool =
     grid = next((name for name in ("image_grid_thw", "image_grid_hws", "image_grid_hw") if name in takes), None)
     if grid:
         n = sum(rows * columns for rows, columns in grids)
-        values = 3 * getattr(vision, "temporal_patch_size", 1) * patch**2
+        values = 3 * getattr(vision, "temporal_patch_size", getattr(vision, "patch_temporal", 1)) * patch**2
         sizes = torch.tensor([[1, *g] if grid.endswith("thw") else list(g) for g in grids])
-        return {"pixel_values": noise(n, 3, patch, patch) if other else noise(n, values), grid: sizes}
+        more = {"image_merge_sizes": torch.full((len(grids),), 2)} if "image_merge_sizes" in takes else {}
+        return {"pixel_values": noise(n, 3, patch, patch) if other else noise(n, values), grid: sizes, **more}
+    if model.config.model_type.startswith("minicpm"):  # patches side by side in one long picture
+        n = sum(rows * columns for rows, columns in grids)
+        return {"pixel_values": noise(1, 3, patch, n * patch), "target_sizes": torch.tensor(grids)}
     if "spatial_shapes" in takes:
         longest = max(rows * columns for rows, columns in grids)
         mask = torch.stack([(torch.arange(longest) < rows * columns).long() for rows, columns in grids])

@@ -19,6 +19,8 @@ import torch
 from transformers import CONFIG_MAPPING, BatchFeature, logging
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as CLASSES
 
+from sinkstudy.answers.evaluate import Prefixes
+from sinkstudy.effects.methods import METHODS, Case
 from sinkstudy.model import measure
 from sinkstudy.model.capture import trace
 from sinkstudy.model.lvlm import LVLM
@@ -57,11 +59,13 @@ def repainted(lvlm: Bare, inputs: dict, layout, patch: int) -> int:
     pixels = inputs["pixel_values"].clone()
     n, (rows, columns) = layout.grid[0] * layout.grid[1], layout.grid
     tile, (row, column) = patch // n, divmod(patch % n, columns)
-    if lvlm.spec.packed and "image_sizes" not in inputs:  # one row of values a patch
+    if lvlm.spec.packed and "image_sizes" not in inputs:  # patches one by one
         side = lvlm.merge if bare.blocks(lvlm.model) else 1
         block = row // side * (columns // side) + column // side
         place = block * side**2 + row % side * side + column % side
         flat = pixels if pixels.ndim != 3 else pixels.flatten(0, 1)
+        if "target_sizes" in inputs:  # side by side
+            flat = pixels[0].unflatten(-1, (-1, pixels.shape[-2])).movedim(-2, 0)
         flat[tile * n + place] += 1
     else:
         vision = getattr(lvlm.model.config, "vision_config", lvlm.model.config)
@@ -130,6 +134,33 @@ def answers(lvlm: Bare) -> None:
     assert seen.answers == SPEECH.batch_decode(own[:, inputs["input_ids"].shape[1] :]), "answers"
 
 
+def methods(lvlm: Bare) -> list[str]:
+    """The training-free methods that do not run, or change nothing, each with the reason."""
+    inputs = lvlm.inputs([(8, 8)], [""])
+    (layout,) = lvlm.layout(inputs)
+    n = len(layout.vision)
+    sink = torch.arange(n) == n // 2
+    norms = trace(lvlm, [(8, 8)], [""]).vision_norms[0, lvlm.feature_layer]
+    case = Case(lvlm, {"a": (8, 8)}, {"a": norms}, {"a": sink}, {"a": sink.roll(3)}, 1)
+    with torch.no_grad():
+        plain = lvlm.model(**inputs).logits[:, -1]
+    missing = []
+    for name, method in METHODS.items():
+        try:
+            if method.check:
+                method.check(lvlm)
+            change = method.make(case, method.default)
+            with torch.no_grad(), change.around(lvlm, Prefixes(inputs, ["a"])):
+                changed = lvlm.model(**inputs).logits[:, -1]
+            if torch.equal(changed, plain):
+                raise ValueError("nothing changes")
+        except Exception as error:
+            if DEBUG:
+                traceback.print_exc(limit=-3)
+            missing.append(f"{name} ({said(error)})")
+    return missing
+
+
 def row(kind: str) -> dict:
     """What works on one architecture."""
     found = {"architecture": kind, "class": CLASSES[kind], "works": "no", "without": ""}
@@ -158,7 +189,9 @@ def row(kind: str) -> dict:
     if spec.mixes and not failed:
         found["works"] = "in part"
         failed.append("the connector mixes all patches")
-    return {**found, "without": "; ".join(dict.fromkeys(failed))}
+    lacking = [] if found["works"] == "no" else methods(lvlm)
+    found["methods"] = f"{len(METHODS) - len(lacking)} of {len(METHODS)}"
+    return {**found, "without": "; ".join(dict.fromkeys(failed)), "methods that do not run": "; ".join(lacking)}
 
 
 def attempt(failed: list[str], what: str, do) -> None:
