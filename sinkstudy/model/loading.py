@@ -15,11 +15,13 @@ import torch
 import transformers
 from PIL import Image
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from sinkstudy import devices
-from sinkstudy.model import adapters, checkpoints
+from sinkstudy.model import adapters, checkpoints, measure
 from sinkstudy.model.lvlm import LVLM
 from sinkstudy.model.registers import CLIPVisionModelWithRegisters
 from sinkstudy.model.sinktower import CLIPVisionModelWithSinks
@@ -99,7 +101,7 @@ def wrap(model: PreTrainedModel, processor: ProcessorMixin) -> LVLM:
         raise ValueError(f"{name}: its weights are quantised; {checkpoints.UNQUANTISED}")
     _check_layout(name, config)
     checkpoints.check_values(name, model.named_parameters(), model.dtype)
-    lvlm = LVLM(model, processor, name, getattr(config, "_commit_hash", None), spec)
+    lvlm = _measured(LVLM(model, processor, name, getattr(config, "_commit_hash", None), spec))
     _check_parts(lvlm)
     return lvlm
 
@@ -134,9 +136,23 @@ def outline(name: str, *, dtype: str | torch.dtype = "float32", revision: str | 
         device_map={"": "meta"},
     )
     model.tie_weights()  # also what is stored twice
-    lvlm = LVLM(model.eval(), _processor(name, spec, revision), name, hub_commit(name, revision), spec)
+    lvlm = _measured(LVLM(model.eval(), _processor(name, spec, revision), name, hub_commit(name, revision), spec))
     _check_parts(lvlm)
     return lvlm
+
+
+def _measured(lvlm: LVLM) -> LVLM:
+    """The same with its parts found, where `SPECS` does not have them.
+
+    Raises:
+        ValueError: the processor fails, or the architecture keeps patches and visual tokens in a way that is not known.
+    """
+    config = lvlm.model.config
+    if config.model_type in SPECS:
+        return lvlm
+    with _reading(lvlm.name, "its processor or its parts: "):
+        inputs = lvlm._prepared([blank(lvlm)], ["What is this?"])
+        return replace(lvlm, spec=measure.spec(config, inputs, lvlm.spec.processor_class))
 
 
 def _configuration(name: str, revision: str | None) -> tuple[Spec, PretrainedConfig]:
@@ -199,7 +215,7 @@ def _read(name: str, source: str | None, config: PretrainedConfig, **how: Any) -
     transformers.utils.logging.disable_progress_bar()
     try:
         with _reading(name, "" if source else "its config.json: "):
-            model, report = getattr(transformers, SPECS[config.model_type].model_class).from_pretrained(
+            model, report = getattr(transformers, _spec(name, config.model_type).model_class).from_pretrained(
                 source,
                 config=config,
                 attn_implementation="sdpa",
@@ -226,12 +242,15 @@ def _special_tokens(source: str, revision: str | None, config: PretrainedConfig)
 
 
 def _spec(name: str, model_type: str | None) -> Spec:
-    if model_type not in SPECS:
+    if model_type in SPECS:
+        return SPECS[model_type]
+    if model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES or model_type not in PROCESSOR_MAPPING_NAMES:
         raise ValueError(
-            f"{name}: architecture {model_type!r} is not known; known: {', '.join(SPECS)}. "
+            f"{name}: architecture {model_type!r} is not known; known: {', '.join(SPECS)}, "
+            "and those that transformers has for pictures and text. "
             "A text-only model has no patches to study; how to add another one: book/architectures.md"
         )
-    return SPECS[model_type]
+    return Spec(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[model_type], PROCESSOR_MAPPING_NAMES[model_type])
 
 
 def _processor(name: str, spec: Spec, revision: str | None) -> ProcessorMixin:
@@ -287,6 +306,8 @@ def _check_parts(lvlm: LVLM) -> None:
     rows = lvlm.model.get_input_embeddings().num_embeddings
     if inputs["input_ids"].max() >= rows or lvlm.processor.tokenizer.vocab_size > rows:
         raise ValueError(f"{name}: its tokenizer is another model's: it has more tokens than the model, {rows}")
+    if lvlm.spec.measured:
+        return
     pixels, vision = inputs["pixel_values"], config.vision_config
     if lvlm.spec.packed:  # [patches, values]
         tiles, made = 1, pixels.shape[-1]
@@ -335,6 +356,8 @@ def without_video(name: str) -> type[ProcessorMixin]:
 
 def _check_layout(name: str, config: PretrainedConfig) -> None:
     """The study needs the patches, all of them and nothing else, taken from one vision layer."""
+    if config.model_type not in SPECS:
+        return  # it is measured
     prefix = n_prefix(config.vision_config)
     if not isinstance(getattr(config, "vision_feature_layer", -1), int):
         raise ValueError(f"{name}: vision_feature_layer {config.vision_feature_layer} is not a single layer")

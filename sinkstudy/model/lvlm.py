@@ -73,7 +73,13 @@ class LVLM:
 
     @property
     def connector(self) -> nn.Module:
-        """The module that maps patches [.., vision width] to visual tokens [.., decoder width]."""
+        """The module that maps patches [.., vision width] to visual tokens [.., decoder width].
+
+        Raises:
+            ValueError: no one module does.
+        """
+        if not self.spec.connector:
+            raise ValueError(f"{self.name}: no one module stands between tower and decoder")
         return self.model.get_submodule(self.spec.connector)
 
     @property

@@ -237,7 +237,7 @@ class Twin:
         through: list[tuple[torch.Tensor, torch.Tensor]] = []
 
         def keep(module: nn.Module, args: tuple, output: Any) -> None:
-            if isinstance(output, torch.Tensor) and args:
+            if isinstance(output, torch.Tensor) and args and args[0].is_floating_point():
                 through.append((args[0].reshape(-1, WIDTH), output.reshape(-1, output.shape[-1])))
 
         with ExitStack() as stack:
@@ -392,7 +392,8 @@ def layouts(twin: Twin, inputs: Mapping[str, Any]) -> list[ImageLayout]:
         if flow.tokens is None:
             tokens = torch.arange(len(visual)).expand(len(index), -1)
         else:
-            tokens = torch.where(flow.tokens[index] >= 0, flow.tokens[index] - before, -1)
+            k = max(1, int((flow.tokens[index] >= 0).sum(1).max()))
+            tokens = torch.where(flow.tokens[index] >= 0, flow.tokens[index] - before, -1)[:, :k]
         if grids is None:
             _, tile = places[index, 0].unique_consecutive(return_inverse=True)
             sizes = {tuple(len(places[index[tile == t], axis].unique()) for axis in (1, 2)) for t in tile.unique()}
@@ -405,7 +406,7 @@ def layouts(twin: Twin, inputs: Mapping[str, Any]) -> list[ImageLayout]:
         found.append(
             ImageLayout(
                 row=row,
-                grid=sizes.pop(),
+                grid=sizes.pop(),  # type: ignore[arg-type]
                 tiles=int(tile.max()) + 1,
                 visual=visual,
                 vision=index,

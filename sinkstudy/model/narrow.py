@@ -63,6 +63,7 @@ def _narrowed(entries: dict[str, Any], tokens: dict[int, int], head: int | None 
     heads = next((v for k, v in entries.items() if re.search(_RULES[3][0], str(k)) and _is_number(v)), HEADS)
     width = next((entries[k] for k in ("hidden_size", "embed_dim") if _is_number(entries.get(k))), None)
     head = entries.get("head_dim") or (width // heads if width else head)
+    indexes = sorted(map(str, range(layers)))  # a list of all layers is none of what each layer is
     made: dict[str, Any] = {}
     for key, value in entries.items():
         name = str(key)
@@ -79,7 +80,7 @@ def _narrowed(entries: dict[str, Any], tokens: dict[int, int], head: int | None 
             made[key] = _section(value, head or HEAD)
         elif rule is not None and isinstance(value, list) and len(value) == layers:
             made[key] = [rule] * LAYERS
-        elif isinstance(value, list) and value and len(value) == layers and not _LAYERS_LISTED.search(name):
+        elif isinstance(value, list) and value and len(value) == layers and sorted(map(str, value)) != indexes:
             made[key] = _each_kind(value)
         elif rule is None and _LAYERS_LISTED.search(name) and isinstance(value, (list, int)):
             listed = [_scaled(v, layers) for v in (value if isinstance(value, list) else [value])]
@@ -95,8 +96,8 @@ def _narrowed(entries: dict[str, Any], tokens: dict[int, int], head: int | None 
 
 def _section(section: list[int], head: int) -> list[int]:
     """Parts of a rotary embedding for time, row and column, of heads as narrow as `HEAD`."""
-    rest = [max(1, part * HEAD // head) for part in section[1:]]
-    return [sum(section) * HEAD // head - sum(rest), *rest]
+    parts = [max(1, part * HEAD // head) for part in section[:-1]]
+    return [*parts, sum(section) * HEAD // head - sum(parts)]
 
 
 def _each_kind(values: list) -> list:

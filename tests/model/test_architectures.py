@@ -10,7 +10,7 @@ import transformers
 from PIL import Image
 from transformers import CONFIG_MAPPING, LlamaConfig
 
-from sinkstudy.model import loading
+from sinkstudy.model import loading, measure
 from sinkstudy.model.capture import attention_received, attention_rows, hidden_states, trace, trace_tower
 from sinkstudy.model.specs import SPECS, tile_grid
 
@@ -458,6 +458,22 @@ def test_grid(lvlm, layouts):
             lvlm.grid
     else:
         assert all(layout.grid == lvlm.grid for layout in layouts)
+
+
+def test_measured(lvlm, inputs, layouts):
+    """What gradients in a narrow copy of the model show is what its `Spec` says and what its layout computes."""
+    found = measure.spec(lvlm.model.config, inputs)
+    for name in (
+        *("model_class", "vision", "vision_layers", "vision_attention", "vision_neurons"),
+        *("connector", "decoder", "decoder_layers", "decoder_attention", "packed"),
+    ):
+        assert getattr(found, name) == getattr(lvlm.spec, name), name
+    assert (found.merge, found.prefix, found.mixes) == (lvlm.merge, lvlm.n_prefix, False)
+    copy = measure.twin(lvlm.model.config)
+    for own, other in zip(layouts, measure.layouts(copy, copy.like(inputs)), strict=True):
+        assert (own.row, own.grid, own.tiles) == (other.row, other.grid, other.tiles)
+        for name in ("visual", "vision", "connector", "output", "positions"):
+            assert torch.equal(getattr(own, name), getattr(other, name)), name
 
 
 def test_layout_needs_the_image(lvlm, inputs):
