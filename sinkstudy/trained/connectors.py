@@ -72,9 +72,8 @@ class DIYSink(OneConnector):
         split: "sinks"; or "random", the control: as many visual tokens of the picture, drawn at random.
         front: whether the tokens of the sinks stand in front of the others. Where they stay in their places, the
             control, what two connectors do is told apart from what the place does.
-
-    Attributes:
-        show: "both", or only the "sinks" or the "others"; what is not shown, no token of the decoder can see.
+        show: "both", or only the "sinks" or the "others"; what is not shown, no token of the decoder can see. Also an
+            attribute, which a stage of the training may change.
 
     Qwen3-VL's further connectors, whose tokens are added later, are left as they are.
     """
@@ -89,6 +88,7 @@ class DIYSink(OneConnector):
         threshold: float = 3.0,
         split: Literal["sinks", "random"] = "sinks",
         front: bool = True,
+        show: Show = "both",
         seed: int = 0,
         decoder: bool = True,
     ) -> None:
@@ -96,12 +96,12 @@ class DIYSink(OneConnector):
         if split not in ("sinks", "random"):
             raise ValueError(f"split is 'sinks' or 'random', not {split!r}")
         super().__init__(lvlm, seed=seed, decoder=decoder)
-        known = {"criterion": criterion, "threshold": threshold, "split": split, "front": front}
+        known = {"criterion": criterion, "threshold": threshold, "split": split, "front": front, "show": show}
         self.settings = known | {"seed": seed, "decoder": decoder}
         self.rule = rule
         self.sink = copy.deepcopy(lvlm.connector)
         renew(lvlm, self.sink)
-        self.show: Show = "both"
+        self.show: Show = show
 
     def chosen(self, norms: torch.Tensor, layout: ImageLayout) -> torch.Tensor:
         """The patches that the sinks' connector reads: norms, float [patches] -> bool [patches]."""
