@@ -9,6 +9,10 @@ from sinkstudy.trained import routers
 IDS = [f"{i:02d}" for i in range(12)]
 
 
+def constant(ids, route: str) -> pd.Series:
+    return pd.Series(route, index=pd.Index(ids, name="id"), name="route")
+
+
 @pytest.fixture
 def types() -> pd.Series:
     return pd.Series(["global", "local", "mixed", "local"] * 3, index=pd.Index(IDS, name="id"))
@@ -37,9 +41,9 @@ def test_the_questions_that_the_model_is_asked():
         local=("local",),
     )
     assert routers.LAB == routers.Wording(
-        image="how many things are there ?",
-        simple=("one", "two"),
-        complex=("three", "four"),
+        image="how many parts are there ?",
+        simple=("one",),
+        complex=("two", "three", "four"),
         question="{question} options : A the scene , B one thing . answer with the letter .",
         holistic=("A",),
         local=("B",),
@@ -53,9 +57,17 @@ def test_the_rule_of_the_paper():
 
 def test_routers_that_know_the_type(types):
     assert routers.by_type(types)[["00", "01", "02"]].tolist() == ["sinks", "others", "both"]
-    assert routers.by_type(types, routers.WRONG)[["00", "01", "02"]].tolist() == ["others", "sinks", "both"]
+    assert routers.opposite(routers.by_type(types))[["00", "01", "02"]].tolist() == ["others", "sinks", "both"]
     with pytest.raises(ValueError, match="unknown type of question 'whole'; known: global, local, mixed"):
         routers.by_type(types.replace("global", "whole"))
+
+
+def test_the_oracle_of_both_axes_is_the_rule_of_the_paper(types):
+    simple = pd.Series([True] * 4 + [False] * 8, index=types.index)
+    route = routers.by_both_axes(types, simple)
+    assert route.head(8).tolist() == ["sinks", "both", "both", "both", "both", "others", "both", "others"]
+    sure = types != "mixed"
+    assert route[sure].equals(routers.decided(simple, types == "global")[sure])
 
 
 def test_a_random_router_picks_each_route_as_often(types):
@@ -75,19 +87,19 @@ def test_routed_answers_are_those_of_the_chosen_pass(said, types):
     assert out.id.tolist() == route.index.tolist() and out.route.tolist() == route.tolist()
     assert set(out.intervention) == {"oracle"} and list(out.columns) == [*said.columns, "route"]
     for how in routers.ROUTES:
-        same = routers.routed(said, routers.constant(IDS, how))
+        same = routers.routed(said, constant(IDS, how))
         assert same.prediction.tolist() == [f"{how} {i}" for i in IDS]
 
 
 def test_what_cannot_be_routed(said):
     with pytest.raises(ValueError, match="a route is one of sinks, others, both, not 'sink'"):
-        routers.routed(said, routers.constant(IDS, "sink"))
+        routers.routed(said, constant(IDS, "sink"))
     with pytest.raises(ValueError, match="the question '00' has two routes"):
-        routers.routed(said, routers.constant(["00", "00"], "both"))
+        routers.routed(said, constant(["00", "00"], "both"))
     with pytest.raises(ValueError, match="1 answers are missing, such as that to '99' under 'both'"):
-        routers.routed(said, routers.constant(["00", "99"], "both"))
+        routers.routed(said, constant(["00", "99"], "both"))
     with pytest.raises(ValueError, match="12 answers are missing, such as that to '00' under 'sinks'"):
-        routers.routed(said[said.intervention != "sinks"], routers.constant(IDS, "sinks"))
+        routers.routed(said[said.intervention != "sinks"], constant(IDS, "sinks"))
 
 
 def test_agreement_in_closed_form():
@@ -100,8 +112,8 @@ def test_agreement_in_closed_form():
     assert (found.accuracy, found.n) == (0.7, 50) and found.kappa == pytest.approx(0.4)
     assert routers.agreement(truth, truth).kappa == 1
     assert routers.agreement(truth.replace({"sinks": "others", "others": "sinks"}), truth).kappa == -1
-    assert routers.agreement(routers.constant(truth.index, "both"), truth)[1:3] == (0, 0)
-    assert np.isnan(routers.agreement(*[routers.constant(truth.index, "both")] * 2).kappa)
+    assert routers.agreement(constant(truth.index, "both"), truth)[1:3] == (0, 0)
+    assert np.isnan(routers.agreement(*[constant(truth.index, "both")] * 2).kappa)
     with pytest.raises(ValueError, match="not decide about the same questions"):
         routers.agreement(truth, truth[:-1])
 
