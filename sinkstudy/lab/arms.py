@@ -1,10 +1,10 @@
 """A fair trial of DIYSink, its rivals and their controls on the lab models: `sinkstudy lab diysink`.
 
 Every arm goes through the lab's own stages as the lab model behind it did: a decoder that knows the language from text
-alone, a new connector (or two) that learns to feed it by captions while it is frozen, 120 steps for each connector, then
-1,300 steps of questions for connectors and decoder. Tower, text-pretrained decoder, pictures, questions, their order
-and the number of steps are the same in all arms of a seed. A quarter of the scenes are simple ones, and one question in
-26 is about a question (`world.questions.routing`), so that a model can be asked where to look.
+alone; a new connector, or two, that learns to feed it by captions while it is frozen, 120 steps for each connector;
+then 1,300 steps of questions for connectors and decoder. Tower, text-pretrained decoder, pictures, questions, their
+order and the number of steps are the same in all arms of a seed. A quarter of the scenes are simple ones, and one
+question in 26 is about a question (`world.questions.routing`), so that a model can be asked where to look.
 
 The soft router is trained on each finished pair of connectors. Gates and adapters are trained on the untouched lab
 model, with questions from the same pictures. What is kept stands in `data/methods/<model>/<arm>-<seed>`.
@@ -52,7 +52,7 @@ BASES: dict[str, dict[str, Any]] = {
     "lab-llava-gist": {"criterion": "above_median", "threshold": 3.0},
     "lab-llava": {"criterion": "percentile", "threshold": 98.0},
 }
-ARMS = ("one", "two", "matched", "others", "sinks", "random", "kept")
+ARMS = ("one", "two", "matched", "others", "sinks", "normed", "random", "kept")
 RIVAL_ARMS = ("rew", "gates", "adapters")
 
 
@@ -69,7 +69,7 @@ class Stage(language.ImageStage):
         visual, _ = super().visual(patches)
         method = self.method
         if not isinstance(method, DIYSink):
-            return visual, None
+            return method.norm(visual), None
         norms = patches.float().norm(dim=-1).cpu()
         of_sinks = torch.stack([self.layout.lift(method.chosen(of, self.layout), "any") for of in norms])
         of_sinks = of_sinks.to(visual.device)
@@ -145,6 +145,8 @@ class Workshop:
                 method = OneConnector(self.lvlm, seed=seed)
             case "matched":
                 method = OneConnector(self.lvlm, width=matched_width(self.connector), seed=seed)
+            case "normed":
+                method = OneConnector(self.lvlm, normed=True, seed=seed)
             case "two" | "kept":
                 method = DIYSink(self.lvlm, front=arm == "two", seed=seed, **self.rule)
             case "random":
@@ -186,10 +188,11 @@ class Workshop:
         for show, connector in of.items():
             if isinstance(method, DIYSink):
                 method.show = show
-            logs.append(self.fit(method, f"{name}.align-{show}", "caption", align, [connector]))
+            logs.append(self.fit(method, f"{name}.align-{show}", "caption", align, [connector, method.norm]))
         if isinstance(method, DIYSink):
             method.show = method.settings["show"]
-        logs.append(self.fit(method, f"{name}.tune", "questions", tune, [*of.values(), self.lvlm.decoder]))
+        logs.append(self.fit(method, f"{name}.tune", "questions", tune,
+                             [*of.values(), method.norm, self.lvlm.decoder]))
         method.save(folder, eight_bits=True, steps={"align, each connector": align.steps, "tune": tune.steps})
         with atomic(folder / "training.csv") as file:
             pd.concat(logs).to_csv(file, index=False, float_format="%.5g")

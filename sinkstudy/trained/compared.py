@@ -38,15 +38,16 @@ ARMS = {  # name of the folder -> what tables call it
     "two": "two connectors",
     "random": "two connectors, random split",
     "kept": "two connectors, in place",
+    "normed": "one connector, normalised",
     "others": "trained without sinks",
     "sinks": "trained on sinks alone",
     "rew": "soft router",
     "gates": "gates",
     "adapters": "adapters",
 }
-# Trained on the same questions with all tokens in sight: their losses compare. Arms that never see a part of the picture
-# end higher because of that, however long they are trained.
-CONNECTORS = ("one", "matched", "two", "random", "kept")
+# Trained on the same questions with all tokens in sight: their losses compare. Arms that never see a part of the
+# picture end higher because of that, however long they are trained.
+CONNECTORS = ("one", "matched", "two", "random", "kept", "normed")
 LABELS = {
     "base": "lab model as it is",
     "two both": "two connectors",
@@ -82,6 +83,7 @@ COMPARED = (
     Comparison("matched_minus_one", "matched", "one", "arms"),
     Comparison("soft_router_minus_one", "rew", "one", "arms"),
     Comparison("cot_router_minus_one", "CoT router", "one", "arms"),
+    Comparison("normed_minus_one", "normed", "one", "arms"),
     Comparison("trained_on_sinks_minus_one", "sinks", "one", "arms"),
     Comparison("trained_without_sinks_minus_one", "others", "one", "arms"),
     Comparison("true_router_minus_both", "true router", "two both", "routers"),
@@ -356,7 +358,7 @@ def hard_routes(pair: pd.DataFrame, asked: pd.DataFrame | None = None, seed: int
     """What each hard router decides about the questions of one pair of connectors, by benchmark and id.
 
     Args:
-        pair: answers of one model and seed, with `type` and `simple`; where no type is known, no router knows the truth.
+        pair: answers of one model and seed, with `type` and `simple`; no router knows a type that is not there.
         asked: what `Exam.asked_itself` gave, if the CoT router was run.
         seed: of the random router.
     """
@@ -405,12 +407,13 @@ def agreements(said: pd.DataFrame, asked: Mapping[tuple[str, int], pd.DataFrame]
             fits = routers.agreement(own.route, routes["two-axis router"])
             one_sided = known.type[known.type != "mixed"]
             simple, whole = known.simple.astype(bool), one_sided == "global"
-            rows.append({"model": model, "seed": seed, "complexity": ((own.simple > 0).loc[simple.index] == simple).mean(),
+            rows.append({"model": model, "seed": seed,
+                         "complexity": ((own.simple > 0).loc[simple.index] == simple).mean(),
                          "question": ((own.holistic > 0).loc[whole.index] == whole).mean(),
                          "agreement": fits.accuracy, "kappa": fits.kappa,
                          **{f"to {way}": int(fits.table[way].sum()) for way in routers.ROUTES}})
-    columns = ["model", "seed", "complexity", "question", "agreement", "kappa", *[f"to {way}" for way in routers.ROUTES]]
-    return pd.DataFrame(rows, columns=columns)
+    to = [f"to {way}" for way in routers.ROUTES]
+    return pd.DataFrame(rows, columns=["model", "seed", "complexity", "question", "agreement", "kappa", *to])
 
 
 # ------------------------------------------------------------------------------------------------- estimates

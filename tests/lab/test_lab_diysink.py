@@ -134,3 +134,23 @@ def test_shipped_methods(folder):
     assert method.lvlm.name == folder.parent.name == known["base"]
     assert known["settings"]["seed"] == int(folder.name.rsplit("-", 1)[1])
     assert all(p.isfinite().all() for p in method.changed().values())
+
+
+def test_normalised_tokens_begin_as_long_as_words(corpus, pictures, monkeypatch):
+    """And are the same in the packed stage and in the method's own pass."""
+    monkeypatch.setattr(language, "autocast", nullcontext)
+    monkeypatch.setattr(language, "compiled", lambda function: function)
+    method = OneConnector(loading.load("lab-llava-gist"), normed=True)
+    lvlm, words = method.lvlm, method.model.get_input_embeddings().weight.norm(dim=-1).median()
+    shown = [torch.from_numpy(picture) for picture in pictures[:2]]
+    inputs = Prefixes(lvlm.inputs(shown, ["", ""]), ["a", "b"], ["", ""])
+    with torch.no_grad():
+        with method.around(inputs):
+            tokens = lvlm.connector(torch.randn(3, 5, lvlm.vision_width))
+        torch.testing.assert_close(tokens.norm(dim=-1), words.expand(3, 5), rtol=1e-3, atol=0)
+        method.norm.bias.add_(1.0)
+        stage = arms.Stage(method, corpus, pictures, "caption")
+        patches = torch.randn(2, 144, lvlm.vision_width)
+        with method.around(inputs):
+            expected = lvlm.connector(patches)
+        torch.testing.assert_close(stage.visual(patches)[0], expected)
