@@ -356,19 +356,23 @@ def norms() -> None:
 @lab.command("diysink")
 def lab_diysink(
     names: Annotated[list[str] | None, typer.Argument(help="Lab models; by default all that have arms.")] = None,
+    arm: Annotated[list[str] | None, typer.Option(help="Only these arms; may be repeated.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Only these seeds; may be repeated.")] = None,
 ) -> None:
     """Train DIYSink and its controls on lab models, several seeds of each, from nothing.
 
-    A killed training goes on from its last checkpoint.
+    A killed training goes on from its last checkpoint; what is finished is passed over.
     """
     _in_checkout()
     with_malloc()
     from sinkstudy.lab import arms
 
-    for name in names or []:
-        if name not in arms.BASES:
-            raise engine.UserError(f"'{name}' has no arms: choose from {', '.join(arms.BASES)}")
-    arms.main(names or list(arms.BASES))
+    known = (*arms.ARMS, *arms.RIVAL_ARMS)
+    for what, given, choices in (("model with arms", names, arms.BASES), ("arm", arm, known)):
+        for name in given or []:
+            if name not in choices:
+                raise engine.UserError(f"'{name}' is no {what}: choose from {', '.join(choices)}")
+    arms.main(names or list(arms.BASES), arm or known, seed or arms.SEEDS)
 
 
 def with_malloc() -> None:

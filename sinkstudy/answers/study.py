@@ -128,7 +128,9 @@ def same_patches(lvlm: LVLM, other: LVLM, pictures: Sequence[Any]) -> bool:
         return False
 
 
-def benchmark(name: str, data_dir: str, hub: bool, limit: int) -> tuple[pd.DataFrame, dict[str, Any]] | None:
+def benchmark(
+    name: str, data_dir: str, hub: bool, limit: int, simple: bool = False
+) -> tuple[pd.DataFrame, dict[str, Any]] | None:
     """A benchmark's questions and pictures: public ones from files or the hub, otherwise the lab's.
 
     Args:
@@ -137,6 +139,7 @@ def benchmark(name: str, data_dir: str, hub: bool, limit: int) -> tuple[pd.DataF
             `benchmarks.load` reads; from the project's root. Empty for the lab.
         hub: public data from the Hugging Face Hub, at the pinned revisions.
         limit: the number of pictures of each category at most; 0 for all.
+        simple: whether the lab's MME and MMStar are asked about simple scenes as well, as often as about dense ones.
 
     Returns:
         The table of `benchmarks.load`, and the picture of each `image_id`; None if the data are not there. What one
@@ -154,10 +157,14 @@ def benchmark(name: str, data_dir: str, hub: bool, limit: int) -> tuple[pd.DataF
             print(line, file=sys.stderr)
     elif name in LAB_BENCHMARKS:
         table = LAB_BENCHMARKS[name]()
+        if simple and name != "POPE":  # which needs three things in a picture
+            others = LAB_BENCHMARKS[name](split="test" + drawing.SIMPLE)
+            table = pd.concat([table, others.assign(id="simple " + others.id)], ignore_index=True)
     else:
         return None
     if limit:
-        number = table.groupby("category").image_id.transform(lambda images: pd.factorize(images)[0])
+        apart = ["category", "simple"] if "simple" in table else "category"
+        number = table.groupby(apart).image_id.transform(lambda images: pd.factorize(images)[0])
         table = table[number < limit].reset_index(drop=True)
     if data_dir or hub:
         return table, dict(zip(table.image_id, table["image"], strict=True))
@@ -176,14 +183,14 @@ def _place(folder: Path, name: str) -> Path | None:
 
 
 def load_benchmarks(
-    names: Sequence[str], data_dir: str, hub: bool, limit: int
+    names: Sequence[str], data_dir: str, hub: bool, limit: int, simple: bool = False
 ) -> tuple[dict[str, pd.DataFrame], dict[str, dict[str, Any]]]:
     """`benchmark` for each name: tables, and pictures, of those that are there.
 
     Raises:
         ValueError: none of them is.
     """
-    found = {name: of for name in names if (of := benchmark(name, data_dir, hub, limit)) is not None}
+    found = {name: of for name in names if (of := benchmark(name, data_dir, hub, limit, simple)) is not None}
     if not found:
         raise ValueError(f"none of {', '.join(names)} is there: data_dir {data_dir!r} needs a folder or file for each")
     return {name: of[0] for name, of in found.items()}, {name: of[1] for name, of in found.items()}

@@ -1,10 +1,13 @@
-"""DIYSink, its rivals and their controls on the lab models, trained from nothing: `sinkstudy lab diysink`.
+"""A fair trial of DIYSink, its rivals and their controls on the lab models: `sinkstudy lab diysink`.
 
-Every arm of DIYSink starts from a finished lab model whose connector is thrown away, and goes through the paper's two
-stages: captions behind a frozen decoder, then questions with connectors and decoder. All arms see the same pictures and
-questions in the same order and take the same number of steps; those with two connectors divide the steps of the first
-stage between them. The soft router is trained on each finished pair of connectors. Gates and adapters are trained on
-the untouched lab model, with the same questions. What is kept stands in `data/methods/<model>/<arm>-<seed>`.
+Every arm goes through the lab's own stages as the lab model behind it did: a decoder that knows the language from text
+alone; a new connector, or two, that learns to feed it by captions while it is frozen, 120 steps for each connector;
+then 1,300 steps of questions for connectors and decoder. Tower, text-pretrained decoder, pictures, questions, their
+order and the number of steps are the same in all arms of a seed. A quarter of the scenes are simple ones, and one
+question in 26 is about a question (`world.questions.routing`), so that a model can be asked where to look.
+
+The soft router is trained on each finished pair of connectors. Gates and adapters are trained on the untouched lab
+model, with questions from the same pictures. What is kept stands in `data/methods/<model>/<arm>-<seed>`.
 """
 
 from __future__ import annotations
@@ -12,16 +15,20 @@ from __future__ import annotations
 import copy
 import random
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import nn
 
 from sinkstudy.lab import language, training
 from sinkstudy.lab import tower as tower_module
-from sinkstudy.lab.corpus import Corpus, training_pictures
+from sinkstudy.lab.corpus import Codec, Corpus, training_pictures
+from sinkstudy.lab.families import family
 from sinkstudy.lab.train import CACHE
 from sinkstudy.model import loading
 from sinkstudy.paths import TRAINED, atomic
@@ -33,14 +40,20 @@ from sinkstudy.trained.routers import ReW, balanced
 from sinkstudy.world import questions as q
 from sinkstudy.world.drawing import render
 
-SCENES = 16_384
-SEEDS = (0, 1, 2)
-ALIGN = loop.Settings(steps=80, batch_size=32, lr=2e-3, weight_decay=0.05)
-TUNE = loop.Settings(steps=240, batch_size=24, lr=2e-3, weight_decay=0.05)
+DENSE, SIMPLE = 24_576, 8_192  # scenes: 1,300 steps of 24 see each once
+SEEDS = (0, 1, 2, 3, 4)
+TEXT = loop.Settings(steps=400, batch_size=24, lr=3e-3, weight_decay=0.05, seed=10)
+ALIGN = loop.Settings(steps=120, batch_size=32, lr=3e-3, weight_decay=0.05)  # of each connector
+TUNE = loop.Settings(steps=1300, batch_size=24, lr=3e-3, weight_decay=0.05)
 ROUTER = loop.Settings(steps=60, batch_size=20, lr=1e-2)  # the paper's: 120 samples ten times
 RIVALS = loop.Settings(steps=120, batch_size=32, lr=3e-3)
-BASES = ("lab-llava-sinks", "lab-qwen2vl")
-ARMS = ("one", "matched", "two", "random", "kept")
+# Models with arms, and what a sink is there; lab-llava has none by norm, so its largest norms stand for them.
+BASES: dict[str, dict[str, Any]] = {
+    "lab-llava-gist": {"criterion": "above_median", "threshold": 3.0},
+    "lab-llava": {"criterion": "percentile", "threshold": 98.0},
+}
+ARMS = ("one", "two", "matched", "others", "sinks", "normed", "random", "kept")
+RIVAL_ARMS = ("rew", "gates", "adapters")
 
 
 class Stage(language.ImageStage):
@@ -56,7 +69,7 @@ class Stage(language.ImageStage):
         visual, _ = super().visual(patches)
         method = self.method
         if not isinstance(method, DIYSink):
-            return visual, None
+            return method.norm(visual), None
         norms = patches.float().norm(dim=-1).cpu()
         of_sinks = torch.stack([self.layout.lift(method.chosen(of, self.layout), "any") for of in norms])
         of_sinks = of_sinks.to(visual.device)
@@ -72,44 +85,55 @@ class Stage(language.ImageStage):
 
 
 class _Training(nn.Module):
-    """A stage as `loop.fit` trains it: pictures and a step -> loss."""
+    """A stage as `loop.fit` trains it: pictures and a step -> loss; `module` has the parameters."""
 
-    def __init__(self, stage: language.ImageStage, module: nn.Module):
+    def __init__(self, loss: Callable[..., tuple[torch.Tensor, dict]], module: nn.Module, n: int):
         super().__init__()
-        self.stage, self.module = stage, module
+        self.loss, self.module, self.n = loss, module, n
 
     def forward(self, rows: torch.Tensor, step: int) -> torch.Tensor:
-        return self.stage.loss(rows, seed=SCENES + step)[0]
+        return self.loss(rows, seed=self.n + step)[0]
 
 
-def fit(stage: language.ImageStage, module: nn.Module, folder: Path, settings: loop.Settings, muon: float | None,
-        about: dict | None = None) -> pd.DataFrame:
-    """Train what of a module asks for gradients by a stage, on the first `SCENES` pictures; see `loop.fit`.
+def fit(loss: Callable[..., tuple[torch.Tensor, dict]], module: nn.Module, n: int, folder: Path,
+        settings: loop.Settings, muon: float | None, about: dict | None = None) -> pd.DataFrame:
+    """Train what of a module asks for gradients by `loss(rows, seed=…)` on the scenes 0 … n - 1; see `loop.fit`.
 
     `muon`: learning rate of weight matrices under Muon; None: AdamW for all.
     """
     return loop.fit(
-        _Training(stage, module), range(SCENES), folder, settings,
+        _Training(loss, module, n), range(n), folder, settings,
         lambda rows, places: {"rows": torch.tensor(rows), "step": places[0] // settings.batch_size},
         optimizers=lambda named: training.optimizers(named, settings.lr, settings.weight_decay, muon), about=about)
 
 
 class Workshop:
-    """A lab model and what all its arms share: corpus, pictures, the compiled decoder."""
+    """A lab model and what all its arms share: corpus, pictures, the decoder that has read text alone."""
 
     def __init__(self, base: str):
-        self.lvlm = loading.load(base)
+        self.lvlm, self.rule = loading.load(base), BASES[base]
         self.lvlm.model.set_attn_implementation("lab_matmul")
-        self.corpus, self.pictures = Corpus(SCENES), training_pictures(CACHE, SCENES)
+        self.corpus = Corpus(DENSE, simple=SIMPLE)
+        split = [training_pictures(CACHE, DENSE), training_pictures(CACHE, SIMPLE, "train simple")]
+        self.pictures = np.concatenate(split)  # [scenes, 3, 96, 96] uint8, as in the corpus
         self.connector = copy.deepcopy(self.lvlm.connector)
-        self.decoder = copy.deepcopy(self.lvlm.decoder.state_dict())
+        self.decoder = self._text_pretrained()
         tower = self.lvlm.vision
         some = tower_module.normalise(torch.from_numpy(self.pictures[:128].copy()))
         with torch.no_grad():
             self.patches = tower_module.features(tower, tower_module.states(tower, some))
 
+    def _text_pretrained(self) -> dict[str, torch.Tensor]:
+        """Weights of the family's decoder after `TEXT`; trained once, then read."""
+        kind = family(self.lvlm.model.config)
+        decoder = language.build_decoder(len(Codec(kind.special).words), kind)
+        run = training.compiled(decoder.model.forward)
+        fit(lambda rows, seed: language.text_loss(decoder, run, self.corpus, rows, seed), decoder, DENSE + SIMPLE,
+            CACHE / f"trial.{kind.text}", TEXT, muon=TEXT.lr)
+        return decoder.model.state_dict()
+
     def method(self, arm: str, seed: int) -> OneConnector:
-        """An arm before its training: tower and decoder as they were, connectors new.
+        """An arm before its training: the tower as it was, the decoder knowing text alone, connectors new.
 
         Raises:
             ValueError: an unknown arm.
@@ -121,10 +145,14 @@ class Workshop:
                 method = OneConnector(self.lvlm, seed=seed)
             case "matched":
                 method = OneConnector(self.lvlm, width=matched_width(self.connector), seed=seed)
+            case "normed":
+                method = OneConnector(self.lvlm, normed=True, seed=seed)
             case "two" | "kept":
-                method = DIYSink(self.lvlm, front=arm == "two", seed=seed)
+                method = DIYSink(self.lvlm, front=arm == "two", seed=seed, **self.rule)
             case "random":
-                method = DIYSink(self.lvlm, split="random", seed=seed)
+                method = DIYSink(self.lvlm, split="random", seed=seed, **self.rule)
+            case "sinks" | "others":
+                method = DIYSink(self.lvlm, show=arm, seed=seed, **self.rule)
             case _:
                 raise ValueError(f"unknown arm {arm!r}: {', '.join(ARMS)}")
         torch.manual_seed(seed)
@@ -139,7 +167,7 @@ class Workshop:
         for part in trained:
             part.requires_grad_(True)
         stage, about = Stage(method, self.corpus, self.pictures, target), {"method": method.kind, **method.settings}
-        log = fit(stage, method, CACHE / name, settings, muon=settings.lr, about=about)
+        log = fit(stage.loss, method, DENSE + SIMPLE, CACHE / name, settings, muon=settings.lr, about=about)
         return log.assign(stage=name.rsplit(".", 1)[1])
 
     def train(self, arm: str, seed: int) -> None:
@@ -152,17 +180,20 @@ class Workshop:
         method, logs = self.method(arm, seed), []
         name = f"{self.lvlm.name}.{arm}-{seed}"
         align, tune = (replace(settings, seed=seed) for settings in (ALIGN, TUNE))
+        of: dict[Show, nn.Module] = {"both": self.lvlm.connector}
         if isinstance(method, DIYSink):
-            half = replace(align, steps=align.steps // 2)
-            of: dict[Show, nn.Module] = {"sinks": method.sink, "others": self.lvlm.connector}
-            for show, connector in of.items():
+            of = {"sinks": method.sink, "others": self.lvlm.connector}
+            shown = method.settings["show"]
+            of = of if shown == "both" else {shown: of[shown]}
+        for show, connector in of.items():
+            if isinstance(method, DIYSink):
                 method.show = show
-                logs.append(self.fit(method, f"{name}.{show}", "caption", half, [connector]))
-            method.show = "both"
-        else:
-            logs.append(self.fit(method, f"{name}.align", "caption", align, [self.lvlm.connector]))
-        logs.append(self.fit(method, f"{name}.tune", "questions", tune, [*connectors(method), self.lvlm.decoder]))
-        method.save(folder, eight_bits=True, steps={"align": align.steps, "tune": tune.steps})
+            logs.append(self.fit(method, f"{name}.align-{show}", "caption", align, [connector, method.norm]))
+        if isinstance(method, DIYSink):
+            method.show = method.settings["show"]
+        logs.append(self.fit(method, f"{name}.tune", "questions", tune,
+                             [*of.values(), method.norm, self.lvlm.decoder]))
+        method.save(folder, eight_bits=True, steps={"align, each connector": align.steps, "tune": tune.steps})
         with atomic(folder / "training.csv") as file:
             pd.concat(logs).to_csv(file, index=False, float_format="%.5g")
         print(f"{folder.name}: trained in {time.monotonic() - started:.0f} s", flush=True)
@@ -223,13 +254,14 @@ def train_rival(base: str, arm: str, seed: int, pictures) -> None:
     print(f"{folder.name}: trained in {time.monotonic() - started:.0f} s", flush=True)
 
 
-def main(bases: list[str]) -> None:
-    """All arms and seeds on the lab models `bases`."""
+def main(bases: Sequence[str], arms: Sequence[str] = (*ARMS, *RIVAL_ARMS), seeds: Sequence[int] = SEEDS) -> None:
+    """The arms of each seed on the lab models `bases`; what is finished is passed over."""
     training.threads()
     for base in bases:
         shop = Workshop(base)
-        for seed in SEEDS:
-            for arm in ARMS:
-                shop.train(arm, seed)
-            for arm in ("rew", "gates", "adapters"):
-                train_rival(base, arm, seed, shop.pictures)
+        for seed in seeds:
+            for arm in arms:
+                if arm in RIVAL_ARMS:
+                    train_rival(base, arm, seed, shop.pictures)
+                else:
+                    shop.train(arm, seed)

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from sinkstudy.paths import atomic
 from sinkstudy.world import gist
 from sinkstudy.world import questions as q
-from sinkstudy.world.drawing import GRID, SIDE, Scenes, patch_contents, render
+from sinkstudy.world.drawing import GRID, SIDE, SIMPLE, Scenes, patch_contents, render
 
 TRAIN_SCENES = 65_536
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
@@ -48,15 +48,15 @@ class Codec:
         return [self.ids[w] for w in text.split()]  # KeyError on an unknown word: the vocabulary is complete
 
 
-def training_pictures(folder: Path, n: int = TRAIN_SCENES) -> np.ndarray:
-    """The first n training pictures, uint8 [n, 3, 96, 96], rendered once into a file and then mapped."""
-    file = folder / f"train-{n}.npy"
+def training_pictures(folder: Path, n: int = TRAIN_SCENES, split: str = "train") -> np.ndarray:
+    """The first n pictures of a split, uint8 [n, 3, 96, 96], rendered once into a file and then mapped."""
+    file = folder / f"{split.replace(' ', '-')}-{n}.npy"
     if not file.exists():
         with atomic(file) as temporary:
             out = np.lib.format.open_memmap(temporary, "w+", np.uint8, (n, 3, SIDE, SIDE))
             for start in range(0, n, 4096):
-                out[start:start + 4096] = render("train", start, min(4096, n - start)).images.numpy()
-                print(f"rendering: {min(start + 4096, n)}/{n} scenes", flush=True)
+                out[start:start + 4096] = render(split, start, min(4096, n - start)).images.numpy()
+                print(f"rendering: {min(start + 4096, n)}/{n} scenes of {split}", flush=True)
             out.flush()
     return np.load(file, mmap_mode="r")
 
@@ -83,16 +83,22 @@ class Corpus:
 
     `caption` [n, CAPTION] starts with <s> and ends with </s>, padded with -1; `facts` are the scenes in words,
     `fact` [n, words] sentences about the lab world at large, `gist` [n, facts] the classes of `world.gist`.
+
+    With `simple`, so many simple scenes follow the n dense ones, and one question with options in `slots` is one about
+    a question (`questions.routing`). `gist` is of the dense scenes alone.
     """
 
     grams: torch.Tensor  # what `ngrams` gives, for those who train a tower
 
-    def __init__(self, n: int, seed: int = 0):
-        self.codec = Codec()
+    def __init__(self, n: int, seed: int = 0, simple: int = 0):
+        self.codec, self.routing = Codec(), simple > 0
         scenes = render("train", 0, n, pictures=False)
         self.calm = scenes.calm
         self.grounding = grounding(scenes)
         self.gist = torch.stack(list(gist.facts(scenes).values()), 1)
+        if simple:
+            scenes = Scenes.cat([scenes, render("train" + SIMPLE, 0, simple, pictures=False)])
+            n += simple
         self.facts = q.facts(scenes)
         rng = random.Random(seed)
         encode, ids = self.codec.encode, self.codec.ids
@@ -113,6 +119,8 @@ class Corpus:
         for row in rows.tolist():
             f, rng = self.facts[row], random.Random(seed * TRAIN_SCENES + row)
             short, options = q.mixture(f, SLOTS["short"][0], SLOTS["options"][0], rng)
+            if self.routing:
+                options[-1] = q.routing(f, rng)
             asked = {"short": short, "region": q.regions(f, SLOTS["region"][0], rng), "options": options}
             for kind, (_, length) in SLOTS.items():
                 for text, answer in asked[kind]:

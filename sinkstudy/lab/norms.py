@@ -21,7 +21,6 @@ from sinkstudy import sinks, stats
 from sinkstudy.answers.evaluate import Intervention, Prefixes
 from sinkstudy.effects import ablation
 from sinkstudy.lab import arms, control, language
-from sinkstudy.lab.arms import SCENES
 from sinkstudy.lab.corpus import Corpus, training_pictures
 from sinkstudy.lab.train import CACHE
 from sinkstudy.model import capture, loading
@@ -35,6 +34,7 @@ CELLS = (("lab-llava-gist", "long"), ("lab-llava-gist", "median"), ("lab-llava",
 """Models, with and without the picture's gist in the calm patches, and the norm that these have."""
 AS_TRAINED = {"lab-llava-gist": "long", "lab-llava": "median"}
 TUNE = loop.Settings(steps=200, batch_size=24, lr=1e-3, weight_decay=0.05)
+SCENES = 16_384
 TRACED = 64  # pictures whose attention is followed
 
 
@@ -111,7 +111,7 @@ def retrain(name: str, norm: str) -> tuple[LVLM, pd.DataFrame]:
     stage = _Stage(lvlm, Corpus(SCENES), training_pictures(CACHE, SCENES), calm, norm)
     lvlm.model.requires_grad_(False)
     lvlm.connector.requires_grad_(True)
-    log = arms.fit(stage, lvlm.model, CACHE / f"norms.{name}.{norm}", TUNE, muon=None)
+    log = arms.fit(stage.loss, lvlm.model, SCENES, CACHE / f"norms.{name}.{norm}", TUNE, muon=None)
     lvlm.model.eval().set_attn_implementation("sdpa")
     return lvlm, log
 

@@ -151,7 +151,7 @@ def _measured(lvlm: LVLM) -> LVLM:
     if config.model_type in SPECS:
         return lvlm
     with _reading(lvlm.name, "its processor or its parts: "):
-        inputs = lvlm._prepared([blank(lvlm)], ["What is this?"])
+        inputs = lvlm.prepared([blank(lvlm)], ["What is this?"])
         return replace(lvlm, spec=measure.spec(config, inputs, lvlm.spec.processor_class))
 
 

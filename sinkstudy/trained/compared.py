@@ -27,6 +27,7 @@ from sinkstudy.answers.evaluate import NONE, Intervention, Prefixes
 from sinkstudy.model import loading
 from sinkstudy.model.lvlm import LVLM
 from sinkstudy.trained import loop, routers
+from sinkstudy.trained.connectors import DIYSink
 from sinkstudy.trained.kinds import load_method
 
 Arms = Mapping[str, Sequence[Path]]  # of one model: by arm, a folder a seed
@@ -37,11 +38,16 @@ ARMS = {  # name of the folder -> what tables call it
     "two": "two connectors",
     "random": "two connectors, random split",
     "kept": "two connectors, in place",
+    "normed": "one connector, normalised",
+    "others": "trained without sinks",
+    "sinks": "trained on sinks alone",
     "rew": "soft router",
     "gates": "gates",
     "adapters": "adapters",
 }
-CONNECTORS = ("one", "matched", "two", "random", "kept")  # trained on the same questions: their losses compare
+# Trained on the same questions with all tokens in sight: their losses compare. Arms that never see a part of the
+# picture end higher because of that, however long they are trained.
+CONNECTORS = ("one", "matched", "two", "random", "kept", "normed")
 LABELS = {
     "base": "lab model as it is",
     "two both": "two connectors",
@@ -49,7 +55,8 @@ LABELS = {
     "two others": "two connectors, no sinks",
     **{arm: label for arm, label in ARMS.items() if arm != "two"},
 }
-ON_TWO = ("two both", "two sinks", "two others", "rew", "true router", "wrong router", "random router", "CoT router")
+ON_TWO = ("two both", "two sinks", "two others", "rew", "true router", "two-axis router", "wrong router",
+          "random router", "CoT router")
 MEASURES = ("right", "logp")
 TYPES = ("global", "local", "mixed")
 SLACK = 1.05  # an arm that ends with more than so many times the loss of one connector is under-trained
@@ -74,7 +81,12 @@ COMPARED = (
     Comparison("kept_minus_one", "kept", "one", "arms"),
     Comparison("matched_minus_one", "matched", "one", "arms"),
     Comparison("soft_router_minus_one", "rew", "one", "arms"),
+    Comparison("cot_router_minus_one", "CoT router", "one", "arms"),
+    Comparison("normed_minus_one", "normed", "one", "arms"),
+    Comparison("trained_on_sinks_minus_one", "sinks", "one", "arms"),
+    Comparison("trained_without_sinks_minus_one", "others", "one", "arms"),
     Comparison("true_router_minus_both", "true router", "two both", "routers"),
+    Comparison("two_axis_router_minus_both", "two-axis router", "two both", "routers"),
     Comparison("wrong_router_minus_both", "wrong router", "two both", "routers"),
     Comparison("random_router_minus_both", "random router", "two both", "routers"),
     Comparison("cot_router_minus_both", "CoT router", "two both", "routers"),
@@ -86,7 +98,8 @@ COMPARED = (
     Comparison("gates_minus_adapters", "gates", "adapters", "gates"),
 )
 CONTROLS = ("random_minus_one", "kept_minus_one", "matched_minus_one", "random_router_minus_both",
-            "sinks_only_minus_both", "no_sinks_minus_both")  # no methods of their own
+            "sinks_only_minus_both", "no_sinks_minus_both", "trained_on_sinks_minus_one",
+            "trained_without_sinks_minus_one")  # no methods of their own
 
 
 # ------------------------------------------------------------------------------------------------- what was trained
@@ -192,7 +205,7 @@ def of_each(
 
 
 # ------------------------------------------------------------------------------------------------- asking
-COLUMNS = ["benchmark", "id", "image_id", "picture", "category", "type", "intervention", "right", "logp"]
+COLUMNS = ["benchmark", "id", "image_id", "picture", "category", "type", "simple", "intervention", "right", "logp"]
 
 
 @dataclass(frozen=True)
@@ -224,7 +237,8 @@ class Exam:
     def of_arm(self, arm: str, method: Any) -> pd.DataFrame:
         """`answers` of a trained method, with `arm`: of the pair of connectors once for each choice of blocks."""
         if arm != "two":
-            return self.answers(method.lvlm, [method.intervention("method")]).assign(arm=arm)
+            show = {"show": method.show} if isinstance(method, DIYSink) else {}
+            return self.answers(method.lvlm, [method.intervention("method", **show)]).assign(arm=arm)
         said = self.answers(method.lvlm, [method.intervention(block, show=block) for block in routers.ROUTES])
         return said.assign(arm="two " + said.intervention)
 
@@ -232,16 +246,22 @@ class Exam:
         """The questions of a benchmark, in the words in which the model is asked."""
         return list(benchmarks.prompts(self.tables[benchmark], benchmark, study.family(lvlm, self.public)))
 
-    def asked_itself(self, pair: Any) -> pd.Series:
-        """The decisions of the CoT router (`routers.cot`), where the pair of connectors judges: by benchmark and id.
+    def asked_itself(self, pair: Any) -> pd.DataFrame:
+        """What `routers.cot` returns where the pair of connectors judges, by benchmark and id.
+
+        Options are left out of a question of the lab that is asked about.
 
         Raises:
             ValueError: the model's tokenizer lacks the words.
         """
         wording = routers.GENERAL if self.public else routers.LAB
         how = pair.intervention("both", show="both")
-        found = {name: routers.cot(pair.lvlm, table, how, wording=wording, images=self.pictures[name],
-                                   batch_size=self.batch_size).route for name, table in self.tables.items()}
+        found = {}
+        for name, table in self.tables.items():
+            if not self.public:
+                table = table.assign(question=table.question.str.partition(" options :")[0])
+            found[name] = routers.cot(pair.lvlm, table, how, wording=wording, images=self.pictures[name],
+                                      batch_size=self.batch_size)
         return pd.concat(found, names=["benchmark", "id"])
 
     def soft_weights(self, router: Any) -> pd.DataFrame:
@@ -333,28 +353,30 @@ def answers(
 
 
 # ------------------------------------------------------------------------------------------------- routers
-def hard_routes(pair: pd.DataFrame, asked: pd.Series | None = None, seed: int = 0) -> dict[str, pd.Series]:
+def hard_routes(pair: pd.DataFrame, asked: pd.DataFrame | None = None, seed: int = 0) -> dict[str, pd.Series]:
     """What each hard router decides about the questions of one pair of connectors, by benchmark and id.
 
     Args:
-        pair: answers of one model and seed, with `type`; where no type is known, no router knows the truth.
-        asked: the decisions of the CoT router, if it was run.
+        pair: answers of one model and seed, with `type` and `simple`; no router knows a type that is not there.
+        asked: what `Exam.asked_itself` gave, if the CoT router was run.
         seed: of the random router.
     """
-    types = pair[pair.arm == "two both"].set_index(["benchmark", "id"]).type.dropna()
-    routes = {} if asked is None else {"CoT router": asked}
-    if len(types):
-        truth = routers.by_type(types)
-        routes |= {"true router": truth, "wrong router": routers.by_type(types, routers.WRONG),
+    known = pair[pair.arm == "two both"].set_index(["benchmark", "id"]).dropna(subset=["type"])
+    routes = {} if asked is None else {"CoT router": asked.route}
+    if len(known):
+        truth = routers.by_type(known.type)
+        routes |= {"true router": truth, "wrong router": routers.opposite(truth),
                    "random router": routers.dealt_at_random(truth, seed)}
+        if known.simple.notna().all():
+            routes["two-axis router"] = routers.by_both_axes(known.type, known.simple.astype(bool))
     return routes
 
 
-def hard_routers(said: pd.DataFrame, asked: Mapping[tuple[str, int], pd.Series], seed: int = 0) -> pd.DataFrame:
+def hard_routers(said: pd.DataFrame, asked: Mapping[tuple[str, int], pd.DataFrame], seed: int = 0) -> pd.DataFrame:
     """What every hard router answers with each pair of connectors: rows like those of `said`, with the router as `arm`.
 
     Args:
-        asked: by model and seed, the decisions of the CoT router.
+        asked: by model and seed, what `Exam.asked_itself` gave.
         seed: of the random router, with the number of the pair.
     """
     pairs = said[said.arm.isin(["two both", "two sinks", "two others"])]
@@ -367,17 +389,30 @@ def hard_routers(said: pd.DataFrame, asked: Mapping[tuple[str, int], pd.Series],
     return pd.concat(found, ignore_index=True).drop(columns="route") if found else said.head(0)
 
 
-def agreements(said: pd.DataFrame, asked: Mapping[tuple[str, int], pd.Series]) -> pd.DataFrame:
-    """The CoT router against the true one: `agreement` (share), `kappa`, and how many questions go where."""
+def agreements(said: pd.DataFrame, asked: Mapping[tuple[str, int], pd.DataFrame]) -> pd.DataFrame:
+    """How often the model's own judgement is right, a row a model and seed.
+
+    Returns:
+        `complexity` and `question` (shares): of the questions, those whose picture it judges rightly as simple or not;
+        of the global and local ones, those that it judges rightly as holistic or not. `agreement` (share) and `kappa`
+        of the CoT router with the two-axis one; and how many questions it sends where.
+    """
     rows = []
-    for (model, seed), route in asked.items():
-        routes = hard_routes(said[(said.model == model) & (said.seed == seed)], route)
-        if "true router" in routes:
-            fits = routers.agreement(route, routes["true router"])
-            rows.append({"model": model, "seed": seed, "agreement": fits.accuracy, "kappa": fits.kappa,
+    for (model, seed), own in asked.items():
+        pair = said[(said.model == model) & (said.seed == seed) & (said.arm == "two both")]
+        known = pair.set_index(["benchmark", "id"])
+        routes = hard_routes(pair, own)
+        if "two-axis router" in routes:
+            fits = routers.agreement(own.route, routes["two-axis router"])
+            one_sided = known.type[known.type != "mixed"]
+            simple, whole = known.simple.astype(bool), one_sided == "global"
+            rows.append({"model": model, "seed": seed,
+                         "complexity": ((own.simple > 0).loc[simple.index] == simple).mean(),
+                         "question": ((own.holistic > 0).loc[whole.index] == whole).mean(),
+                         "agreement": fits.accuracy, "kappa": fits.kappa,
                          **{f"to {way}": int(fits.table[way].sum()) for way in routers.ROUTES}})
-    columns = ["model", "seed", "agreement", "kappa", *[f"to {way}" for way in routers.ROUTES]]
-    return pd.DataFrame(rows, columns=columns)
+    to = [f"to {way}" for way in routers.ROUTES]
+    return pd.DataFrame(rows, columns=["model", "seed", "complexity", "question", "agreement", "kappa", *to])
 
 
 # ------------------------------------------------------------------------------------------------- estimates

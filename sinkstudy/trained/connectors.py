@@ -33,22 +33,39 @@ class OneConnector(Method):
     Args:
         width: neurons between its two linear layers; those of the model's own by default. `matched_width` gives one
             with as many parameters as two connectors.
+        normed: whether a LayerNorm follows the connector, whose gain begins where a visual token has the median norm of
+            the decoder's word embeddings. A rival that came later (2512.08374): visual tokens are much longer than
+            words, and move little in a decoder that adds to them. The form is ours as far as the source leaves it open.
         seed: of the connector's first weights.
         decoder: whether training may change the decoder.
     """
 
     kind = "one-connector"
 
-    def __init__(self, lvlm: LVLM, *, width: int | None = None, seed: int = 0, decoder: bool = True) -> None:
-        super().__init__(lvlm, width=width, seed=seed, decoder=decoder)
+    def __init__(
+        self, lvlm: LVLM, *, width: int | None = None, normed: bool = False, seed: int = 0, decoder: bool = True
+    ) -> None:
+        super().__init__(lvlm, width=width, normed=normed, seed=seed, decoder=decoder)
         torch.manual_seed(seed)
         if width is not None:
             set_width(lvlm.connector, width)
         renew(lvlm, lvlm.connector)
+        self.norm = nn.Identity()
+        if normed:
+            words = lvlm.model.get_input_embeddings().weight
+            self.norm = nn.LayerNorm(words.shape[1]).to(words)
+            nn.init.constant_(self.norm.weight, float(words.norm(dim=-1).median()) / words.shape[1] ** 0.5)
 
     @contextmanager
     def around(self, inputs: Prefixes) -> Iterator[None]:
-        yield
+        if not self.settings.get("normed"):
+            yield
+            return
+        hook = self.lvlm.connector.register_forward_hook(lambda module, args, tokens: self.norm(tokens))
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def changed(self) -> dict[str, nn.Parameter]:
         """The connectors, and the decoder with its head if it is trained."""
@@ -72,9 +89,8 @@ class DIYSink(OneConnector):
         split: "sinks"; or "random", the control: as many visual tokens of the picture, drawn at random.
         front: whether the tokens of the sinks stand in front of the others. Where they stay in their places, the
             control, what two connectors do is told apart from what the place does.
-
-    Attributes:
-        show: "both", or only the "sinks" or the "others"; what is not shown, no token of the decoder can see.
+        show: "both", or only the "sinks" or the "others"; what is not shown, no token of the decoder can see. Also an
+            attribute, which a stage of the training may change.
 
     Qwen3-VL's further connectors, whose tokens are added later, are left as they are.
     """
@@ -89,6 +105,7 @@ class DIYSink(OneConnector):
         threshold: float = 3.0,
         split: Literal["sinks", "random"] = "sinks",
         front: bool = True,
+        show: Show = "both",
         seed: int = 0,
         decoder: bool = True,
     ) -> None:
@@ -96,12 +113,12 @@ class DIYSink(OneConnector):
         if split not in ("sinks", "random"):
             raise ValueError(f"split is 'sinks' or 'random', not {split!r}")
         super().__init__(lvlm, seed=seed, decoder=decoder)
-        known = {"criterion": criterion, "threshold": threshold, "split": split, "front": front}
+        known = {"criterion": criterion, "threshold": threshold, "split": split, "front": front, "show": show}
         self.settings = known | {"seed": seed, "decoder": decoder}
         self.rule = rule
         self.sink = copy.deepcopy(lvlm.connector)
         renew(lvlm, self.sink)
-        self.show: Show = "both"
+        self.show: Show = show
 
     def chosen(self, norms: torch.Tensor, layout: ImageLayout) -> torch.Tensor:
         """The patches that the sinks' connector reads: norms, float [patches] -> bool [patches]."""

@@ -8,7 +8,7 @@ picks among the same three passes, so nothing is computed again: answer all ques
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +25,11 @@ from sinkstudy.answers.evaluate import NONE, Intervention, Prefixes, evaluate
 from sinkstudy.model.lvlm import LVLM
 from sinkstudy.trained.connectors import DIYSink
 from sinkstudy.trained.loop import Method, digest_of_weights
+from sinkstudy.world import questions as lab
 
 ROUTES = ("sinks", "others", "both")
-OF_TYPE = {"global": "sinks", "local": "others", "mixed": "both"}  # what the paper holds to be right
-WRONG = {"global": "others", "local": "sinks", "mixed": "both"}
+OF_TYPE = {"global": "sinks", "local": "others", "mixed": "both"}  # what the paper holds to be right of a question
+OPPOSITE = {"sinks": "others", "others": "sinks", "both": "both"}
 
 
 # ------------------------------------------------------------------------------------------------- asking the model
@@ -59,14 +60,13 @@ GENERAL = Wording(
     holistic=("holistic",),
     local=("local",),
 )
-# The lab models' language has a question about how much a picture holds, which they answer, but no words about
-# questions. The second question here only has a form that they know: their letter says nothing about the question, and
-# what they do with it shows CoT routing where the model cannot judge. The lab's types follow from the question alone.
+# A simple scene of the lab has one part. The second question is one that the arms of `lab.arms` learned to answer, in a
+# wording that their training did not have; a model that never learned it cannot judge.
 LAB = Wording(
-    image="how many things are there ?",
-    simple=("one", "two"),
-    complex=("three", "four"),
-    question="{question} options : A the scene , B one thing . answer with the letter .",
+    image="how many parts are there ?",
+    simple=("one",),
+    complex=("two", "three", "four"),
+    question=lab.routing_form("{question}", lab.HELD_OUT[0], swapped=False),
     holistic=("A",),
     local=("B",),
 )
@@ -129,8 +129,8 @@ def decided(simple: pd.Series, holistic: pd.Series) -> pd.Series:
 
 
 # ------------------------------------------------------------------------------------------------- routers to compare
-def by_type(types: pd.Series, rule: Mapping[str, str] = OF_TYPE) -> pd.Series:
-    """The oracle router, which knows each question's type; with `WRONG` the one that is always wrong.
+def by_type(types: pd.Series) -> pd.Series:
+    """The oracle of one axis, which knows each question's type.
 
     Args:
         types: "global", "local" or "mixed" by the `id` of the question.
@@ -138,9 +138,27 @@ def by_type(types: pd.Series, rule: Mapping[str, str] = OF_TYPE) -> pd.Series:
     Raises:
         ValueError: another type.
     """
-    if unknown := sorted(set(types) - set(rule), key=str):
-        raise ValueError(f"unknown type of question {unknown[0]!r}; known: {', '.join(rule)}")
-    return types.map(rule).rename("route")
+    if unknown := sorted(set(types) - set(OF_TYPE), key=str):
+        raise ValueError(f"unknown type of question {unknown[0]!r}; known: {', '.join(OF_TYPE)}")
+    return types.map(OF_TYPE).rename("route")
+
+
+def by_both_axes(types: pd.Series, simple: pd.Series) -> pd.Series:
+    """The oracle of the paper's rule, which knows each question's type and whether its picture is simple.
+
+    Global questions about simple pictures get the sinks, local ones about complex pictures the others, all else both:
+    a mixed question is neither holistic nor local.
+
+    Args:
+        types: as `by_type`; simple: bool, with the same index.
+    """
+    route = by_type(types)
+    return route.where(((types == "global") & simple) | ((types == "local") & ~simple), "both")
+
+
+def opposite(route: pd.Series) -> pd.Series:
+    """The router that is wrong wherever another one chooses: sinks and others exchanged."""
+    return route.map(OPPOSITE)
 
 
 def dealt_at_random(route: pd.Series, seed: int = 0) -> pd.Series:

@@ -2,7 +2,8 @@
 
 Tables are built from the held-out test scenes, in order, so every machine builds the same ones. The columns are
 those of `sinkstudy.benchmarks.load`, and its scorers take them. Instead of `image` there is `scene` (index in the
-test split; `pictures` renders it), and further `family` and `type` (global, local or mixed, known by construction).
+split; `pictures` renders it), and further `family`, `type` (global, local or mixed) and whether the scene is `simple`,
+known by construction.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import pandas as pd
 import torch
 
 from sinkstudy.world import questions as q
-from sinkstudy.world.drawing import CHUNK, KINDS, render
+from sinkstudy.world.drawing import CHUNK, KINDS, SIMPLE, render
 
 PERCEPTION = {"existence": "existence", "count": "things", "position": "place", "color": "colour", "scene": "scene",
               "light": "light", "texture": "texture", "size": "size", "mark": "mark"}
@@ -121,14 +122,14 @@ def _finished(rows: list[dict], split: str) -> pd.DataFrame:
     table = pd.DataFrame(rows)
     table.insert(0, "id", [f"{i:06d}" for i in range(len(table))])
     table.insert(1, "image_id", [f"{split}-{scene:06d}" for scene in table.scene])
-    return table.assign(type=table.family.map(q.TYPES))
+    return table.assign(type=table.family.map(q.TYPES), simple=split.endswith(SIMPLE))
 
 
-def pictures(table: pd.DataFrame, split: str = "test") -> tuple[torch.Tensor, np.ndarray]:
+def pictures(table: pd.DataFrame) -> tuple[torch.Tensor, np.ndarray]:
     """The table's pictures, each once: uint8 [images, 3, 96, 96], and for each row the place of its own."""
-    unique, place = np.unique(table.scene, return_inverse=True)
-    chunks = {}
-    for scene in unique:
-        chunks.setdefault(int(scene) // CHUNK, []).append(int(scene) % CHUNK)
-    drawn = [render(split, chunk * CHUNK, CHUNK).images[rows] for chunk, rows in chunks.items()]
+    unique, place = np.unique(table.image_id.astype(str), return_inverse=True)
+    chunks: dict[tuple[str, int], list[int]] = {}
+    for split, _, scene in (name.rpartition("-") for name in unique):
+        chunks.setdefault((split, int(scene) // CHUNK), []).append(int(scene) % CHUNK)
+    drawn = [render(split, chunk * CHUNK, CHUNK).images[rows] for (split, chunk), rows in chunks.items()]
     return torch.cat(drawn), place

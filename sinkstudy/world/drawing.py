@@ -10,6 +10,9 @@ A scene is 96 × 96 pixels, 12 × 12 patches of 8 × 8. Its facts:
 - *calm patches*: 3-5 patches that hold nothing but one flat colour (no texture, clutter, grain or thing).
   They are the low-information patches of the world; no question asks about them.
 
+A *simple* scene (splits "train simple", …) has one ground in place of 2-4 parts, and one or two things; all else is the
+same.
+
 Everything else in the picture is busy: texture, clutter and grain lie in every patch that is not calm.
 All randomness comes from the split's name and the scene's index, all arithmetic on pixels is in integers,
 so that a scene is the same on every machine. A scene belongs to a split by the hash of its facts as drawn (slot by
@@ -38,6 +41,7 @@ RADIUS = (7, 11)  # pixels, by size
 
 # Share of the hash space that belongs to each split: [low, high) of 100.
 SPLITS = {"train": (0, 80), "val": (80, 90), "test": (90, 100)}
+SIMPLE = " simple"
 
 _MUTED = ((150, 84, 78), (160, 118, 72), (158, 150, 84), (92, 140, 86), (84, 146, 146), (84, 100, 160),
           (128, 92, 150), (164, 164, 164))
@@ -93,20 +97,22 @@ def render(split: str, start: int, n: int, *, pictures: bool = True) -> Scenes:
     """Scenes `start` … `start + n - 1` of a split.
 
     Args:
-        split: "train", "val" or "test".
+        split: "train", "val" or "test"; with " simple" behind it, the simple scenes of that split.
         pictures: also draw `images`, `thing_share` and `part_map`; the facts alone are much faster.
 
     Raises:
         ValueError: unknown split, or a negative start or number.
     """
-    if split not in SPLITS:
+    name, simple = split.removesuffix(SIMPLE), split.endswith(SIMPLE)
+    if name not in SPLITS:
         raise ValueError(f"unknown split {split!r}: choose from {', '.join(SPLITS)}")
     if start < 0 or n < 1:
         raise ValueError(f"start must be ≥ 0 and n ≥ 1, got start={start}, n={n}")
     out = []
     for chunk in range(start // CHUNK, (start + n - 1) // CHUNK + 1):
-        generator = torch.Generator().manual_seed(1_000_003 * (1 + list(SPLITS).index(split)) + chunk)
-        scenes = _facts(split, chunk * CHUNK, generator)
+        number = list(SPLITS).index(name) + len(SPLITS) * simple
+        generator = torch.Generator().manual_seed(1_000_003 * (1 + number) + chunk)
+        scenes = _facts(name, chunk * CHUNK, generator, simple)
         if pictures:
             _draw(scenes, generator)
         low, high = max(start - chunk * CHUNK, 0), min(start + n - chunk * CHUNK, CHUNK)
@@ -115,11 +121,11 @@ def render(split: str, start: int, n: int, *, pictures: bool = True) -> Scenes:
 
 
 # ------------------------------------------------------------------------------------------------- facts
-def _facts(split: str, first: int, g: torch.Generator) -> Scenes:
+def _facts(split: str, first: int, g: torch.Generator, simple: bool) -> Scenes:
     kept: list[Scenes] = []
     low, high = SPLITS[split]
     while sum(map(len, kept)) < CHUNK:
-        batch = _propose(CHUNK, g)
+        batch = _propose(CHUNK, g, simple)
         bucket = signature(batch) % 100
         ok = (bucket >= low) & (bucket < high) & _parts_large_enough(batch)
         kept.append(batch[ok])
@@ -134,12 +140,12 @@ def _pick(n: int, k: int, weights: torch.Tensor, g: torch.Generator) -> torch.Te
     return keys.argsort(dim=-1)[:, :k]
 
 
-def _propose(n: int, g: torch.Generator) -> Scenes:
+def _propose(n: int, g: torch.Generator, simple: bool) -> Scenes:
     def draw(high, *shape):
         return torch.randint(0, high, shape or (n,), generator=g)
 
     scene = draw(len(SCENES))
-    parts = 2 + draw(3)
+    parts = torch.ones(n, dtype=torch.long) if simple else 2 + draw(3)
     beyond = torch.arange(MAX_PARTS) >= parts[:, None]
     uniform = torch.ones(n, len(TEXTURES))
     texture = _pick(n, MAX_PARTS, uniform, g).masked_fill(beyond, -1)
@@ -151,7 +157,7 @@ def _propose(n: int, g: torch.Generator) -> Scenes:
     owner = _owner(seeds, beyond, ticks).flatten(1)
     area = torch.stack([(owner == i).float().mean(1) for i in range(MAX_PARTS)], 1)
 
-    number = 1 + draw(MAX_THINGS)
+    number = 1 + draw(2 if simple else MAX_THINGS)
     absent = torch.arange(MAX_THINGS) >= number[:, None]
     favourites = torch.tensor([[_FAVOUR if k % len(SCENES) == s else 1.0 for k in range(len(KINDS))]
                                for s in range(len(SCENES))])

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 from functools import cache
+from itertools import product
 from typing import NamedTuple
 
 from sinkstudy.world.drawing import CELLS, COLOURS, KINDS, LIGHTS, SCENES, SIZES, TEXTURES, Scenes
@@ -67,8 +68,9 @@ def facts(scenes: Scenes) -> list[Facts]:
         order = sorted((i for i, t in enumerate(texture) if t >= 0), key=lambda i: -area[i])
         things = [Thing(KINDS[k], COLOURS[tint[i]], SIZES[size[i]], cell[i], mark[i], order.index(under[i]))
                   for i, k in enumerate(kind) if k >= 0]
+        main = len(order) == 1 or area[order[0]] >= MAIN_MARGIN * area[order[1]]
         out.append(Facts(SCENES[scene], LIGHTS[light], [(TEXTURES[texture[i]], COLOURS[colour[i]]) for i in order],
-                         area[order[0]] >= MAIN_MARGIN * area[order[1]], sorted(things, key=lambda t: t.cell)))
+                         main, sorted(things, key=lambda t: t.cell)))
     return out
 
 
@@ -79,7 +81,8 @@ def caption(f: Facts, rng: random.Random) -> str:
               for t in f.things]
     head = rng.choice((f"a {f.light} {f.scene}", f"the light is {f.light} in the {f.scene}"))
     ground = rng.choice((f"{NUMBERS[len(parts)]} parts , the main one {parts[0]} , then {' , '.join(parts[1:])}",
-                         f"mostly {parts[0]} , also {' , '.join(parts[1:])} , {NUMBERS[len(parts)]} parts"))
+                         f"mostly {parts[0]} , also {' , '.join(parts[1:])} , {NUMBERS[len(parts)]} parts")
+                        if len(parts) > 1 else (f"one part , {parts[0]}", f"{parts[0]} , one part"))
     return f"{head} : {ground} . {NUMBERS[len(things)]} thing{'s' * (len(things) > 1)} : {' , '.join(things)} ."
 
 
@@ -103,10 +106,14 @@ def _swap(truth: str, choices, yes: bool, rng: random.Random) -> str:
     return truth if yes else rng.choice([c for c in choices if c != truth])
 
 
-def _attribute(open_text, closed_text, choices):
-    """A maker for "what is the …" (open) and "is the … X" (yes/no) about one attribute of the whole."""
+def _attribute(open_text, closed_text, usual, of_simple=()):
+    """A maker for "what is the …" (open) and "is the … X" (yes/no) about one attribute of the whole.
+
+    `of_simple`: the choices where the truth is none of the usual ones, as in simple scenes.
+    """
 
     def make(f, rng, yes, truth):
+        choices = usual if truth in usual else of_simple
         if yes is None:
             return open_text, truth, choices
         return closed_text.format(_swap(truth, choices, yes, rng)), _yes(yes)
@@ -119,9 +126,10 @@ _light = _attribute("what is the light ?", "is the light {} ?", LIGHTS)
 _texture = _attribute("what is the main texture ?", "is the main texture {} ?", TEXTURES)
 _colour = _attribute("what is the main colour ?", "is the main colour {} ?", COLOURS)
 _things = _attribute("how many things are there ?", "is the number of things {} ?", NUMBERS[1:5])
-_parts = _attribute("how many parts are there ?", "is the number of parts {} ?", NUMBERS[2:5])
+_parts = _attribute("how many parts are there ?", "is the number of parts {} ?", NUMBERS[2:5],
+                    NUMBERS[1:5])
 _sum = _attribute("how many things and parts are there together ?", "do things and parts together make {} ?",
-                  NUMBERS[3:9])
+                  NUMBERS[3:9], NUMBERS[2:6])
 
 
 def _about_thing(open_text, closed_text, choices, value):
@@ -192,6 +200,8 @@ def _behind(f, rng, yes):
     truth = f.parts[t.under][0]
     if yes is None:
         return f"what texture is behind the {t.kind} ?", truth, TEXTURES
+    if len(f.parts) == 1 and not yes:
+        return None
     return f"is the {t.kind} on the {_swap(truth, [p[0] for p in f.parts], yes, rng)} part ?", _yes(yes)
 
 
@@ -266,6 +276,29 @@ def choice_form(q: Question, rng: random.Random) -> tuple[str, str]:
     rng.shuffle(options)
     listed = " , ".join(f"{letter} {option}" for letter, option in zip("ABCD", options, strict=True))
     return f"{q.text} options : {listed} . answer with the letter .", "ABCD"[options.index(q.answer)]
+
+
+# Questions about questions: does the answer need the whole picture (global), or one place of it (local)?
+WHOLE = ("the scene", "things and parts together", "parts together")
+PLACE = ("one thing", "a thing", "one part")
+HELD_OUT = (("the scene", "one thing"), ("parts together", "a thing"))  # pairs of wordings that no training has
+_ROUTABLE = tuple(family for family, kind in TYPES.items() if kind != "mixed")
+
+
+def routing_form(question: str, wording: tuple[str, str], swapped: bool) -> str:
+    """The question with two options about it: what it needs is the whole (A), or a place (B); `swapped`: (B), (A)."""
+    a, b = reversed(wording) if swapped else wording
+    return f"{question} options : A {a} , B {b} . answer with the letter ."
+
+
+def routing(f: Facts, rng: random.Random) -> tuple[str, str]:
+    """A question about a global or local question on the scene, not in a wording of `HELD_OUT`: (text, letter)."""
+    about = None
+    while about is None:
+        about = ask(f, rng.choice(_ROUTABLE), rng, yes=rng.random() < 0.5 if rng.random() < 0.6 else None)
+    wording = rng.choice([pair for pair in product(WHOLE, PLACE) if pair not in HELD_OUT])
+    swapped = rng.random() < 0.5
+    return routing_form(about.text, wording, swapped), "AB"[(about.type == "local") != swapped]
 
 
 def mixture(f: Facts, short: int, long: int, rng: random.Random) -> tuple[list, list]:

@@ -9,6 +9,7 @@ import torch
 from oracle import oracle
 
 from sinkstudy import benchmarks as public
+from sinkstudy.answers import study
 from sinkstudy.benchmarks.data import COLUMNS, SOURCES, check
 from sinkstudy.lab import score
 from sinkstudy.world import benchmarks, drawing
@@ -43,7 +44,7 @@ def test_schemas(tables):
     """The columns of the public benchmarks, whose own check they pass."""
     for name, table in tables.items():
         check(table, name)
-        assert {*COLUMNS, *SOURCES[name].extra, "scene", "family", "type"} == set(table.columns)
+        assert {*COLUMNS, *SOURCES[name].extra, "scene", "family", "type", "simple"} == set(table.columns)
         assert table.id.astype(int).tolist() == list(range(len(table)))
         assert (table.groupby("image_id").scene.nunique() == 1).all()
         assert table.image_id.nunique() == table.scene.nunique()
@@ -69,11 +70,23 @@ def test_only_the_test_split_is_asked_about(tables):
 
 
 def test_pictures_of_scattered_scenes():
-    table = pd.DataFrame({"scene": [300, 3, 258, 3, 0]})
-    images, place = benchmarks.pictures(table)
+    wanted = [("test", 300), ("test", 3), ("test simple", 258), ("test", 3), ("test simple", 3)]
+    images, place = benchmarks.pictures(pd.DataFrame({"image_id": [f"{split}-{i:06d}" for split, i in wanted]}))
     assert len(images) == 4
-    for scene, at in zip(table.scene, place, strict=True):
-        assert torch.equal(images[at], render("test", scene, 1).images[0])
+    for (split, scene), at in zip(wanted, place, strict=True):
+        assert torch.equal(images[at], render(split, scene, 1).images[0])
+
+
+def test_of_simple_scenes_they_ask_the_same():
+    """As many questions of each category; one ground, and a thing or two, as the pictures show."""
+    table, shown = study.benchmark("MMStar", "", False, 2, simple=True)
+    assert table.id.is_unique and set(shown) == set(table.image_id)
+    assert (table.groupby("category").simple.agg(["sum", "count"]) == [2, 4]).all(axis=None)
+    for row in table[table.simple].itertuples():
+        split, _, scene = row.image_id.rpartition("-")
+        scenes = render(split, int(scene), 1)
+        assert (scenes.texture >= 0).sum() == 1 and (scenes.kind >= 0).sum() in (1, 2)
+        assert torch.equal(shown[row.image_id], scenes.images[0])
 
 
 # ---------------------------------------------------------------------------------------------- POPE

@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,32 +22,32 @@ from sinkstudy.trained.routers import ReW
 from sinkstudy.world.drawing import render
 
 SCENES = 8
+RULES = {**arms.BASES, "lab-qwen2vl": {}}
 
 
 @pytest.fixture(scope="module")
 def corpus() -> Corpus:
-    return Corpus(SCENES)
+    return Corpus(SCENES, simple=4)
 
 
 @pytest.fixture(scope="module")
 def pictures():
-    return render("train", 0, SCENES).images.numpy()
+    return np.concatenate([render("train", 0, SCENES).images, render("train simple", 0, 4).images])
 
 
 @pytest.mark.parametrize("show", ["both", "sinks", "others"])
 @pytest.mark.parametrize("front", [True, False], ids=["front", "kept"])
-@pytest.mark.parametrize("base", [*arms.BASES, "lab-llava"])
+@pytest.mark.parametrize("base", RULES)
 def test_packed_stage_is_the_method(base, front, show, corpus, pictures, monkeypatch):
     """Captions: a loss over many pictures at once, and the method's own forward pass over each."""
     monkeypatch.setattr(language, "autocast", nullcontext)
     monkeypatch.setattr(language, "compiled", lambda function: function)
-    rule = {} if base in arms.BASES else {"criterion": "percentile", "threshold": 98.0}  # it has no sinks
-    method = DIYSink(loading.load(base), **rule, front=front)
+    method = DIYSink(loading.load(base), **RULES[base], front=front)
     lvlm = method.lvlm
     stage = arms.Stage(method, corpus, pictures, "caption")
     lvlm.model.set_attn_implementation("lab_matmul")
     method.show = show
-    rows = torch.arange(4)
+    rows = torch.arange(6, 10)  # dense scenes and simple ones
     with torch.no_grad():
         packed, _ = stage.loss(rows, seed=0)
         losses, words = [], []
@@ -71,9 +72,11 @@ def test_packed_stage_is_the_method(base, front, show, corpus, pictures, monkeyp
 
 def test_arms_differ_only_in_what_they_should(corpus, pictures, monkeypatch):
     """Same start of the decoder; two connectors have as many parameters as the wide one, within one neuron."""
-    monkeypatch.setattr(arms, "Corpus", lambda n: corpus)
-    monkeypatch.setattr(arms, "training_pictures", lambda folder, n: pictures)
-    shop = arms.Workshop("lab-llava-sinks")
+    monkeypatch.setattr(arms, "Corpus", lambda n, simple: corpus)
+    monkeypatch.setattr(arms, "training_pictures", lambda folder, n, split="train": pictures[:4])
+    text = language.build_decoder(len(corpus.codec.words)).model.state_dict()
+    monkeypatch.setattr(arms.Workshop, "_text_pretrained", lambda self: text)
+    shop = arms.Workshop("lab-llava-gist")
     sizes, decoders = {}, []
     for arm in arms.ARMS:
         method = shop.method(arm, seed=1)
@@ -82,8 +85,9 @@ def test_arms_differ_only_in_what_they_should(corpus, pictures, monkeypatch):
         with torch.no_grad():  # what one arm learns must not reach the next
             for p in method.changed().values():
                 p.add_(1.0)
-    assert all(torch.equal(decoders[0][k], of[k]) for of in decoders[1:] for k in decoders[0])
-    assert sizes["one"] < sizes["matched"] <= sizes["two"] == sizes["random"] == sizes["kept"]
+    assert all(torch.equal(text[k], of[k]) for of in decoders for k in text)
+    pairs = {sizes[arm] for arm in ("two", "random", "kept", "sinks", "others")}
+    assert sizes["one"] < sizes["matched"] <= sizes["two"] and pairs == {sizes["two"]}
     first = next(iter(shop.connector.parameters()))
     assert sizes["two"] - sizes["matched"] < 2 * first.shape[-1] + 2
 
@@ -130,3 +134,23 @@ def test_shipped_methods(folder):
     assert method.lvlm.name == folder.parent.name == known["base"]
     assert known["settings"]["seed"] == int(folder.name.rsplit("-", 1)[1])
     assert all(p.isfinite().all() for p in method.changed().values())
+
+
+def test_normalised_tokens_begin_as_long_as_words(corpus, pictures, monkeypatch):
+    """And are the same in the packed stage and in the method's own pass."""
+    monkeypatch.setattr(language, "autocast", nullcontext)
+    monkeypatch.setattr(language, "compiled", lambda function: function)
+    method = OneConnector(loading.load("lab-llava-gist"), normed=True)
+    lvlm, words = method.lvlm, method.model.get_input_embeddings().weight.norm(dim=-1).median()
+    shown = [torch.from_numpy(picture) for picture in pictures[:2]]
+    inputs = Prefixes(lvlm.inputs(shown, ["", ""]), ["a", "b"], ["", ""])
+    with torch.no_grad():
+        with method.around(inputs):
+            tokens = lvlm.connector(torch.randn(3, 5, lvlm.vision_width))
+        torch.testing.assert_close(tokens.norm(dim=-1), words.expand(3, 5), rtol=1e-3, atol=0)
+        method.norm.bias.add_(1.0)
+        stage = arms.Stage(method, corpus, pictures, "caption")
+        patches = torch.randn(2, 144, lvlm.vision_width)
+        with method.around(inputs):
+            expected = lvlm.connector(patches)
+        torch.testing.assert_close(stage.visual(patches)[0], expected)

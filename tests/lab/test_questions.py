@@ -18,7 +18,7 @@ ALWAYS_YES_NO = {"existence", "mark", "on main", "compare"}
 
 @pytest.fixture(scope="module")
 def facts() -> list[q.Facts]:
-    return q.facts(render("val", 0, 1024, pictures=False))
+    return [f for split in ("val", "val simple") for f in q.facts(render(split, 0, 1024, pictures=False))]
 
 
 @pytest.mark.parametrize("family", q.TYPES)
@@ -106,10 +106,12 @@ def parse(text: str) -> q.Facts:
     told = re.fullmatch(r"a (\w+) (\w+)", head) or re.fullmatch(r"the light is (\w+) in the (\w+)", head)
     light, scene = told.groups()
     match = (re.fullmatch(r"(\w+) parts , the main one (\w+ \w+) , then (.+)", ground)
-             or re.fullmatch(r"mostly (?P<main>\w+ \w+) , also (?P<rest>.+) , (?P<n>\w+) parts", ground))
+             or re.fullmatch(r"mostly (?P<main>\w+ \w+) , also (?P<rest>.+) , (?P<n>\w+) parts", ground)
+             or re.fullmatch(r"(?P<n>one) part , (?P<main>\w+ \w+)(?P<rest>)", ground)
+             or re.fullmatch(r"(?P<main>\w+ \w+) , (?P<n>one) part(?P<rest>)", ground))
     groups = match.groupdict()
     n, main, rest = (groups["n"], groups["main"], groups["rest"]) if groups else match.groups()
-    parts = [tuple(p.split()) for p in (main, *rest.split(" , "))]
+    parts = [tuple(p.split()) for p in (main, *filter(None, rest.split(" , ")))]
     assert len(parts) == WORDS.index(n)
     count, listed = re.fullmatch(r"(\w+) things? : (.+)", said).groups()
     things = []
@@ -142,3 +144,20 @@ def test_every_kind_has_one_material():
     told = {tuple(re.fullmatch(r"a (\w+) is made of (\w+) \.", s).groups()) for s in q.fact_sentences()}
     assert told == set(q.MADE_OF.items()) and set(q.MADE_OF) == set(KINDS)
     assert set(Counter(q.MADE_OF.values()).values()) == {2}  # six materials, twice each: no favourite
+
+
+def test_questions_about_questions():
+    """The letter follows from the type of the question asked about; held-out wordings never occur; both letters do."""
+    rng, letters = random.Random(0), Counter()
+    for f in q.facts(render("train simple", 0, 64, pictures=False)) + q.facts(render("train", 0, 64, pictures=False)):
+        text, letter = q.routing(f, rng)
+        about, options = text.split(" options : ")
+        a, b = options.removesuffix(" . answer with the letter .").removeprefix("A ").split(" , B ")
+        whole, place = (a, b) if a in q.WHOLE else (b, a)
+        assert whole in q.WHOLE and place in q.PLACE and (whole, place) not in q.HELD_OUT
+        asks_of_whole = any(about.startswith(start) for start in (
+            "what is the scene", "is this a", "what is the light", "is the light", "what is the main", "is the main",
+            "how many", "is the number", "do things"))
+        assert {"A": a, "B": b}[letter] == (whole if asks_of_whole else place)
+        letters[letter] += 1
+    assert min(letters.values()) > 40

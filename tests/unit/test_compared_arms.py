@@ -12,6 +12,13 @@ from sinkstudy.answers import study
 from sinkstudy.trained import compared, routers
 
 TYPES = ["global", "local", "mixed"] * 4
+SIMPLE = [True] * 6 + [False] * 6
+
+
+def judged(said: pd.DataFrame, route: str) -> pd.DataFrame:
+    """What a model says that finds every picture simple and no question holistic, and a route."""
+    index = said.head(12).set_index(["benchmark", "id"]).index
+    return pd.DataFrame({"simple": 1.0, "holistic": -1.0, "route": route}, index=index)
 
 
 def answers(arm: str, right: list[float], seed: int = 0, **more) -> pd.DataFrame:
@@ -21,7 +28,8 @@ def answers(arm: str, right: list[float], seed: int = 0, **more) -> pd.DataFrame
     picture = [f"{b} {i}" for b, i in zip(benchmark, ids, strict=True)]
     intervention = arm.removeprefix("two ")
     return pd.DataFrame({"model": "m", "arm": arm, "seed": seed, "benchmark": benchmark, "id": ids, "picture": picture,
-                         "type": TYPES, "intervention": intervention, "right": right, "logp": right} | more)
+                         "type": TYPES, "simple": SIMPLE, "intervention": intervention, "right": right,
+                         "logp": right} | more)
 
 
 @pytest.fixture
@@ -62,22 +70,26 @@ def test_which_comparisons_are_fair():
     none = {key for key, one in of.items() if compared.under_trained(one, {"one": 1.0, "two": 1.05, "random": 1.05})}
     assert none == set()  # more than 5 %, not 5 %
     pair = {key for key, one in of.items() if compared.under_trained(one, {"one": 1.0, "two": 1.06})}
-    assert pair == {"two_minus_one", "two_minus_matched", "two_minus_random", "two_minus_kept",
-                    "soft_router_minus_one"} | {key for key, one in of.items() if one.figure == "routers"}
+    on_pair = {key for key, one in of.items() if one.figure == "routers"}
+    assert pair - on_pair == {"two_minus_one", "two_minus_matched", "two_minus_random", "two_minus_kept",
+                              "soft_router_minus_one", "cot_router_minus_one"} and on_pair < pair
     random = {key for key, one in of.items() if compared.under_trained(one, {"one": 1.0, "random": 1.2})}
     assert random == {"two_minus_random", "random_minus_one"}
     assert not any(compared.under_trained(one, {}) for one in of.values())  # without one connector nothing is known
 
 
 def test_hard_routers_look_answers_up(said: pd.DataFrame):
-    asked = {("m", 0): pd.Series("sinks", index=said.head(12).set_index(["benchmark", "id"]).index)}
+    asked = {("m", 0): judged(said, "sinks")}
     found = compared.hard_routers(said, asked, seed=5)
-    assert list(dict.fromkeys(found.arm)) == ["CoT router", "true router", "wrong router", "random router"]
+    assert list(dict.fromkeys(found.arm)) == ["CoT router", "true router", "wrong router", "random router",
+                                               "two-axis router"]
     for seed in (0, 1):
         passes = {way: said[(said.arm == f"two {way}") & (said.seed == seed)].right.tolist() for way in routers.ROUTES}
-        for router, rule in (("true router", routers.OF_TYPE), ("wrong router", routers.WRONG)):
+        rules = {"true router": ["sinks", "others", "both"] * 4, "wrong router": ["others", "sinks", "both"] * 4,
+                 "two-axis router": ["sinks", "both", "both"] * 2 + ["both", "others", "both"] * 2}
+        for router, ways in rules.items():
             own = found[(found.arm == router) & (found.seed == seed)].set_index("id").right
-            assert [own[str(i)] for i in range(12)] == [passes[rule[kind]][i] for i, kind in enumerate(TYPES)]
+            assert [own[str(i)] for i in range(12)] == [passes[way][i] for i, way in enumerate(ways)]
     cot = found[found.arm == "CoT router"]
     sinks_only = said[(said.arm == "two sinks") & (said.seed == 0)]
     assert set(cot.seed) == {0} and cot.right.tolist() == sinks_only.right.tolist()
@@ -94,11 +106,10 @@ def test_without_types_no_router_knows_the_truth(said: pd.DataFrame):
 
 
 def test_agreement_of_the_routers(said: pd.DataFrame):
-    index = said.head(12).set_index(["benchmark", "id"]).index
-    asked = {("m", 0): pd.Series("sinks", index=index, name="route")}
-    row = compared.agreements(said, asked).iloc[0]
-    assert row.agreement == pytest.approx(1 / 3) and row.kappa == pytest.approx(0)
+    row = compared.agreements(said, {("m", 0): judged(said, "sinks")}).iloc[0]
+    assert row.agreement == pytest.approx(2 / 12) and row.kappa == pytest.approx(0)
     assert row[["to sinks", "to others", "to both"]].tolist() == [12, 0, 0]
+    assert row.complexity == 6 / 12 and row.question == 4 / 8  # six simple of twelve; four local of eight not mixed
 
 
 def test_differences_are_paired_by_question_and_seed(said: pd.DataFrame):

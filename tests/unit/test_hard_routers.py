@@ -9,6 +9,10 @@ from sinkstudy.trained import routers
 IDS = [f"{i:02d}" for i in range(12)]
 
 
+def constant(ids, route: str) -> pd.Series:
+    return pd.Series(route, index=pd.Index(ids, name="id"), name="route")
+
+
 @pytest.fixture
 def types() -> pd.Series:
     return pd.Series(["global", "local", "mixed", "local"] * 3, index=pd.Index(IDS, name="id"))
@@ -41,9 +45,9 @@ def test_the_questions_that_the_model_is_asked():
         local=("local",),
     )
     assert routers.LAB == routers.Wording(
-        image="how many things are there ?",
-        simple=("one", "two"),
-        complex=("three", "four"),
+        image="how many parts are there ?",
+        simple=("one",),
+        complex=("two", "three", "four"),
         question="{question} options : A the scene , B one thing . answer with the letter .",
         holistic=("A",),
         local=("B",),
@@ -57,9 +61,17 @@ def test_the_rule_of_the_paper():
 
 def test_routers_that_know_the_type(types):
     assert routers.by_type(types)[["00", "01", "02"]].tolist() == ["sinks", "others", "both"]
-    assert routers.by_type(types, routers.WRONG)[["00", "01", "02"]].tolist() == ["others", "sinks", "both"]
+    assert routers.opposite(routers.by_type(types))[["00", "01", "02"]].tolist() == ["others", "sinks", "both"]
     with pytest.raises(ValueError, match="unknown type of question 'whole'; known: global, local, mixed"):
         routers.by_type(types.replace("global", "whole"))
+
+
+def test_the_oracle_of_both_axes_is_the_rule_of_the_paper(types):
+    simple = pd.Series([True] * 4 + [False] * 8, index=types.index)
+    route = routers.by_both_axes(types, simple)
+    assert route.head(8).tolist() == ["sinks", "both", "both", "both", "both", "others", "both", "others"]
+    sure = types != "mixed"
+    assert route[sure].equals(routers.decided(simple, types == "global")[sure])
 
 
 def test_a_random_router_picks_each_route_as_often(types):
