@@ -27,10 +27,6 @@ def said() -> pd.DataFrame:
     return pd.DataFrame(rows).sample(frac=1, random_state=0)
 
 
-def constant(ids, route: str) -> pd.Series:
-    return pd.Series(route, index=pd.Index(ids, name="id"), name="route")
-
-
 def test_the_questions_that_the_model_is_asked():
     """Exact texts: results under other words are other results."""
     assert routers.GENERAL == routers.Wording(
