@@ -183,24 +183,26 @@ def verdict(value: float, bar: float, most: bool = True) -> str:
 
 @torch.no_grad()
 def evaluate() -> None:
-    """POPE-shaped work, 16 pictures with six questions each, and chapter 10's methods on some of it."""
+    """POPE-shaped work, 16 pictures with six questions each (on a CPU 4), and chapter 10's methods on some of it."""
     from sinkstudy.answers.evaluate import NONE
     from sinkstudy.effects import methods
 
     lvlm = random_llava()
-    pictures = {f"image {i}": image for i, image in enumerate(noise_images(16))}
-    shared_out("untouched", lvlm, pictures, [NONE], (3, 1.5), rounds_of=16 if GPU else 4)
-    some = dict(list(pictures.items())[: 16 if GPU else 2])
+    pictures = {f"image {i}": image for i, image in enumerate(noise_images(16 if GPU else 4))}
+    shared_out("untouched", lvlm, pictures, [NONE], KINDS[:6], (3, 1.5), rounds_of=16 if GPU else 2)
+    some = pictures if GPU else {"image 0": pictures["image 0"]}
     norms = methods.norms(lvlm, some)
     group = methods.groups(norms)
     case = methods.Case(lvlm, some, norms, group.sinks, group.random, 16)
     # a decoder of random weights lights no dimension that VAR could act on
     names = [name for name in methods.METHODS if name != "var"]
     ten = [NONE, *(methods.METHODS[name].make(case, methods.option(name)) for name in names)]
-    shared_out("chapter 10", lvlm, some, ten, (4, 1.5), rounds_of=16 if GPU else 1)
+    shared_out("chapter 10", lvlm, some, ten, KINDS[: 6 if GPU else 2], (4, 1.5), rounds_of=len(some))
 
 
-def shared_out(what: str, lvlm, pictures: dict, interventions: Sequence, bars: tuple, rounds_of: int) -> None:
+def shared_out(
+    what: str, lvlm, pictures: dict, interventions: Sequence, kinds: Sequence[str], bars: tuple, rounds_of: int
+) -> None:
     """`answers.evaluate` against one `generate` a question, and against `generate` in batches; the same answers.
 
     `rounds_of` pictures make a turn. The arithmetic that is needed: the tower once for each picture and each
@@ -212,7 +214,6 @@ def shared_out(what: str, lvlm, pictures: dict, interventions: Sequence, bars: t
     from sinkstudy.answers.evaluate import Prefixes
 
     new = 4
-    kinds = KINDS[:6]
 
     def table(names: Sequence[str]) -> pd.DataFrame:
         return pd.DataFrame(
@@ -269,7 +270,7 @@ def shared_out(what: str, lvlm, pictures: dict, interventions: Sequence, bars: t
         "product": product,
     }
     turns = [names[start : start + rounds_of] for start in range(0, len(names), rounds_of)]
-    turns = turns * max(1, 3 // len(turns))
+    turns = turns * (3 if GPU else 1)
     parts = []
     for turn[:] in turns:
         parts.append(rounds(ways, 1))
@@ -321,10 +322,9 @@ def trace() -> None:
             handle.remove()
 
     ways = {"plain SDPA": plain, "our trace": ours, "hooks that keep hidden states": hooks, "eager with maps": maps}
-    for way in ways.values():
-        peak_memory(way)  # warm, the profiler too
+    peak_memory(plain)  # warm, the profiler too
     product = Product()
-    *seconds, of_product = rounds({**ways, "product": product}, 5).values()
+    *seconds, of_product = rounds({**ways, "product": product}, 4).values()
     memory = [peak_memory(way) for way in ways.values()]
     needed = flops(plain)
     print(f"trace: {n} images; memory is beside the weights")

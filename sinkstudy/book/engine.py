@@ -486,14 +486,15 @@ def run(
     plans: dict[str, dict[str, dict]] = {}
     outdated = []
     for model in models:
-        run_name = name or slug(check_model(model))
-        if run_name in plans:
-            raise UserError(f"two of the models have runs of the same name, {run_name}")
         suited = _suited(wanted, model, given)
-        plan = plans[run_name] = {
+        plan = {
             notebook: {key: value for key, value in (values | there).items() if value != defaults(notebook)[key]}
             for notebook, values in parameters.fitted(suited, model, given).items()
         }
+        run_name = name or slug(check_model(model))
+        if run_name in plans:
+            raise UserError(f"two of the models have runs of the same name, {run_name}")
+        plans[run_name] = plan
         try:
             check_name(run_name)
         except ValueError as problem:
