@@ -126,14 +126,15 @@ def compared(effects: pd.DataFrame) -> pd.DataFrame:
         effects: of `read`.
 
     Returns:
-        Estimates with `model`, `label`, `which` ("itself" or "random"), `group` and `benchmark`.
+        Estimates with `model`, `label` (which names the benchmark, unless it is the mean), `which` ("itself" or
+        "random") and `group`.
     """
     names = [(label, which, *what) for label, of in COMPARED.items()
              for which, what in zip(("itself", "random"), of, strict=True) if what]
     names = pd.DataFrame(names, columns=["label", "which", "method", "way"])
     rows = names.merge(effects.drop_duplicates(CELL).dropna(subset="value"), on=["method", "way"])
     means = rows.benchmark == MEAN
-    return rows[means] if means.any() else rows
+    return rows[means] if means.any() else rows.assign(label=rows.label + ", " + rows.benchmark)
 
 
 def named(of: pd.DataFrame) -> str:

@@ -127,9 +127,10 @@ def test_counts_and_words(checkout: Commands, shown: Path):
         "not read, for want of columns: lab-llava/route/front.csv\n"
     )
     glued = " ".join(outputs(checkout.page("12-across-models"), "application/papermill.record/text/plain"))
-    assert "above zero: 3 of 7, where chance would give about 0: front (travel) in lab-llava and owner--big;" in glued
-    assert "features (weight 0.5) in lab-llava. After correction: front (travel) in lab-llava and owner--big;" in glued
-    assert "Below zero: 2, after correction 0. Left out: not run." in glued
+    assert "more answers are clearly right in 3, where chance would give about 0; fewer in 2, 0 after" in glued
+    assert "More: front (travel) in lab-llava and owner--big; features (weight 0.5) in lab-llava; after" in glued
+    assert "after correction: front (travel) in lab-llava and owner--big; features (weight 0.5) in lab-llava." in glued
+    assert "These tokens left out: not run." in glued
 
 
 def outputs(page, kind: str) -> list[str]:
