@@ -30,18 +30,13 @@ def mean_sd(norms: torch.Tensor, k: float = 3.0) -> torch.Tensor:
     return norms > norms.mean(-1, keepdim=True) + k * norms.std(-1, keepdim=True, correction=0)
 
 
-def percentile(norms: torch.Tensor, q: float = 98.0, pooled: bool = False) -> torch.Tensor:
-    """norm > the q-th percentile of the image's norms, or of all images' together if `pooled`.
+def percentile(norms: torch.Tensor, q: float = 98.0) -> torch.Tensor:
+    """norm > the q-th percentile of the image's norms.
 
-    Not pooled, it marks the same number of tokens in every image whatever they are (two or three of 144 with
-    q = 98): it says *which* tokens would be sinks, not whether there are any. `pooled` takes the percentile
-    over axis 0 (images) and tokens, for [images, .., tokens].
+    It marks the same number of tokens in every image whatever they are (two or three of 144 with q = 98): it says
+    *which* tokens would be sinks, not whether there are any.
     """
-    if pooled:
-        threshold = torch.quantile(norms.movedim(0, -2).flatten(-2), q / 100, dim=-1)[..., None]
-    else:
-        threshold = torch.quantile(norms, q / 100, dim=-1, keepdim=True)
-    return norms > threshold
+    return norms > torch.quantile(norms, q / 100, dim=-1, keepdim=True)
 
 
 def top_k(norms: torch.Tensor, k: int) -> torch.Tensor:

@@ -109,16 +109,15 @@ def register_scores(lvlm: LVLM, pictures: Sequence[Any], masks: torch.Tensor, ba
     return (active["group"] - active["others"])[: layer_of_rise(norms, masks) + 1]
 
 
-def strongest(scores: torch.Tensor, k: int, last_layer: int | None = None) -> dict[int, torch.Tensor]:
-    """The k neurons of the highest scores, [vision layers, neurons], in the layers up to and with `last_layer`.
+def strongest(scores: torch.Tensor, k: int) -> dict[int, torch.Tensor]:
+    """The k neurons of the highest scores, [vision layers, neurons].
 
     Raises:
         ValueError: if there are fewer than k.
     """
-    eligible = scores if last_layer is None else scores[: last_layer + 1]
-    if k > eligible.numel():
-        raise ValueError(f"{len(eligible)} layers have {eligible.numel()} neurons, fewer than k = {k}")
-    best = eligible.flatten().topk(k).indices
+    if k > scores.numel():
+        raise ValueError(f"{len(scores)} layers have {scores.numel()} neurons, fewer than k = {k}")
+    best = scores.flatten().topk(k).indices
     return _by_layer(best // scores.shape[1], best % scores.shape[1])
 
 

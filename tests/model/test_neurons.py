@@ -80,8 +80,8 @@ def test_the_planted_neuron_is_found_first(planted, pictures):
     spot = spot_mask()
     active = neurons.mean_activations(planted, pictures, {"spot": spot, "others": ~spot}, batch_size=2)
     score = active["spot"] - active["others"]
-    assert neurons.strongest(score, 1, last_layer=2)[LAYER].tolist() == [NEURON]
-    assert LAYER not in neurons.strongest(score, 5, last_layer=LAYER - 1)
+    assert neurons.strongest(score[:3], 1)[LAYER].tolist() == [NEURON]
+    assert LAYER not in neurons.strongest(score[:LAYER], 5)
     high = norms(planted, pictures)
     assert (high[:, SPOT] > 100 * high.median(1).values).all()
 
@@ -155,7 +155,7 @@ def test_mean_activations_are_those_of_one_picture_at_a_time(lvlm, pictures, mag
 
 def test_strongest_and_random_neurons():
     scores = torch.tensor([[0.0, 5.0, 1.0, 3.0], [4.0, -9.0, 2.0, 0.5], [99.0, 99.0, 99.0, 99.0]])
-    found = neurons.strongest(scores, 3, last_layer=1)
+    found = neurons.strongest(scores[:2], 3)
     assert {layer: of.tolist() for layer, of in found.items()} == {0: [1, 3], 1: [0]}
     drawn = neurons.random_neurons(found, 4, seed=0)
     assert {layer: len(of) for layer, of in drawn.items()} == {0: 2, 1: 1}
@@ -163,7 +163,7 @@ def test_strongest_and_random_neurons():
     draws = {neurons.random_neurons(found, 4, seed)[1].item() for seed in range(40)}
     assert draws == {1, 2, 3}
     with pytest.raises(ValueError, match="fewer than k = 9"):
-        neurons.strongest(scores, 9, last_layer=1)
+        neurons.strongest(scores[:2], 9)
 
 
 # ----------------------------------------------------------------------------------------------- setting them

@@ -57,15 +57,6 @@ def test_percentile():
     assert where(sinks.percentile(norms, q=50)) == list(range(50, 100))
 
 
-def test_pooled_percentile_lets_counts_differ():
-    norms = torch.stack([image(), image(4.0, 4.1, 4.2, 4.3)])
-    assert sinks.count_per_image(sinks.percentile(norms, q=98)).tolist() == [3, 3]
-    assert sinks.count_per_image(sinks.percentile(norms, q=98.7, pooled=True)).tolist() == [0, 4]
-    layers = torch.stack([norms, norms.flip(0)], dim=1)  # [images, layers, tokens]: each layer by itself
-    counts = sinks.count_per_image(sinks.percentile(layers, q=98.7, pooled=True))
-    assert counts.tolist() == [[0, 4], [4, 0]]
-
-
 def test_norm_drop_by_hand():
     norms = torch.tensor([2.0, 9.0, 1.8, 8.0, 1.9, 1.7, 1.6, 1.5])  # 9, 8 | 2, 1.9, …: the drop is 8 / 2
     assert where(sinks.norm_drop(norms)) == [1, 3]
