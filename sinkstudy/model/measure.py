@@ -108,7 +108,7 @@ def _rows(grad: torch.Tensor) -> torch.Tensor:
     return grad.flatten(0, -2)
 
 
-MANY = 32  # source rows behind one target row from which on a module is said to mix; 4 x 4 patches are merged at most
+MANY = 49  # patches behind one visual token above which a connector is said to mix: two strided convolutions read 7 x 7
 
 
 def reached(source: torch.Tensor, target: torch.Tensor, rows: Callable = _rows) -> torch.Tensor | None:

@@ -5,6 +5,7 @@ it anew. Instances are narrow copies (`narrow`), inputs come from the configurat
 patch is repainted, and the token that it changes is made a sink.
 """
 
+import functools
 import os
 import sys
 import traceback
@@ -20,12 +21,15 @@ from transformers import CONFIG_MAPPING, BatchFeature, logging
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as CLASSES
 
 from sinkstudy.answers.evaluate import Prefixes
+from sinkstudy.effects import moving
 from sinkstudy.effects.methods import METHODS, Case
 from sinkstudy.model import measure
 from sinkstudy.model.capture import trace
 from sinkstudy.model.lvlm import LVLM
 
 TABLE = Path(__file__).parents[2] / "data" / "architectures.csv"
+# random weights light no dimension for `var` to find
+VAR = moving.intervention("var", moving.redistributed, dimensions=[0, 1], tau=0.5)
 SPEECH = SimpleNamespace(  # in the place of a processor
     chat_template=None,
     image_processor=SimpleNamespace(do_resize=True),
@@ -40,13 +44,15 @@ class Bare(LVLM):
 
     def inputs(self, images, questions) -> BatchFeature:
         several = isinstance(images[0], list)
-        return BatchFeature(bare.inputs(self.model, images[0] if several else images, several))
+        return BatchFeature(given(self.model, tuple(images[0] if several else images), several))
+
+
+given = functools.cache(bare.inputs)  # it runs the model, which must not happen under hooks
 
 
 def tiny(kind: str) -> Bare:
     model = measure.Twin(bare.small(kind)).model
-    given = bare.inputs(model, [(8, 8)])
-    return Bare(model, SPEECH, kind, None, measure.spec(model.config, given))
+    return Bare(model, SPEECH, kind, None, measure.spec(model.config, given(model, ((8, 8),), False)))
 
 
 def repainted(lvlm: Bare, inputs: dict, layout, patch: int) -> int:
@@ -149,7 +155,7 @@ def methods(lvlm: Bare) -> list[str]:
         try:
             if method.check:
                 method.check(lvlm)
-            change = method.make(case, method.default)
+            change = VAR if name == "var" else method.make(case, method.default)
             with torch.no_grad(), change.around(lvlm, Prefixes(inputs, ["a"])):
                 changed = lvlm.model(**inputs).logits[:, -1]
             if torch.equal(changed, plain):
