@@ -293,7 +293,7 @@ class Twin:
         seen = []
 
         def stop(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            seen.append(args[0] if args else kwargs["hidden_states"])
+            seen.append(next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)))
             raise _Stop
 
         hook = self.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
@@ -348,12 +348,14 @@ def spec(config: PretrainedConfig, inputs: Mapping[str, Any], processor_class: s
         flow, found = copy.flow(like), layouts(copy, like)
         layout, patches = found[0], sum(len(one.vision) for one in found)
         packed = _grids(like, patches) is not None or _any_size(config, like)
-        several = 0 if flow.tokens is None else (layout.positions >= 0).any(1).sum() / len(layout.positions.unique())
+        real = layout.positions >= 0
+        several = 0 if flow.tokens is None else real.any(1).sum() / len(layout.positions[real].unique())
         copy.spec = Spec(
             model_class=model_class(config).__name__,
             processor_class=processor_class,
             **vars(copy.parts),
             connector=copy.between or "",
+            deepstack=next((p for p, _ in copy.model.named_modules() if p.endswith(".deepstack_merger_list")), None),
             merge=round(float(several) ** 0.5),
             packed=packed,
             prefix=0 if packed else flow.shape[1] - len(layout.vision) // layout.tiles,
@@ -475,7 +477,7 @@ def _in_rows(
         if begun >= first and start < len(index):
             n = rows * columns
             part = slice(start, start + n)
-            mine = tokens[part, 0] - tokens[part, 0].min()
+            mine = tokens[part, 0].unique(return_inverse=True)[1]  # without newlines and the like between
             side = 1 if mixed else round((n / (int(mine.max()) + 1)) ** 0.5)
             options = [torch.arange(n), block_order(rows, columns, side)]
             y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")

@@ -465,7 +465,7 @@ def test_measured(lvlm, inputs, layouts):
     found = measure.spec(lvlm.model.config, inputs)
     for name in (
         *("model_class", "vision", "vision_layers", "vision_attention", "vision_neurons"),
-        *("connector", "decoder", "decoder_layers", "decoder_attention", "packed"),
+        *("connector", "decoder", "decoder_layers", "decoder_attention", "packed", "deepstack"),
     ):
         assert getattr(found, name) == getattr(lvlm.spec, name), name
     assert (found.merge, found.prefix, found.mixes) == (lvlm.merge, lvlm.n_prefix, False)
