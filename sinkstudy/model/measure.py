@@ -398,11 +398,11 @@ def layouts(twin: Twin, inputs: Mapping[str, Any]) -> list[ImageLayout]:
             tokens = torch.where(flow.tokens[index] >= 0, flow.tokens[index] - before, -1)[:, :k]
         if grids is None:
             _, tile = places[index, 0].unique_consecutive(return_inverse=True)
-            sizes = {tuple(len(places[index[tile == t], axis].unique()) for axis in (1, 2)) for t in tile.unique()}
+            of_tiles = [places[index[tile == t]] for t in tile.unique()]
+            sizes = {(len(one[:, 1].unique()), len(one[:, 2].unique())) for one in of_tiles}
         else:
             first = sum(int(other.sum()) for other in flow.rows.T[:row])
-            own, sizes, index, tokens = _in_rows(grids, first, index, tokens, flow.tokens is None)
-            tile = own
+            tile, sizes, index, tokens = _in_rows(grids, first, index, tokens, flow.tokens is None)
         if len(sizes) > 1:
             raise ValueError(f"row {row} has pictures of several grids: {sorted(sizes)}")
         found.append(

@@ -197,7 +197,7 @@ def row(kind: str) -> dict:
         failed.append("the connector mixes all patches")
     lacking = [] if found["works"] == "no" else methods(lvlm)
     found["methods"] = f"{len(METHODS) - len(lacking)} of {len(METHODS)}"
-    return {**found, "without": "; ".join(dict.fromkeys(failed)), "methods that do not run": "; ".join(lacking)}
+    return {**found, "without": "; ".join(failed), "methods that do not run": "; ".join(lacking)}
 
 
 def attempt(failed: list[str], what: str, do) -> None:
@@ -206,7 +206,7 @@ def attempt(failed: list[str], what: str, do) -> None:
     except Exception as error:
         if DEBUG:
             traceback.print_exc(limit=-4)
-        failed.append(f"{what}: {said(error)}")
+        failed.append(f"{what}: {said(error)}"[:80])
 
 
 def said(error: Exception) -> str:
@@ -237,7 +237,7 @@ if __name__ == "__main__":
     logging.set_verbosity_error()
     rows = []
     for kind in sys.argv[1:] or KINDS:
-        rows.append(row(kind))
+        rows.append({name: str(value) for name, value in row(kind).items()})
         print(*rows[-1].values(), sep=" | ", flush=True)
     if not sys.argv[1:]:
-        pd.DataFrame(rows).fillna("").to_csv(TABLE, index=False)
+        pd.DataFrame(rows).astype(object).fillna("").to_csv(TABLE, index=False)
