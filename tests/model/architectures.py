@@ -89,23 +89,6 @@ def vipllava() -> tuple:
     return config, images, settings
 
 
-def mistral3() -> tuple:
-    """Without a `Spec`, too: pictures keep their shape, and each row of visual tokens ends in a token of its own."""
-    config = hf.Mistral3Config(
-        vision_config=hf.PixtralVisionConfig(**{**TOWER, "image_size": 64}, head_dim=8, initializer_range=0.3),
-        text_config=hf.MistralConfig(**TEXT, head_dim=8),
-        vision_feature_layer=-1,
-        spatial_merge_size=2,
-        image_token_index=4,
-    )
-    images = hf.PixtralImageProcessorPil(size={"longest_edge": 64}, patch_size={"height": 16, "width": 16})
-    settings = dict(
-        patch_size=8, spatial_merge_size=2,
-        image_token="<image>", image_break_token="<row_1_col_1>", image_end_token="<eoi>",
-    )
-    return config, images, settings
-
-
 def llava_next() -> tuple:
     config = hf.LlavaNextConfig(
         vision_config=hf.CLIPVisionConfig(**TOWER, initializer_factor=3.0),
@@ -253,7 +236,7 @@ ARCHITECTURES = {
     "idefics3": lambda: idefics("Idefics3"),
     "smolvlm": lambda: idefics("SmolVLM"),
 }
-MEASURED = {"vipllava": vipllava, "mistral3": mistral3}
+MEASURED = {"vipllava": vipllava}
 
 
 def write(folder: Path, name: str) -> None:

@@ -6,6 +6,7 @@ patch is repainted, and the token that it changes is made a sink.
 """
 
 import functools
+import importlib.util
 import os
 import sys
 import traceback
@@ -17,8 +18,10 @@ import bare
 import pandas as pd
 import pytest
 import torch
+import transformers
 from transformers import CONFIG_MAPPING, BatchFeature, logging
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as CLASSES
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from sinkstudy.answers.evaluate import Prefixes
 from sinkstudy.effects import moving
@@ -28,8 +31,8 @@ from sinkstudy.model.capture import trace
 from sinkstudy.model.lvlm import LVLM
 
 TABLE = Path(__file__).parents[2] / "data" / "architectures.csv"
-# random weights light no dimension for `var` to find
-VAR = moving.intervention("var", moving.redistributed, dimensions=[0, 1], tau=1.0)
+# random weights light no dimension for `var` to find, and look at no image more than at another
+VAR = moving.intervention("var", moving.redistributed, dimensions=[0, 1], tau=0.7, p=0.0, rho=1.0, least=0.0)
 SPEECH = SimpleNamespace(  # in the place of a processor
     chat_template=None,
     image_processor=SimpleNamespace(do_resize=True),
@@ -169,7 +172,7 @@ def methods(lvlm: Bare) -> list[str]:
 
 def row(kind: str) -> dict:
     """What works on one architecture."""
-    found = {"architecture": kind, "class": CLASSES[kind], "works": "no", "without": ""}
+    found = {"architecture": kind, "class": CLASSES[kind], "works": "no", "without": "", "processor": processor(kind)}
     failed = []
     try:
         torch.manual_seed(0)
@@ -198,6 +201,17 @@ def row(kind: str) -> dict:
     lacking = [] if found["works"] == "no" else methods(lvlm)
     found["methods"] = f"{len(METHODS) - len(lacking)} of {len(METHODS)}"
     return {**found, "without": "; ".join(failed), "methods that do not run": "; ".join(lacking)}
+
+
+def processor(kind: str) -> str:
+    """Is there a processor of pictures and text, and can it be used without packages that are not installed?"""
+    kind_of = getattr(transformers, PROCESSOR_MAPPING_NAMES.get(kind) or "", None)
+    lacking = [] if kind_of is None else [name for name in getattr(kind_of, "_backends", []) if not has(name)]
+    return "none" if kind_of is None else "needs " + ", ".join(lacking) if lacking else "yes"
+
+
+def has(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 def attempt(failed: list[str], what: str, do) -> None:
