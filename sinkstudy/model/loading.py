@@ -88,7 +88,7 @@ def wrap(model: PreTrainedModel, processor: ProcessorMixin) -> LVLM:
         ValueError: unknown architecture or vision layout, or no processor for pictures and text.
     """
     name, config = model.config.name_or_path or type(model).__name__, model.config
-    spec = _spec(name, config.model_type)
+    spec = spec_of(name, config.model_type)
     if type(model).__name__ != spec.model_class:
         raise ValueError(f"{name}: load it as {spec.model_class}, not as {type(model).__name__}")
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
@@ -165,7 +165,7 @@ def _configuration(name: str, revision: str | None) -> tuple[Spec, PretrainedCon
         raise ValueError(f"{name}: {ADAPTER} is in it: {UNMERGED}")
     with _reading(name):
         known, _ = PretrainedConfig.get_config_dict(source, revision=revision or None)
-    spec = _spec(name, known.get("model_type"))
+    spec = spec_of(name, known.get("model_type"))
     for key, value in _entries(known):
         if key in ("quantization_config", "compression_config") and value:
             method = value.get("quant_method", key) if isinstance(value, dict) else key
@@ -215,7 +215,7 @@ def _read(name: str, source: str | None, config: PretrainedConfig, **how: Any) -
     transformers.utils.logging.disable_progress_bar()
     try:
         with _reading(name, "" if source else "its config.json: "):
-            model, report = getattr(transformers, _spec(name, config.model_type).model_class).from_pretrained(
+            model, report = getattr(transformers, spec_of(name, config.model_type).model_class).from_pretrained(
                 source,
                 config=config,
                 attn_implementation="sdpa",
@@ -241,7 +241,12 @@ def _special_tokens(source: str, revision: str | None, config: PretrainedConfig)
     return transformers.GenerationConfig(**{key: of.get(key) for key in kept})
 
 
-def _spec(name: str, model_type: str | None) -> Spec:
+def spec_of(name: str, model_type: str | None) -> Spec:
+    """The hand-made description of an architecture, or its classes alone, where the rest is measured.
+
+    Raises:
+        ValueError: transformers has no model of this type for pictures and text.
+    """
     if model_type in SPECS:
         return SPECS[model_type]
     if model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES or model_type not in PROCESSOR_MAPPING_NAMES:

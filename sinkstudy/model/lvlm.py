@@ -268,7 +268,9 @@ class LVLM:
 
     def see(self, inputs: BatchFeature) -> None:
         """Send the images of a batch through tower and connector, without the decoder, for hooks to watch."""
-        self.model.get_image_features(**{k: v for k, v in inputs.items() if "pixel" in k or "image" in k})
+        of_text = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+        model = self.model if hasattr(self.model, "get_image_features") else self.model.model
+        model.get_image_features(**{k: v for k, v in inputs.items() if k not in of_text})
 
     def visual_positions(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Positions of the visual tokens, long [batch, n_visual]; for LLaVA visual token j is patch j.

@@ -108,7 +108,7 @@ def _rows(grad: torch.Tensor) -> torch.Tensor:
     return grad.flatten(0, -2)
 
 
-MANY = 32  # source rows behind one target row from which on a module is said to mix; 4 x 4 patches are merged at most
+MANY = 49  # patches behind one visual token above which a connector is said to mix: two strided convolutions read 7 x 7
 
 
 def reached(source: torch.Tensor, target: torch.Tensor, rows: Callable = _rows) -> torch.Tensor | None:
@@ -293,7 +293,7 @@ class Twin:
         seen = []
 
         def stop(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            seen.append(args[0] if args else kwargs["hidden_states"])
+            seen.append(next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)))
             raise _Stop
 
         hook = self.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
@@ -348,12 +348,14 @@ def spec(config: PretrainedConfig, inputs: Mapping[str, Any], processor_class: s
         flow, found = copy.flow(like), layouts(copy, like)
         layout, patches = found[0], sum(len(one.vision) for one in found)
         packed = _grids(like, patches) is not None or _any_size(config, like)
-        several = 0 if flow.tokens is None else (layout.positions >= 0).any(1).sum() / len(layout.positions.unique())
+        real = layout.positions >= 0
+        several = 0 if flow.tokens is None else real.any(1).sum() / len(layout.positions[real].unique())
         copy.spec = Spec(
             model_class=model_class(config).__name__,
             processor_class=processor_class,
             **vars(copy.parts),
             connector=copy.between or "",
+            deepstack=next((p for p, _ in copy.model.named_modules() if p.endswith(".deepstack_merger_list")), None),
             merge=round(float(several) ** 0.5),
             packed=packed,
             prefix=0 if packed else flow.shape[1] - len(layout.vision) // layout.tiles,
@@ -396,11 +398,11 @@ def layouts(twin: Twin, inputs: Mapping[str, Any]) -> list[ImageLayout]:
             tokens = torch.where(flow.tokens[index] >= 0, flow.tokens[index] - before, -1)[:, :k]
         if grids is None:
             _, tile = places[index, 0].unique_consecutive(return_inverse=True)
-            sizes = {tuple(len(places[index[tile == t], axis].unique()) for axis in (1, 2)) for t in tile.unique()}
+            of_tiles = [places[index[tile == t]] for t in tile.unique()]
+            sizes = {(len(one[:, 1].unique()), len(one[:, 2].unique())) for one in of_tiles}
         else:
             first = sum(int(other.sum()) for other in flow.rows.T[:row])
-            own, sizes, index, tokens = _in_rows(grids, first, index, tokens, flow.tokens is None)
-            tile = own
+            tile, sizes, index, tokens = _in_rows(grids, first, index, tokens, flow.tokens is None)
         if len(sizes) > 1:
             raise ValueError(f"row {row} has pictures of several grids: {sorted(sizes)}")
         found.append(
@@ -475,7 +477,7 @@ def _in_rows(
         if begun >= first and start < len(index):
             n = rows * columns
             part = slice(start, start + n)
-            mine = tokens[part, 0] - tokens[part, 0].min()
+            mine = tokens[part, 0].unique(return_inverse=True)[1]  # without newlines and the like between
             side = 1 if mixed else round((n / (int(mine.max()) + 1)) ** 0.5)
             options = [torch.arange(n), block_order(rows, columns, side)]
             y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-WIDTH, HEADS, HEAD, INNER, RANK, LAYERS, VOCABULARY = 128, 4, 32, 256, 32, 4, 512
+WIDTH, HEADS, HEAD, INNER, RANK, LAYERS, VOCABULARY = 128, 4, 32, 512, 32, 4, 512
 
 # by the end of a key: what a number there becomes. Every width becomes the same one, so that all parts still fit.
 _RULES: list[tuple[str, int]] = [
@@ -26,7 +26,7 @@ _RULES: list[tuple[str, int]] = [
     (r"(intermediate_size(_mlp)?|ffn_dim|mlp_dim|d_ff|expert_dim)$", INNER),
     (
         r"(hidden_size|hidden_dim|embed_dim|d_model|projection_dim|out_dim|in_dim|output_dim|input_dim|"
-        r"hidden_size_per_layer_input|hidden_size|image_token_embed_dim|word_embed_proj_dim)$",
+        r"hidden_size_per_layer_input|image_token_embed_dim|word_embed_proj_dim|downsample_channels)$",
         WIDTH,
     ),
 ]

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
-from sinkstudy.model.specs import SPECS
+from sinkstudy.model.loading import spec_of
 
 SPECIAL = "<pad> <s> </s> <unk> <image> <video> <boi> <eoi> <fake_token_around_image> <end_of_utterance>".split()
 SPECIAL += ["<global-img>"] + [f"<row_{i}_col_{j}>" for i in (1, 2, 3) for j in (1, 2, 3)]
@@ -73,6 +73,20 @@ def llava(tower: str = "clip") -> tuple:
     return config, images, dict(
         patch_size=8, vision_feature_select_strategy=strategy, num_additional_image_tokens=int(clip)
     )
+
+
+def vipllava() -> tuple:
+    """Without a `Spec`: its parts are measured. The connector reads two layers at once."""
+    config = hf.VipLlavaConfig(
+        vision_config=hf.CLIPVisionConfig(**TOWER, initializer_factor=3.0),
+        text_config=hf.LlamaConfig(**TEXT),
+        vision_feature_layers=[-2, -3],
+        image_token_index=4,
+        image_seq_length=16,
+    )
+    images = hf.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    settings = dict(patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1)
+    return config, images, settings
 
 
 def llava_next() -> tuple:
@@ -222,13 +236,14 @@ ARCHITECTURES = {
     "idefics3": lambda: idefics("Idefics3"),
     "smolvlm": lambda: idefics("SmolVLM"),
 }
+MEASURED = {"vipllava": vipllava}
 
 
 def write(folder: Path, name: str) -> None:
     """Write the tiny model folder of an architecture."""
     torch.manual_seed(0)
-    config, image_processor, processor = ARCHITECTURES[name]()
-    spec = SPECS[config.model_type]
+    config, image_processor, processor = (ARCHITECTURES | MEASURED)[name]()
+    spec = spec_of(name, config.model_type)
     model = getattr(hf, spec.model_class)(config)
     for parameter in model.parameters():  # biases, zero at first, must not hide a wrong order
         if parameter.ndim == 1 or parameter.std() < 0.05:

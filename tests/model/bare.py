@@ -13,9 +13,12 @@ FITTING = {  # where a configuration's defaults do not fit each other, or the sm
     "cohere_compass": {"text_config.rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
     "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense"] + ["sparse"] * 11},
     "unlimited_ocr": {"text_config.mlp_layer_types": ["dense"] + ["sparse"] * 11},
-    "nemotron_h_omni": {"image_token_id": 18},
+    **{kind: {"image_token_id": 18} for kind in ("nemotron_h_omni", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7")},
     "step3p7": {"text_config.sliding_window": 512},
-    "hunyuan_vl": {"text_config.head_dim": 128},
+    "hunyuan_vl": {
+        "text_config.head_dim": 128,
+        "text_config.rope_parameters": {**ROPE, "mrope_section": [16, 16, 16, 16]},
+    },
     "ernie4_5_vl_moe": {"text_config.rope_parameters": {**ROPE, "mrope_section": [22, 22, 20]}},
     **{
         kind: {"text_config.rope_parameters": GLM, "text_config.head_dim": 128}
@@ -127,9 +130,12 @@ def inputs(model: PreTrainedModel, grids: list[tuple[int, int]], together: bool 
     config, given = model.config, pictures(model, grids)
     try:
         counts = features(model, given)
-    except (RuntimeError, ValueError, IndexError):
+    except (RuntimeError, ValueError, IndexError) as error:
         given = pictures(model, grids, other=True)
-        counts = features(model, given)
+        try:
+            counts = features(model, given)
+        except Exception:
+            raise error from None
     image = getattr(config, "image_token_id", None)
     if image is None:
         raise ValueError("no token stands for a picture")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from architectures import MEASURED, write
 from PIL import Image
 from transformers import CONFIG_MAPPING, LlamaConfig
 
@@ -465,7 +466,7 @@ def test_measured(lvlm, inputs, layouts):
     found = measure.spec(lvlm.model.config, inputs)
     for name in (
         *("model_class", "vision", "vision_layers", "vision_attention", "vision_neurons"),
-        *("connector", "decoder", "decoder_layers", "decoder_attention", "packed"),
+        *("connector", "decoder", "decoder_layers", "decoder_attention", "packed", "deepstack"),
     ):
         assert getattr(found, name) == getattr(lvlm.spec, name), name
     assert (found.merge, found.prefix, found.mixes) == (lvlm.merge, lvlm.n_prefix, False)
@@ -474,6 +475,37 @@ def test_measured(lvlm, inputs, layouts):
         assert (own.row, own.grid, own.tiles) == (other.row, other.grid, other.tiles)
         for name in ("visual", "vision", "connector", "output", "positions"):
             assert torch.equal(getattr(own, name), getattr(other, name)), name
+
+
+@pytest.mark.parametrize("kind", MEASURED)
+def test_without_a_spec(kind, pictures, tmp_path):
+    """A model folder of an architecture without a `Spec` is loaded, its parts found, and patches followed."""
+    write(tmp_path, kind)
+    lvlm = loading.load(str(tmp_path))
+    assert lvlm.spec.measured and kind not in SPECS
+    inputs = lvlm.inputs(pictures, QUESTIONS)
+    before = run(lvlm, inputs)
+    last = lvlm.layout(inputs)[2]
+    assert (lvlm.n_prefix, lvlm.merge, last.grid) == (1, 1, (4, 4))
+    same = [pictures[2], pictures[2].rotate(90)]
+    seen = trace(lvlm, same, QUESTIONS[:2], max_new_tokens=2)
+    assert seen.vision_norms.shape == (2, 3, len(last.vision)) and seen.vision_norms.isfinite().all()
+    assert seen.decoder_norms.shape == (2, 3, len(last.visual)) and len(seen.answers) == 2
+    alone = lvlm.inputs(same[:1], QUESTIONS[:1])
+    (layout,) = lvlm.layout(alone)
+    plain = decoder_input(lvlm, alone)
+    patch = len(layout.vision) // 2
+
+    def shift(module, args, output):
+        hidden = output.clone()
+        hidden.view(-1, hidden.shape[-1])[layout.vision[patch]] += torch.linspace(-1, 1, hidden.shape[-1])
+        return hidden
+
+    hook = lvlm.vision_layers[lvlm.feature_layer].register_forward_hook(shift, prepend=True)
+    moved = (decoder_input(lvlm, alone)[0] != plain[0]).any(-1).nonzero()[:, 0]
+    hook.remove()
+    assert moved.tolist() == layout.positions[patch].tolist()
+    assert torch.equal(run(lvlm, inputs), before)
 
 
 def test_layout_needs_the_image(lvlm, inputs):
