@@ -367,12 +367,11 @@ def lab_diysink(
     with_malloc()
     from sinkstudy.lab import arms
 
-    known = (*arms.ARMS, *arms.RIVAL_ARMS)
-    for what, given, choices in (("model with arms", names, arms.BASES), ("arm", arm, known)):
+    for what, given, choices in (("model with arms", names, arms.BASES), ("arm", arm, arms.ALL_ARMS)):
         for name in given or []:
             if name not in choices:
                 raise engine.UserError(f"'{name}' is no {what}: choose from {', '.join(choices)}")
-    arms.main(names or list(arms.BASES), arm or known, seed or arms.SEEDS)
+    arms.main(names or list(arms.BASES), arm or arms.ALL_ARMS, seed or arms.SEEDS)
 
 
 def with_malloc() -> None:

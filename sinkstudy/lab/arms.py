@@ -54,6 +54,7 @@ BASES: dict[str, dict[str, Any]] = {
 }
 ARMS = ("one", "two", "matched", "others", "sinks", "normed", "random", "kept")
 RIVAL_ARMS = ("rew", "gates", "adapters")
+ALL_ARMS = (*ARMS, *RIVAL_ARMS)
 
 
 class Stage(language.ImageStage):
@@ -254,7 +255,7 @@ def train_rival(base: str, arm: str, seed: int, pictures) -> None:
     print(f"{folder.name}: trained in {time.monotonic() - started:.0f} s", flush=True)
 
 
-def main(bases: Sequence[str], arms: Sequence[str] = (*ARMS, *RIVAL_ARMS), seeds: Sequence[int] = SEEDS) -> None:
+def main(bases: Sequence[str], arms: Sequence[str] = ALL_ARMS, seeds: Sequence[int] = SEEDS) -> None:
     """The arms of each seed on the lab models `bases`; what is finished is passed over."""
     training.threads()
     for base in bases:
