@@ -170,7 +170,7 @@ def batch_rows(seed: int, step: int, batch: int, n: int) -> torch.Tensor:
 
 def threads() -> int:
     """Sets torch to the cores this process may use (OMP_NUM_THREADS, if it is set)."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     n = int(os.environ.get("OMP_NUM_THREADS", available))
     torch.set_num_threads(n)
     return n

@@ -77,9 +77,10 @@ class Scenes:
     mark: torch.Tensor         # [n, things] bool
     under: torch.Tensor        # [n, things] the part at the thing's centre
     calm: torch.Tensor         # [n, 12, 12] bool
-    images: torch.Tensor | None = None       # [n, 3, 96, 96] uint8
-    thing_share: torch.Tensor | None = None  # [n, 12, 12] share of the patch that things cover
-    part_map: torch.Tensor | None = None     # [n, 96, 96] uint8, the part at each pixel
+    # what is drawn; None where `render` gave the facts alone
+    images: torch.Tensor = None       # type: ignore[assignment]  # [n, 3, 96, 96] uint8
+    thing_share: torch.Tensor = None  # type: ignore[assignment]  # [n, 12, 12] share of the patch that things cover
+    part_map: torch.Tensor = None     # type: ignore[assignment]  # [n, 96, 96] uint8, the part at each pixel
 
     def __len__(self) -> int:
         return len(self.index)
