@@ -193,9 +193,7 @@ def states(
     found: dict[tuple[str, int], list] = {}
     prefix: dict[int, list] = {}
     norms, layouts = [], []
-    for start in range(0, len(pictures), batch_size):
-        batch = pictures[start : start + batch_size]
-        inputs = lvlm.inputs(batch, [""] * len(batch))
+    for at, inputs in lvlm.batches(pictures, batch_size=batch_size):
         here = lvlm.layout(inputs)
         layers = range(lvlm.feature_layer + 1)
         with (
@@ -208,9 +206,9 @@ def states(
             patches = layout.vision.to(lvlm.device)
             for layer, (hidden,) in tower.items():
                 if not hidden[patches].isfinite().all():
-                    raise not_finite(lvlm, f"behind layer {layer} of the tower", start + i)
+                    raise not_finite(lvlm, f"behind layer {layer} of the tower", at.start + i)
             norm = token_norms(tower[lvlm.feature_layer][0][patches]).cpu()
-            weights = choose(start + i, layout, norm).to(lvlm.device)
+            weights = choose(at.start + i, layout, norm).to(lvlm.device)
             places = layout.positions[:, 0].clamp(min=0).to(lvlm.device)
             first = int(layout.vision[0]) - lvlm.n_prefix
             for layer, (hidden,) in tower.items():
@@ -221,7 +219,7 @@ def states(
             inside |= {("decoder", layer): hidden for layer, (hidden,) in decoder.items()}
             for stage, hidden in inside.items():
                 if not hidden[i, places].isfinite().all():
-                    raise not_finite(lvlm, f"behind layer {stage[1]} of the {stage[0]}", start + i)
+                    raise not_finite(lvlm, f"behind layer {stage[1]} of the {stage[0]}", at.start + i)
                 found.setdefault(stage, []).append((weights[:followed] @ hidden[i, places].float()).cpu())
             norms.append(norm)
             layouts.append(layout)
@@ -268,16 +266,14 @@ def words(lvlm: LVLM, pictures: Sequence[Any], *, batch_size: int = 32) -> list[
     if lvlm.spec.deepstack:
         raise ValueError(f"{lvlm.name}: features are added behind decoder layers too, so no visual token stands alone")
     out = []
-    for start in range(0, len(pictures), batch_size):
-        batch = pictures[start : start + batch_size]
-        inputs = lvlm.inputs(batch, [""] * len(batch))
+    for _, inputs in lvlm.batches(pictures, batch_size=batch_size):
         with hidden_states(lvlm, "decoder", lambda hidden, _: hidden) as decoder, _entering(lvlm) as calls:
             lvlm.model(**inputs, logits_to_keep=1)
         embeddings, positions = calls[0]["inputs_embeds"], calls[0].get("position_ids")
         n_tokens = embeddings.shape[1]
         if positions is None:
             positions = torch.arange(n_tokens, device=lvlm.device)
-        positions = positions.expand(*positions.shape[:-2], len(batch), n_tokens)
+        positions = positions.expand(*positions.shape[:-2], len(inputs["input_ids"]), n_tokens)
         for i, layout in enumerate(lvlm.layout(inputs)):
             first = int(inputs["attention_mask"][i].argmax())  # behind the padding
             visual = layout.visual.to(lvlm.device)

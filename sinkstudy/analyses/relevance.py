@@ -146,21 +146,19 @@ def measure(
     if len(images) == 0:
         raise ValueError("relevance needs at least one image")
     parts = []
-    for start in range(0, len(images), batch_size):
-        batch = images[start : start + batch_size]
-        inputs = lvlm.inputs(batch, [""] * len(batch))
+    for at, inputs in lvlm.batches(images, batch_size=batch_size):
         layouts = lvlm.layout(inputs)
         sizes = {(layout.tiles, *layout.grid) for layout in layouts} | {shape for _, shape in parts[:1]}
         if len(sizes) > 1:
             raise ValueError(f"images need one size; these have (tiles, rows, columns) of patches {sorted(sizes)}")
         if cover is not None and (len(cover), cover[0].numel()) != (len(images), len(layouts[0].vision)):
             raise ValueError(f"cover needs [images, patches], here [{len(images)}, {len(layouts[0].vision)}]")
-        covered = None if cover is None else cover[start : start + batch_size].flatten(1).to(lvlm.device)
+        covered = None if cover is None else cover[at].flatten(1).to(lvlm.device)
         parts.append((_measure_batch(lvlm, inputs, layouts, covered), sizes.pop()))
         norms = parts[-1][0][-1]  # what is not finite in a layer is not in those behind it either
         if (bad := ~norms.isfinite().all(1)).any():
             where = f"up to layer {lvlm.feature_layer} of the tower"
-            raise capture.not_finite(lvlm, where, start + int(bad.nonzero()[0]))
+            raise capture.not_finite(lvlm, where, at.start + int(bad.nonzero()[0]))
     columns, rows, uniform, norms = zip(*(part for part, _ in parts), strict=True)
 
     def joined(dicts: Sequence[dict]) -> dict[str, torch.Tensor]:

@@ -74,9 +74,7 @@ def read(lvlm: LVLM, images: Mapping[str, Any], site: Site = "output", batch_siz
     if not images:
         raise ValueError("there are no images to read")
     ids, of, layouts = list(images), {}, {}
-    for start in range(0, len(ids), batch_size):
-        batch = ids[start : start + batch_size]
-        inputs = lvlm.inputs([images[image] for image in batch], [""] * len(batch))
+    for at, inputs in lvlm.batches([images[image] for image in ids], batch_size=batch_size):
         seen: dict[int, torch.Tensor] = {}
 
         def keep(tokens: torch.Tensor, layer: int) -> torch.Tensor:
@@ -85,7 +83,7 @@ def read(lvlm: LVLM, images: Mapping[str, Any], site: Site = "output", batch_siz
 
         with lvlm.editing(**{"before" if site == "input" else "after": keep}):
             lvlm.model(**inputs, logits_to_keep=1)
-        for image, layout in zip(batch, lvlm.layout(inputs), strict=True):
+        for image, layout in zip(ids[at], lvlm.layout(inputs), strict=True):
             own = _places(layout, torch.ones(len(layout.vision), dtype=torch.bool), site)
             of[image] = {layer: tokens[own] for layer, tokens in seen.items()}
             if not all(tokens.isfinite().all() for tokens in of[image].values()):

@@ -51,9 +51,8 @@ def norms(lvlm: LVLM, pictures: Mapping[Hashable, Any], batch_size: int = 16) ->
         return patches
 
     with lvlm.editing(before=keep):
-        for start in range(0, len(keys), batch_size):
-            batch = keys[start : start + batch_size]
-            inputs = lvlm.inputs([pictures[key] for key in batch], [""] * len(batch))
+        for at, inputs in lvlm.batches([pictures[key] for key in keys], batch_size=batch_size):
+            batch = keys[at]
             lvlm.see(inputs)
             of |= {key: read[0][layout.connector] for key, layout in zip(batch, lvlm.layout(inputs), strict=True)}
             for key in batch:

@@ -57,12 +57,10 @@ def mean_activations(
 
     handles = [_reader(lvlm, layer).register_forward_pre_hook(adder(layer)) for layer in range(len(lvlm.vision_layers))]
     try:
-        for start in range(0, len(pictures), batch_size):
-            batch = pictures[start : start + batch_size]
-            inputs = lvlm.inputs(batch, [""] * len(batch))
+        for at, inputs in lvlm.batches(pictures, batch_size=batch_size):
             chosen = {
                 group: torch.cat([layout.vision[mask] for layout, mask in zip(lvlm.layout(inputs), part, strict=True)])
-                for group, part in ((group, mask[start : start + batch_size]) for group, mask in masks.items())
+                for group, part in ((group, mask[at]) for group, mask in masks.items())
             }
             lvlm.see(inputs)
     finally:

@@ -157,7 +157,7 @@ class LVLM:
         Args:
             questions: one per image; empty without it.
         """
-        asked, other = questions or [""] * len(images), self.for_thread()
+        asked, other = [""] * len(images) if questions is None else questions, self.for_thread()
         places = [slice(start, start + batch_size) for start in range(0, len(images), batch_size)]
         return ahead((of, other.inputs(images[of], asked[of])) for of in places)
 
