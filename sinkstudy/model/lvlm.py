@@ -165,7 +165,7 @@ class LVLM:
 
         Each batch is made `ahead` of its use. Without questions the prompts hold the image alone.
         """
-        asked, other = questions or [""] * len(images), self.for_thread()
+        asked, other = [""] * len(images) if questions is None else questions, self.for_thread()
         places = [slice(start, start + size) for start in range(0, len(images), size)]
         with Progress("pictures", len(images)) as bar:
             for of, inputs in ahead((of, other.inputs(images[of], list(asked[of]))) for of in places):
