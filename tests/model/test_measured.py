@@ -7,9 +7,7 @@ patch is repainted, and the token that it changes is made a sink.
 
 import functools
 import importlib.util
-import os
 import sys
-import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,7 +48,7 @@ class Bare(LVLM):
         return BatchFeature(given(self.model, tuple(images[0] if several else images), several))
 
 
-given = functools.cache(bare.inputs)  # it runs the model, which must not happen under hooks
+given = functools.lru_cache(maxsize=8)(bare.inputs)  # it runs the model, which must not happen under hooks
 
 
 def tiny(kind: str) -> Bare:
@@ -164,8 +162,6 @@ def methods(lvlm: Bare) -> list[str]:
             if torch.equal(changed, plain):
                 raise ValueError("nothing changes")
         except Exception as error:
-            if DEBUG:
-                traceback.print_exc(limit=-3)
             missing.append(f"{name} ({said(error)})")
     return missing
 
@@ -173,13 +169,11 @@ def methods(lvlm: Bare) -> list[str]:
 def row(kind: str) -> dict:
     """What works on one architecture."""
     found = {"architecture": kind, "class": CLASSES[kind], "works": "no", "without": "", "processor": processor(kind)}
-    failed = []
+    failed: list[str] = []
     try:
         torch.manual_seed(0)
         lvlm = tiny(kind)
     except Exception as error:
-        if DEBUG:
-            traceback.print_exc(limit=-4)
         return {**found, "without": said(error)}
     spec = lvlm.spec
     (layout,) = lvlm.layout(lvlm.inputs([(8, 8)], [""]))
@@ -218,8 +212,6 @@ def attempt(failed: list[str], what: str, do) -> None:
     try:
         do()
     except Exception as error:
-        if DEBUG:
-            traceback.print_exc(limit=-4)
         failed.append(f"{what}: {said(error)}"[:80])
 
 
@@ -230,7 +222,6 @@ def said(error: Exception) -> str:
     return line if isinstance(error, ValueError) else f"{type(error).__name__} {line}"
 
 
-DEBUG = os.environ.get('DEBUG')
 KINDS = [kind for kind in CLASSES if kind in CONFIG_MAPPING]
 
 
