@@ -321,13 +321,16 @@ class Flow:
     output: torch.Tensor | None  # the same of its output, [.., decoder width]
 
 
+KEPT = 8
 _TWINS: dict[str, Twin] = {}
 
 
 def twin(config: PretrainedConfig) -> Twin:
-    """The narrow copy of a model with this configuration, made once."""
+    """The narrow copy of a model with this configuration; the last few are kept."""
     key = config.to_json_string(use_diff=False)
     if key not in _TWINS:
+        while len(_TWINS) >= KEPT:
+            del _TWINS[next(iter(_TWINS))]
         _TWINS[key] = Twin(config)
     return _TWINS[key]
 
