@@ -88,7 +88,7 @@ class Intervention:
     """
 
     name: str
-    around: Callable[[LVLM, Prefixes], AbstractContextManager] = lambda lvlm, inputs: nullcontext()
+    around: Callable[[LVLM, Prefixes], AbstractContextManager[Any, Any]] = lambda lvlm, inputs: nullcontext()
     parameters: Mapping[str, Any] = field(default_factory=dict)
     keeps: Literal["nothing", "tower", "prefix"] = "tower"
     asks: bool = False
