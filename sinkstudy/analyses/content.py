@@ -132,7 +132,7 @@ class Groups:
     def masks(self, index: int, layout: ImageLayout, norms: torch.Tensor) -> dict[str, torch.Tensor]:
         """The groups in the picture of this index, bool [patches]; patches that no visual token holds are in none."""
         masks = of_patches(norms, self.rule)
-        if self.asked.calm is not None:
+        if self.asked.calm is not None and self.asked.things is not None:
             masks |= {"calm": self.asked.calm[index], "things": self.asked.things[index]}
         masks = {group: mask & (layout.positions[:, 0] >= 0) for group, mask in masks.items()}
         if self.asked.calm is not None:  # no more than there are other patches on things

@@ -128,8 +128,8 @@ def _marked(
     patches: Patches, criterion: str, threshold: float, scenes: drawing.Scenes | None, i: int
 ) -> dict[str, torch.Tensor]:
     """The visual tokens of each group in picture number i: bool [visual tokens]."""
-    known = scenes is not None and len(patches.norms) == drawing.GRID**2
-    marked = of_patches(patches.norms[None], sinks.rule(criterion, threshold), scenes[i : i + 1] if known else None)
+    scene = scenes[i : i + 1] if scenes is not None and len(patches.norms) == drawing.GRID**2 else None
+    marked = of_patches(patches.norms[None], sinks.rule(criterion, threshold), scene)
     return {group: patches.tokens(mask[0]) for group, mask in marked.items()}
 
 
