@@ -1,6 +1,6 @@
 """Every architecture of pictures and text that transformers has: what of the study works on a tiny random instance.
 
-`data/architectures.csv` has a row for each, and `architectures-parts.csv` what was found and the longer reasons. After a
+`data/architectures.csv` has a row for each, `architectures-parts.csv` what was found and the longer reasons. After a
 change that is meant: `python tests/model/test_measured.py` writes them anew. Instances are narrow copies (`narrow`),
 inputs come from the configuration (`bare`), the truth is planted: one patch is repainted, and the token that it changes
 is made a sink.
