@@ -10,6 +10,8 @@ import yaml
 
 from sinkstudy import stats
 from sinkstudy.book import claims
+from sinkstudy.paths import TRAINED
+from sinkstudy.trained.compared import ARMS, COMPARED
 
 LEDGER = {
     "claims": [
@@ -361,10 +363,13 @@ def test_controls_of_the_study_hold_in_the_committed_results(number):
 
 
 def test_chapters_write_the_metrics_that_the_ledger_names():
-    """For one model at least: what is trained is not there for all."""
+    """For one model at least: what is trained is not there for all. What waits for an arm is excused until it is there."""
     table = claims.verdicts()
     absent = (table.verdict == "not run").groupby(table.claim).all()
-    not_run = absent.index[absent]
+    untrained = ARMS.keys() - {path.name.rpartition("-")[0] for path in TRAINED.glob("*/*-*")}
+    wait = {of.key for of in COMPARED if untrained & {of.first, of.second}}
+    metrics = {claim["id"]: claim["metric"].split(".")[1] for claim in claims.load()["claims"]}
+    not_run = [claim for claim in absent.index[absent] if metrics[claim] not in wait]
     chapters = {claim["id"]: claim["chapter"] for claim in claims.load()["claims"]}
     late = [claim for claim in not_run if (claims.RESULTS / "lab-llava" / chapters[claim]).is_dir()]
     assert not late, "the chapter has results, but not the metric of these claims"
