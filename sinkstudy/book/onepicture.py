@@ -117,10 +117,9 @@ def _link(fig: mpl.figure.Figure, row: Sequence[Any], of: Followed) -> None:
     for ax in row[:-1]:
         ax.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, ec=colour, lw=2))
     for here, there in zip(row[:-1], row[1:], strict=True):
-        last = there is row[-1]
-        end = {"xyB": (0, 0.5), "coordsB": there.transAxes} if last else {"xyB": (x - 0.5, y), "coordsB": "data"}
-        way = ConnectionPatch((x + 0.5, y), end["xyB"], "data", end["coordsB"], axesA=here, axesB=there,
-                              arrowstyle="->", color=colour, lw=0.9, mutation_scale=8)
+        end, units = ((0, 0.5), there.transAxes) if there is row[-1] else ((x - 0.5, y), there.transData)
+        way = ConnectionPatch((x + 0.5, y), end, "data", units, axesA=here, axesB=there, arrowstyle="->",
+                              color=colour, lw=0.9, mutation_scale=8)
         way.set_in_layout(False)
         fig.add_artist(way)
 
