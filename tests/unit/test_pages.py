@@ -200,7 +200,7 @@ def test_everything_is_written_whole(tmp_path):
     parts |= {f"verdicts-{part}.md" for part in computed}
     parts |= {f"control-{part}.md" for part in ("gates", "answers", "norms")}
     assert {path.name for path in tmp_path.iterdir()} == named | parts
-    shown = ("intro", "paper", "verdicts", "control")
+    shown = ("intro", "one-picture", "paper", "verdicts", "control")
     included = "".join((BOOK / f"{page}.md").read_text() for page in shown) + "verdicts.csv"
     assert not [name for name in named | parts if name not in included]
     table = pd.read_csv(tmp_path / "verdicts.csv")
