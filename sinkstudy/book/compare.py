@@ -159,10 +159,11 @@ def _figures(runs: Sequence[str], ledger: Mapping[str, list[dict]]) -> list[str]
           for chapter in dict.fromkeys(claim["chapter"] for claim in ledger["claims"])}
     parts = []
     for chapter, label in dict.fromkeys((claim["chapter"], claim["figure"]) for claim in ledger["claims"]):
-        images = "".join(
-            f"<figure><figcaption>{html.escape(run)}</figcaption>"
-            + (f"<img alt='{label}' src='data:image/png;base64,{found[label]}'>" if label in found else "not there")
-            + "</figure>" for run, found in of[chapter].items())
+        images = ""
+        for run, found in of[chapter].items():
+            image = f"<img alt='{label}' src='data:image/png;base64,{found.get(label)}'>"
+            image = image if label in found else "no executed page here has it"
+            images += f"<figure><figcaption>{html.escape(run)}</figcaption>{image}</figure>"
         parts.append(f"<h3 id='{label}'>{chapter}: {label}</h3><div class='beside'>{images}</div>")
     return parts
 

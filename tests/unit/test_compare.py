@@ -62,7 +62,7 @@ def test_page_and_file(results, tmp_path):
     text = page.read_text()
     assert text.count("<b>✓ supported</b>") == 3 and text.count("<b>✗ opposite sign</b>") == 1
     assert "3.00 [2.50, 3.50] times<br>n = 99, p &lt; 0.001" in text
-    assert text.count(f"data:image/png;base64,{PICTURE}") == 1 and text.count("not there") == 1
+    assert text.count(f"data:image/png;base64,{PICTURE}") == 1 and text.count("no executed page here has it") == 1
     assert "2 that two or more runs have; of 1, shaded" in text
     rows = pd.read_csv(page.with_suffix(".csv")).set_index(["run", "name"])
     assert len(rows) == 5 and rows.value["a-model", "only.here"] == 1 and rows.low["second", "{model}.up.effect"] == 0.6
