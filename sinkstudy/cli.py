@@ -199,6 +199,7 @@ def compare(
     out: Annotated[Path | None, typer.Option(help="The page, .html; without it under _build/compare/.")] = None,
 ) -> None:
     """Compare runs: verdicts, headline numbers and figures side by side, on a page and in a CSV file."""
+    _in_checkout()
     from sinkstudy.book import compare as of
 
     page = out or engine.BUILD / "compare" / f"{'--'.join(runs)[:200]}.html"

@@ -18,20 +18,20 @@ MEAN = "mean"
 STATES = ("better", "worse", "not clear", "no change", "not applicable", "not run")
 
 COMPARED = {
-    "sinks to the front": (("front", "travel"), ("random to front", "travel")),
-    "to the front, renumbered": (("front", "renumber"), ("random to front", "renumber")),
-    "features halved": (("features", "half"), ("features of random", "half")),
-    "test-time register": (("register", "left out"), ("register of random neurons", "left out")),
-    "hidden (keys zero)": (("keys", "zero"), ("keys of random", "zero")),
-    "left out": (("without", "group"), ("without", "random")),
-    "only a quarter kept": (("only", "top quarter"), ("only", "random quarter")),
-    "two connectors − one": (("two connectors", "against one connector"), None),
-    "two connectors − random split": (("two connectors", "against two connectors, random split"), None),
-    "soft router − one connector": (("soft router", "against one connector"), None),
-    "gates − adapters": (("gates", "against adapters"), None),
+    "sinks to the front": ("front", ""),
+    "to the front, renumbered": ("front-renumber", ""),
+    "features halved": ("features", "weight 0.5"),
+    "test-time register": ("test-time-registers", "k 10"),
+    "hidden (keys zero)": ("keys", "weight 0"),
+    "left out": ("others-only", ""),
+    "only a quarter kept": ("keep-top-k", ""),
+    "two connectors − one": ("two connectors", "against one connector"),
+    "two connectors − random split": ("two connectors", "against two connectors, random split"),
+    "soft router − one connector": ("soft router", "against one connector"),
+    "gates − adapters": ("gates", "against adapters"),
 }
-"""The methods of the chapter's figure, each a (method, way) of the tables and the same with random tokens or neurons.
-The control of a trained method is part of its row."""
+"""The methods of the chapter's figure, each a (method, way) of the tables. Beside it stands "random-" and its name, the
+same with random tokens or neurons; the control of a trained method is part of its row."""
 
 
 def read(patterns: Sequence[str]) -> tuple[pd.DataFrame, list[str]]:
@@ -129,8 +129,8 @@ def compared(effects: pd.DataFrame) -> pd.DataFrame:
         Estimates with `model`, `label` (which names the benchmark, unless it is the mean), `which` ("itself" or
         "random") and `group`.
     """
-    names = [(label, which, *what) for label, of in COMPARED.items()
-             for which, what in zip(("itself", "random"), of, strict=True) if what]
+    names = [(label, which, before + method, way) for label, (method, way) in COMPARED.items()
+             for which, before in (("itself", ""), ("random", "random-"))]
     names = pd.DataFrame(names, columns=["label", "which", "method", "way"])
     rows = names.merge(effects.drop_duplicates(CELL).dropna(subset="value"), on=["method", "way"])
     means = rows.benchmark == MEAN

@@ -267,10 +267,23 @@ class LVLM:
             self.model.generation_config = kept
 
     def see(self, inputs: BatchFeature) -> None:
-        """Send the images of a batch through tower and connector, without the decoder, for hooks to watch."""
+        """Send the images of a batch through tower and connector, for hooks to watch; without the decoder, where it can be.
+
+        Llama 4 projects images only as it embeds a prompt: there the decoder reads them too.
+        """
         of_text = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
         model = self.model if hasattr(self.model, "get_image_features") else self.model.model
-        model.get_image_features(**{k: v for k, v in inputs.items() if k not in of_text})
+        read: list[nn.Module] = []
+        watch = None
+        if self.spec.connector:
+            watch = self.connector.register_forward_pre_hook(lambda module, _: read.append(module))
+        try:
+            model.get_image_features(**{k: v for k, v in inputs.items() if k not in of_text})
+        finally:
+            if watch:
+                watch.remove()
+        if watch and not read:
+            self.model(**inputs, logits_to_keep=1)
 
     def visual_positions(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Positions of the visual tokens, long [batch, n_visual]; for LLaVA visual token j is patch j.

@@ -17,7 +17,7 @@ from sinkstudy import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKS = {"route", "diysink"}  # without a checkout
-NEEDS = {"run", "book", "models", "check-fresh", "lab train", "lab gates", "lab norms", "lab diysink"}
+NEEDS = {"run", "book", "compare", "models", "check-fresh", "lab train", "lab gates", "lab norms", "lab diysink"}
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,8 @@ def test_every_command_has_its_place_here():
 
 @pytest.mark.parametrize("command", sorted(NEEDS))
 def test_a_command_that_needs_the_checkout_says_so(python, command):
-    said, told, folder = python("-m", "sinkstudy.cli", *command.split(), code=2)
+    runs = ("one", "another") if command == "compare" else ()
+    said, told, folder = python("-m", "sinkstudy.cli", *command.split(), *runs, code=2)
     assert not said and len(told.splitlines()) == 1
     assert "was installed without: clone its repository, run `make setup`" in told
     assert not any(folder.iterdir())

@@ -93,9 +93,10 @@ def in_training(content: bytes, folder: Path):
     (folder / "odd.png").write_bytes(content)
     turns = [{"from": "human", "value": "<image>a"}, {"from": "gpt", "value": "b"}]
     (folder / "data.json").write_text(json.dumps([{"id": "0", "image": "odd.png", "conversations": turns}]))
+    from sinkstudy.pictures import decode
     from sinkstudy.trained import conversations
 
-    return conversations.decode(conversations.read(folder / "data.json", folder)[0].image, "odd.png")
+    return decode(conversations.read(folder / "data.json", folder)[0].image, "odd.png")
 
 
 WAYS = [in_folder, in_parquet, in_answers, in_training]

@@ -209,7 +209,7 @@ def test_large_pictures_count(tmp_path, monkeypatch):
     for i, size in enumerate([(40, 30), (4000, 3000), (30, 40)]):
         Image.new("RGB", size).save(folder / f"{i}.png")
     seen = []
-    monkeypatch.setattr(memory, "check", lambda *_, **of: seen.append((of["batch_size"], of["size"])))
+    monkeypatch.setattr(memory, "check", lambda *_, **of: seen.append((of["batch_size"], of["size"])) or 0)
     memory._main([{"model": name, "images_dir": str(folder), "limit": 3, "batch_size": 8}])
     memory._main([{"model": name, "images_dir": str(folder), "limit": 1, "batch_size": 2}])
     assert seen == [(8, (4000, 3000)), (2, memory.PICTURE)]

@@ -108,8 +108,8 @@ def test_names_of_older_versions(base, tmp_path):
 def test_pages_follow_from_adapter_and_base(base, tmp_path):
     adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
     values = parameters.defaults("01-norms") | {"model": str(tmp_path / "adapter"), "controls": []}
-    models, _ = parameters.depends_on("01-norms", values)
-    assert {tmp_path / "adapter" / WEIGHTS, base / "model.safetensors"} < set(models)
+    files = parameters.model_files("01-norms", values)
+    assert {tmp_path / "adapter" / WEIGHTS, base / "model.safetensors"} < set(files)
 
 
 # ------------------------------------------------------------------------------------------------- refused

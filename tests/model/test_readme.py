@@ -102,7 +102,7 @@ def test_commands_are_known(page, line):
 def test_commands_are_many_and_wrong_ones_are_refused():
     assert len(SHELL) > 10
     for wrong in (["rum"], ["run", "--limits", "3"], ["run", "--limit", "three"], ["lab", "trian"]):
-        with pytest.raises(Exception, match="(?i)no such|invalid|not a valid"):
+        with pytest.raises(Exception, match="(?i)no such|valid"):
             parse(wrong)
 
 

@@ -18,13 +18,13 @@ from sinkstudy.model.lvlm import LVLM
 @pytest.fixture(scope="module", params=["llava", "qwen2_vl"])
 def models(request, tmp_path_factory) -> tuple[LVLM, LVLM]:
     """A tiny model in memory, and one of which the last layers and the output are on disk."""
-    folder = str(tmp_path_factory.mktemp(request.param))
+    folder = tmp_path_factory.mktemp(request.param)
     write(folder, request.param)
-    whole = loading.load(folder)
+    whole = loading.load(str(folder))
     size = sum(weight.nbytes for weight in whole.model.parameters())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(accelerate, "get_max_memory", lambda max_memory=None: {"cpu": int(0.6 * size)})
-        spread = loading.load(folder, device="auto")
+        spread = loading.load(str(folder), device="auto")
     assert set(spread.model.hf_device_map.values()) == {"cpu", "disk"}
     assert spread.model.lm_head.weight.is_meta and not next(spread.model.parameters()).is_meta
     return whole, spread

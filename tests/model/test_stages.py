@@ -123,7 +123,7 @@ cli.main()
     environment = os.environ | cli.MALLOC | {"PYTHONPATH": str(ROOT)}
     died = subprocess.run([sys.executable, "-c", kill], env=environment, capture_output=True, text=True)
     assert died.returncode == -signal.SIGKILL, died.stderr
-    assert not killed.exists() and (tmp_path / "killed.training/checkpoints/checkpoint-2/whole.json").exists()
+    assert not killed.exists() and (tmp_path / "killed.training/checkpoint.pt").exists()
     train(model, data, killed, "tune", *tune)
     assert moved(out, killed) == set()
     before = (killed / "weights.safetensors").stat().st_mtime_ns
