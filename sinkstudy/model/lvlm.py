@@ -267,7 +267,7 @@ class LVLM:
             self.model.generation_config = kept
 
     def see(self, inputs: BatchFeature) -> None:
-        """Send the images of a batch through tower and connector, for hooks to watch; without the decoder, where it can be.
+        """Send the images of a batch through tower and connector, for hooks to watch, and if possible no further.
 
         Llama 4 projects images only as it embeds a prompt: there the decoder reads them too.
         """

@@ -363,7 +363,7 @@ def test_controls_of_the_study_hold_in_the_committed_results(number):
 
 
 def test_chapters_write_the_metrics_that_the_ledger_names():
-    """For one model at least: what is trained is not there for all. What waits for an arm is excused until it is there."""
+    """For one model at least: what is trained is not there for all. What waits for an arm is excused until then."""
     table = claims.verdicts()
     absent = (table.verdict == "not run").groupby(table.claim).all()
     untrained = ARMS.keys() - {path.name.rpartition("-")[0] for path in TRAINED.glob("*/*-*")}
