@@ -6,6 +6,7 @@ import hashlib
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -20,7 +21,7 @@ from sinkstudy.world import questions as q
 from sinkstudy.world.drawing import render
 
 BENCHMARKS: dict[str, Callable[[], pd.DataFrame]] = {
-    "POPE": benchmarks.pope, "MME": benchmarks.mme, "MMStar": benchmarks.mmstar}
+    "POPE": partial(benchmarks.pope, split="test"), "MME": benchmarks.mme, "MMStar": benchmarks.mmstar}
 
 
 def answers(lvlm: LVLM, images: torch.Tensor, questions: list[str], *, batch_size: int = 64,

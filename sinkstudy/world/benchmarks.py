@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 
 from sinkstudy.world import questions as q
-from sinkstudy.world.drawing import CHUNK, KINDS, SIMPLE, render
+from sinkstudy.world.drawing import CHUNK, HIDDEN, KINDS, SIMPLE, render
 
 PERCEPTION = {"existence": "existence", "count": "things", "position": "place", "color": "colour", "scene": "scene",
               "light": "light", "texture": "texture", "size": "size", "mark": "mark"}
@@ -41,9 +41,10 @@ def _chunk(split: str, chunk: int) -> list[q.Facts]:
     return q.facts(render(split, chunk * CHUNK, CHUNK, pictures=False))
 
 
-def pope(images: int = 100, split: str = "test") -> pd.DataFrame:
+def pope(images: int = 100, split: str = "test" + HIDDEN) -> pd.DataFrame:
     """POPE (Li et al. 2023): is there a … ? Six questions an image and category, three of them about absent kinds.
 
+    Things are half hidden, unless `split` says otherwise: on whole ones every lab model is right, and none can lose.
     Absent kinds are drawn at random (`random`), are the most frequent ones (`popular`), or those that most often
     appear together with what is there (`adversarial`); frequencies are counted on training scenes.
 

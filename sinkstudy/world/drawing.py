@@ -11,7 +11,8 @@ A scene is 96 × 96 pixels, 12 × 12 patches of 8 × 8. Its facts:
   They are the low-information patches of the world; no question asks about them.
 
 A *simple* scene (splits "train simple", …) has one ground in place of 2-4 parts, and one or two things; all else is the
-same.
+same. The *hidden* scenes ("test hidden", …) are those of their split, but of each thing only 40 % of its width is drawn,
+from a side at random.
 
 Everything else in the picture is busy: texture, clutter and grain lie in every patch that is not calm.
 All randomness comes from the split's name and the scene's index, all arithmetic on pixels is in integers,
@@ -41,7 +42,7 @@ RADIUS = (7, 11)  # pixels, by size
 
 # Share of the hash space that belongs to each split: [low, high) of 100.
 SPLITS = {"train": (0, 80), "val": (80, 90), "test": (90, 100)}
-SIMPLE = " simple"
+SIMPLE, HIDDEN = " simple", " hidden"
 
 _MUTED = ((150, 84, 78), (160, 118, 72), (158, 150, 84), (92, 140, 86), (84, 146, 146), (84, 100, 160),
           (128, 92, 150), (164, 164, 164))
@@ -98,13 +99,15 @@ def render(split: str, start: int, n: int, *, pictures: bool = True) -> Scenes:
     """Scenes `start` … `start + n - 1` of a split.
 
     Args:
-        split: "train", "val" or "test"; with " simple" behind it, the simple scenes of that split.
+        split: "train", "val" or "test"; with " simple" behind it, the simple scenes of that split; with " hidden", its
+            scenes as they are, but of each thing only 40 % of its width is seen, from a side drawn at random.
         pictures: also draw `images`, `thing_share` and `part_map`; the facts alone are much faster.
 
     Raises:
         ValueError: unknown split, or a negative start or number.
     """
-    name, simple = split.removesuffix(SIMPLE), split.endswith(SIMPLE)
+    hidden, simple = split.endswith(HIDDEN), split.endswith(SIMPLE)
+    name = split.removesuffix(HIDDEN).removesuffix(SIMPLE)
     if name not in SPLITS:
         raise ValueError(f"unknown split {split!r}: choose from {', '.join(SPLITS)}")
     if start < 0 or n < 1:
@@ -115,7 +118,7 @@ def render(split: str, start: int, n: int, *, pictures: bool = True) -> Scenes:
         generator = torch.Generator().manual_seed(1_000_003 * (1 + number) + chunk)
         scenes = _facts(name, chunk * CHUNK, generator, simple)
         if pictures:
-            _draw(scenes, generator)
+            _draw(scenes, generator, hidden)
         low, high = max(start - chunk * CHUNK, 0), min(start + n - chunk * CHUNK, CHUNK)
         out.append(scenes[low:high])
     return Scenes.cat(out)
@@ -236,7 +239,7 @@ def signature(s: Scenes) -> torch.Tensor:
 
 
 # ----------------------------------------------------------------------------------------------- drawing
-def _draw(s: Scenes, g: torch.Generator) -> None:
+def _draw(s: Scenes, g: torch.Generator, hidden: bool) -> None:
     n = len(s)
     y, x = torch.arange(SIDE)[:, None], torch.arange(SIDE)[None]
     s.part_map = _owner(s.seeds, s.texture < 0, torch.arange(SIDE))  # [n, 96, 96]
@@ -268,6 +271,11 @@ def _draw(s: Scenes, g: torch.Generator) -> None:
         at = s.centre[rows, i]
         spot = ((at[:, 0, None, None] + window[:, None]) * SIDE + at[:, 1, None, None] + window).flatten(1)
         sprite = _SPRITE[s.kind[rows, i], s.size[rows, i], s.mark[rows, i].long()].flatten(1)
+        if hidden:  # what lies more than a fifth of the radius to one side of the centre is seen
+            way = 2 * torch.randint(0, 8, (len(rows), 2, 1, 1), generator=g) - 7
+            along = (window[:, None] * way[:, 0] + window * way[:, 1]).flatten(1)
+            fifth = (way.square().sum(1) * torch.tensor(RADIUS)[s.size[rows, i], None, None].square()).flatten(1)
+            sprite = sprite * (25 * along * along.abs() < -fifth)
         hit, pixel = (sprite > 0).nonzero(as_tuple=True)
         # by sprite value: fill, outline, mark, weave
         paint = torch.stack([torch.tensor(_VIVID, dtype=torch.int16)[s.thing_colour[rows, i]],

@@ -90,7 +90,8 @@ def test_search_finds_a_word_without_a_network(browser, site):
     context.set_default_timeout(PATIENCE)
     page, problems = open_page(context, site, "search.html?q=register")
     page.locator("#search-results li a").first.wait_for()
-    assert not problems
+    # Sphinx looks for the anchors of modules by a selector in which their dots mean classes, and shows the page's start
+    assert not [problem for problem in problems if "DOM query '[role=main] #module-" not in problem]
     context.close()
 
 

@@ -60,11 +60,12 @@ def test_yes_no_answers_are_right(tables, facts, name):
 
 def test_only_the_test_split_is_asked_about(tables):
     """The tables name scenes by their number in the test split, and draw them from it."""
-    assert tables["POPE"].image_id.str.startswith("test-").all()
-    for table in tables.values():
+    assert tables["POPE"].image_id.str.startswith("test hidden-").all()
+    assert tables["MMStar"].image_id.str.startswith("test-").all()
+    for name, table in tables.items():
         first = int(table.scene.iloc[0])
         images, _ = benchmarks.pictures(table[table.scene == first])
-        drawn = render("test", first, 1)
+        drawn = render("test hidden" if name == "POPE" else "test", first, 1)
         assert torch.equal(images, drawn.images)
         assert drawing.signature(drawn) % 100 >= drawing.SPLITS["test"][0]
 
@@ -108,6 +109,12 @@ def counts() -> tuple[np.ndarray, np.ndarray]:
     kind = render("train", 0, 4096, pictures=False).kind
     shown = torch.stack([(kind == k).any(1) for k in range(len(KINDS))], 1).double()
     return shown.sum(0).numpy(), (shown.T @ shown).numpy()
+
+
+def test_pope_asks_the_same_about_whole_things(tables):
+    whole, what = benchmarks.pope(split="test"), ["question", "answer", "category", "scene"]
+    pd.testing.assert_frame_equal(whole[what], tables["POPE"][what])
+    assert whole.image_id.str.startswith("test-").all()
 
 
 def test_pope_negatives(tables, facts, counts):

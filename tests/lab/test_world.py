@@ -56,6 +56,25 @@ def test_facts_do_not_depend_on_drawing(scenes):
     assert same(facts, scenes, but=("images", "thing_share", "part_map"))
 
 
+def test_things_are_half_hidden(scenes):
+    """The scenes of the split, ground and facts alike; of each thing a part is left, on one side of its centre."""
+    hidden = render("val hidden", 0, 2 * CHUNK)
+    assert same(hidden, scenes, but=("images", "thing_share"))
+    assert (hidden.thing_share <= scenes.thing_share).all()
+    differ = (hidden.images != scenes.images).any(1)
+    assert not differ[pixels(scenes.thing_share == 0)].any()
+    drawn = [of.thing_share.sum((1, 2)) for of in (hidden, scenes)]
+    assert ((drawn[0] > 0) & (drawn[0] < 0.65 * drawn[1])).all()
+    assert 0.25 < (drawn[0].sum() / drawn[1].sum()).item() < 0.45
+    thing = scenes.kind >= 0
+    there = differ.float()
+    for row, i in thing.nonzero()[:200].tolist():
+        y, x = scenes.centre[row, i].tolist()
+        reach = drawing.RADIUS[scenes.size[row, i]]
+        assert there[row, y - reach:y + reach + 1, x - reach:x + reach + 1].any()  # each has lost something
+    assert same(render("val hidden", CHUNK - 3, 7), hidden[CHUNK - 3:CHUNK + 4])
+
+
 def test_the_splits_are_different_streams():
     assert len({render(split, 0, 8).images.numpy().tobytes() for split in drawing.SPLITS}) == 3
 

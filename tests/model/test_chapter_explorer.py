@@ -155,7 +155,7 @@ def test_pictures_of_a_folder_and_merged_patches(tmp_path):
         (tmp_path / "pictures").mkdir(exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(tmp_path / "pictures" / f"{name}.png")
     folder = run(tmp_path, "qwen2_vl", "13-explorer", images_dir=str(tmp_path / "pictures"), prompt="how many")
-    assert "no facts are known of these pictures" in printed(tmp_path)
+    assert "no facts are known of these patches" in printed(tmp_path)
     found = data(folder)
     assert {"tiny-qwen2_vl", "lab-llava"} & {model["name"].rpartition("/")[2] for model in found["models"]} == {
         "tiny-qwen2_vl"

@@ -224,7 +224,8 @@ def attempt(failed: list[str], what: str, do) -> None:
 def said(error: Exception) -> str:
     if isinstance(error, ImportError):
         return "needs " + ("timm" if "timm" in str(error) else str(error).split()[0])
-    line = " ".join(str(error).split())[:90]
+    text = str(error).partition("\nassert")[0]  # without what pytest adds
+    line = " ".join(text.split())[:90]
     return line if isinstance(error, ValueError) else f"{type(error).__name__} {line}"
 
 

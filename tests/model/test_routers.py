@@ -10,15 +10,16 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from tiny_llava import write_tiny_llava
 from torch import nn
 
-from conftest import write_tiny_llava
 from sinkstudy import paths
 from sinkstudy.answers.evaluate import Prefixes, evaluate
 from sinkstudy.model import loading
 from sinkstudy.model.lvlm import LVLM
 from sinkstudy.trained import loop, routers
 from sinkstudy.trained.connectors import DIYSink
+from sinkstudy.trained.kinds import load_method
 from sinkstudy.world import benchmarks
 
 THRESHOLD = 1.15  # leaves some patches of a random tower on either side
@@ -366,14 +367,15 @@ def test_a_model_without_the_words_is_not_asked(lvlm):
         routers.cot(lvlm, table)
 
 
-def test_lab_models_count_things():
-    """The one half of CoT routing that the lab's language can express."""
-    if "lab-llava" not in paths.lab_models():
-        pytest.skip("the weights of lab-llava are not there")
-    lab = loading.load("lab-llava")
-    table = benchmarks.mmstar(questions=2)
+def test_an_arm_tells_simple_pictures_apart():
+    """The half of CoT routing that asks about the picture, of an arm that saw simple and dense ones."""
+    folder = paths.TRAINED / "lab-llava-gist" / "one-0"
+    if not folder.is_dir():
+        pytest.skip("the arm is not there")
+    arm = load_method(folder)
+    table = pd.concat([benchmarks.mmstar(questions=4, split=split) for split in ("test", "test simple")])
+    table = table.assign(id=table.image_id)
     drawn, place = benchmarks.pictures(table)
     shown = {image: drawn[at].numpy() for image, at in zip(table.image_id, place, strict=True)}
-    found = routers.cot(lab, table, wording=routers.LAB, images=shown, cache=None)
-    facts = {f"test-{s:06d}": len(benchmarks._scenes("test", s, 1)[0].things) for s in table.scene}
-    assert ((found.simple > 0).to_numpy() == (table.image_id.map(facts) <= 2).to_numpy()).mean() >= 0.9
+    found = routers.cot(arm.lvlm, table, arm.intervention("one"), wording=routers.LAB, images=shown, cache=None)
+    assert ((found.simple > 0) == table.set_index("id").simple).mean() >= 0.9
