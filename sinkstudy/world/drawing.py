@@ -11,8 +11,8 @@ A scene is 96 × 96 pixels, 12 × 12 patches of 8 × 8. Its facts:
   They are the low-information patches of the world; no question asks about them.
 
 A *simple* scene (splits "train simple", …) has one ground in place of 2-4 parts, and one or two things; all else is the
-same. The *hidden* scenes ("test hidden", …) are those of their split, but of each thing only 40 % of its width is drawn,
-from a side at random.
+same. The *hidden* scenes ("test hidden", …) are those of their split, but of each thing only 40 % of the width is
+drawn, from a side at random.
 
 Everything else in the picture is busy: texture, clutter and grain lie in every patch that is not calm.
 All randomness comes from the split's name and the scene's index, all arithmetic on pixels is in integers,
