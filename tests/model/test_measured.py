@@ -244,6 +244,10 @@ def test_there_are_forty():
     table = pd.read_csv(TABLE, keep_default_na=False)
     assert set(table.architecture) == set(KINDS)
     assert (table.works == "yes").sum() >= 40
+    page = (TABLE.parents[1] / "book" / "architectures.md").read_text(encoding="utf-8")
+    counts = table.works.value_counts()
+    assert f"maps {len(table)} kinds" in page
+    assert f"{counts['yes']} work here, {counts['in part']} in part, and {counts['no']} do not" in page
 
 
 if __name__ == "__main__":
