@@ -1,6 +1,5 @@
 """Tiny random LLaVAs, made here without any download, and the lab models where their weights are there."""
 
-
 import numpy as np
 import pytest
 from architectures import ARCHITECTURES, write

@@ -129,15 +129,22 @@ def test_mean_of_several_trainings_counts_benchmarks_alike():
     assert np.isnan(study.mean_of_seeds(rows.assign(**{"0": np.nan}), ["0", "1"], "right")[0].value)
 
 
-def test_what_is_asked_twice_is_answered_once(monkeypatch):
-    """POPE asks about what is there in each of its three parts. Every row gets its answer, under each intervention."""
-    lvlm, numbers = loading.load("lab-llava-sinks"), []
+@pytest.fixture
+def numbers(monkeypatch) -> list[int]:
+    """How many questions each call of `evaluate` gets from `study`."""
+    found = []
 
     def counting(lvlm, table, *more, **how):
-        numbers.append(len(table))
+        found.append(len(table))
         return evaluate(lvlm, table, *more, **how)
 
     monkeypatch.setattr(study, "evaluate", counting)
+    return found
+
+
+def test_what_is_asked_twice_is_answered_once(numbers):
+    """POPE asks about what is there in each of its three parts. Every row gets its answer, under each intervention."""
+    lvlm = loading.load("lab-llava-sinks")
     table, shown = study.benchmark("POPE", "", False, 2)
     sinks_off = ablation.hide("off", {i: torch.arange(144) < 100 for i in shown})
     said = study.answers(lvlm, "POPE", table, shown, [NONE, sinks_off], public=False, cache=None)
@@ -151,14 +158,8 @@ def test_what_is_asked_twice_is_answered_once(monkeypatch):
     assert said["first"].equals(direct["first"])
 
 
-def test_blind_one_picture_is_shown_and_each_question_answered_once(monkeypatch):
-    lvlm, numbers = loading.load("lab-llava-sinks"), []
-
-    def counting(lvlm, table, *more, **how):
-        numbers.append(len(table))
-        return evaluate(lvlm, table, *more, **how)
-
-    monkeypatch.setattr(study, "evaluate", counting)
+def test_blind_one_picture_is_shown_and_each_question_answered_once(numbers):
+    lvlm = loading.load("lab-llava-sinks")
     table, shown = study.benchmark("MME", "", False, 2)
     unseen = study.mean_picture(shown.values())
     said = study.answers(lvlm, "MME", table, shown, [NONE], public=False, blind=unseen, cache=None)
