@@ -7,7 +7,7 @@ differences to a control on the same questions. Everything else takes estimates:
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -221,10 +221,75 @@ def key(fig: mpl.figure.Figure, names: Iterable[str], *, random: bool = False) -
     fig.legend(handles=of, loc="outside lower center", ncols=min(5, len(of)))
 
 
-def answer(text: str, sure: str) -> None:
-    """What the box at the top of the chapter says: its answer, and how sure that is."""
-    report.glue("answer", text)
-    report.glue("sure", sure)
+class Number(NamedTuple):
+    """An estimate that the box at the top cites: rounded in its answer, with its interval in the line below."""
+
+    found: stats.Interval
+    unit: str = ""
+    fmt: str | None = None  # by default digits that suit the size of the estimate
+
+    def __str__(self) -> str:
+        """The estimate alone, "+32 points"."""
+        return self._text(self.found.value)
+
+    def interval(self) -> str:
+        """Its interval, "+30 to +34 points", or "no interval" where there is none."""
+        if not np.isfinite(self.found.low):
+            return "no interval"
+        return f"{self._digits(self.found.low)} to {self._text(self.found.high)}"
+
+    def _text(self, value: float) -> str:
+        return f"{self._digits(value)} {self.unit}".strip()
+
+    def _digits(self, value: float) -> str:
+        return f"{value:{self.fmt or report.digits(self.found.value)}}".replace("-", "−")
+
+
+def leading(rows: pd.DataFrame, run: str) -> str | None:
+    """The model whose numbers the box cites: the run's own if it has an estimate there, or else the first that has."""
+    there = list(rows.model[rows.n > 0])
+    return run if run in there else there[0] if there else None
+
+
+def sides(
+    rows: pd.DataFrame, above: str, below: str, unclear: str = "not clearly different", *, reference: float = 0
+) -> str:
+    """On which side of `reference` models lie, without numbers: "more in lab-llava-gist; less in lab-qwen2vl"."""
+    names: dict[str, list[str]] = {}
+    for row in rows.itertuples():
+        if words := report.phrase(_interval(row), reference, above, below, unclear, ""):
+            names.setdefault(words, []).append(row.model)
+    return "; ".join(f"{words} in {' and '.join(of)}" for words, of in names.items())
+
+
+def answer(
+    text: str,
+    numbers: Sequence[Number],
+    over: str,
+    models: Iterable[str],
+    but: str = "",
+    *,
+    trained: str = "one training of each model",
+) -> None:
+    """What the box at the top of a chapter says below its question, in the same form in every chapter.
+
+    Args:
+        text: the answer, in plain words, with its numbers.
+        numbers: the estimates that it cites, two at most, in its order; the rest stands in the chapter.
+        over: what was seen, with n, "128 pictures"; intervals are over it.
+        models: that the answer is about.
+        but: what a reader has to know before believing it, in a sentence or two.
+        trained: how often models were trained.
+
+    Raises:
+        ValueError: more than two numbers, or one that has no value: then the answer needs other words.
+    """
+    if len(numbers) > 2 or not all(np.isfinite(number.found.value) for number in numbers):
+        raise ValueError(f"a box cites at most two numbers, each with a value: {', '.join(map(str, numbers))}")
+    intervals = f"95 % interval{'s' * (len(numbers) > 1)} {' and '.join(number.interval() for number in numbers)}, "
+    about = ", ".join(dict.fromkeys(models))
+    report.glue("answer", " ".join(text.split()))
+    report.glue("sure", " ".join(f"{intervals * bool(numbers)}over {over}; {about}; {trained}. {but}".split()))
 
 
 def _interval(row: Any) -> stats.Interval:

@@ -270,6 +270,11 @@ def key(*parts: str) -> str:
     return ".".join(re.sub(r"[^a-z0-9.-]+", "_", part) for part in plain)
 
 
+def digits(value: float) -> str:
+    """The format of an estimate, and of its interval, that suits its size: 195, 2.86, 0.059."""
+    return ".0f" if abs(value) >= 9.5 else ".2f" if abs(value) >= 0.3 else ".2g"
+
+
 def shown(interval: stats.Interval, fmt: str | None = None) -> str:
     """An interval as text, "2.86 [2.70, 3.03]"; a dash if there is no estimate.
 
@@ -281,7 +286,7 @@ def shown(interval: stats.Interval, fmt: str | None = None) -> str:
     value, low, high, n = interval
     if not np.isfinite(value):
         return "–"
-    fmt = fmt or (".0f" if abs(value) >= 9.5 else ".2f" if abs(value) >= 0.3 else ".2g")
+    fmt = fmt or digits(value)
     if np.isfinite(low):
         text = f"{value:{fmt}} [{low:{fmt}}, {high:{fmt}}]"
     else:
