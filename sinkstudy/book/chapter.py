@@ -195,10 +195,12 @@ def dots(
                 own = of[of[hue] == name]
                 _dots(ax, own, [ys.index(at) for at in own[y]], 0.7 * ((i + 0.5) / len(hues) - 0.5),
                       colour(name, hues), own[hollow] == "random" if hollow else None)
+            for i in range(1, len(ys), 2):  # every other row has a ground, for the eye to follow it
+                ax.axhspan(i - 0.5, i + 0.5, color=report.INK, alpha=0.08, lw=0)
             ax.axvline(reference, ls=":", color=report.INK)
             title = "" if line is None else f"\n{(titles or {}).get(line, line)}"
             ax.set(title=f"{panel}{title}", ylim=(len(ys) - 0.5, -0.5), yticks=range(len(ys)), yticklabels=ys)
-        row_of_axes[len(across) // 2].set_xlabel(unit)
+        row_of_axes[len(across) // 2].set_xlabel(unit, x=0.5 * (len(across) % 2))  # below the middle of the row
     key(fig, hues, random=hollow is not None)
     return fig
 

@@ -14,7 +14,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.ticker import LogLocator, NullLocator
 
 from sinkstudy import sinks, stats
 from sinkstudy.analyses import attribution, probing, relevance
@@ -543,34 +542,41 @@ def with_dimensions_set(
 
 
 # ------------------------------------------------------------------------------------------------- figures
-def by_rule(rows: pd.DataFrame, panels: Mapping[str, tuple[str, float]], marked: str) -> mpl.figure.Figure:
-    """Dots with intervals: a row a rule, a column a number with an axis of its own, a colour a model.
+VERDICTS = {"above": ("+", "#e08214", "above no effect"), "below": ("−", "#8073ac", "below"),
+            "unclear": ("·", "#c4c4c4", "not clearly either")}
+"""Sign, colour and words of each verdict in the figure; none of the colours is that of a group or model."""
+
+
+def by_rule(rows: pd.DataFrame, headlines: Sequence[str], marked: str) -> mpl.figure.Figure:
+    """Verdicts as tiles: a panel a model, a row a rule, a column a headline number. A rule without patches has none.
 
     Args:
-        rows: estimates with `model`, `rule` and `headline`.
-        panels: the label of each headline, and its value without effect, where a dotted line stands; where that is 1,
-            the axis is logarithmic.
-        marked: the rule whose row is shaded.
+        rows: of `verdicts`. The values of the headline "patches" stand as numbers in place of tiles.
+        headlines: the columns, in order.
+        marked: the rule whose row is framed.
     """
     order, models = list(dict.fromkeys(rows.rule)), list(dict.fromkeys(rows.model))
-    size = (1.6 + 1.35 * len(panels), 1.2 + 0.3 * len(order))
-    fig, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
-    for ax, (headline, (label, reference)) in zip(axes[0], panels.items(), strict=True):
-        ax.axhspan(order.index(marked) - 0.5, order.index(marked) + 0.5, color=report.INK, alpha=0.15, lw=0)
-        ax.axvline(reference, ls=":", color=report.INK)
-        for i, model in enumerate(models):
-            of = rows[(rows.headline == headline) & (rows.model == model) & (rows.n > 0)]
-            at = np.array([order.index(rule) for rule in of.rule]) + 0.6 * ((i + 0.5) / len(models) - 0.5)
-            half = np.clip([of.value - of.low, of.high - of.value], 0, None)
-            ax.errorbar(of.value, at, xerr=half, fmt="o", ms=3.5, lw=1.1, color=chapter.colour(model, models))
-        if reference == 1:  # ratios
-            ax.set_xscale("log")
-            ax.xaxis.set(major_locator=LogLocator(numticks=9), major_formatter="{x:g}", minor_locator=NullLocator())
-        ax.set_xlabel(label, fontsize=9)
-        ax.set(ylim=(len(order) - 0.5, -0.5), yticks=range(len(order)), yticklabels=map(words, order))
-        ax.tick_params(labelsize=9)
-        ax.tick_params(axis="y", length=0)
-    chapter.key(fig, models)
+    size = (1.9 + 1.75 * len(models), 2.2 + 0.26 * len(order))
+    fig, axes = plt.subplots(1, len(models), figsize=size, sharey=True, squeeze=False)
+    for ax, model in zip(axes[0], models, strict=True):
+        of = rows[(rows.model == model) & (rows.n > 0) & rows.headline.isin(headlines)]
+        for row in of.itertuples():
+            x, y = headlines.index(row.headline), order.index(row.rule)
+            text = f"{row.value:.2g}"
+            if row.headline != "patches":
+                text, colour, _ = VERDICTS[row.verdict]
+                ax.add_patch(plt.Rectangle((x - 0.45, y - 0.42), 0.9, 0.84, fc=colour))
+            ax.text(x, y, text, ha="center", va="center", fontsize=9,
+                    color=report.INK if row.headline == "patches" else "#1a1a1a")
+        ax.add_patch(plt.Rectangle((-0.5, order.index(marked) - 0.5), len(headlines), 1, fill=False, ec=report.INK,
+                                   lw=1.4, clip_on=False))
+        ax.set(title=model, xlim=(-0.5, len(headlines) - 0.5), ylim=(len(order) - 0.5, -0.5),
+               yticks=range(len(order)), yticklabels=map(words, order), xticks=range(len(headlines)))
+        ax.set_xticklabels(headlines, rotation=60, ha="right", rotation_mode="anchor")
+        ax.tick_params(labelsize=9, length=0)
+        ax.spines[:].set_visible(False)
+    handles = [mpl.patches.Patch(fc=colour, label=f"{sign}  {what}") for sign, colour, what in VERDICTS.values()]
+    fig.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     return fig
 
 
