@@ -235,9 +235,7 @@ class Number(NamedTuple):
         return self._text(self.found.value)
 
     def interval(self) -> str:
-        """Its interval, "+30 to +34 points", or "no interval" where there is none."""
-        if not np.isfinite(self.found.low):
-            return "no interval"
+        """Its interval, "+30 to +34 points"."""
         return f"{self._digits(self.found.low)} to {self._text(self.found.high)}"
 
     def _text(self, value: float) -> str:
@@ -288,10 +286,11 @@ def answer(
     """
     if len(numbers) > 2 or not all(np.isfinite(number.found.value) for number in numbers):
         raise ValueError(f"a box cites at most two numbers, each with a value: {', '.join(map(str, numbers))}")
-    intervals = f"95 % interval{'s' * (len(numbers) > 1)} {' and '.join(number.interval() for number in numbers)}, "
+    found = [number.interval() for number in numbers if np.isfinite(number.found.low)]
+    intervals = f"95 % interval{'s' * (len(found) > 1)} {' and '.join(found)}, " if found else "No interval, "
     about = ", ".join(dict.fromkeys(models))
     report.glue("answer", " ".join(text.split()))
-    report.glue("sure", " ".join(f"{intervals * bool(numbers)}over {over}; {about}; {trained}. {but}".split()))
+    report.glue("sure", " ".join(f"{intervals}{over}; {about}; {trained}. {but}".split()))
 
 
 def _interval(row: Any) -> stats.Interval:
