@@ -4,13 +4,13 @@ A *cell* is the change of right answers, in points, under one method in one mode
 model left as it is; of a trained method, against what its row names.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 
 from sinkstudy import paths, stats
-from sinkstudy.book import claims
+from sinkstudy.book import chapter, claims
 
 CELL = ["model", "method", "way", "benchmark"]
 MEAN = "mean"
@@ -139,7 +139,7 @@ def compared(effects: pd.DataFrame) -> pd.DataFrame:
 
 def named(of: pd.DataFrame) -> str:
     """Which methods, in which models: "front (travel) in a and b; gates in c"."""
-    parts = [f"{method}{f' ({way})' if way else ''} in {listed(rows.model)}"
+    parts = [f"{method}{f' ({way})' if way else ''} in {chapter.listed(rows.model)}"
              for (method, way), rows in of.groupby(["method", "way"], sort=False)]
     return "; ".join(parts) or "none"
 
@@ -150,10 +150,4 @@ def everywhere(of: pd.DataFrame) -> str:
     lost = ran.assign(lost=ran.state == "worse").groupby(["method", "way", "model"], sort=False).lost.any()
     lost = lost.groupby(["method", "way"], sort=False).agg(["size", "all"])
     lost = lost.index[(lost["size"] > 1) & lost["all"]]
-    return listed(f"{method}{f' ({way})' if way else ''}" for method, way in lost)
-
-
-def listed(items: Iterable[str]) -> str:
-    """Different items as "a, b and c"; "none" for none."""
-    items = list(dict.fromkeys(items))
-    return ", ".join(items[:-1]) + " and " + items[-1] if len(items) > 1 else "".join(items) or "none"
+    return chapter.listed(f"{method}{f' ({way})' if way else ''}" for method, way in lost)

@@ -223,6 +223,12 @@ def key(fig: mpl.figure.Figure, names: Iterable[str], *, random: bool = False) -
     fig.legend(handles=of, loc="outside lower center", ncols=min(5, len(of)))
 
 
+def listed(items: Iterable[str]) -> str:
+    """Different items as "a, b and c"; "none" for none."""
+    items = list(dict.fromkeys(items))
+    return ", ".join(items[:-1]) + " and " + items[-1] if len(items) > 1 else "".join(items) or "none"
+
+
 class Number(NamedTuple):
     """An estimate that the box at the top cites: rounded in its answer, with its interval in the line below."""
 
@@ -259,7 +265,7 @@ def sides(
     for row in rows.itertuples():
         if words := report.phrase(_interval(row), reference, above, below, unclear, ""):
             names.setdefault(words, []).append(row.model)
-    return "; ".join(f"{words} in {' and '.join(of)}" for words, of in names.items())
+    return "; ".join(f"{words} in {listed(of)}" for words, of in names.items())
 
 
 def answer(

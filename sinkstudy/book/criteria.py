@@ -562,7 +562,7 @@ def by_rule(rows: pd.DataFrame, headlines: Sequence[str], marked: str) -> mpl.fi
         of = rows[(rows.model == model) & (rows.n > 0) & rows.headline.isin(headlines)]
         for row in of.itertuples():
             x, y = headlines.index(row.headline), order.index(row.rule)
-            text = f"{row.value:.2g}"
+            text = f"{row.value:.1f}" if 0 < row.value < 9.95 else f"{row.value:.0f}"
             if row.headline != "patches":
                 text, colour, _ = VERDICTS[row.verdict]
                 ax.add_patch(plt.Rectangle((x - 0.45, y - 0.42), 0.9, 0.84, fc=colour))
