@@ -357,24 +357,26 @@ def lit_in(light: torch.Tensor, dimensions: torch.Tensor) -> torch.Tensor:
 def over_steps(lights: Mapping[int, torch.Tensor], groups: Groups, k: int = 3) -> tuple[pd.DataFrame, pd.DataFrame]:
     """How far the k dimensions that the marked group lights most stand out in it, at each step of a training.
 
-    They are those of the largest `excess` over the other patches, found on every second picture; phi in them is read on
-    the rest.
+    They are those of the largest `excess` over the other patches, found on every second picture that has the group; phi
+    in them is read on the rest of these.
 
     Args:
-        lights: of `light`, by step. At least two pictures.
+        lights: of `light`, by step.
 
     Returns:
         `contrast` of phi, with `step` and `dimensions`: those of the "last step", or of the "same step". And `step`,
         `layer`, `cosine` of the excess with that of the last step, and the k `lit` dimensions.
     """
     mask = groups.masks[groups.marked]
-    others, rows = groups.patches & ~mask, pd.DataFrame({"image": range(1, len(mask), 2)})
-    found = {step: excess(of[::2], mask[::2], others[::2]) for step, of in lights.items()}
+    others, having = groups.patches & ~mask, mask.any(1).nonzero()[:, 0]
+    seeking, reading = having[::2], having[1::2]
+    found = {step: excess(of[seeking], mask[seeking], others[seeking]) for step, of in lights.items()}
     last = found[max(found)]
     phi, profiles = [], []
     for step, of in lights.items():
         for which, own in (("last step", last), ("same step", found[step])):
-            seen = contrast(lit_in(of[1::2], own.topk(k).indices), groups, rows)
+            phi_of = lit_in(of[reading], own.topk(k).indices)
+            seen = contrast(phi_of, groups, pd.DataFrame({"image": reading.numpy()}))
             phi.append(seen.assign(step=step, dimensions=which))
         cosine = torch.nn.functional.cosine_similarity(found[step], last, dim=-1)
         lit = [" ".join(map(str, sorted(of_layer))) for of_layer in found[step].topk(k).indices.tolist()]

@@ -32,10 +32,16 @@ def write(folder: Path, connectors: Mapping[int, Weights], decoder: Weights, log
                 log.to_csv(temporary / "training.csv", index=False, float_format="%.5g")
 
 
+def followed(folder: Path = ALIGNMENT) -> list[str]:
+    """Names of the models whose alignment stage is kept."""
+    return sorted(file.parent.name for file in folder.glob("*/training.csv"))
+
+
 def steps(name: str, folder: Path = ALIGNMENT) -> list[int]:
     """The steps at which a model's connector is kept, from 0 on; none where the stage was not followed."""
-    own = folder / slug(name)
-    return sorted({int(key.split(".", 1)[0]) for key in kept(own)}) if own.is_dir() else []
+    if slug(name) not in followed(folder):
+        return []
+    return sorted({int(key.split(".", 1)[0]) for key in kept(folder / slug(name))})
 
 
 @contextmanager

@@ -59,6 +59,25 @@ def test_excess_and_phi_by_hand():
     assert propagation.lit_in(light, torch.tensor([[1, 2]])).tolist() == [[[1, 4, 4]], [[2, 4, 4]]]
 
 
+def test_over_steps_of_planted_dimensions():
+    """At step 0 the group lights dimension 1, at step 9 dimension 6, at both ten times the noise of all tokens."""
+    noise = torch.rand(8, 2, 12, 10, generator=torch.Generator().manual_seed(0))  # [images, layers, tokens, width]
+    mask = torch.zeros(8, 12, dtype=torch.bool)
+    mask[:6, 4] = True  # two pictures have none
+    masks = {"sinks": mask, "others": ~mask, "random": mask.roll(1, 1)}
+    groups = propagation.Groups(torch.ones(8, 12), masks, None)
+    lights = {step: noise + 10 * mask[:, None, :, None] * torch.eye(10)[at] for step, at in ((0, 1), (9, 6))}
+    phi, profiles = propagation.over_steps(lights, groups, k=1)
+    assert profiles.lit.tolist() == ["1", "1", "6", "6"]
+    cosine = profiles.set_index(["step", "layer"]).cosine
+    assert cosine[9, 1] == pytest.approx(1, abs=1e-5) and abs(cosine[0, 1]) < 0.2
+    assert set(phi.image) == {1, 3, 5}  # not those on which dimensions were found
+    mean = phi.groupby(["dimensions", "group", "step"]).inside.mean()
+    assert mean["last step", "sinks", 9] > 10 > 1 > mean["last step", "sinks", 0]
+    assert min(mean["same step", "sinks", 0], mean["same step", "sinks", 9]) > 10
+    assert mean["last step", "random"].max() < 1 and phi.outside.max() < 1
+
+
 def test_published_dimensions_by_hand():
     known = pd.DataFrame({"model": ["a/one", "a/one", "a/two"], "lit_by": "sinks", "dimension": [3, 4, 3],
                           "source": "", "grade": "A"})  # fmt: skip
