@@ -16,7 +16,7 @@ import copy
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -208,8 +208,9 @@ class Workshop:
 def follow_alignment(base: str, seed: int = 0) -> None:
     """The alignment stage of arm "one" once more, its connector kept at the steps `FOLLOWED`; see `trained.alignment`.
 
-    Kept in eight bits: `data/alignment/<base>/weights.safetensors`, `training.csv` beside it, and the decoder that
-    stays frozen, the same for all bases of a family, in `data/alignment/decoder`. A finished one is not repeated.
+    Kept in eight bits: `data/alignment/<base>/weights.safetensors`, `training.csv` and `stage.json` beside it, and the
+    decoder that stays frozen, the same for all bases of a family, in `data/alignment/decoder`. A finished one is
+    not repeated.
     """
     folder = ALIGNMENT / base
     if folder.exists():
@@ -226,8 +227,10 @@ def follow_alignment(base: str, seed: int = 0) -> None:
             with atomic(at(step)) as file:  # so that a resumed training has those before its checkpoint
                 save_file(shop.lvlm.connector.state_dict(), file)
 
-    log = shop.fit(method, name, "caption", replace(ALIGN, seed=seed), [shop.lvlm.connector], watch)
-    alignment.write(folder, {step: load_file(at(step)) for step in FOLLOWED}, shop.decoder, log)
+    settings = replace(ALIGN, seed=seed)
+    log = shop.fit(method, name, "caption", settings, [shop.lvlm.connector], watch)
+    alignment.write(folder, {step: load_file(at(step)) for step in FOLLOWED}, shop.decoder, log, base=base, arm="one",
+                    trained="connector", target="caption", settings=asdict(settings), end_loss=log.loss.iloc[-1])
     print(f"{base}: end loss {log.loss.iloc[-1]:.3f}, {time.monotonic() - started:.0f} s", flush=True)
 
 

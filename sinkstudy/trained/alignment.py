@@ -4,9 +4,11 @@ Tower and decoder are frozen in that stage and the decoder has read text alone, 
 hidden states is the connector's doing. `sinkstudy lab alignment` makes what is kept.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -18,8 +20,15 @@ from sinkstudy.trained.loop import kept, write_weights
 Weights = Mapping[str, torch.Tensor]
 
 
-def write(folder: Path, connectors: Mapping[int, Weights], decoder: Weights, log: pd.DataFrame) -> None:
-    """Keep a model's connectors by step and its loss curve in a folder, and the decoder beside it if none is there."""
+def write(
+    folder: Path, connectors: Mapping[int, Weights], decoder: Weights, log: pd.DataFrame, **about: Any
+) -> None:
+    """Keep a model's connectors by step in a folder, and the decoder beside it if none is there.
+
+    Args:
+        log: the loss curve, `training.csv`.
+        about: plain values that say how it was trained, `stage.json`.
+    """
     named = {f"{step}.{name}": tensor for step, of in connectors.items() for name, tensor in of.items()}
     beside = folder.parent / "decoder"
     for where, weights in ((beside, decoder), (folder, named)):
@@ -30,6 +39,7 @@ def write(folder: Path, connectors: Mapping[int, Weights], decoder: Weights, log
             write_weights(weights, temporary, eight_bits=True)
             if where == folder:
                 log.to_csv(temporary / "training.csv", index=False, float_format="%.5g")
+                (temporary / "stage.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
 def followed(folder: Path = ALIGNMENT) -> list[str]:
