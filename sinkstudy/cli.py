@@ -375,6 +375,27 @@ def lab_diysink(
     arms.main(names or list(arms.BASES), arm or arms.ALL_ARMS, seed or arms.SEEDS)
 
 
+@lab.command("alignment")
+def lab_alignment(
+    names: Annotated[list[str] | None, typer.Argument(help="lab-llava-gist, lab-llava; by default both.")] = None,
+) -> None:
+    """Train the alignment stage of lab models once more and keep the connector at some of its steps.
+
+    Writes `data/alignment`, which the chapter on the language model follows. A killed training goes on from its last
+    checkpoint; what is finished is passed over.
+    """
+    _in_checkout()
+    with_malloc()
+    from sinkstudy.lab import arms, training
+
+    for name in names or []:
+        if name not in arms.BASES:
+            raise engine.UserError(f"'{name}' has no such stage: choose from {', '.join(arms.BASES)}")
+    training.threads()
+    for name in names or arms.BASES:
+        arms.follow_alignment(name)
+
+
 def with_malloc() -> None:
     """Start the command again with the allocator's settings, if it was started without."""
     if any(os.environ.get(key) != value for key, value in MALLOC.items()):

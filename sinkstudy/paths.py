@@ -21,6 +21,7 @@ ROOT = CHECKOUT or Path.cwd()
 DATA = ROOT / "data"
 MODELS = DATA / "models"
 TRAINED = DATA / "methods"
+ALIGNMENT = DATA / "alignment"
 RESULTS = ROOT / "results"
 CACHE = DATA / "cache" if CHECKOUT else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "sinkstudy"
 PLAIN = CACHE / "plain"

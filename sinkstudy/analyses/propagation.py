@@ -282,6 +282,108 @@ def lit_by(profiles: Mapping[str, torch.Tensor], group: str, layer: int) -> dict
     }
 
 
+def published(known: pd.DataFrame, lights: pd.DataFrame) -> pd.DataFrame:
+    """In how many decoder layers each group lights the dimensions that others name for a model.
+
+    Args:
+        known: `model` (an id of the hub), `lit_by`, `dimension`, `source`, `grade`; a row counts for models of the same
+            last name, wherever they come from.
+        lights: of `lit_dimensions`, with a column `model`.
+
+    Returns:
+        `model`, the other columns of `known`, `group`, `layers` (that light the dimension), `of` (all layers).
+    """
+    rows = []
+    for (model, group), of in lights.groupby(["model", "group"], sort=False):
+        lit = [set(map(int, text.split())) for text in of.dimensions]
+        for row in known[known.model.map(_last_name) == _last_name(model)].to_dict("records"):
+            layers = sum(row["dimension"] in own for own in lit)
+            rows.append(row | {"model": model, "group": group, "layers": layers, "of": len(lit)})
+    return pd.DataFrame(rows, columns=[*known.columns, "group", "layers", "of"])
+
+
+def _last_name(model: str) -> str:
+    return model.replace("--", "/").rstrip("/").rsplit("/", 1)[-1].lower()
+
+
+# --- dimensions over a training ---
+
+
+def light(lvlm: LVLM, images: Sequence[Any], questions: Sequence[str], batch_size: int = 16) -> torch.Tensor:
+    """|RMSNorm(x)| of every visual token after every decoder layer, on the CPU: [images, layers, visual tokens, width].
+
+    For models of the lab's size: it keeps all of them.
+
+    Args:
+        questions: one for each picture.
+    """
+
+    def of_visual(hidden: torch.Tensor, layer: int) -> torch.Tensor:
+        return sinks.rms_normalised(hidden[here, visual]).abs().cpu()
+
+    parts = []
+    with torch.no_grad(), capture.hidden_states(lvlm, "decoder", of_visual) as states:
+        for _, inputs in lvlm.batches(images, batch_size, questions):
+            visual = lvlm.visual_positions(inputs.input_ids)
+            here = torch.arange(len(visual), device=visual.device)[:, None]
+            lvlm.model(**inputs, logits_to_keep=1)
+            parts.append(torch.stack([calls.pop() for calls in states.values()], 1))
+    return torch.cat(parts)
+
+
+def excess(light: torch.Tensor, mask: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """How far each dimension is lit by a group and not by others: the median over its tokens less that over theirs.
+
+    Args:
+        light: [images, layers, visual tokens, width].
+        mask, others: bool [images, visual tokens]; tokens of all pictures together.
+
+    Returns:
+        Float [layers, width].
+    """
+    of_layers = light.transpose(0, 1)  # [layers, images, visual tokens, width]
+    return torch.stack([of[mask].quantile(0.5, dim=0) - of[others].quantile(0.5, dim=0) for of in of_layers])
+
+
+def lit_in(light: torch.Tensor, dimensions: torch.Tensor) -> torch.Tensor:
+    """phi, the largest of a token's values in k dimensions of each layer; see `sinks.phi`.
+
+    [images, layers, visual tokens, width] and long [layers, k] -> [images, layers, visual tokens].
+    """
+    index = dimensions[None, :, None].expand(light.shape[0], -1, light.shape[2], -1)
+    return light.gather(-1, index).amax(-1)
+
+
+def over_steps(lights: Mapping[int, torch.Tensor], groups: Groups, k: int = 3) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """How far the k dimensions that the marked group lights most stand out in it, at each step of a training.
+
+    They are those of the largest `excess` over the other patches, found on every second picture that has the group; phi
+    in them is read on the rest of these.
+
+    Args:
+        lights: of `light`, by step.
+
+    Returns:
+        `contrast` of phi, with `step` and `dimensions`: those of the "last step", or of the "same step". And `step`,
+        `layer`, `cosine` of the excess with that of the last step, and the k `lit` dimensions.
+    """
+    mask = groups.masks[groups.marked]
+    others, having = groups.patches & ~mask, mask.any(1).nonzero()[:, 0]
+    seeking, reading = having[::2], having[1::2]
+    found = {step: excess(of[seeking], mask[seeking], others[seeking]) for step, of in lights.items()}
+    last = found[max(found)]
+    phi, profiles = [], []
+    for step, of in lights.items():
+        for which, own in (("last step", last), ("same step", found[step])):
+            phi_of = lit_in(of[reading], own.topk(k).indices)
+            seen = contrast(phi_of, groups, pd.DataFrame({"image": reading.numpy()}))
+            phi.append(seen.assign(step=step, dimensions=which))
+        cosine = torch.nn.functional.cosine_similarity(found[step], last, dim=-1)
+        lit = [" ".join(map(str, sorted(of_layer))) for of_layer in found[step].topk(k).indices.tolist()]
+        profiles.append(pd.DataFrame({"step": step, "layer": range(1, len(last) + 1), "cosine": cosine, "lit": lit}))
+    return pd.concat(phi, ignore_index=True), pd.concat(profiles, ignore_index=True)
+
+
 # --- sinks of the tower and of the decoder ---
 
 

@@ -16,13 +16,14 @@ import copy
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sinkstudy.lab import language, training
@@ -31,8 +32,8 @@ from sinkstudy.lab.corpus import Codec, Corpus, training_pictures
 from sinkstudy.lab.families import family
 from sinkstudy.lab.train import CACHE
 from sinkstudy.model import loading
-from sinkstudy.paths import TRAINED, atomic
-from sinkstudy.trained import loop
+from sinkstudy.paths import ALIGNMENT, TRAINED, atomic
+from sinkstudy.trained import alignment, loop
 from sinkstudy.trained.connectors import DIYSink, OneConnector, Show, matched_width
 from sinkstudy.trained.conversations import Collate, Sample
 from sinkstudy.trained.gates import Gates, LoRA, n_parameters
@@ -55,6 +56,7 @@ BASES: dict[str, dict[str, Any]] = {
 ARMS = ("one", "two", "matched", "others", "sinks", "normed", "random", "kept")
 RIVAL_ARMS = ("rew", "gates", "adapters")
 ALL_ARMS = (*ARMS, *RIVAL_ARMS)
+FOLLOWED = (0, 5, 10, 20, 40, 80, 120)  # steps of `ALIGN` at which `follow_alignment` keeps the connector
 
 
 class Stage(language.ImageStage):
@@ -97,7 +99,8 @@ class _Training(nn.Module):
 
 
 def fit(loss: Callable[..., tuple[torch.Tensor, dict]], module: nn.Module, n: int, folder: Path,
-        settings: loop.Settings, muon: float | None, about: dict | None = None) -> pd.DataFrame:
+        settings: loop.Settings, muon: float | None, about: dict | None = None,
+        watch: Callable[[int], None] | None = None) -> pd.DataFrame:
     """Train what of a module asks for gradients by `loss(rows, seed=…)` on the scenes 0 … n - 1; see `loop.fit`.
 
     `muon`: learning rate of weight matrices under Muon; None: AdamW for all.
@@ -105,7 +108,8 @@ def fit(loss: Callable[..., tuple[torch.Tensor, dict]], module: nn.Module, n: in
     return loop.fit(
         _Training(loss, module, n), range(n), folder, settings,
         lambda rows, places: {"rows": torch.tensor(rows), "step": places[0] // settings.batch_size},
-        optimizers=lambda named: training.optimizers(named, settings.lr, settings.weight_decay, muon), about=about)
+        optimizers=lambda named: training.optimizers(named, settings.lr, settings.weight_decay, muon), about=about,
+        watch=watch)
 
 
 class Workshop:
@@ -162,13 +166,14 @@ class Workshop:
         return method
 
     def fit(self, method: OneConnector, name: str, target: str, settings: loop.Settings,
-            trained: list[nn.Module]) -> pd.DataFrame:
+            trained: list[nn.Module], watch: Callable[[int], None] | None = None) -> pd.DataFrame:
         """One stage: captions ("caption") or questions ("questions")."""
         method.requires_grad_(False)
         for part in trained:
             part.requires_grad_(True)
         stage, about = Stage(method, self.corpus, self.pictures, target), {"method": method.kind, **method.settings}
-        log = fit(stage.loss, method, DENSE + SIMPLE, CACHE / name, settings, muon=settings.lr, about=about)
+        log = fit(stage.loss, method, DENSE + SIMPLE, CACHE / name, settings, muon=settings.lr, about=about,
+                  watch=watch)
         return log.assign(stage=name.rsplit(".", 1)[1])
 
     def train(self, arm: str, seed: int) -> None:
@@ -198,6 +203,35 @@ class Workshop:
         with atomic(folder / "training.csv") as file:
             pd.concat(logs).to_csv(file, index=False, float_format="%.5g")
         print(f"{folder.name}: trained in {time.monotonic() - started:.0f} s", flush=True)
+
+
+def follow_alignment(base: str, seed: int = 0) -> None:
+    """The alignment stage of arm "one" once more, its connector kept at the steps `FOLLOWED`; see `trained.alignment`.
+
+    Kept in eight bits: `data/alignment/<base>/weights.safetensors`, `training.csv` and `stage.json` beside it, and the
+    decoder that stays frozen, the same for all bases of a family, in `data/alignment/decoder`. A finished one is
+    not repeated.
+    """
+    folder = ALIGNMENT / base
+    if folder.exists():
+        print(f"{base}: finished earlier", flush=True)
+        return
+    started, shop = time.monotonic(), Workshop(base)
+    method, name = shop.method("one", seed), f"{base}.one-{seed}.alignment"
+
+    def at(step: int) -> Path:
+        return CACHE / name / f"step-{step}.safetensors"
+
+    def watch(step: int) -> None:
+        if step in FOLLOWED:
+            with atomic(at(step)) as file:  # so that a resumed training has those before its checkpoint
+                save_file(shop.lvlm.connector.state_dict(), file)
+
+    settings = replace(ALIGN, seed=seed)
+    log = shop.fit(method, name, "caption", settings, [shop.lvlm.connector], watch)
+    alignment.write(folder, {step: load_file(at(step)) for step in FOLLOWED}, shop.decoder, log, base=base, arm="one",
+                    trained="connector", target="caption", settings=asdict(settings), end_loss=log.loss.iloc[-1])
+    print(f"{base}: end loss {log.loss.iloc[-1]:.3f}, {time.monotonic() - started:.0f} s", flush=True)
 
 
 def connectors(method: OneConnector) -> list[nn.Module]:

@@ -93,16 +93,9 @@ class Method(nn.Module):
             FloatingPointError: a weight that is NaN or infinite; nothing is written.
         """
         known = {"kind": self.kind, "base": self.lvlm.name, "revision": self.lvlm.revision, "settings": self.settings}
-        check_weights(self.changed())
-        weights = {}
-        for name, parameter in self.changed().items():
-            if eight_bits and parameter.ndim > 1:
-                weights[name], weights[name + SCALE] = rounded(parameter.detach().cpu())
-            else:
-                weights[name] = parameter.detach().to("cpu", torch.bfloat16).contiguous()
         with atomic(folder) as temporary:
             temporary.mkdir()
-            save_file(weights, temporary / "weights.safetensors")
+            write_weights(self.changed(), temporary, eight_bits=eight_bits)
             (temporary / "method.json").write_text(json.dumps(known | more, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
@@ -164,8 +157,24 @@ def rounded(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return whole.to(torch.int8).view(matrix.shape), scale
 
 
+def write_weights(weights: Mapping[str, torch.Tensor], folder: Path, *, eight_bits: bool = False) -> None:
+    """Write `weights.safetensors` to a folder that is there, for `kept` to read.
+
+    Raises:
+        FloatingPointError: a weight that is NaN or infinite; nothing is written.
+    """
+    check_weights(weights)
+    found = {}
+    for name, tensor in weights.items():
+        if eight_bits and tensor.ndim > 1:
+            found[name], found[name + SCALE] = rounded(tensor.detach().cpu())
+        else:
+            found[name] = tensor.detach().to("cpu", torch.bfloat16).contiguous()
+    save_file(found, folder / "weights.safetensors")
+
+
 def kept(folder: str | Path) -> dict[str, torch.Tensor]:
-    """The weights that `Method.save` wrote to a folder, by their names there; those in eight bits as float32."""
+    """The weights that `write_weights` wrote to a folder, by their names there; those in eight bits as float32."""
     found = load_file(Path(folder) / "weights.safetensors")
     scales = {name.removesuffix(SCALE): found.pop(name) for name in list(found) if name.endswith(SCALE)}
     for name, scale in scales.items():
@@ -258,6 +267,7 @@ def fit(
     optimizers: Callable[[list[tuple[str, nn.Parameter]]], list[Optimizer]] | None = None,
     about: Mapping[str, Any] | None = None,
     keys: Sequence[str] | None = None,
+    watch: Callable[[int], None] | None = None,
 ) -> pd.DataFrame:
     """Train the parameters of a module that ask for gradients.
 
@@ -282,6 +292,7 @@ def fit(
         about: further plain values that the weights depend on, such as where the module and the data came from.
         keys: what each sample is, as text. The order of samples then follows from these texts, so that taking one out
             leaves that of the others as it was.
+        watch: see `descend`.
 
     Returns:
         A row for each step: `step` (from 1), `loss` (of the step, before its update), `gradient` (its norm before
@@ -356,6 +367,7 @@ def fit(
             checkpoint_steps=settings.checkpoint_steps,
             known=known,
             used=lambda step: draws.used(step, per_step),
+            watch=watch,
         )
     finally:
         for part, mode in modes.items():

@@ -1,8 +1,10 @@
 """The lab's own training of DIYSink computes what the method computes; what is shipped is what the recipe says."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -13,8 +15,8 @@ from sinkstudy.effects import moving
 from sinkstudy.lab import arms, language
 from sinkstudy.lab.corpus import Corpus
 from sinkstudy.model import loading
-from sinkstudy.paths import TRAINED
-from sinkstudy.trained import loop
+from sinkstudy.paths import ALIGNMENT, TRAINED
+from sinkstudy.trained import alignment, loop
 from sinkstudy.trained.connectors import DIYSink, OneConnector
 from sinkstudy.trained.gates import Gates, LoRA
 from sinkstudy.trained.kinds import load_method
@@ -154,3 +156,58 @@ def test_normalised_tokens_begin_as_long_as_words(corpus, pictures, monkeypatch)
         with method.around(inputs):
             expected = lvlm.connector(patches)
         torch.testing.assert_close(stage.visual(patches)[0], expected)
+
+
+@pytest.mark.parametrize("base", list(arms.BASES))
+def test_connectors_of_the_alignment_stage(base, corpus, pictures, monkeypatch):
+    """At the steps that are followed, with the decoder that they feed: captions become readable from the pictures."""
+    monkeypatch.setattr(language, "autocast", nullcontext)
+    monkeypatch.setattr(language, "compiled", lambda function: function)
+    assert alignment.steps(base) == sorted(arms.FOLLOWED)
+    log = pd.read_csv(ALIGNMENT / base / "training.csv")
+    assert log.step.iloc[-1] == arms.ALIGN.steps == max(arms.FOLLOWED)
+    lvlm, losses = loading.load(base), []
+    lvlm.model.set_attn_implementation("lab_matmul")
+    stage = arms.Stage(OneConnector(lvlm), corpus, pictures, "caption")
+    for step in arms.FOLLOWED:
+        with alignment.at(lvlm, step), torch.no_grad():
+            losses.append(stage.loss(torch.arange(SCENES), seed=0)[0].item())
+    assert losses[0] == pytest.approx(log.loss.iloc[0], rel=0.2) and losses[-1] == pytest.approx(
+        log.loss.iloc[-1], rel=0.3)
+    assert losses[0] > losses[3] > losses[-1]
+
+
+def test_alignment_is_followed(corpus, pictures, monkeypatch, tmp_path):
+    """A short stage: its connector as it starts and as it ends; once more, nothing is trained."""
+    monkeypatch.setattr(language, "compiled", lambda function: function)
+    monkeypatch.setattr(arms, "DENSE", SCENES)
+    monkeypatch.setattr(arms, "SIMPLE", 4)
+    monkeypatch.setattr(arms, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(arms, "ALIGNMENT", tmp_path / "alignment")
+    monkeypatch.setattr(arms, "ALIGN", replace(arms.ALIGN, steps=3, batch_size=2))
+    monkeypatch.setattr(arms, "FOLLOWED", (0, 2, 3))
+    monkeypatch.setattr(arms, "training_pictures",
+                        lambda folder, n, split="train": pictures[SCENES:] if "simple" in split else pictures[:SCENES])
+    text = language.build_decoder(len(corpus.codec.words)).model.state_dict()
+    monkeypatch.setattr(arms.Workshop, "_text_pretrained", lambda self: text)
+    started, ended = [], []
+
+    def fit(self, method, *rest):
+        started.append({k: v.clone() for k, v in self.lvlm.connector.state_dict().items()})
+        log = whole(self, method, *rest)
+        ended.append(self.lvlm.connector.state_dict())
+        return log
+
+    whole = arms.Workshop.fit
+    monkeypatch.setattr(arms.Workshop, "fit", fit)
+    arms.follow_alignment("lab-llava-gist")
+    kept = loop.kept(tmp_path / "alignment" / "lab-llava-gist")
+    for step, of in ((0, started[0]), (3, ended[0])):
+        for name, tensor in of.items():
+            near = 0.02 * float(tensor.abs().max())
+            torch.testing.assert_close(kept[f"{step}.{name}"].float(), tensor, atol=near, rtol=0)
+    assert not torch.allclose(kept["2.linear_1.weight"], kept["3.linear_1.weight"], rtol=1e-3, atol=1e-4)
+    decoder = loop.kept(tmp_path / "alignment" / "decoder")
+    assert decoder.keys() == text.keys()
+    arms.follow_alignment("lab-llava-gist")
+    assert len(started) == 1

@@ -136,16 +136,24 @@ def test_fates_by_hand():
 
 
 def test_chapter_on_pictures_of_a_folder(tmp_path: Path):
-    architectures.write(tmp_path / "tiny", "qwen2_5_vl")
+    """A tiny model under the name of one whose sink dimensions others have named, and without a stage to follow."""
+    model = "Qwen2.5-VL-7B-Instruct"
+    architectures.write(tmp_path / model, "qwen2_5_vl")
     chapters.write_pictures(tmp_path / "pictures", [(64, 32)] * 5)
-    chapters.execute("03-propagation", tmp_path, model=str(tmp_path / "tiny"), images_dir=str(tmp_path / "pictures"),
+    chapters.execute("03-propagation", tmp_path, model=str(tmp_path / model), images_dir=str(tmp_path / "pictures"),
                      criterion="percentile", threshold=90.0, controls=[])
-    rows = json.loads((tmp_path / "tiny" / "03-propagation" / "metrics.json").read_text())
-    metrics = {row["name"].removeprefix("tiny."): row for row in rows}
+    rows = json.loads((tmp_path / model / "03-propagation" / "metrics.json").read_text())
+    metrics = {row["name"].removeprefix(f"{model.lower()}."): row for row in rows}
     assert not [name for name in metrics if "right" in name or "calm" in name or "things" in name]
     assert metrics["attention_ratio.random.output_tokens.generic"]["n"] <= 5  # half of the tokens may be sinks
     for name in ("attention_ratio.sinks.output_tokens.all", "output_attention.ordinary", "attention_on_visual"):
         assert metrics[name]["n"] == 5 and metrics[name]["low"] <= metrics[name]["value"] <= metrics[name]["high"]
     tokens = sum(metrics[f"norm.{kind}"]["value"] for kind in ("propagated", "stopped"))
-    assert tokens == pytest.approx(pd.read_csv(tmp_path / "tiny" / "03-propagation" / "kinds.csv").eval(
+    assert tokens == pytest.approx(pd.read_csv(tmp_path / model / "03-propagation" / "kinds.csv").eval(
         "propagated + stopped").mean(), abs=1e-4)
+
+    named = pd.read_csv(tmp_path / model / "03-propagation" / "published_dimensions.csv")
+    assert set(named.dimension) == {458, 2570} and set(named.layers) == {0}  # it is narrower than that
+    assert set(named.of) == {len(set(pd.read_csv(tmp_path / model / "03-propagation" / "dimensions.csv").layer))}
+    assert not (tmp_path / model / "03-propagation" / "alignment.csv").exists() and "alignment" not in str(metrics)
+    assert "are kept for lab-llava, lab-llava-gist only" in (tmp_path / "out.ipynb").read_text()
