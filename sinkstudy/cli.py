@@ -84,8 +84,8 @@ def run_command(
 def route(
     model: Annotated[str, typer.Argument(help="Lab model, folder with config.json, or hub id owner/name.")],
     method: Annotated[str | None, typer.Option(help="Name of the method; without it, all are listed.")] = None,
-    benchmark: Annotated[str, typer.Option(help="pope, mme or mmstar; of public data any that is known.")] = "pope",
-    limit: Annotated[int | None, typer.Option(help="Pictures of each category; without it all.")] = None,
+    benchmark: Annotated[str, typer.Option(help="pope, mme, mmstar, gqa, .. ; any that is known.")] = "pope",
+    limit: Annotated[int | None, typer.Option(help="Pictures, of each category alike; without it all.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps or auto (all GPUs).")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Questions in one forward pass.")] = None,

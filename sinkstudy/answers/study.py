@@ -22,7 +22,16 @@ from sinkstudy.world import drawing
 from sinkstudy.world import questions as lab
 
 FORMS = (".parquet", *TABLES)  # of a benchmark in one file
-LAB_BENCHMARKS = {"POPE": lab_benchmarks.pope, "MME": lab_benchmarks.mme, "MMStar": lab_benchmarks.mmstar}
+LAB_BENCHMARKS = {
+    "POPE": lab_benchmarks.pope, "MME": lab_benchmarks.mme, "MMStar": lab_benchmarks.mmstar,
+    "GQA": lab_benchmarks.gqa, "ScienceQA-IMG": lab_benchmarks.scienceqa, "TextVQA": lab_benchmarks.textvqa,
+    "MMMU": lab_benchmarks.mmmu, "MathVista": lab_benchmarks.mathvista,
+}  # fmt: skip
+REPORTED = {  # columns of the paper's tables -> the benchmarks that each adds up
+    "LLaVA-eval average": ("GQA", "ScienceQA-IMG", "TextVQA", "MMMU"),
+    "MME all": ("MME",),
+    "MathVista": ("MathVista",),
+}
 
 
 def pictures(images_dir: str, limit: int) -> tuple[list[Any], drawing.Scenes | None]:
@@ -134,11 +143,12 @@ def benchmark(
     """A benchmark's questions and pictures: public ones from files or the hub, otherwise the lab's.
 
     Args:
-        name: of `benchmarks.load`; of the lab POPE, MME or MMStar.
+        name: of `benchmarks.load`; of the lab one of `LAB_BENCHMARKS`.
         data_dir: a folder with a folder or file for each benchmark, by its name in any case, in any form that
             `benchmarks.load` reads; from the project's root. Empty for the lab.
         hub: public data from the Hugging Face Hub, at the pinned revisions.
-        limit: the number of pictures of each category at most; 0 for all.
+        limit: the number of pictures at most, as many of each category, and one of each at least; 0 for all. Where
+            categories ask about the same pictures, as POPE's do, they share them.
         simple: whether the lab's MME and MMStar are asked about simple scenes as well, as often as about dense ones.
 
     Returns:
@@ -157,19 +167,21 @@ def benchmark(
             print(line, file=sys.stderr)
     elif name in LAB_BENCHMARKS:
         table = LAB_BENCHMARKS[name]()
-        if simple and name != "POPE":  # which needs three things in a picture
+        if simple and name in ("MME", "MMStar"):
             others = LAB_BENCHMARKS[name](split="test" + drawing.SIMPLE)
             table = pd.concat([table, others.assign(id="simple " + others.id)], ignore_index=True)
     else:
         return None
     if limit:
         apart = ["category", "simple"] if "simple" in table else "category"
-        number = table.groupby(apart).image_id.transform(lambda images: pd.factorize(images)[0])
-        table = table[number < limit].reset_index(drop=True)
+        place = table.groupby(apart).image_id.transform(lambda images: pd.factorize(images)[0])  # within the category
+        shown = place.groupby(table.image_id).min().value_counts().sort_index().cumsum()  # pictures up to each place
+        last = shown.index[shown <= limit].max() if shown.iloc[0] <= limit else 0
+        table = table[place <= last].reset_index(drop=True)
     if data_dir or hub:
         return table, dict(zip(table.image_id, table["image"], strict=True))
-    pixels, place = lab_benchmarks.pictures(table)
-    return table, {image: pixels[i] for image, i in zip(table.image_id, place, strict=True)}
+    pixels, row = lab_benchmarks.pictures(table)
+    return table, {image: pixels[i] for image, i in zip(table.image_id, row, strict=True)}
 
 
 def _place(folder: Path, name: str) -> Path | None:
@@ -183,15 +195,16 @@ def _place(folder: Path, name: str) -> Path | None:
 
 
 def load_benchmarks(
-    names: Sequence[str], data_dir: str, hub: bool, limit: int, simple: bool = False
+    names: Sequence[str], data_dir: str, hub: bool, limit: int, simple: bool = False, also: Sequence[str] = ()
 ) -> tuple[dict[str, pd.DataFrame], dict[str, dict[str, Any]]]:
-    """`benchmark` for each name: tables, and pictures, of those that are there.
+    """`benchmark` for each name, and for those of `also`: tables, and pictures, of those that are there.
 
     Raises:
-        ValueError: none of them is.
+        ValueError: none of `names` is.
     """
-    found = {name: of for name in names if (of := benchmark(name, data_dir, hub, limit, simple)) is not None}
-    if not found:
+    found = {name: of for name in dict.fromkeys([*names, *also])
+             if (of := benchmark(name, data_dir, hub, limit, simple)) is not None}
+    if not set(names) & set(found):
         raise ValueError(f"none of {', '.join(names)} is there: data_dir {data_dir!r} needs a folder or file for each")
     return {name: of[0] for name, of in found.items()}, {name: of[1] for name, of in found.items()}
 
@@ -287,6 +300,40 @@ def means(rows: pd.DataFrame, by: Sequence[str], seed: int = 0) -> pd.DataFrame:
         for benchmark, part in (*of.groupby("benchmark", sort=False), ("mean", of)):
             found.append((*cell, benchmark, measure, *mean(part, measure, seed)))
     return pd.DataFrame(found, columns=[*by, "benchmark", "measure", "value", "low", "high", "n"])
+
+
+def reported(said: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    """Answers such that their mean, as `mean` and `mean_of_seeds` take it, is a column of the paper's tables.
+
+    "LLaVA-eval average" is the mean of four accuracies, "MME all" the sum over MME's categories of accuracy and acc+,
+    "MathVista" an accuracy. A column of which a benchmark is missing is left out.
+
+    Args:
+        said: rows of `answers`, with `category`.
+        by: further columns that name a cell.
+
+    Returns:
+        `by`, `column`, `benchmark` (of MME the category), `id`, `picture` and `right` (0 to 100), a row a question, of
+        MME a picture and category; and `scale`, by which a mean is multiplied.
+    """
+    found = []
+    for column, names in REPORTED.items():
+        of = said[said.benchmark.isin(names)]
+        if set(names) <= set(of.benchmark):
+            scale = 1
+            if names == ("MME",):
+                pairs = of.groupby([*by, "category", "picture"], sort=False).right.agg(["mean", "min"]).reset_index()
+                of = pairs.assign(benchmark=pairs.category, id=pairs.category + " " + pairs.picture,
+                                  right=(pairs["mean"] + pairs["min"]) / 2)
+                scale = 2 * of.category.nunique()
+            found.append(of[[*by, "benchmark", "id", "picture", "right"]].assign(column=column, scale=scale))
+    columns = [*by, "column", "benchmark", "id", "picture", "right", "scale"]
+    return (pd.concat(found, ignore_index=True) if found else pd.DataFrame()).reindex(columns=columns)
+
+
+def scaled(found: stats.Interval, scale: float) -> stats.Interval:
+    """An interval in another unit, so many times as large."""
+    return found._replace(value=scale * found.value, low=scale * found.low, high=scale * found.high)
 
 
 def mean_of_seeds(said: pd.DataFrame, seeds: Sequence[Any], measure: str) -> tuple[stats.Interval, float]:

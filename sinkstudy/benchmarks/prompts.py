@@ -6,7 +6,7 @@ by a snapshot test. Families follow the harness that the family's published numb
 - `llava`: lmms-eval's default, LLaVA's own wording (Liu et al. 2023; Zhang et al. 2025). MMStar's instruction ends
   without a full stop there, the others with one;
 - `qwen2_vl`, `qwen3_vl`, `internvl`: the prompts that VLMEvalKit (Duan et al. 2024) holds for them;
-- `lab`: the bare question; the lab models know no other words.
+- `lab`: the bare question, with options in the lab's own form; the lab models know no other words.
 
 Three things are ours: MathVista's `query`, which has the options and its authors' instruction, is asked as it is in
 every family; MME's own "Please answer yes or no." is never doubled; and questions of one's own are asked as those of
@@ -23,8 +23,10 @@ _SELECT = "\nPlease select the correct answer from the options above."
 _SHORT = "\nPlease try to answer the question with short words or phrases if possible."
 _SHORT_3 = "\nPlease answer concisely with short words or phrases when possible."
 _YES_NO = " Please answer yes or no."  # MME's questions end with it
+_LAB_OPTIONS = "{question} options : {listed} . answer with the letter ."  # as `world.questions.with_options`
 
-# fields: question · bare (without MME's own instruction) · options, "A. …" line by line · context, "" or its line
+# fields: question · bare (without MME's own instruction) · options, "A. …" line by line · listed, "A … , B …" ·
+# context, "" or its line
 TEMPLATES = {
     "POPE": {"llava": "{question}" + _WORD, "qwen2_vl": "{question}" + _YES_NO, "qwen3_vl": "{question}" + _YES_NO,
              "internvl": "{question}", "lab": "{question}"},
@@ -34,27 +36,27 @@ TEMPLATES = {
                "qwen3_vl": "Question: {question}\nAnswer with the option letter only.",
                "internvl": "{question}" + _LETTER, "lab": "{question}"},
     "GQA": {"llava": "{question}" + _WORD, "qwen2_vl": "{question}" + _SHORT, "qwen3_vl": "{question}" + _SHORT_3,
-            "internvl": "{question}" + _WORD},
+            "internvl": "{question}" + _WORD, "lab": "{question}"},
     "TextVQA": {"llava": "{question}" + _WORD, "qwen2_vl": "{question}" + _SHORT, "qwen3_vl": "{question}" + _SHORT_3,
-                "internvl": "{question}" + _WORD},
+                "internvl": "{question}" + _WORD, "lab": "{question}"},
     "ScienceQA-IMG": {
         "llava": "{context}{question}\n{options}" + _LETTER,
         "qwen2_vl": "{context}Question: {question}\nOptions:\n{options}" + _SELECT,
         "qwen3_vl": "{context}Question: {question}\nOptions:\n{options}\nAnswer with the option letter only.",
-        "internvl": "{context}{question}\n{options}" + _LETTER},
+        "internvl": "{context}{question}\n{options}" + _LETTER, "lab": _LAB_OPTIONS},
     "MMMU": {
         "llava": "{question}\n{options}\n" + _LETTER,
         "qwen2_vl": "Question: {question}\nOptions:\n{options}" + _SELECT,
         "qwen3_vl": "Question: {question}\nOptions:\n{options}" + _SELECT,
-        "internvl": "{question}\n{options}" + _LETTER},
-    "MathVista": {"llava": "{query}", "qwen2_vl": "{query}", "qwen3_vl": "{query}", "internvl": "{query}"},
+        "internvl": "{question}\n{options}" + _LETTER, "lab": _LAB_OPTIONS},
+    "MathVista": dict.fromkeys(("llava", "qwen2_vl", "qwen3_vl", "internvl", "lab"), "{query}"),
 }
 OPEN = {  # MMMU's questions without options
     "llava": "{question}\n" + _WORD, "qwen2_vl": "Question: {question}", "qwen3_vl": "Question: {question}",
-    "internvl": "{question}\nAnswer the question directly.",
+    "internvl": "{question}\nAnswer the question directly.", "lab": "{question}",
 }
 LIKE = {"options": "ScienceQA-IMG", "yes or no": "POPE", "open": "GQA"}  # whose prompts questions of one's own take
-CONTEXT = {"llava": "Context: {}\n", "qwen2_vl": "Hint: {}\n", "qwen3_vl": "Hint: {}\n", "internvl": "{}\n"}
+CONTEXT = {"llava": "Context: {}\n", "qwen2_vl": "Hint: {}\n", "qwen3_vl": "Hint: {}\n", "internvl": "{}\n", "lab": ""}
 FAMILIES = {  # of a transformers model_type; every other takes `llava`
     "qwen2_vl": "qwen2_vl", "qwen2_5_vl": "qwen2_vl", "qwen3_vl": "qwen3_vl", "internvl": "internvl",
 }
@@ -96,4 +98,5 @@ def _prompt(row: dict, template: str, family: str) -> str:
     return template.format(
         question=question, bare=question.removesuffix(_YES_NO), query=row.get("query", ""),
         options="\n".join(f"{chr(ord('A') + i)}. {choice}" for i, choice in enumerate(choices)),
+        listed=" , ".join(f"{chr(ord('A') + i)} {choice}" for i, choice in enumerate(choices)),
         context=CONTEXT[family].format(row["hint"]) if row.get("hint") else "")

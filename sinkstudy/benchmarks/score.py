@@ -209,9 +209,10 @@ def math_vista(row: dict) -> str | None:
     """What a text answers to a MathVista question, in the form of its annotated answer; None if nothing.
 
     Multiple choice: the text of the option that is quoted whole, whose letter stands in brackets, or whose letter is
-    the only capital option letter in the text. Numbers: the last one, rounded to the question's precision. Lists:
-    the last bracketed one. The original has GPT-4 extract the answer, and takes the option most similar to the
-    extraction, so that no answer is ever missing (Lu et al. 2024).
+    the only capital option letter in the text. Numbers: the last one in digits or, where there is none, the last
+    word for one up to ten, rounded to the question's precision. Lists: the last bracketed one. The original has GPT-4
+    extract the answer, and takes the option most similar to the extraction, so that no answer is ever missing (Lu et
+    al. 2024).
     """
     text = row["prediction"].strip()
     if row["question_type"] == "multi_choice":
@@ -224,7 +225,7 @@ def math_vista(row: dict) -> str | None:
     if row["answer_type"] == "list":
         lists = re.findall(r"\[[^\[\]]*\]", text)
         return lists[-1] if lists else None
-    numbers = _numbers(text)
+    numbers = _numbers(text) or _numbers(vqa_form(text))
     if not numbers:
         return None
     return str(int(numbers[-1])) if row["answer_type"] == "integer" else str(round(numbers[-1], int(row["precision"])))

@@ -7,6 +7,7 @@ differences to a control on the same questions. Everything else takes estimates:
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib as mpl
@@ -129,6 +130,26 @@ def shown(rows: pd.DataFrame, index: str | Sequence[str], columns: str, fmt: str
     text = [report.shown(of, fmt) for of in map(_interval, rows.itertuples())]
     table = rows.assign(text=text).pivot_table(index=index, columns=columns, values="text", aggfunc="first", sort=False)
     return table.fillna("–").rename_axis(None, axis=1)
+
+
+def beside_paper(published: Path, ours: pd.DataFrame) -> pd.DataFrame:
+    """A table of the paper with ours below, as text: "48.34 → 49.04, +0.70", ours with the interval of the change.
+
+    Args:
+        published: a file of `data/paper` in which the first row of each model is its baseline.
+        ours: estimates of a change, with `model`, `method`, `column` (as in the file), `before` and `score`.
+    """
+    paper = pd.read_csv(published)
+    paper["before"] = paper.groupby(["model", "column"]).value.transform("first")
+    paper = paper[paper.row != paper.row.iloc[0]]
+    of_paper = [f"{of.before:.2f} → {of.value:.2f}, {of.value - of.before:+.2f}".replace("-", "−")
+                for of in paper.itertuples()]
+    of_ours = [f"{of.before:.1f} → {of.score:.1f}, {report.shown(_interval(of), '+.1f')}" for of in ours.itertuples()]
+    both = pd.concat([paper.assign(source="paper", method=paper.row, text=of_paper),
+                      ours.assign(source="here", text=of_ours)])
+    table = both.pivot_table(index=["source", "model", "method"], columns="column", values="text", aggfunc="first",
+                             sort=False)
+    return table[list(dict.fromkeys(paper.column))].fillna("–").rename_axis(None, axis=1)
 
 
 def told(

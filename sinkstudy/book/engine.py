@@ -628,7 +628,8 @@ def check_memory(asked: Sequence[tuple[str, dict[str, Any]]], *, elsewhere: bool
     """
     loader = ROOT / "sinkstudy" / "model" / "loading.py"
     pictures = ("images_dir", "data_dir", "hub")  # that are not the lab's
-    keys = ("model", "device", "dtype", "revision", "batch_size", "benchmarks", "benchmark", "limit", "fit", *pictures)
+    keys = ("model", "device", "dtype", "revision", "batch_size", "benchmarks", "benchmark", "paper_benchmarks",
+            "limit", "fit", *pictures)
     settings = {
         json.dumps({key: of[key] for key in keys if key in of})
         for notebook, of in asked

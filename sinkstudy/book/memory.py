@@ -190,7 +190,8 @@ def _main(sets: Sequence[dict[str, Any]], elsewhere: bool = False) -> dict[str, 
     for of in sets:
         how = json.dumps({key: of[key] for key in ("model", "device", "dtype", "revision") if key in of})
         batches[how] = max(of.get("batch_size", 1), batches.get(how, 1))
-        names = of.get("benchmarks") or ([of["benchmark"]] if of.get("benchmark") else ())
+        names = of.get("benchmarks") or ([of["benchmark"]] if of.get("benchmark") else [])
+        names = list(dict.fromkeys([*names, *of.get("paper_benchmarks", ())]))
         where = {key: of[key] for key in ("images_dir", "data_dir") if of.get(key)}
         found = asked_about(**where, benchmarks=names, limit=of.get("limit", 0) + of.get("fit", 0)) if where else {}
         sizes.setdefault(how, {}).update(found)

@@ -372,10 +372,10 @@ def fitting(case: Case, ways: Iterable[Way]) -> list[Way]:
     return found
 
 
-def changes(
+def answers(
     case: Case, tables: Mapping[str, pd.DataFrame], ways: Sequence[Way], *, public: bool, **settings: Any
 ) -> pd.DataFrame:
-    """What methods change in the answers to some benchmarks.
+    """Answers to some benchmarks, of the untouched model and under methods.
 
     Args:
         tables: by benchmark, as `study.benchmark` gives them.
@@ -383,8 +383,8 @@ def changes(
         public, settings: as in `study.answers`; the batch size is the case's.
 
     Returns:
-        The rows of `study.long`, of the differences to the untouched model in points and nats, with `group`, what
-        stands for sinks; `method`; and its `way`. A control has the method's name behind "random-".
+        The rows of `study.answers`, with `group`, what stands for sinks; `method`, of the untouched model "none"; and
+        its `way`. A control has the method's name behind "random-".
 
     Raises:
         ValueError: as `evaluate`, or a method that does not fit.
@@ -392,9 +392,50 @@ def changes(
     found = []
     for name, table in tables.items():
         made = [NONE, *(intervention(case, name, *of) for of in ways)]
-        said = study.answers(case.lvlm, name, table, case.pictures[name], made, public=public,
-                             batch_size=case.batch_size, **settings)
-        found.append(ablation.effects(said))
-    rows = study.long(pd.concat(found, ignore_index=True))
-    rows[["method", "way"]] = rows.intervention.str.split("|", expand=True)
-    return rows.assign(group=case.groups.name)
+        found.append(study.answers(case.lvlm, name, table, case.pictures[name], made, public=public,
+                                   batch_size=case.batch_size, **settings))
+    said = pd.concat(found, ignore_index=True)
+    said[["method", "way"]] = (said.intervention + "|").str.split("|", expand=True)[[0, 1]]
+    return said.assign(group=case.groups.name)
+
+
+def changes(
+    case: Case, tables: Mapping[str, pd.DataFrame], ways: Sequence[Way], *, public: bool, **settings: Any
+) -> pd.DataFrame:
+    """What methods change in the answers to some benchmarks: `answers` less those of the untouched model.
+
+    Returns:
+        The rows of `study.long`, in points and nats, with the columns of `answers`.
+
+    Raises:
+        ValueError: as `answers`.
+    """
+    said = answers(case, tables, ways, public=public, **settings)
+    found = [ablation.effects(of) for _, of in said.groupby("benchmark", sort=False)]
+    return study.long(pd.concat(found, ignore_index=True))
+
+
+def as_reported(said: pd.DataFrame, by: Sequence[str], method: str, against: str, seed: int = 0) -> pd.DataFrame:
+    """What a method changes in the columns of the paper's tables, against another or the untouched model, "none".
+
+    Args:
+        said: as `answers` returns it, of one model or, with more columns, of several.
+        by: columns that name a model.
+        method, against: of the column `method`.
+        seed: of the bootstrap.
+
+    Returns:
+        `by`, `column` of `study.REPORTED`, `before` and `score`, without and with the method, and their paired
+        difference: `value`, `low`, `high` and `n` (pictures); of accuracies in % and points, of "MME all" in its own.
+    """
+    rows = study.reported(said, [*by, "method"])
+    pairs = rows[rows.method == method].merge(
+        rows[rows.method == against], on=[*by, "column", "benchmark", "id", "picture", "scale"],
+        suffixes=("_after", "_before"))
+    found = []
+    for cell, of in pairs.groupby([*by, "column"], sort=False):
+        scale = of.scale.iloc[0]
+        before, score = scale * of.groupby("benchmark")[["right_before", "right_after"]].mean().mean()
+        change = study.mean(of.assign(right=of.right_after - of.right_before), "right", seed)
+        found.append((*cell, before, score, *study.scaled(change, scale)))
+    return pd.DataFrame(found, columns=[*by, "column", "before", "score", "value", "low", "high", "n"])

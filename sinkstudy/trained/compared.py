@@ -415,6 +415,39 @@ def agreements(said: pd.DataFrame, asked: Mapping[tuple[str, int], pd.DataFrame]
     return pd.DataFrame(rows, columns=["model", "seed", "complexity", "question", "agreement", "kappa", *to])
 
 
+def judgements(exam: Exam, models: Mapping[str, Arms], **where: Any) -> dict[tuple[str, int], pd.DataFrame]:
+    """What every pair of connectors judges about the questions, by model and seed, see `Exam.asked_itself`.
+
+    Of a model that lacks the words there is nothing, and why is printed.
+    """
+    found = {}
+    for model, arms in models.items():
+        for number, pair in enumerate(methods(arms, "two", **where)):
+            try:
+                found[model, number] = exam.asked_itself(pair)
+            except ValueError as error:
+                print(f"CoT router not run: {error}")
+    return found
+
+
+def with_reported(
+    said: pd.DataFrame, exam: Exam, models: Mapping[str, Arms], bases: Mapping[str, str], seed: int = 0, **where: Any
+) -> pd.DataFrame:
+    """`said`, and answers to the other benchmarks of an exam, of the arms that the paper's tables have.
+
+    Args:
+        said, models, bases, where: as `answers` returns and takes them.
+        seed: of the routers.
+    """
+    rest = replace(exam, tables={name: of for name, of in exam.tables.items() if name not in set(said.benchmark)})
+    if not rest.tables or not models:
+        return said
+    few = {model: {arm: arms[arm] for arm in ("one", "two", "rew") if arm in arms} for model, arms in models.items()}
+    more = answers(rest, few, bases, **where)
+    routed = hard_routers(more, judgements(rest, few, **{key: where[key] for key in where if key != "revision"}), seed)
+    return pd.concat([said, more, routed], ignore_index=True)
+
+
 # ------------------------------------------------------------------------------------------------- estimates
 def by_seed(said: pd.DataFrame, arm: str, measure: str) -> pd.DataFrame:
     """One model's answers of an arm, a row a question and a column a seed."""
@@ -502,6 +535,36 @@ def comparisons(
                 seeds += [{**what, "seed": seed, "value": value} for seed, value in each.items()]
     return (pd.DataFrame(rows, columns=[*WHAT, "value", "low", "high", "n", "df", "verdict"]),
             pd.DataFrame(seeds, columns=[*WHAT, "seed", "value"]))
+
+
+def as_reported(said: pd.DataFrame, ratios: Mapping[str, Mapping[str, float]], among: Sequence[Comparison]
+                ) -> pd.DataFrame:
+    """Arms against each other in the columns of the paper's tables.
+
+    Args:
+        said: a row an answer, with those of the routers and `category`.
+        ratios: as in `comparisons`.
+
+    Returns:
+        `model`, `key`, `method`, `column` of `study.REPORTED`, `before`, the mean of the second arm, `score`, of the
+        first; their paired difference `value`, `low`, `high`, `n` (pictures), `df`, by `study.mean_of_seeds`; and the
+        `verdict`. In % and points, "MME all" in its own points.
+    """
+    rows = study.reported(said, ["model", "arm", "seed"]).assign(type="all")
+    found = []
+    for (model, column), of in rows.groupby(["model", "column"], sort=False):
+        scale = of.scale.iloc[0]
+        for comparison in among:
+            change = difference(of, comparison.first, comparison.second, "right")
+            if change.size:
+                mean, df = study.mean_of_seeds(change.reset_index(), list(change), "right")
+                before, score = (by_seed(of, arm, "right")[list(change)].groupby("benchmark").mean().mean().mean()
+                                 for arm in (comparison.second, comparison.first))
+                found.append({**_named(model, comparison), "column": column, "before": scale * before,
+                              "score": scale * score, **study.scaled(mean, scale)._asdict(), "df": df,
+                              "verdict": verdict(mean, under_trained(comparison, ratios.get(model, {})))})
+    columns = ["model", "key", "method", "column", "before", "score", "value", "low", "high", "n", "df", "verdict"]
+    return pd.DataFrame(found, columns=columns)
 
 
 def _named(model: str, comparison: Comparison) -> dict[str, str]:

@@ -10,6 +10,7 @@ Types, known by construction (the paper had to ask a language model for them):
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from functools import cache
 from itertools import product
 from typing import NamedTuple
@@ -269,13 +270,28 @@ def choice_form(q: Question, rng: random.Random) -> tuple[str, str]:
     Raises:
         ValueError: the question has fewer than four options to choose from.
     """
+    options = four_options(q, rng)
+    return with_options(q.text, options), "ABCD"[options.index(q.answer)]
+
+
+def four_options(q: Question, rng: random.Random) -> list[str]:
+    """The answer of an open question among three others, in random order.
+
+    Raises:
+        ValueError: the question has fewer than four options to choose from.
+    """
     wrong = [o for o in q.options if o != q.answer]
     if len(wrong) < 3:
         raise ValueError(f"{q.family!r} has only {len(wrong) + 1} options; four are needed")
     options = [q.answer, *rng.sample(wrong, 3)]
     rng.shuffle(options)
+    return options
+
+
+def with_options(text: str, options: Sequence[str]) -> str:
+    """A question with four options, in the only words that the lab models know for it."""
     listed = " , ".join(f"{letter} {option}" for letter, option in zip("ABCD", options, strict=True))
-    return f"{q.text} options : {listed} . answer with the letter .", "ABCD"[options.index(q.answer)]
+    return f"{text} options : {listed} . answer with the letter ."
 
 
 # Questions about questions: does the answer need the whole picture (global), or one place of it (local)?

@@ -115,6 +115,19 @@ def test_means_of_each_benchmark_and_of_all():
     assert tuple(found.loc[("x", "mean", "right"), ["low", "high"]]) == (own.low, own.high)
 
 
+def test_columns_of_the_papers_tables():
+    """By hand: the mean of four accuracies; acc + acc+ of two of MME's tasks, which sum to 150 + 50."""
+    four = pd.DataFrame({"benchmark": ["GQA", "GQA", "ScienceQA-IMG", "TextVQA", "MMMU"], "id": list("abcde"),
+                         "category": "all", "picture": list("uvwxy"), "right": [100.0, 0, 100, 30, 0]})
+    mme = pd.DataFrame({"benchmark": "MME", "id": list("fghijk"), "category": ["count"] * 4 + ["scene"] * 2,
+                        "picture": list("nnmmnn"), "right": [100.0, 100, 100, 0, 100, 0]})
+    found = study.reported(pd.concat([four, mme]).assign(way="x"), ["way"])
+    assert set(found.column) == {"LLaVA-eval average", "MME all"} and not found.duplicated(["column", "benchmark", "id"]).any()
+    score = {column: study.scaled(study.mean(of, "right"), of.scale.iloc[0]).value for column, of in found.groupby("column")}
+    assert score == pytest.approx({"LLaVA-eval average": (50 + 100 + 30 + 0) / 4, "MME all": 75 + 50 + 50 + 0})
+    assert study.reported(four[four.id != "e"].assign(way="x"), ["way"]).empty
+
+
 def test_mean_of_several_trainings_counts_benchmarks_alike():
     """Each seed's mean is that of the benchmarks' means; a row that one seed lacks counts for none."""
     rows = pd.DataFrame({"benchmark": ["POPE"] * 3 + ["MME"] * 3, "picture": list("abcdef")})
