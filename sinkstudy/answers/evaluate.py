@@ -28,7 +28,7 @@ import torch
 from torch import nn
 from transformers import BatchFeature, DynamicCache, ProcessorMixin
 
-from sinkstudy import digests
+from sinkstudy import benchmarks, digests
 from sinkstudy.model.capture import ADVICE, hidden_states, until_end
 from sinkstudy.model.identity import Identity, Unknown, model_digest
 from sinkstudy.model.lvlm import LVLM, ahead
@@ -131,7 +131,8 @@ def evaluate(
         interventions: each under its own name; `NONE` is the model as it is.
         images: the image of each `image_id`, instead of the column.
         candidates: the possible answers, the same for all rows or some for each row; by default yes and no if these
-            are the table's answers, letters if these are (as many as the row has `choices`), else none.
+            are the table's answers, letters if these are (as many as the row has `choices`), else none. Those for all
+            must be told apart by first tokens.
         max_new_tokens: length of the longest answer, in tokens.
         batch_size: the number of questions that go through the decoder at once, about one image or several. In float32
             answers do not depend on it, but for rounding; in half precision they may.
@@ -146,14 +147,14 @@ def evaluate(
         answer without blanks around it; and, if there are candidates, `first`, the most likely of them by its first
         token, and `logp_<candidate>`, log-probability (natural, over the whole vocabulary) that the answer begins
         with it, summed over its spellings (capital letters, a space before it). NaN where a row has no such
-        candidate, or, with a warning, where candidates were not given and first tokens do not tell those apart; no such
-        column if it is so in all rows. The index counts from 0.
+        candidate, or, with a warning, where first tokens do not tell a row's candidates apart or the tokenizer knows
+        none; no such column if it is so in all rows. The index counts from 0.
 
     Raises:
         ValueError: an empty table; a missing column or image; an image that cannot be read, by its name; an id or an
-            intervention's name that occurs twice; given candidates that first tokens do not tell apart; NaN or infinity
-            among the logits of any of an answer's tokens, or a candidate of probability 0, with the layer in which
-            numbers stop being finite, and the picture. Such an answer is never kept.
+            intervention's name that occurs twice; candidates for all that are not told apart; NaN or infinity among
+            the logits of any of an answer's tokens, or a candidate of probability 0, with the layer in which numbers
+            stop being finite, and the picture. Such an answer is never kept.
     """
     _check(table, interventions, images)
     table = table.reset_index(drop=True)  # which may repeat, where tables were put together
@@ -162,7 +163,7 @@ def evaluate(
     tokens = {several: first_tokens(lvlm, several) for several in dict.fromkeys(options)}
     if alike := [several for several, told in tokens.items() if several and not told]:
         problem = f"{lvlm.name}: first tokens do not tell the candidates {', '.join(map(repr, alike[0]))} apart"
-        if candidates is not None:
+        if candidates is not None and all(isinstance(c, str) for c in candidates):
             raise ValueError(problem)
         warnings.warn(f"{problem}: their log-probabilities are NaN", stacklevel=2)
     first = table.image_id.iloc[0]
@@ -281,6 +282,23 @@ def _result(table: pd.DataFrame, name: str, answers: list[dict]) -> pd.DataFrame
     if scores.shape[1]:
         out["first"] = scores.dropna(how="all").idxmax(axis=1)
     return out.join(scores.add_prefix("logp_"))
+
+
+def judged(said: pd.DataFrame, benchmark: str = "") -> pd.DataFrame:
+    """Answers of `evaluate` beside the right ones, in the column `answer`.
+
+    Args:
+        benchmark: whose official rule judges; without one, the greedy answer has to be `answer`.
+
+    Returns:
+        `said` with `right`, 100 or 0; and `logp`, the log-probability (nats) that the answer begins with the first
+        token of the right one, in any of its spellings; NaN where `evaluate` has none.
+    """
+    right = said.prediction == said.answer
+    if benchmark:
+        right = pd.concat([benchmarks.right(of, benchmark) for _, of in said.groupby("intervention")])
+    logp = [row.get(f"logp_{row['answer']}", float("nan")) for row in said.to_dict("records")]
+    return said.assign(right=100.0 * right, logp=logp)
 
 
 # ------------------------------------------------------------------------------------------------- forward passes

@@ -24,8 +24,7 @@ import torch
 from torch import nn
 from transformers import BatchFeature
 
-from sinkstudy import benchmarks
-from sinkstudy.answers.evaluate import NONE, Intervention, Prefixes, evaluate, first_tokens
+from sinkstudy.answers.evaluate import NONE, Intervention, Prefixes, evaluate, judged
 from sinkstudy.model.capture import not_finite
 from sinkstudy.model.layout import ImageLayout
 from sinkstudy.model.lvlm import LVLM
@@ -348,28 +347,19 @@ def scored(
     Args:
         asked: as `evaluate` takes it, with `answer`, the right one.
         interventions: beside `NONE`, which is added.
-        benchmark: whose official rule judges answers; without one, the greedy answer has to be `answer`.
+        benchmark: as in `judged`.
         how: further arguments of `evaluate`, but candidates.
 
     Returns:
-        The rows of `evaluate` with `right`, in %: 100 where the greedy answer is right, 0 elsewhere; and `logp`, in
-        nats: the log-probability that the answer begins with the first token of `answer`, in any of its spellings; NaN
-        where the tokenizer knows none.
+        The rows of `evaluate` with `right`, in %, and `logp`, in nats, of `judged`.
 
     Raises:
         ValueError: as `evaluate`, or where an answer is missing.
     """
     if asked.answer.isna().any():
         raise ValueError("every question needs its right answer")
-    known = {answer for answer in asked.answer.unique() if first_tokens(lvlm, [answer])}
-    candidates = [[answer] if answer in known else [] for answer in asked.answer]
-    said = evaluate(lvlm, asked, [NONE, *interventions], candidates=candidates, **how)
-    logp = [row.get(f"logp_{row['answer']}", float("nan")) for row in said.to_dict("records")]
-    said = said[[c for c in said if not c.startswith("logp_") and c != "first"]]
-    right = said.prediction == said.answer
-    if benchmark:
-        right = pd.concat([benchmarks.right(of, benchmark) for _, of in said.groupby("intervention")])
-    return said.assign(right=100.0 * right, logp=logp)
+    said = evaluate(lvlm, asked, [NONE, *interventions], candidates=[[answer] for answer in asked.answer], **how)
+    return judged(said, benchmark).drop(columns=[c for c in said if c.startswith("logp_") or c == "first"])
 
 
 def effects(said: pd.DataFrame, measures: Sequence[str] = ("right", "logp")) -> pd.DataFrame:

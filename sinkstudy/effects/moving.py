@@ -224,13 +224,13 @@ def scaled_keys(
 
     blocks = range(len(lvlm.decoder_layers)) if layers is None else layers
     with _judging(lvlm, layouts, chosen) as masks, ExitStack() as hooks:
-        hooks.callback(lvlm.decoder.register_forward_pre_hook(prepare, with_kwargs=True).remove)
+        hooks.enter_context(lvlm.decoder.register_forward_pre_hook(prepare, with_kwargs=True))
         for layer in blocks:
             block = lvlm.decoder_layers[layer]
             attention = block.get_submodule(lvlm.spec.decoder_attention)
             keys = getattr(attention, "k_norm", None) or attention.k_proj  # a norm would undo what is done before it
-            hooks.callback(block.register_forward_pre_hook(partial(weigh, layer), with_kwargs=True).remove)
-            hooks.callback(keys.register_forward_hook(partial(scale, layer)).remove)
+            hooks.enter_context(block.register_forward_pre_hook(partial(weigh, layer), with_kwargs=True))
+            hooks.enter_context(keys.register_forward_hook(partial(scale, layer)))
         yield
 
 
@@ -298,10 +298,10 @@ def redistributed(
         return output
 
     with ExitStack() as hooks:
-        hooks.callback(lvlm.decoder.register_forward_pre_hook(notice, with_kwargs=True).remove)
+        hooks.enter_context(lvlm.decoder.register_forward_pre_hook(notice, with_kwargs=True))
         for layer in layers:
             block = lvlm.decoder_layers[layer]
-            hooks.callback(block.register_forward_pre_hook(partial(judge, layer), with_kwargs=True).remove)
+            hooks.enter_context(block.register_forward_pre_hook(partial(judge, layer), with_kwargs=True))
         hooks.enter_context(capture.editing_attention(lvlm, edit, layers))
         yield
 

@@ -231,6 +231,12 @@ def asked(scenes: Scenes, seed: int) -> pd.DataFrame:
     return pd.DataFrame(rows).drop_duplicates(["image_id", "question"]).rename_axis("id").reset_index()
 
 
+def calm_and_random(scenes: Scenes, seed: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The calm patches of each scene, and as many random others: bool [patches] by `image_id`."""
+    calm = {str(i): mask for i, mask in enumerate(scenes.calm.flatten(1))}
+    return calm, {i: sinks.random_like(mask[None], 7919 * seed + int(i))[0] for i, mask in calm.items()}
+
+
 def use(lvlm: LVLM, *, n: int = USED, seed: int = 0, batch_size: int = 32) -> pd.DataFrame:
     """What a model's answers lose when its calm patches are taken away, and when as many random ones are.
 
@@ -245,8 +251,7 @@ def use(lvlm: LVLM, *, n: int = USED, seed: int = 0, batch_size: int = 32) -> pd
     scenes = render("test", 0, n)
     pictures = {str(i): image for i, image in enumerate(scenes.images)}
     table = asked(scenes, seed)
-    calm = {str(i): mask for i, mask in enumerate(scenes.calm.flatten(1))}
-    chance = {i: sinks.random_like(mask[None], 7919 * seed + int(i))[0] for i, mask in calm.items()}
+    calm, chance = calm_and_random(scenes, seed)
     ways = [ablation.hide("calm", calm), ablation.hide("random", chance)]
     said = ablation.scored(lvlm, table, ways, images=pictures, max_new_tokens=4, batch_size=batch_size, cache=None)
     right = said.pivot(index="id", columns="intervention", values="right").join(table.set_index("id"))

@@ -498,8 +498,7 @@ def _watching(
     modules = _attending(lvlm, side, layers)
     with ExitStack() as stack:
         for layer, module in modules.items():
-            hook = module.register_forward_hook(lambda m, args, out, layer=layer: finish(layer))
-            stack.callback(hook.remove)
+            stack.enter_context(module.register_forward_hook(lambda m, args, out, layer=layer: finish(layer)))
         watchers = {module: partial(see, layer) for layer, module in modules.items()}
         stack.enter_context(_attached(part, "_watchers", watchers))
         yield

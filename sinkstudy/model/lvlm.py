@@ -273,16 +273,12 @@ class LVLM:
         """
         of_text = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
         model = self.model if hasattr(self.model, "get_image_features") else self.model.model
-        read: list[nn.Module] = []
-        watch = None
-        if self.spec.connector:
-            watch = self.connector.register_forward_pre_hook(lambda module, _: read.append(module))
-        try:
+        read = [] if self.spec.connector else [True]  # has the connector run?
+        with ExitStack() as hooks:
+            if not read:
+                hooks.enter_context(self.connector.register_forward_pre_hook(lambda *_: read.append(True)))
             model.get_image_features(**{k: v for k, v in inputs.items() if k not in of_text})
-        finally:
-            if watch:
-                watch.remove()
-        if watch and not read:
+        if not read:
             self.model(**inputs, logits_to_keep=1)
 
     def visual_positions(self, input_ids: torch.Tensor) -> torch.Tensor:
