@@ -68,12 +68,6 @@ class Readings:
     attention: torch.Tensor           # [scenes, layers behind the onset, heads], ordinary patches' share on the sinks
 
 
-def _one_of(mask: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """One true place of each row, at random: bool [n, places] -> long [n], -1 where there is none."""
-    chosen = torch.rand(mask.shape, generator=generator).masked_fill(~mask, -1.0).argmax(1)
-    return chosen.where(mask.any(1), -1)
-
-
 @torch.no_grad()
 def read(tower: PreTrainedModel, scenes: Scenes, *, seed: int = 0, hide_sinks: bool = False) -> Readings:
     """What the tower says of rendered scenes.
@@ -86,7 +80,7 @@ def read(tower: PreTrainedModel, scenes: Scenes, *, seed: int = 0, hide_sinks: b
     words = grounding(scenes).flatten(1, 2).long()  # [n, patches, 6]
     chosen = {"sink": calm, "ordinary": ~calm, "empty": ~calm & (thing == 0)}
     chosen |= {name: words[..., i] >= 0 for i, name in enumerate(LOCAL)}
-    places = {name: _one_of(mask, generator) for name, mask in chosen.items()}
+    places = {name: sinks.one_of(mask, generator) for name, mask in chosen.items()}
     found: dict[str, list] = {}
     norms, attention = [], []
     own = getattr(tower, "sinks", None)

@@ -82,7 +82,7 @@ def intervention(name: str, calm: ablation.Masks, norm: str | None, gone: ablati
             stack.enter_context(part.around(lvlm, inputs))
         return stack
 
-    return Intervention(name, around, {"norm": norm, "calm": ablation.digest(calm)})
+    return Intervention(name, around, {"norm": norm})
 
 
 class _Stage(language.ImageStage):

@@ -195,18 +195,21 @@ class LVLM:
         for image in images:
             self.check_size(*(image.size if isinstance(image, Image.Image) else (image.shape[2], image.shape[1])))
         prompts = [self.prompt(question) for question in questions]
-        bos = self.processor.tokenizer.bos_token
         batch = self.processor(
             images=[[image] for image in images],
             text=prompts,
             padding=True,
             padding_side="left",
-            # never two BOS; the processor of a model with a prompt of its own adds one itself
-            add_special_tokens=not self.spec.prompt and not (bos and prompts[0].startswith(bos)),
+            add_special_tokens=self.adds_bos(prompts[0]),
             return_tensors="pt",
         )
         batch.pop("labels", None)
         return batch
+
+    def adds_bos(self, text: str) -> bool:
+        """Is BOS to be put before a text? Never twice, and the processor of a model with a prompt of its own does it."""
+        bos = self.processor.tokenizer.bos_token
+        return not self.spec.prompt and not (bos and text.startswith(bos))
 
     def check_size(self, width: int, height: int) -> None:
         """Make sure that the model takes pictures of so many pixels; only one whose processor resizes takes all.

@@ -7,6 +7,7 @@ tower's feature layer, and from the tower's tokens back to the pixels. Only what
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -197,17 +198,14 @@ class Twin:
         """The outputs of the tower's layers, each cut off from those below it."""
         leaves: dict[int, torch.Tensor] = {}
 
-        def cutting(layer: int) -> Callable:
-            def cut(module: nn.Module, args: tuple, output: Any) -> Any:
-                hidden = output[0] if isinstance(output, tuple) else output
-                leaves[layer] = hidden.detach().requires_grad_()
-                return (leaves[layer], *output[1:]) if isinstance(output, tuple) else leaves[layer]
-
-            return cut
+        def cut(layer: int, module: nn.Module, args: tuple, output: Any) -> Any:
+            hidden = output[0] if isinstance(output, tuple) else output
+            leaves[layer] = hidden.detach().requires_grad_()
+            return (leaves[layer], *output[1:]) if isinstance(output, tuple) else leaves[layer]
 
         with ExitStack() as stack:
             for layer, module in enumerate(self.layers):
-                stack.enter_context(module.register_forward_hook(cutting(layer), prepend=True))
+                stack.enter_context(module.register_forward_hook(partial(cut, layer), prepend=True))
             yield leaves
 
     def embedded(self, inputs: Mapping[str, Any]) -> torch.Tensor:
