@@ -207,7 +207,7 @@ class LVLM:
         return batch
 
     def adds_bos(self, text: str) -> bool:
-        """Is BOS to be put before a text? Never twice, and the processor of a model with a prompt of its own does it."""
+        """Is BOS to be put before a text? Never twice; a processor with a prompt of its own puts it there itself."""
         bos = self.processor.tokenizer.bos_token
         return not self.spec.prompt and not (bos and text.startswith(bos))
 
