@@ -65,13 +65,26 @@ def claimed(run: str, model: str) -> None:
         ValueError: they are those of another model, or `run` is no name.
     """
     check_name(run)
-    note = RESULTS / run / "model.txt"
-    of = note.read_text(encoding="utf-8").strip() if note.is_file() else run if run in lab_models() else model
+    noted = noted_model(RESULTS / run)
+    of = noted or (run if run in lab_models() else model)
     if of != model:
         raise ValueError(f"the run {run} holds results of {of}: give those of {model} another name (--name)")
-    if run != model and not note.is_file():
-        with atomic(note) as temporary:
+    if run != model and not noted:
+        with atomic(RESULTS / run / "model.txt") as temporary:
             temporary.write_text(f"{model}\n", encoding="utf-8")
+
+
+def noted_model(run: Path) -> str:
+    """The model whose results a run's folder holds, where its name does not say it; else empty."""
+    note = run / "model.txt"
+    return note.read_text(encoding="utf-8").strip() if note.is_file() else ""
+
+
+def written(*patterns: str, root: Path = RESULTS) -> list[tuple[str, str, Path]]:
+    """What runs wrote: (run, chapter, file) of the files `<run>/<chapter>/<name>`, the default run's first, by name."""
+    found = {file for pattern in patterns for file in root.glob(pattern)}
+    named = [(file.parts[-3], file.parts[-2], file) for file in found]
+    return sorted(named, key=lambda of: (of[0] != DEFAULT_MODEL, of))
 
 
 def place(path: str) -> Path:

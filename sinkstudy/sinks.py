@@ -220,11 +220,6 @@ def llm_sinks(hidden: torch.Tensor, dimensions: Sequence[int], tau: float = 20.0
 # --- from masks to numbers ---
 
 
-def count_per_image(mask: torch.Tensor) -> torch.Tensor:
-    """Number of sinks: bool [.., tokens] -> long [..]."""
-    return mask.sum(-1)
-
-
 def share(mask: torch.Tensor) -> torch.Tensor:
     """Share of the tokens that are sinks, from 0 to 1: bool [.., tokens] -> float [..]."""
     return mask.float().mean(-1)
@@ -237,6 +232,12 @@ def kinds(vit: torch.Tensor, llm: torch.Tensor) -> dict[str, torch.Tensor]:
     only. `ordinary`: in neither. The four masks share no token and cover all.
     """
     return {"propagated": vit & llm, "emerged": ~vit & llm, "stopped": vit & ~llm, "ordinary": ~vit & ~llm}
+
+
+def one_of(mask: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """One true place of each row, at random: bool [n, places] -> long [n], -1 where there is none."""
+    chosen = torch.rand(mask.shape, generator=generator).masked_fill(~mask, -1).argmax(1)
+    return chosen.where(mask.any(1), -1)
 
 
 def random_like(mask: torch.Tensor, seed: int, among: torch.Tensor | None = None) -> torch.Tensor:

@@ -537,22 +537,19 @@ def shares(values: Mapping[str, torch.Tensor], groups: Mapping[str, Groups], sai
     return pd.concat(rows, ignore_index=True)
 
 
-def ratios_between(
-    seen: pd.DataFrame, by: Sequence[str], first: str = "global", second: str = "local", seed: int = 0
-) -> pd.DataFrame:
-    """How many times the ratio of `stats.ratios` in questions of one type is that in questions of another.
+def ratios_between(seen: pd.DataFrame, by: Sequence[str], seed: int = 0) -> pd.DataFrame:
+    """How many times the ratio of `stats.ratios` in global questions is that in local ones.
 
     Both are taken over the images that have all four means, and these are drawn together.
 
     Args:
         seen: of `compared`, with `type`.
         by, seed: as in `stats.ratios`.
-        first, second: types.
 
     Returns:
         As `stats.ratios`; NaN and `n` 0 where no image has both.
     """
-    wanted = [(side, kind) for kind in (first, second) for side in ("inside", "outside")]
+    wanted = [(side, kind) for kind in ("global", "local") for side in ("inside", "outside")]
     rows = []
     for cell, of in seen.groupby(list(by), sort=False):
         means = of.groupby(["image", "type"])[["inside", "outside"]].mean().unstack().reindex(columns=wanted).dropna()

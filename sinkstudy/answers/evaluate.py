@@ -18,7 +18,7 @@ import os
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ import torch
 from torch import nn
 from transformers import BatchFeature, DynamicCache, ProcessorMixin
 
-from sinkstudy import digests
+from sinkstudy import benchmarks, digests
 from sinkstudy.model.capture import ADVICE, hidden_states, until_end
 from sinkstudy.model.identity import Identity, Unknown, model_digest
 from sinkstudy.model.lvlm import LVLM, ahead
@@ -131,7 +131,8 @@ def evaluate(
         interventions: each under its own name; `NONE` is the model as it is.
         images: the image of each `image_id`, instead of the column.
         candidates: the possible answers, the same for all rows or some for each row; by default yes and no if these
-            are the table's answers, letters if these are (as many as the row has `choices`), else none.
+            are the table's answers, letters if these are (as many as the row has `choices`), else none. Those for all
+            must be told apart by first tokens.
         max_new_tokens: length of the longest answer, in tokens.
         batch_size: the number of questions that go through the decoder at once, about one image or several. In float32
             answers do not depend on it, but for rounding; in half precision they may.
@@ -146,14 +147,14 @@ def evaluate(
         answer without blanks around it; and, if there are candidates, `first`, the most likely of them by its first
         token, and `logp_<candidate>`, log-probability (natural, over the whole vocabulary) that the answer begins
         with it, summed over its spellings (capital letters, a space before it). NaN where a row has no such
-        candidate, or, with a warning, where candidates were not given and first tokens do not tell those apart; no such
-        column if it is so in all rows. The index counts from 0.
+        candidate, or, with a warning, where first tokens do not tell a row's candidates apart or the tokenizer knows
+        none; no such column if it is so in all rows. The index counts from 0.
 
     Raises:
         ValueError: an empty table; a missing column or image; an image that cannot be read, by its name; an id or an
-            intervention's name that occurs twice; given candidates that first tokens do not tell apart; NaN or infinity
-            among the logits of any of an answer's tokens, or a candidate of probability 0, with the layer in which
-            numbers stop being finite, and the picture. Such an answer is never kept.
+            intervention's name that occurs twice; candidates for all that are not told apart; NaN or infinity among
+            the logits of any of an answer's tokens, or a candidate of probability 0, with the layer in which numbers
+            stop being finite, and the picture. Such an answer is never kept.
     """
     _check(table, interventions, images)
     table = table.reset_index(drop=True)  # which may repeat, where tables were put together
@@ -162,7 +163,7 @@ def evaluate(
     tokens = {several: first_tokens(lvlm, several) for several in dict.fromkeys(options)}
     if alike := [several for several, told in tokens.items() if several and not told]:
         problem = f"{lvlm.name}: first tokens do not tell the candidates {', '.join(map(repr, alike[0]))} apart"
-        if candidates is not None:
+        if candidates is not None and all(isinstance(c, str) for c in candidates):
             raise ValueError(problem)
         warnings.warn(f"{problem}: their log-probabilities are NaN", stacklevel=2)
     first = table.image_id.iloc[0]
@@ -173,6 +174,7 @@ def evaluate(
     for row, image in enumerate(table.image_id):
         rows.setdefault(image, []).append(row)
     texts = table.question.tolist()
+    asking = _Asking(lvlm, texts, max_new_tokens, batch_size)
     told = {how.name: store.told(how) for how in interventions}
     said: dict[tuple[str, int], dict] = {}  # (intervention, row) -> answer
     total = len(table) * len(interventions)
@@ -203,7 +205,7 @@ def evaluate(
                     said |= {(how.name, row): store.known[key] for row, key in keys[how.name].items()}
             # so that the time left is of what is done
             bar.total -= sum(map(len, group.wanted.values())) * (len(interventions) - len(group.missing))
-            answers = _answer(lvlm, group, texts, max_new_tokens, batch_size)
+            answers = asking.answers(group)
             before = None
             for how, row, prediction, logp in answers:
                 scores = {c: logp[ids].logsumexp(0).item() for c, ids in tokens[options[row]].items()}
@@ -283,6 +285,23 @@ def _result(table: pd.DataFrame, name: str, answers: list[dict]) -> pd.DataFrame
     return out.join(scores.add_prefix("logp_"))
 
 
+def judged(said: pd.DataFrame, benchmark: str = "") -> pd.DataFrame:
+    """Answers of `evaluate` beside the right ones, in the column `answer`.
+
+    Args:
+        benchmark: whose official rule judges; without one, the greedy answer has to be `answer`.
+
+    Returns:
+        `said` with `right`, 100 or 0; and `logp`, the log-probability (nats) that the answer begins with the first
+        token of the right one, in any of its spellings; NaN where `evaluate` has none.
+    """
+    right = said.prediction == said.answer
+    if benchmark:
+        right = pd.concat([benchmarks.right(of, benchmark) for _, of in said.groupby("intervention")])
+    logp = [row.get(f"logp_{row['answer']}", float("nan")) for row in said.to_dict("records")]
+    return said.assign(right=100.0 * right, logp=logp)
+
+
 # ------------------------------------------------------------------------------------------------- forward passes
 Filled = tuple[DynamicCache, torch.Tensor | None]  # with Qwen's shift of positions behind each image, [images, 1]
 Said = tuple[Intervention, int, str, torch.Tensor]  # with the row, and the first token's log-probabilities [vocabulary]
@@ -300,90 +319,70 @@ class _Group:
     rest: Mapping[int, torch.Tensor]
 
 
-def _answer(
-    lvlm: LVLM, group: _Group, texts: Sequence[str], max_new_tokens: int, batch_size: int
-) -> Generator[Said]:
-    """Answer a group's questions under each intervention that is missing."""
-    pictures, wanted, prefix, rest = group.pictures, group.wanted, group.prefix, group.rest
-    if prefix is None and len(wanted) > 1:  # prefixes of different length, or none: each image for itself
-        for image, of_image in wanted.items() if group.missing else ():
-            alone = {image: of_image}
-            split = _split(lvlm, pictures, texts, alone)
-            one = _Group(pictures, alone, group.keys, group.missing, *split)
-            yield from _answer(lvlm, one, texts, max_new_tokens, batch_size)
-        return
-    tower: dict[int, torch.Tensor] = {}
-    untouched = None
-    for how in group.missing:
-        if how.asks:
-            yield from _each_with_question(lvlm, pictures, texts, wanted, how, max_new_tokens, batch_size)
-        elif prefix is None:
-            ((image, rows),) = wanted.items()
-            yield from _one_by_one(lvlm, image, pictures[image], texts, rows, how, tower, max_new_tokens)
-        else:
-            if how.keeps == "prefix" and untouched is None:
-                with _tower_once(lvlm, tower, "tower"):
-                    untouched = _prefilled(lvlm, prefix)
-            prefix.rows = torch.arange(len(wanted))
-            with _tower_once(lvlm, tower, how.keeps), how.around(lvlm, prefix):
-                filled = untouched if how.keeps == "prefix" else _prefilled(lvlm, prefix)
-                yield from _behind_prefixes(lvlm, prefix, filled, wanted, rest, how, max_new_tokens, batch_size)
+@dataclass(frozen=True)
+class _Asking:
+    """How questions are asked."""
 
+    lvlm: LVLM
+    texts: Sequence[str]  # of all rows
+    max_new_tokens: int
+    batch_size: int
 
-def _each_with_question(
-    lvlm: LVLM,
-    pictures: Mapping[str, Any],
-    texts: Sequence[str],
-    wanted: Mapping[str, list[int]],
-    how: Intervention,
-    max_new_tokens: int,
-    batch_size: int,
-) -> Iterator[Said]:
-    """Answers under an intervention that asks: whole prompts, in batches of similar length."""
-    image_of = {row: image for image, of_image in wanted.items() for row in of_image}
-    by_length = sorted(image_of, key=lambda row: len(texts[row]))
-    for start in range(0, len(by_length), batch_size):
-        chunk = by_length[start : start + batch_size]
-        asked, about = [texts[row] for row in chunk], [image_of[row] for row in chunk]
-        inputs = Prefixes(lvlm.inputs([pictures[image] for image in about], asked), about, asked)
-        with how.around(lvlm, inputs):
-            yield from zip([how] * len(chunk), chunk, *_generate(lvlm, inputs, max_new_tokens))
+    def answers(self, group: _Group) -> Generator[Said]:
+        """Answers to a group's questions under each intervention that is missing."""
+        if group.prefix is None and len(group.wanted) > 1:  # of different length, or none: each image for itself
+            for image, rows in group.wanted.items() if group.missing else ():
+                alone = {image: rows}
+                prefix, rest = _split(self.lvlm, group.pictures, self.texts, alone)
+                yield from self.answers(replace(group, wanted=alone, prefix=prefix, rest=rest))
+            return
+        tower: dict[int, torch.Tensor] = {}
+        untouched = None
+        for how in group.missing:
+            if how.asks:
+                yield from self._whole(group, how)
+            elif group.prefix is None:
+                yield from self._one_by_one(group, how, tower)
+            else:
+                if how.keeps == "prefix" and untouched is None:
+                    with _tower_once(self.lvlm, tower, "tower"):
+                        untouched = _prefilled(self.lvlm, group.prefix)
+                group.prefix.rows = torch.arange(len(group.wanted))
+                with _tower_once(self.lvlm, tower, how.keeps), how.around(self.lvlm, group.prefix):
+                    filled = untouched if how.keeps == "prefix" else _prefilled(self.lvlm, group.prefix)
+                    yield from self._behind_prefixes(group, group.prefix, filled, how)
 
+    def _whole(self, group: _Group, how: Intervention) -> Iterator[Said]:
+        """Answers under an intervention that asks: whole prompts, in batches of similar length."""
+        image_of = {row: image for image, rows in group.wanted.items() for row in rows}
+        by_length = sorted(image_of, key=lambda row: len(self.texts[row]))
+        for start in range(0, len(by_length), self.batch_size):
+            chunk = by_length[start : start + self.batch_size]
+            asked, about = [self.texts[row] for row in chunk], [image_of[row] for row in chunk]
+            inputs = Prefixes(self.lvlm.inputs([group.pictures[image] for image in about], asked), about, asked)
+            with how.around(self.lvlm, inputs):
+                yield from self._said(inputs, chunk, how)
 
-def _one_by_one(
-    lvlm: LVLM,
-    image: str,
-    picture: Any,
-    texts: Sequence[str],
-    rows: Sequence[int],
-    how: Intervention,
-    tower: dict[int, torch.Tensor],
-    max_new_tokens: int,
-) -> Iterator[Said]:
-    """Answers about an image whose prompts share no prefix: only the tower's pass is shared."""
-    for row in rows:
-        inputs = Prefixes(lvlm.inputs([picture], [texts[row]]), [image], [texts[row]])
-        with _tower_once(lvlm, tower, how.keeps), how.around(lvlm, inputs):
-            yield from zip([how], [row], *_generate(lvlm, inputs, max_new_tokens))
+    def _one_by_one(self, group: _Group, how: Intervention, tower: dict[int, torch.Tensor]) -> Iterator[Said]:
+        """Answers about an image whose prompts share no prefix: only the tower's pass is shared."""
+        ((image, rows),) = group.wanted.items()
+        for row in rows:
+            asked = [self.texts[row]]
+            inputs = Prefixes(self.lvlm.inputs([group.pictures[image]], asked), [image], asked)
+            with _tower_once(self.lvlm, tower, how.keeps), how.around(self.lvlm, inputs):
+                yield from self._said(inputs, [row], how)
 
+    def _behind_prefixes(self, group: _Group, prefix: Prefixes, filled: Filled, how: Intervention) -> Iterator[Said]:
+        """Answers that go on from the images' prefixes in a cache."""
+        place = {row: i for i, rows in enumerate(group.wanted.values()) for row in rows}
+        for chunk in _chunks({row: len(group.rest[row]) for row in place}, self.batch_size, filled[0]):
+            prefix.rows = torch.tensor([place[row] for row in chunk])
+            of = prefix.rows.to(self.lvlm.device)
+            inputs = _continuation(self.lvlm, prefix, filled, of, [group.rest[row] for row in chunk])
+            yield from self._said(inputs, chunk, how)
 
-def _behind_prefixes(
-    lvlm: LVLM,
-    prefix: Prefixes,
-    filled: Filled,
-    wanted: Mapping[str, list[int]],
-    rest: Mapping[int, torch.Tensor],
-    how: Intervention,
-    max_new_tokens: int,
-    batch_size: int,
-) -> Iterator[Said]:
-    """Answers that go on from the images' prefixes in a cache."""
-    place = {row: i for i, of_image in enumerate(wanted.values()) for row in of_image}
-    for chunk in _chunks({row: len(rest[row]) for row in place}, batch_size, filled[0]):
-        prefix.rows = torch.tensor([place[row] for row in chunk])
-        of = prefix.rows.to(lvlm.device)
-        inputs = _continuation(lvlm, prefix, filled, of, [rest[row] for row in chunk])
-        yield from zip([how] * len(chunk), chunk, *_generate(lvlm, inputs, max_new_tokens))
+    def _said(self, inputs: Mapping[str, Any], rows: Sequence[int], how: Intervention) -> Iterator[Said]:
+        return zip([how] * len(rows), rows, *_generate(self.lvlm, inputs, self.max_new_tokens))
 
 
 def _split(

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from sinkstudy import benchmarks, paths, stats
-from sinkstudy.answers.evaluate import Intervention, evaluate
+from sinkstudy.answers.evaluate import Intervention, evaluate, judged
 from sinkstudy.benchmarks.files import TABLES
 from sinkstudy.model import loading
 from sinkstudy.model.lvlm import LVLM
@@ -233,9 +233,8 @@ def answers(
         settings: further ones of `evaluate`.
 
     Returns:
-        The rows of `evaluate`, with `benchmark`; `picture`, the image's id behind the benchmark's name; `right`, 100 or
-        0; and `logp`, the log-probability (nats) of the true answer's first token, NaN where first tokens do not tell
-        the possible answers apart. What a benchmark asks twice, as POPE does, is answered once.
+        The rows of `evaluate` with those of `judged`, `benchmark`, and `picture`, the image's id behind the benchmark's
+        name. What a benchmark asks twice, as POPE does, is answered once.
 
     Raises:
         ValueError: as `evaluate`.
@@ -249,9 +248,7 @@ def answers(
     said = evaluate(lvlm, once, interventions, images=pictures, **settings)
     new = said[[*where, *said.columns.difference(asked.columns)]]
     parts = [asked.merge(of, on=where, how="left") for _, of in new.groupby("intervention", sort=False)]
-    said = pd.concat(parts, ignore_index=True)
-    said["right"] = pd.concat([100.0 * benchmarks.right(of, benchmark) for _, of in said.groupby("intervention")])
-    said["logp"] = [row.get(f"logp_{row['answer']}", float("nan")) for row in said.to_dict("records")]
+    said = judged(pd.concat(parts, ignore_index=True), benchmark)
     return said.assign(benchmark=benchmark, picture=benchmark + " " + said.image_id.astype(str))
 
 

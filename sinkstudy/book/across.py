@@ -46,8 +46,7 @@ def read(patterns: Sequence[str]) -> tuple[pd.DataFrame, list[str]]:
         ValueError: there is no table.
     """
     found, left_out = [], []
-    for file in sorted({file for pattern in patterns for file in paths.ROOT.glob(pattern)}):
-        _, run, source = file.relative_to(paths.ROOT).parts[:3]
+    for run, source, file in paths.written(*patterns, root=paths.ROOT):
         rows = _tidied(pd.read_csv(file))
         if {*CELL, "group", "measure", "value", "low", "high", "n"} <= set(rows):
             found.append(rows[rows.measure == "right"].assign(run=run, source=source))

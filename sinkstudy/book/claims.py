@@ -17,7 +17,7 @@ import scipy.stats
 import yaml
 
 from sinkstudy import stats
-from sinkstudy.paths import BOOK, DATA, DEFAULT_MODEL, NOTEBOOKS, RESULTS
+from sinkstudy.paths import BOOK, DATA, DEFAULT_MODEL, NOTEBOOKS, RESULTS, written
 
 LEDGER = DATA / "claims.yml"
 JUDGED = ("supported", "right sign, below the bound", "no effect", "opposite sign", "inconclusive")
@@ -287,10 +287,9 @@ def metrics(results: Path = RESULTS) -> pd.DataFrame:
 
     The default run comes first, then the others by name.
     """
-    files = sorted(results.glob("*/*/metrics.json"), key=lambda f: (f.parts[-3] != DEFAULT_MODEL, f.parts[-3:]))
     rows = [
-        {"run": file.parts[-3], "chapter": file.parts[-2], **row}
-        for file in files
+        {"run": run, "chapter": chapter, **row}
+        for run, chapter, file in written("*/*/metrics.json", root=results)
         for row in json.loads(file.read_text(encoding="utf-8"))
     ]
     table = pd.DataFrame(rows, columns=["run", "chapter", "name", "value", "low", "high", "n", "unit", "df"])

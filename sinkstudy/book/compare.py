@@ -12,7 +12,7 @@ import pandas as pd
 
 from sinkstudy import stats
 from sinkstudy.book import claims, pages, report
-from sinkstudy.paths import DEFAULT_MODEL, NOTEBOOKS, RESULTS, RUNS, atomic, slug
+from sinkstudy.paths import DEFAULT_MODEL, NOTEBOOKS, RESULTS, RUNS, atomic, noted_model, slug, written
 
 OWN = "{model}"
 """Stands for the model of each run, where these differ."""
@@ -55,7 +55,7 @@ def write(runs: Sequence[str], page: Path, results: Path = RESULTS, ledger: Mapp
 
 def check(runs: Sequence[str], results: Path = RESULTS) -> None:
     """Raise ValueError unless these are two or more different runs that have numbers."""
-    there = sorted({file.parts[-3] for file in results.glob("*/*/metrics.json")})
+    there = sorted({run for run, _, _ in written("*/*/metrics.json", root=results)})
     for run in runs:
         if run not in [folder.name for folder in results.glob("*")]:
             raise ValueError(f"there is no run '{run}': runs with results are {', '.join(there) or 'none'}")
@@ -70,10 +70,7 @@ def own_models(runs: Sequence[str], results: Path = RESULTS) -> dict[str, str]:
 
     A run is that of the model whose name it has, or that `model.txt` in its folder notes.
     """
-    own = {}
-    for run in runs:
-        note = results / run / "model.txt"
-        own[run] = claims.plain(slug(note.read_text(encoding="utf-8").strip()) if note.is_file() else run)
+    own = {run: claims.plain(slug(noted_model(results / run) or run)) for run in runs}
     return own if len(set(own.values())) > 1 else {}
 
 

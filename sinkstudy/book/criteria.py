@@ -381,9 +381,8 @@ def one_of(tokens: torch.Tensor, mask: torch.Tensor, draw: int) -> torch.Tensor:
 
     [pictures, patches, width], bool [pictures, patches] -> [pictures, width].
     """
-    order = torch.rand(mask.shape, generator=torch.Generator().manual_seed(draw)).masked_fill(~mask, -1)
-    chosen = tokens[torch.arange(len(tokens)), order.argmax(1)]
-    return chosen.masked_fill(~mask.any(1, keepdim=True), float("nan"))
+    chosen = sinks.one_of(mask, torch.Generator().manual_seed(draw))
+    return tokens[torch.arange(len(tokens)), chosen].masked_fill(chosen[:, None] < 0, float("nan"))
 
 
 # ------------------------------------------------------------------------------------------------- lit dimensions

@@ -69,8 +69,7 @@ class Seen:
 def mean_tokens(lvlm: LVLM, pictures: Sequence[Any], batch_size: int = 1) -> dict[int, torch.Tensor]:
     """The mean over all visual tokens of all pictures, where a connector puts them out: layer -> [width]."""
     tokens = ablation.read(lvlm, {str(i): picture for i, picture in enumerate(pictures)}, "output", batch_size)
-    layers = next(iter(tokens.of.values()))
-    return {layer: torch.cat([own[layer] for own in tokens.of.values()]).double().mean(0).float() for layer in layers}
+    return {layer: mean.float() for layer, mean in tokens.mean().items()}
 
 
 @torch.no_grad()

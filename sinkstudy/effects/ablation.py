@@ -13,7 +13,6 @@ Three changes of the forward pass, each for a group of patches of every image:
 The first two work on visual tokens: where several patches make one of them, it belongs to the group if any patch does.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -24,8 +23,7 @@ import torch
 from torch import nn
 from transformers import BatchFeature
 
-from sinkstudy import benchmarks
-from sinkstudy.answers.evaluate import NONE, Intervention, Prefixes, evaluate, first_tokens
+from sinkstudy.answers.evaluate import NONE, Intervention, Prefixes, evaluate, judged
 from sinkstudy.model.capture import not_finite
 from sinkstudy.model.layout import ImageLayout
 from sinkstudy.model.lvlm import LVLM
@@ -50,6 +48,11 @@ class Tokens:
         layout = self.layouts[image]
         inside = torch.isin(_places(layout, torch.ones_like(mask), self.site), _places(layout, mask, self.site))
         return {layer: tokens[inside] for layer, tokens in self.of[image].items()}
+
+    def mean(self) -> dict[int, torch.Tensor]:
+        """The mean over all tokens of all images: layer -> float64 [width]."""
+        layers = next(iter(self.of.values()))
+        return {layer: torch.cat([own[layer] for own in self.of.values()]).double().mean(0) for layer in layers}
 
 
 def _places(layout: ImageLayout, mask: torch.Tensor, site: Site) -> torch.Tensor:
@@ -115,11 +118,11 @@ def values(tokens: Tokens, masks: Masks, kind: str, seed: int = 0) -> Values:
     generator = torch.Generator().manual_seed(seed)
     if not groups or kind == "zero":
         return {image: {layer: torch.zeros_like(x) for layer, x in own.items()} for image, own in groups.items()}
-    layers = next(iter(tokens.of.values()))
     if kind == "mean":
-        mean = {layer: torch.cat([own[layer] for own in tokens.of.values()]).double().mean(0) for layer in layers}
+        mean = tokens.mean()
         return {image: {k: mean[k].to(x.dtype).expand_as(x) for k, x in own.items()} for image, own in groups.items()}
-    sizes = {image: len(own[next(iter(layers))]) for image, own in groups.items()}
+    layers = list(next(iter(tokens.of.values())))
+    sizes = {image: len(own[layers[0]]) for image, own in groups.items()}
     if kind == "shuffle":
         order = _derangement(list(sizes.values()), generator)
     out: dict[str, dict[int, torch.Tensor]] = {image: {} for image in groups}
@@ -296,11 +299,7 @@ def replace(name: str, tokens: Tokens, masks: Masks, kind: str = "mean", seed: i
         own = of_images(masks, inputs)
         return replaced(lvlm, inputs, own, [new[image] for image in inputs.image_ids], site)
 
-    sha256 = hashlib.sha256(digest(masks).encode())
-    for of_layer in new.values():
-        for x in of_layer.values():
-            sha256.update(x.float().contiguous().numpy().tobytes())
-    return Intervention(name, around, {"site": site, "kind": kind, "values": sha256.hexdigest()}, keeps="tower")
+    return Intervention(name, around, {"site": site, "kind": kind})
 
 
 def hide(
@@ -315,8 +314,7 @@ def hide(
     def around(lvlm: LVLM, inputs: Prefixes) -> Any:
         return hidden(lvlm, inputs, of_images(masks, inputs), visible_to=visible_to, others=others)
 
-    how = {"visible_to": visible_to, "others": others, "masks": digest(masks)}
-    return Intervention(name, around, how, keeps="tower")
+    return Intervention(name, around, {"visible_to": visible_to, "others": others})
 
 
 def of_images(masks: Masks, inputs: Prefixes) -> list[torch.Tensor]:
@@ -324,14 +322,6 @@ def of_images(masks: Masks, inputs: Prefixes) -> list[torch.Tensor]:
     if missing := [image for image in inputs.image_ids if image not in masks]:
         raise ValueError(f"image {missing[0]!r} has no group")
     return [masks[image] for image in inputs.image_ids]
-
-
-def digest(masks: Masks) -> str:
-    """SHA-256 of masks by image, for an intervention's parameters."""
-    sha256 = hashlib.sha256()
-    for image, mask in masks.items():
-        sha256.update(image.encode() + mask.numpy().tobytes())
-    return sha256.hexdigest()
 
 
 def _check_site(site: str) -> None:
@@ -348,28 +338,19 @@ def scored(
     Args:
         asked: as `evaluate` takes it, with `answer`, the right one.
         interventions: beside `NONE`, which is added.
-        benchmark: whose official rule judges answers; without one, the greedy answer has to be `answer`.
+        benchmark: as in `judged`.
         how: further arguments of `evaluate`, but candidates.
 
     Returns:
-        The rows of `evaluate` with `right`, in %: 100 where the greedy answer is right, 0 elsewhere; and `logp`, in
-        nats: the log-probability that the answer begins with the first token of `answer`, in any of its spellings; NaN
-        where the tokenizer knows none.
+        The rows of `evaluate` with `right`, in %, and `logp`, in nats, of `judged`.
 
     Raises:
         ValueError: as `evaluate`, or where an answer is missing.
     """
     if asked.answer.isna().any():
         raise ValueError("every question needs its right answer")
-    known = {answer for answer in asked.answer.unique() if first_tokens(lvlm, [answer])}
-    candidates = [[answer] if answer in known else [] for answer in asked.answer]
-    said = evaluate(lvlm, asked, [NONE, *interventions], candidates=candidates, **how)
-    logp = [row.get(f"logp_{row['answer']}", float("nan")) for row in said.to_dict("records")]
-    said = said[[c for c in said if not c.startswith("logp_") and c != "first"]]
-    right = said.prediction == said.answer
-    if benchmark:
-        right = pd.concat([benchmarks.right(of, benchmark) for _, of in said.groupby("intervention")])
-    return said.assign(right=100.0 * right, logp=logp)
+    said = evaluate(lvlm, asked, [NONE, *interventions], candidates=[[answer] for answer in asked.answer], **how)
+    return judged(said, benchmark).drop(columns=[c for c in said if c.startswith("logp_") or c == "first"])
 
 
 def effects(said: pd.DataFrame, measures: Sequence[str] = ("right", "logp")) -> pd.DataFrame:

@@ -22,7 +22,7 @@ from transformers import BatchFeature
 
 from sinkstudy import sinks
 from sinkstudy.answers.evaluate import Intervention, Prefixes
-from sinkstudy.effects.ablation import Masks, digest, of_images
+from sinkstudy.effects.ablation import Masks, of_images
 from sinkstudy.effects.neurons import moved_to_register
 from sinkstudy.model import capture
 from sinkstudy.model.layout import ImageLayout
@@ -39,15 +39,7 @@ def _judging(lvlm: LVLM, layouts: list[ImageLayout], chosen: Chosen) -> Iterator
             layout.lift(mask, "any")  # raises where it does not fit
         yield list(chosen)
         return
-    masks: list[torch.Tensor] = []
-
-    def judge(patches: torch.Tensor, layer: int) -> torch.Tensor:
-        if layer == lvlm.feature_layer:
-            norms = capture.token_norms(patches).detach().cpu()  # [patches of the batch]
-            masks[:] = [chosen(norms[layout.connector]) for layout in layouts]
-        return patches
-
-    with lvlm.editing(before=judge):
+    with capture.norms_at_connector(lvlm, layouts, chosen) as masks:
         yield masks
 
 
@@ -224,13 +216,13 @@ def scaled_keys(
 
     blocks = range(len(lvlm.decoder_layers)) if layers is None else layers
     with _judging(lvlm, layouts, chosen) as masks, ExitStack() as hooks:
-        hooks.callback(lvlm.decoder.register_forward_pre_hook(prepare, with_kwargs=True).remove)
+        hooks.enter_context(lvlm.decoder.register_forward_pre_hook(prepare, with_kwargs=True))
         for layer in blocks:
             block = lvlm.decoder_layers[layer]
             attention = block.get_submodule(lvlm.spec.decoder_attention)
             keys = getattr(attention, "k_norm", None) or attention.k_proj  # a norm would undo what is done before it
-            hooks.callback(block.register_forward_pre_hook(partial(weigh, layer), with_kwargs=True).remove)
-            hooks.callback(keys.register_forward_hook(partial(scale, layer)).remove)
+            hooks.enter_context(block.register_forward_pre_hook(partial(weigh, layer), with_kwargs=True))
+            hooks.enter_context(keys.register_forward_hook(partial(scale, layer)))
         yield
 
 
@@ -298,10 +290,10 @@ def redistributed(
         return output
 
     with ExitStack() as hooks:
-        hooks.callback(lvlm.decoder.register_forward_pre_hook(notice, with_kwargs=True).remove)
+        hooks.enter_context(lvlm.decoder.register_forward_pre_hook(notice, with_kwargs=True))
         for layer in layers:
             block = lvlm.decoder_layers[layer]
-            hooks.callback(block.register_forward_pre_hook(partial(judge, layer), with_kwargs=True).remove)
+            hooks.enter_context(block.register_forward_pre_hook(partial(judge, layer), with_kwargs=True))
         hooks.enter_context(capture.editing_attention(lvlm, edit, layers))
         yield
 
@@ -385,5 +377,5 @@ def intervention(
         own = [] if masks is None else [of_images(masks, inputs)]
         return method(lvlm, inputs, *own, **how)
 
-    parameters = {"method": method.__name__, **how} | ({} if masks is None else {"masks": digest(masks)})
-    return Intervention(name, around, parameters, keeps="nothing" if method is registered else "tower")
+    keeps: Literal["nothing", "tower"] = "nothing" if method is registered else "tower"
+    return Intervention(name, around, {"method": method.__name__, **how}, keeps)

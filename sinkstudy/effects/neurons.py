@@ -8,15 +8,16 @@ The contexts change every forward pass inside them and leave no trace when they 
 `set_dimensions` wrap them for `evaluate.evaluate`.
 """
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from sinkstudy.answers.evaluate import NONE, Intervention, Prefixes
-from sinkstudy.effects.ablation import Masks, digest, of_images
+from sinkstudy.effects.ablation import Masks, of_images
 from sinkstudy.model import capture
 from sinkstudy.model.lvlm import LVLM
 
@@ -46,18 +47,15 @@ def mean_activations(
     """
     sums: dict[str, list] = {group: [0.0] * len(lvlm.vision_layers) for group in masks}
 
-    def adder(layer: int) -> Callable:
-        def add(module: nn.Module, args: tuple) -> None:
-            active = args[0].detach().flatten(0, -2).float()  # [tokens of the batch, neurons]
-            active = active.abs() if magnitude else active
-            for group, tokens in chosen.items():
-                sums[group][layer] = sums[group][layer] + active[tokens.to(active.device)].sum(0).cpu()
-
-        return add
+    def add(layer: int, module: nn.Module, args: tuple) -> None:
+        active = args[0].detach().flatten(0, -2).float()  # [tokens of the batch, neurons]
+        active = active.abs() if magnitude else active
+        for group, tokens in chosen.items():
+            sums[group][layer] = sums[group][layer] + active[tokens.to(active.device)].sum(0).cpu()
 
     with ExitStack() as hooks:
         for layer in range(len(lvlm.vision_layers)):
-            hooks.enter_context(_reader(lvlm, layer).register_forward_pre_hook(adder(layer)))
+            hooks.enter_context(_reader(lvlm, layer).register_forward_pre_hook(partial(add, layer)))
         for of, inputs in lvlm.batches(pictures, batch_size):
             layouts = lvlm.layout(inputs)
             chosen = {
@@ -163,20 +161,17 @@ def setting(
         values: of each neuron, float [k] a layer; or one for all, by default 0: the neurons are silent.
     """
 
-    def setter(layer: int) -> Callable:
-        def set_(module: nn.Module, args: tuple) -> tuple:
-            active = args[0].clone()
-            flat = active.view(-1, active.shape[-1])  # [tokens of the batch, neurons]
-            value = values if isinstance(values, float) else values[layer].to(flat)
-            where = slice(None) if tokens is None else tokens.to(flat.device)[:, None]
-            flat[where, neurons[layer].to(flat.device)] = value
-            return (active, *args[1:])
-
-        return set_
+    def set_(layer: int, module: nn.Module, args: tuple) -> tuple:
+        active = args[0].clone()
+        flat = active.view(-1, active.shape[-1])  # [tokens of the batch, neurons]
+        value = values if isinstance(values, float) else values[layer].to(flat)
+        where = slice(None) if tokens is None else tokens.to(flat.device)[:, None]
+        flat[where, neurons[layer].to(flat.device)] = value
+        return (active, *args[1:])
 
     with ExitStack() as hooks:
         for layer in neurons:
-            hooks.enter_context(_reader(lvlm, layer).register_forward_pre_hook(setter(layer)))
+            hooks.enter_context(_reader(lvlm, layer).register_forward_pre_hook(partial(set_, layer)))
         yield
 
 
@@ -218,16 +213,13 @@ def moved_to_register(lvlm: LVLM, neurons: Neurons, passed: torch.Tensor | None 
         hidden = torch.cat([hidden, torch.zeros_like(hidden[:, :1])], dim=1)
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
-    def mover(layer: int) -> Callable:
-        def move(module: nn.Module, args: tuple) -> tuple:
-            active = args[0].clone()  # [tiles, tokens + 1, neurons]
-            of = neurons[layer].to(active.device)
-            own = active[..., of]
-            active[..., of] = 0.0
-            active[:, -1, of] = own.gather(1, own.abs().argmax(1, keepdim=True))[:, 0]
-            return (active, *args[1:])
-
-        return move
+    def move(layer: int, module: nn.Module, args: tuple) -> tuple:
+        active = args[0].clone()  # [tiles, tokens + 1, neurons]
+        of = neurons[layer].to(active.device)
+        own = active[..., of]
+        active[..., of] = 0.0
+        active[:, -1, of] = own.gather(1, own.abs().argmax(1, keepdim=True))[:, 0]
+        return (active, *args[1:])
 
     def leave_out(module: nn.Module, args: tuple) -> tuple:
         hidden, register = args[0][:, :-1], args[0][:, -1:]  # [tiles, patches, width], [tiles, 1, width]
@@ -240,7 +232,7 @@ def moved_to_register(lvlm: LVLM, neurons: Neurons, passed: torch.Tensor | None 
     with ExitStack() as hooks:
         hooks.enter_context(lvlm.vision_layers[0].register_forward_pre_hook(append, with_kwargs=True))
         for layer in neurons:
-            hooks.enter_context(_reader(lvlm, layer).register_forward_pre_hook(mover(layer)))
+            hooks.enter_context(_reader(lvlm, layer).register_forward_pre_hook(partial(move, layer)))
         for connector in lvlm.connectors.values():
             hooks.enter_context(connector.register_forward_pre_hook(leave_out))
         yield
@@ -292,7 +284,7 @@ def fire(name: str, neurons: Neurons, values: Mapping[int, torch.Tensor], masks:
         of = zip(lvlm.layout(inputs), of_images(masks, inputs), strict=True)
         return setting(lvlm, neurons, torch.cat([layout.vision[mask] for layout, mask in of]), values)
 
-    return Intervention(name, around, {"masks": digest(masks)}, keeps="nothing")
+    return Intervention(name, around, keeps="nothing")
 
 
 def set_dimensions(name: str, dimensions: Sequence[int], values: torch.Tensor, masks: Masks) -> Intervention:
@@ -309,7 +301,7 @@ def set_dimensions(name: str, dimensions: Sequence[int], values: torch.Tensor, m
         patches = torch.cat([layout.connector[mask] for layout, mask in of])
         return setting_dimensions(lvlm, dimensions, patches, values[list(dimensions)])
 
-    return Intervention(name, around, {"dimensions": list(dimensions), "masks": digest(masks)}, keeps="tower")
+    return Intervention(name, around, {"dimensions": list(dimensions)})
 
 
 @torch.no_grad()

@@ -68,12 +68,6 @@ class Readings:
     attention: torch.Tensor           # [scenes, layers behind the onset, heads], ordinary patches' share on the sinks
 
 
-def _one_of(mask: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """One true place of each row, at random: bool [n, places] -> long [n], -1 where there is none."""
-    chosen = torch.rand(mask.shape, generator=generator).masked_fill(~mask, -1.0).argmax(1)
-    return chosen.where(mask.any(1), -1)
-
-
 @torch.no_grad()
 def read(tower: PreTrainedModel, scenes: Scenes, *, seed: int = 0, hide_sinks: bool = False) -> Readings:
     """What the tower says of rendered scenes.
@@ -86,7 +80,7 @@ def read(tower: PreTrainedModel, scenes: Scenes, *, seed: int = 0, hide_sinks: b
     words = grounding(scenes).flatten(1, 2).long()  # [n, patches, 6]
     chosen = {"sink": calm, "ordinary": ~calm, "empty": ~calm & (thing == 0)}
     chosen |= {name: words[..., i] >= 0 for i, name in enumerate(LOCAL)}
-    places = {name: _one_of(mask, generator) for name, mask in chosen.items()}
+    places = {name: sinks.one_of(mask, generator) for name, mask in chosen.items()}
     found: dict[str, list] = {}
     norms, attention = [], []
     own = getattr(tower, "sinks", None)
@@ -231,6 +225,12 @@ def asked(scenes: Scenes, seed: int) -> pd.DataFrame:
     return pd.DataFrame(rows).drop_duplicates(["image_id", "question"]).rename_axis("id").reset_index()
 
 
+def calm_and_random(scenes: Scenes, seed: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The calm patches of each scene, and as many random others: bool [patches] by `image_id`."""
+    calm = {str(i): mask for i, mask in enumerate(scenes.calm.flatten(1))}
+    return calm, {i: sinks.random_like(mask[None], 7919 * seed + int(i))[0] for i, mask in calm.items()}
+
+
 def use(lvlm: LVLM, *, n: int = USED, seed: int = 0, batch_size: int = 32) -> pd.DataFrame:
     """What a model's answers lose when its calm patches are taken away, and when as many random ones are.
 
@@ -245,8 +245,7 @@ def use(lvlm: LVLM, *, n: int = USED, seed: int = 0, batch_size: int = 32) -> pd
     scenes = render("test", 0, n)
     pictures = {str(i): image for i, image in enumerate(scenes.images)}
     table = asked(scenes, seed)
-    calm = {str(i): mask for i, mask in enumerate(scenes.calm.flatten(1))}
-    chance = {i: sinks.random_like(mask[None], 7919 * seed + int(i))[0] for i, mask in calm.items()}
+    calm, chance = calm_and_random(scenes, seed)
     ways = [ablation.hide("calm", calm), ablation.hide("random", chance)]
     said = ablation.scored(lvlm, table, ways, images=pictures, max_new_tokens=4, batch_size=batch_size, cache=None)
     right = said.pivot(index="id", columns="intervention", values="right").join(table.set_index("id"))

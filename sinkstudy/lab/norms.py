@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from transformers import BatchFeature
 
-from sinkstudy import sinks, stats
+from sinkstudy import stats
 from sinkstudy.answers.evaluate import Intervention, Prefixes
 from sinkstudy.effects import ablation
 from sinkstudy.lab import arms, control, language
@@ -82,7 +82,7 @@ def intervention(name: str, calm: ablation.Masks, norm: str | None, gone: ablati
             stack.enter_context(part.around(lvlm, inputs))
         return stack
 
-    return Intervention(name, around, {"norm": norm, "calm": ablation.digest(calm)})
+    return Intervention(name, around, {"norm": norm})
 
 
 class _Stage(language.ImageStage):
@@ -128,8 +128,7 @@ def cell(lvlm: LVLM, norm: str | None, scenes: Scenes, *, seed: int = 0, batch_s
         over that on another, with `attention_low` and `attention_high`; 95 % bootstrap intervals over pictures.
     """
     pictures = {str(i): image for i, image in enumerate(scenes.images)}
-    calm = {str(i): mask for i, mask in enumerate(scenes.calm.flatten(1))}
-    chance = {i: sinks.random_like(mask[None], 7919 * seed + int(i))[0] for i, mask in calm.items()}
+    calm, chance = control.calm_and_random(scenes, seed)
     table = control.asked(scenes, seed)
     ways = {"as it is": intervention("as it is", calm, norm), "calm": intervention("calm", calm, norm, calm),
             "random": intervention("random", calm, norm, chance)}

@@ -152,9 +152,9 @@ def train_gist() -> Path:
     return folder
 
 
-def train_arms(names=tuple(EMERGENCE_ARMS)) -> None:
+def train_arms() -> None:
     """The short towers of chapter 02; what is kept is their logged statistics, and how they were trained."""
-    for name in names:
+    for name in EMERGENCE_ARMS:
         train_tower(f"arm.{name}", follow=DATA / "emergence" / f"{name}.csv", **followed()[name])
     with atomic(DATA / "emergence" / "towers.csv") as file:
         recipes().to_csv(file, index=False)

@@ -82,17 +82,14 @@ def hidden_states(
     """
     results: dict[int, list] = {}
 
-    def keeper(layer: int) -> Callable:
-        def keep(module: nn.Module, args: tuple, output: Any) -> None:
-            hidden = output[0] if isinstance(output, tuple) else output
-            results[layer].append(reduce(hidden, layer))
-
-        return keep
+    def keep(layer: int, module: nn.Module, args: tuple, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        results[layer].append(reduce(hidden, layer))
 
     with ExitStack() as hooks:
         for layer, module in _select(lvlm, side, layers).items():
             results[layer] = []
-            hooks.enter_context(module.register_forward_hook(keeper(layer)))
+            hooks.enter_context(module.register_forward_hook(partial(keep, layer)))
         yield results
 
 
@@ -176,18 +173,22 @@ def attention_received(
 
 
 @contextmanager
-def norms_at_connector(lvlm: LVLM, layouts: Sequence[ImageLayout]) -> Iterator[list[torch.Tensor]]:
-    """Collect the norms of each image's patches as the connector reads them: float32 [patches] each, on the CPU."""
-    norms: list[torch.Tensor] = []
+def norms_at_connector(
+    lvlm: LVLM,
+    layouts: Sequence[ImageLayout],
+    reduce: Callable[[torch.Tensor], torch.Tensor] = lambda norms: norms,
+) -> Iterator[list[torch.Tensor]]:
+    """Collect `reduce(norms)` of each image's patches as the connector reads them: float32 [patches], on the CPU."""
+    found: list[torch.Tensor] = []
 
     def keep(patches: torch.Tensor, layer: int) -> torch.Tensor:
         if layer == lvlm.feature_layer:
-            of_batch = token_norms(patches.detach()).cpu()  # [patches of the batch]
-            norms[:] = [of_batch[layout.connector] for layout in layouts]
+            norms = token_norms(patches.detach()).cpu()  # [patches of the batch]
+            found[:] = [reduce(norms[layout.connector]) for layout in layouts]
         return patches
 
     with lvlm.editing(before=keep):
-        yield norms
+        yield found
 
 
 @dataclass(frozen=True)
@@ -498,8 +499,7 @@ def _watching(
     modules = _attending(lvlm, side, layers)
     with ExitStack() as stack:
         for layer, module in modules.items():
-            hook = module.register_forward_hook(lambda m, args, out, layer=layer: finish(layer))
-            stack.callback(hook.remove)
+            stack.enter_context(module.register_forward_hook(lambda m, args, out, layer=layer: finish(layer)))
         watchers = {module: partial(see, layer) for layer, module in modules.items()}
         stack.enter_context(_attached(part, "_watchers", watchers))
         yield

@@ -195,18 +195,21 @@ class LVLM:
         for image in images:
             self.check_size(*(image.size if isinstance(image, Image.Image) else (image.shape[2], image.shape[1])))
         prompts = [self.prompt(question) for question in questions]
-        bos = self.processor.tokenizer.bos_token
         batch = self.processor(
             images=[[image] for image in images],
             text=prompts,
             padding=True,
             padding_side="left",
-            # never two BOS; the processor of a model with a prompt of its own adds one itself
-            add_special_tokens=not self.spec.prompt and not (bos and prompts[0].startswith(bos)),
+            add_special_tokens=self.adds_bos(prompts[0]),
             return_tensors="pt",
         )
         batch.pop("labels", None)
         return batch
+
+    def adds_bos(self, text: str) -> bool:
+        """Is BOS to be put before a text? Never twice; a processor with a prompt of its own puts it there itself."""
+        bos = self.processor.tokenizer.bos_token
+        return not self.spec.prompt and not (bos and text.startswith(bos))
 
     def check_size(self, width: int, height: int) -> None:
         """Make sure that the model takes pictures of so many pixels; only one whose processor resizes takes all.
@@ -273,16 +276,12 @@ class LVLM:
         """
         of_text = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
         model = self.model if hasattr(self.model, "get_image_features") else self.model.model
-        read: list[nn.Module] = []
-        watch = None
-        if self.spec.connector:
-            watch = self.connector.register_forward_pre_hook(lambda module, _: read.append(module))
-        try:
+        read = [] if self.spec.connector else [True]  # has the connector run?
+        with ExitStack() as hooks:
+            if not read:
+                hooks.enter_context(self.connector.register_forward_pre_hook(lambda *_: read.append(True)))
             model.get_image_features(**{k: v for k, v in inputs.items() if k not in of_text})
-        finally:
-            if watch:
-                watch.remove()
-        if watch and not read:
+        if not read:
             self.model(**inputs, logits_to_keep=1)
 
     def visual_positions(self, input_ids: torch.Tensor) -> torch.Tensor:

@@ -5,8 +5,9 @@ tower's feature layer, and from the tower's tokens back to the pixels. Only what
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -197,34 +198,31 @@ class Twin:
         """The outputs of the tower's layers, each cut off from those below it."""
         leaves: dict[int, torch.Tensor] = {}
 
-        def cutting(layer: int) -> Callable:
-            def cut(module: nn.Module, args: tuple, output: Any) -> Any:
-                hidden = output[0] if isinstance(output, tuple) else output
-                leaves[layer] = hidden.detach().requires_grad_()
-                return (leaves[layer], *output[1:]) if isinstance(output, tuple) else leaves[layer]
-
-            return cut
+        def cut(layer: int, module: nn.Module, args: tuple, output: Any) -> Any:
+            hidden = output[0] if isinstance(output, tuple) else output
+            leaves[layer] = hidden.detach().requires_grad_()
+            return (leaves[layer], *output[1:]) if isinstance(output, tuple) else leaves[layer]
 
         with ExitStack() as stack:
             for layer, module in enumerate(self.layers):
-                stack.callback(module.register_forward_hook(cutting(layer), prepend=True).remove)
+                stack.enter_context(module.register_forward_hook(partial(cut, layer), prepend=True))
             yield leaves
 
     def embedded(self, inputs: Mapping[str, Any]) -> torch.Tensor:
         """What enters the decoder, [batch, tokens, width]."""
+        return self._entering(self.model.get_submodule(self.parts.decoder), inputs, "inputs_embeds")
+
+    def _entering(self, part: nn.Module, inputs: Mapping[str, Any], name: str = "") -> torch.Tensor:
+        """What enters a part of the model, by its name or else the first tensor; the forward pass ends there."""
         seen = []
 
         def stop(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            seen.append(kwargs["inputs_embeds"])
+            tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+            seen.append(kwargs[name] if name else next(tensors))
             raise _Stop
 
-        hook = self.model.get_submodule(self.parts.decoder).register_forward_pre_hook(stop, with_kwargs=True)
-        try:
+        with part.register_forward_pre_hook(stop, with_kwargs=True), suppress(_Stop):
             self.model(**inputs)
-        except _Stop:
-            pass
-        finally:
-            hook.remove()
         return seen[0]
 
     @torch.enable_grad()
@@ -242,7 +240,7 @@ class Twin:
 
         with ExitStack() as stack:
             if self.between:
-                stack.callback(self.model.get_submodule(self.between).register_forward_hook(keep).remove)
+                stack.enter_context(self.model.get_submodule(self.between).register_forward_hook(keep))
             leaves = stack.enter_context(self._leaves())
             embedded = self.embedded(inputs)
         image = inputs["input_ids"] == self.config.image_token_id
@@ -278,32 +276,15 @@ class Twin:
                 called[:] = [other for other in called if not other.startswith(f"{path}.")]
                 called.append(path)
 
-        hook = register_module_forward_hook(note)
-        try:
-            with torch.enable_grad(), self._leaves():
-                self.embedded(inputs)
-        finally:
-            hook.remove()
+        with register_module_forward_hook(note), torch.enable_grad(), self._leaves():
+            self.embedded(inputs)
         return called[-1] if called else None
 
     @torch.enable_grad()
     def pixels(self, inputs: Mapping[str, Any]) -> torch.Tensor:
         """The token of the tower's first layer that each pixel, or row of values, reaches: long [pixels, k]."""
         pixels = inputs["pixel_values"].detach().clone().requires_grad_()
-        seen = []
-
-        def stop(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            seen.append(next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)))
-            raise _Stop
-
-        hook = self.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
-        try:
-            self.model(**{**inputs, "pixel_values": pixels})
-        except _Stop:
-            pass
-        finally:
-            hook.remove()
-        first = seen[0].flatten(0, -2)
+        first = self._entering(self.layers[0], {**inputs, "pixel_values": pixels}).flatten(0, -2)
         in_planes = pixels.ndim >= 4  # [.., channels, height, width]
         by_row = (lambda grad: grad.movedim(-3, -1).flatten(0, -2)) if in_planes else _rows
         return reached(pixels, first, by_row)

@@ -505,9 +505,7 @@ def accuracy(said: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
 WHAT = ["model", "key", "figure", "method", "way", "benchmark", "measure"]  # columns that name a comparison
 
 
-def comparisons(
-    said: pd.DataFrame, ratios: Mapping[str, Mapping[str, float]], among: Sequence[Comparison] = COMPARED
-) -> tuple[pd.DataFrame, pd.DataFrame]:
+def comparisons(said: pd.DataFrame, ratios: Mapping[str, Mapping[str, float]]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Paired differences between arms, of all benchmarks, of each, and of each type of question.
 
     Args:
@@ -521,7 +519,7 @@ def comparisons(
     """
     rows, seeds = [], []
     names = list(said.benchmark.unique())
-    for (model, of), comparison in product(said.groupby("model", sort=False), among):
+    for (model, of), comparison in product(said.groupby("model", sort=False), COMPARED):
         unfair = under_trained(comparison, ratios.get(model, {}))
         apart = {measure: difference(of, comparison.first, comparison.second, measure) for measure in MEASURES}
         for part, measure in product(["mean", *names, *TYPES], MEASURES):

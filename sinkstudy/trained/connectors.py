@@ -58,14 +58,11 @@ class OneConnector(Method):
 
     @contextmanager
     def around(self, inputs: Prefixes) -> Iterator[None]:
-        if not self.settings.get("normed"):
+        with ExitStack() as hooks:
+            if self.settings.get("normed"):
+                connector = self.lvlm.connector
+                hooks.enter_context(connector.register_forward_hook(lambda module, args, tokens: self.norm(tokens)))
             yield
-            return
-        hook = self.lvlm.connector.register_forward_hook(lambda module, args, tokens: self.norm(tokens))
-        try:
-            yield
-        finally:
-            hook.remove()
 
     def changed(self) -> dict[str, nn.Parameter]:
         """The connectors, and the decoder with its head if it is trained."""
@@ -171,7 +168,7 @@ class DIYSink(OneConnector):
             return group, visual
 
         with ExitStack() as hooks:
-            hooks.callback(lvlm.connector.register_forward_hook(merge).remove)
+            hooks.enter_context(lvlm.connector.register_forward_hook(merge))
             if self.settings["front"]:
                 hooks.enter_context(moving.moving(lvlm, layouts, masks, ids="renumber"))
             if show != "both":

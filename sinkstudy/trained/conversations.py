@@ -158,7 +158,7 @@ class Collate:
             **text,
             padding=True,
             padding_side="left",
-            add_special_tokens=self._adds_bos(text["text"][0]),
+            add_special_tokens=lvlm.adds_bos(text["text"][0]),
             return_tensors="pt",
         )
         labels = batch.pop("labels", None)  # which only the processor of such a single prompt makes
@@ -182,15 +182,10 @@ class Collate:
             messages += [{"role": "assistant", "content": [{"type": "text", "text": a}]} for a in answer]
         return self.lvlm.processor.apply_chat_template(messages, add_generation_prompt=len(turns[-1]) == 1)
 
-    def _adds_bos(self, text: str) -> bool:
-        """As in `LVLM.inputs`: never two."""
-        bos = self.lvlm.processor.tokenizer.bos_token
-        return not self.lvlm.spec.prompt and not (bos and text.startswith(bos))
-
     def _ids(self, turns: Sequence[tuple[str, ...]]) -> list[int]:
         """Tokens of a conversation, with the picture as its marker."""
         text = self._text(turns)
-        return self.lvlm.processor.tokenizer(text, add_special_tokens=self._adds_bos(text))["input_ids"]
+        return self.lvlm.processor.tokenizer(text, add_special_tokens=self.lvlm.adds_bos(text))["input_ids"]
 
     def _mark(self, labels: torch.Tensor, ids: torch.Tensor, sample: Sample) -> None:
         """Put the tokens of the answers, each with its end token, into `labels`.

@@ -122,8 +122,7 @@ class Gates(Method):
         seen: list[torch.Tensor] = []
         with ExitStack() as hooks:
             for gate in self.gates.values():
-                hook = gate.register_forward_hook(lambda module, args, rho: seen.append(rho.cpu()))
-                hooks.callback(hook.remove)
+                hooks.enter_context(gate.register_forward_hook(lambda module, args, rho: seen.append(rho.cpu())))
             hooks.enter_context(self.around(inputs))
             self.model(**inputs, logits_to_keep=1)
         return torch.stack(seen, 1)

@@ -32,6 +32,7 @@ from transformers import set_seed
 
 from sinkstudy import devices, digests
 from sinkstudy.answers.evaluate import Intervention, Prefixes
+from sinkstudy.model.identity import Identity
 from sinkstudy.model.lvlm import LVLM
 from sinkstudy.paths import atomic
 from sinkstudy.progress import Progress
@@ -76,7 +77,7 @@ class Method(nn.Module):
 
     def identity(self) -> dict[str, Any]:
         """What the method does, as plain values, see `identity.Identity`."""
-        return {"kind": self.kind, **self.settings, "weights": digest_of_weights(self.changed())}
+        return {"kind": self.kind, **self.settings, "weights": Identity()(self.changed())}
 
     def intervention(self, name: str, **more: Any) -> Intervention:
         """The method for `evaluate`; `more` plain values that change what it does."""
@@ -193,14 +194,6 @@ def check_weights(weights: Mapping[str, torch.Tensor]) -> None:
             raise FloatingPointError(
                 f"the weights {name} are no longer finite: train with a smaller learning rate, or in float32"
             )
-
-
-def digest_of_weights(weights: dict[str, torch.Tensor]) -> str:
-    """SHA-256 of named tensors."""
-    sha256 = hashlib.sha256()
-    for name, tensor in weights.items():
-        sha256.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return sha256.hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------- training

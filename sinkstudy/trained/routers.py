@@ -22,9 +22,10 @@ from transformers import AutoModel, AutoTokenizer
 
 from sinkstudy import digests
 from sinkstudy.answers.evaluate import NONE, Intervention, Prefixes, evaluate
+from sinkstudy.model.identity import Identity
 from sinkstudy.model.lvlm import LVLM
 from sinkstudy.trained.connectors import DIYSink
-from sinkstudy.trained.loop import Method, digest_of_weights
+from sinkstudy.trained.loop import Method
 from sinkstudy.world import questions as lab
 
 ROUTES = ("sinks", "others", "both")
@@ -328,7 +329,7 @@ class ReW(Method):
     def identity(self) -> dict[str, Any]:
         encoder = {}
         if self.encoder is not None:
-            encoder = {"encoder_weights": digest_of_weights(dict(self.encoder.named_parameters()))}
+            encoder = {"encoder_weights": Identity()(dict(self.encoder.named_parameters()))}
         diysink = {**self.diysink.settings, "show": self.diysink.show, "weights": self.of}
         return super().identity() | encoder | {"diysink": diysink}
 
@@ -362,7 +363,7 @@ def _sentence_encoder(name: str, device: torch.device) -> tuple[nn.Module, Any]:
     return encoder.eval().to(device), tokenizer
 
 
-def balanced(table: pd.DataFrame, n: int, seed: int = 0, column: str = "type") -> pd.DataFrame:
+def balanced(table: pd.DataFrame, n: int, seed: int = 0) -> pd.DataFrame:
     """n rows of a table drawn without replacement, as many of each type of question, in random order.
 
     ReW is trained on 120 or 240 such samples in the paper.
@@ -370,12 +371,12 @@ def balanced(table: pd.DataFrame, n: int, seed: int = 0, column: str = "type") -
     Raises:
         ValueError: n is not a multiple of the number of types, or a type has too few rows.
     """
-    counts = table[column].value_counts()
+    counts = table.type.value_counts()
     each, left = divmod(n, len(counts))
     if left or n <= 0:
         raise ValueError(f"{n} samples cannot be balanced over {len(counts)} types; take a multiple of {len(counts)}")
     if counts.min() < each:
         raise ValueError(f"{each} rows of each type are needed; there are {counts.min()} of {counts.idxmin()!r}")
     rng = np.random.default_rng(seed)
-    drawn = [rng.choice(np.flatnonzero(table[column] == kind), each, replace=False) for kind in sorted(counts.index)]
+    drawn = [rng.choice(np.flatnonzero(table.type == kind), each, replace=False) for kind in sorted(counts.index)]
     return table.iloc[rng.permutation(np.concatenate(drawn))]
