@@ -282,30 +282,6 @@ def lit_by(profiles: Mapping[str, torch.Tensor], group: str, layer: int) -> dict
     }
 
 
-def published(known: pd.DataFrame, lights: pd.DataFrame) -> pd.DataFrame:
-    """In how many decoder layers each group lights the dimensions that others name for a model.
-
-    Args:
-        known: `model` (an id of the hub), `lit_by`, `dimension`, `source`, `grade`; a row counts for models of the same
-            last name, wherever they come from.
-        lights: of `lit_dimensions`, with a column `model`.
-
-    Returns:
-        `model`, the other columns of `known`, `group`, `layers` (that light the dimension), `of` (all layers).
-    """
-    rows = []
-    for (model, group), of in lights.groupby(["model", "group"], sort=False):
-        lit = [set(map(int, text.split())) for text in of.dimensions]
-        for row in known[known.model.map(_last_name) == _last_name(model)].to_dict("records"):
-            layers = sum(row["dimension"] in own for own in lit)
-            rows.append(row | {"model": model, "group": group, "layers": layers, "of": len(lit)})
-    return pd.DataFrame(rows, columns=[*known.columns, "group", "layers", "of"])
-
-
-def _last_name(model: str) -> str:
-    return model.replace("--", "/").rstrip("/").rsplit("/", 1)[-1].lower()
-
-
 # --- dimensions over a training ---
 
 

@@ -78,17 +78,6 @@ def test_over_steps_of_planted_dimensions():
     assert mean["last step", "random"].max() < 1 and phi.outside.max() < 1
 
 
-def test_published_dimensions_by_hand():
-    known = pd.DataFrame({"model": ["a/one", "a/one", "a/two"], "lit_by": "sinks", "dimension": [3, 4, 3],
-                          "source": "", "grade": "A"})  # fmt: skip
-    lights = pd.DataFrame({"model": "b--One", "group": ["sinks", "sinks", "first token", "first token"],
-                           "dimensions": ["3 17", "4 3", "", "17"]})  # fmt: skip
-    found = propagation.published(known, lights).set_index(["group", "dimension"])
-    assert found.layers.to_dict() == {("sinks", 3): 2, ("sinks", 4): 1, ("first token", 3): 0, ("first token", 4): 0}
-    assert set(found.of) == {2} and set(found.model) == {"b--One"}
-    assert propagation.published(known, lights.assign(model="three")).empty
-
-
 def test_model_at_a_step(tiny, tmp_path):
     lvlm = replace(tiny, name="narrow")
     own = {name: tensor.clone() for name, tensor in tiny.connector.state_dict().items()}

@@ -136,8 +136,8 @@ def test_fates_by_hand():
 
 
 def test_chapter_on_pictures_of_a_folder(tmp_path: Path):
-    """A tiny model under the name of one whose sink dimensions others have named, and without a stage to follow."""
-    model = "Qwen2.5-VL-7B-Instruct"
+    """A tiny model, whose alignment stage nobody followed."""
+    model = "tiny-qwen2_5_vl"
     architectures.write(tmp_path / model, "qwen2_5_vl")
     chapters.write_pictures(tmp_path / "pictures", [(64, 32)] * 5)
     chapters.execute("03-propagation", tmp_path, model=str(tmp_path / model), images_dir=str(tmp_path / "pictures"),
@@ -152,8 +152,5 @@ def test_chapter_on_pictures_of_a_folder(tmp_path: Path):
     assert tokens == pytest.approx(pd.read_csv(tmp_path / model / "03-propagation" / "kinds.csv").eval(
         "propagated + stopped").mean(), abs=1e-4)
 
-    named = pd.read_csv(tmp_path / model / "03-propagation" / "published_dimensions.csv")
-    assert set(named.dimension) == {458, 2570} and set(named.layers) == {0}  # it is narrower than that
-    assert set(named.of) == {len(set(pd.read_csv(tmp_path / model / "03-propagation" / "dimensions.csv").layer))}
     assert not (tmp_path / model / "03-propagation" / "alignment.csv").exists() and "alignment" not in str(metrics)
     assert "are kept for lab-llava, lab-llava-gist only" in (tmp_path / "out.ipynb").read_text()
