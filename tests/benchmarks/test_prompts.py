@@ -80,8 +80,8 @@ def test_lab_models_are_asked_the_bare_question():
 
 
 def test_errors_are_one_message():
-    with pytest.raises(ValueError, match="^GQA has no prompt for 'lab'; it has llava, "):
-        prompts(table("GQA"), "GQA", "lab")
+    with pytest.raises(ValueError, match="^GQA has no prompt for 'other'; it has llava, "):
+        prompts(table("GQA"), "GQA", "other")
     with pytest.raises(ValueError, match="^POPE: the table is empty$"):
         prompts(table("POPE").iloc[:0], "POPE")
 

@@ -238,7 +238,7 @@ def test_the_command_writes_what_it_prints_and_answers_once(elsewhere, monkeypat
     monkeypatch.setattr(evaluate, "_generate", None)  # what is answered is not asked again
     assert call(*arguments).stdout == ended.stdout
     assert call(*arguments, "--seed", "1").exit_code == 0
-    assert call(*arguments, "--limit", "2").exception is not None
+    assert call(*arguments, "--limit", "24").exception is not None
 
 
 def test_the_command_on_public_files(elsewhere):
@@ -257,7 +257,7 @@ LAB = ["lab-llava"]
 BAD = {
     "method": (LAB + ["--method", "back"], "unknown method 'back'; known: front, front-renumber"),
     "model": (["lab-lava", "--method", "front"], "unknown model 'lab-lava'"),
-    "benchmark": (LAB + ["--method", "front", "--benchmark", "gqa"], "unknown benchmark 'gqa'; those of the lab are"),
+    "benchmark": (LAB + ["--method", "front", "--benchmark", "own"], "unknown benchmark 'own'; those of the lab are"),
     "no public data": (["owner/name", "--method", "front"], "the lab's benchmarks are for lab models: --hub or"),
     "no folder": (LAB + ["--method", "front", "--data-dir", "nowhere"], "parameter 'data_dir': there is no"),
     "not in the folder": (LAB + ["--method", "front", "--data-dir", "data"], "no data of POPE: there is no folder"),

@@ -10,7 +10,7 @@ from PIL import Image
 from sinkstudy import benchmarks, stats
 from sinkstudy.answers import study
 from sinkstudy.answers.evaluate import NONE, evaluate
-from sinkstudy.effects import ablation
+from sinkstudy.effects import ablation, methods
 from sinkstudy.model import loading
 from sinkstudy.world import drawing
 from sinkstudy.world import questions as lab
@@ -122,10 +122,24 @@ def test_columns_of_the_papers_tables():
     mme = pd.DataFrame({"benchmark": "MME", "id": list("fghijk"), "category": ["count"] * 4 + ["scene"] * 2,
                         "picture": list("nnmmnn"), "right": [100.0, 100, 100, 0, 100, 0]})
     found = study.reported(pd.concat([four, mme]).assign(way="x"), ["way"])
-    assert set(found.column) == {"LLaVA-eval average", "MME all"} and not found.duplicated(["column", "benchmark", "id"]).any()
-    score = {column: study.scaled(study.mean(of, "right"), of.scale.iloc[0]).value for column, of in found.groupby("column")}
+    assert set(found.column) == {"LLaVA-eval average", "MME all"}
+    assert not found.duplicated(["column", "benchmark", "id"]).any()
+    score = {column: study.scaled(study.mean(of, "right"), of.scale.iloc[0]).value
+             for column, of in found.groupby("column")}
     assert score == pytest.approx({"LLaVA-eval average": (50 + 100 + 30 + 0) / 4, "MME all": 75 + 50 + 50 + 0})
     assert study.reported(four[four.id != "e"].assign(way="x"), ["way"]).empty
+
+
+def test_what_a_method_changes_in_these_columns():
+    """A third of MathVista's answers turn right, and none of them with random tokens."""
+    of = {"none": [0.0, 0, 100], "front": [100.0, 0, 100], "random-front": [0.0, 0, 100]}
+    said = pd.concat([pd.DataFrame({"benchmark": "MathVista", "id": list("abc"), "picture": list("abc"),
+                                    "category": "x", "method": way, "right": right}) for way, right in of.items()])
+    for against, change in (("none", 100 / 3), ("random-front", 100 / 3)):
+        (row,) = methods.as_reported(said.assign(model="m"), ["model"], "front", against).itertuples()
+        assert (row.column, row.n) == ("MathVista", 3) and row.low < row.value < row.high
+        assert (row.before, row.score, row.value) == pytest.approx((100 / 3, 200 / 3, change))
+    assert methods.as_reported(said[:0].assign(model="m"), ["model"], "front", "none").empty
 
 
 def test_mean_of_several_trainings_counts_benchmarks_alike():

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import zeros
 
 from sinkstudy.answers import study
+from sinkstudy.book import chapter
 from sinkstudy.trained import compared, routers
 
 TYPES = ["global", "local", "mixed"] * 4
@@ -174,3 +175,29 @@ def test_without_any_method():
     assert compared.hard_routers(said, {}).empty and compared.accuracy(said).empty
     effects, seeds = compared.comparisons(said, {})
     assert effects.empty and seeds.empty and len(compared.dots(effects, seeds, {}).axes) == 1
+
+
+# ------------------------------------------------------------------------------------------- the paper's tables
+def test_arms_in_the_columns_of_the_papers_tables():
+    """Two seeds of MME about one picture in each of two tasks: acc + acc+, worked out by hand, then their mean."""
+    def of_arm(arm: str, seed: int, right: list[float]) -> pd.DataFrame:
+        return pd.DataFrame({"model": "m", "arm": arm, "seed": seed, "benchmark": "MME", "id": list("abcd"),
+                             "picture": ["MME i"] * 2 + ["MME j"] * 2, "category": ["count"] * 2 + ["scene"] * 2,
+                             "right": right})
+    said = pd.concat([of_arm("one", 0, [100.0, 0, 0, 0]), of_arm("two both", 0, [100.0, 100, 0, 0]),
+                      of_arm("one", 1, [100.0, 0, 100, 0]), of_arm("two both", 1, [100.0, 0, 100, 100])])
+    two_minus_one, soft = compared.COMPARED[0], compared.COMPARED[7]
+    (row,) = compared.as_reported(said, {"m": {"two": 1.1}}, [two_minus_one, soft]).itertuples()
+    assert (row.model, row.key, row.column) == ("m", "two_minus_one", "MME all")
+    assert (row.before, row.score) == ((50 + 100) / 2, (200 + 250) / 2)
+    assert row.value == 150 and row.low <= row.value <= row.high and row.verdict == compared.UNDER_TRAINED
+
+
+def test_a_table_of_the_paper_with_ours_below(tmp_path):
+    (tmp_path / "front.csv").write_text("row,column,value,model\nas is,MME all,10,A\nto the front,MME all,9.5,A\n"
+                                        "as is,MathVista,1,A\nto the front,MathVista,1.25,A\n")
+    ours = pd.DataFrame([("m", "front", "MathVista", 50.0, 51.0, 1.0, -1.0, 3.0, 9)], columns=[
+        "model", "method", "column", "before", "score", "value", "low", "high", "n"])
+    shown = chapter.beside_paper(tmp_path / "front.csv", ours)
+    assert shown.loc[("paper", "A", "to the front")].tolist() == ["10.00 → 9.50, −0.50", "1.00 → 1.25, +0.25"]
+    assert shown.loc[("here", "m", "front")].tolist() == ["–", "50.0 → 51.0, +1.0 [−1.0, +3.0]"]
