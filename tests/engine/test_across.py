@@ -127,10 +127,11 @@ def test_counts_and_words(checkout: Commands, shown: Path):
         "not read, for want of columns: lab-llava/route/front.csv\n"
     )
     glued = " ".join(outputs(checkout.page("12-across-models"), "application/papermill.record/text/plain"))
-    assert "more answers are clearly right in 3, where chance would give about 0; fewer in 2, 0 after" in glued
+    assert "one benchmark, 3 give clearly more right answers; 2, clearly fewer." in glued
+    assert "By chance alone about 0 would give clearly more. After correction 0 still give fewer." in glued
     assert "More: front in lab-llava and owner--big; features (weight 0.5) in lab-llava; after" in glued
     assert "after correction: front in lab-llava and owner--big; features (weight 0.5) in lab-llava." in glued
-    assert "These tokens left out: not run." in glued
+    assert "Sinks left out: not run." in glued
 
 
 def outputs(page, kind: str) -> list[str]:

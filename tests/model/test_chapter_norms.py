@@ -46,11 +46,13 @@ def test_no_sinks_at_all(model: Path, tmp_path: Path):
     metrics = run(model, tmp_path, threshold=50)
     assert metrics.value["tiny-llava.sinks_per_image.chosen"] == 0
     assert metrics.n["tiny-llava.rule_of_this_run.share_on.picture_border"] == 0
-    assert "No sinks by it in any picture" in glued(tmp_path, "answer")
+    assert "no patch is a sink by the rule of this run" in glued(tmp_path, "answer")
+    assert "no picture has a sink" in glued(tmp_path, "no-sinks")
 
 
 def test_pictures_of_a_folder(model: Path, tmp_path: Path):
     chapters.write_pictures(tmp_path / "pictures", [(48, 64)] * 6)
     metrics = run(model, tmp_path, images_dir=str(tmp_path / "pictures"))
     assert not metrics.index.str.contains("calm").any()
-    assert "not known for these pictures" in glued(tmp_path, "answer")
+    assert "on things" not in glued(tmp_path, "answer")
+    assert glued(tmp_path, "on-things") == "'not known for these pictures'"
