@@ -1,5 +1,6 @@
 """The lab's own training of DIYSink computes what the method computes; what is shipped is what the recipe says."""
 
+import json
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -166,6 +167,8 @@ def test_connectors_of_the_alignment_stage(base, corpus, pictures, monkeypatch):
     assert alignment.steps(base) == sorted(arms.FOLLOWED)
     log = pd.read_csv(ALIGNMENT / base / "training.csv")
     assert log.step.iloc[-1] == arms.ALIGN.steps == max(arms.FOLLOWED)
+    about = json.loads((ALIGNMENT / base / "stage.json").read_text())
+    assert about["base"] == base and about["end_loss"] == pytest.approx(log.loss.iloc[-1], rel=1e-4)
     lvlm, losses = loading.load(base), []
     lvlm.model.set_attn_implementation("lab_matmul")
     stage = arms.Stage(OneConnector(lvlm), corpus, pictures, "caption")
