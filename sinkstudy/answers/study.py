@@ -320,7 +320,8 @@ def reported(said: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
             scale = 1
             if names == ("MME",):
                 pairs = of.groupby([*by, "category", "picture"], sort=False).right.agg(["mean", "min"]).reset_index()
-                of = pairs.assign(benchmark=pairs.category, id=pairs.category + " " + pairs.picture,
+                name = pairs.category + " " + pairs.picture  # a name that categories share is two pictures
+                of = pairs.assign(benchmark=pairs.category, id=name, picture=name,
                                   right=(pairs["mean"] + pairs["min"]) / 2)
                 scale = 2 * of.category.nunique()
             found.append(of[[*by, "benchmark", "id", "picture", "right"]].assign(column=column, scale=scale))
