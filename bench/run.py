@@ -48,6 +48,12 @@ def rounds(actions: Mapping[str, Callable[[], object]], times: int) -> dict[str,
     return dict(zip(actions, np.array(seconds).T))
 
 
+def of_children() -> float:
+    """Seconds of a processor that processes started from here, and ended, have used."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def ratio(over: np.ndarray, under: np.ndarray) -> float:
     return float(np.median(over / under))
 
@@ -100,15 +106,14 @@ def plan() -> None:
         given = Path(folder) / "plan.json"
         given.write_text(json.dumps({"runs": runs}))
         command = [sys.executable, "-m", "snakemake", "--configfile", str(given), "-n", "--quiet", "all"]
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        before = of_children()
         subprocess.run(command, cwd=engine.ROOT, check=True, capture_output=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        used = of_children() - before
         started = clock()
         for of_run in runs.values():
             for notebook, values in of_run.items():
                 engine.fingerprint(notebook, values)
         ours = clock() - started
-    used = sum(getattr(after, of) - getattr(before, of) for of in ("ru_utime", "ru_stime"))
     n = sum(map(len, runs.values()))
     print(f"plan: {n:,} notebooks: {used:.1f} s of a processor, Snakemake's start included; fingerprints {ours:.1f} s")
 
@@ -358,7 +363,7 @@ def peak_memory(action: Callable[[], object]) -> int:
 
 
 def chapter(limit: int = 64) -> None:
-    """Chapter 10 on lab-llava from the start of its kernel, no answer kept from before: seconds of the clock."""
+    """Chapter 10 on lab-llava from the start of its kernel, no answer kept from before: seconds."""
     from sinkstudy.paths import NOTEBOOKS, ROOT
 
     with tempfile.TemporaryDirectory() as folder:
@@ -366,9 +371,10 @@ def chapter(limit: int = 64) -> None:
         command = [sys.executable, "-m", "papermill", NOTEBOOKS / "10-training-free.ipynb", f"{folder}/page.ipynb"]
         kept = {"SINKSTUDY_RESULTS": f"{folder}/results", "SINKSTUDY_ANSWERS": f"{folder}/answers"}
         environment = os.environ | kept | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-        started = time.perf_counter()
+        before, started = of_children(), time.perf_counter()
         subprocess.run([*command, "-y", given], cwd=NOTEBOOKS, env=environment, check=True, capture_output=True)
-    print(f"chapter: 10 on lab-llava, limit {limit}, float32: {time.perf_counter() - started:.0f} s")
+    print(f"chapter: 10 on lab-llava, limit {limit}, float32: {time.perf_counter() - started:.0f} s, "
+          f"{of_children() - before:.0f} s of a processor")
 
 
 CASES = {"world": world, "plan": plan, "trace": trace, "evaluate": evaluate, "chapter": chapter}
