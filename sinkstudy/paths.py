@@ -28,6 +28,7 @@ NOTEBOOKS = ROOT / "notebooks"
 BOOK = ROOT / "book"
 RUNS = BOOK / "runs"
 DEFAULT_MODEL = "lab-llava"
+FULL = f"{DEFAULT_MODEL}-full"  # the run with more pictures, from which verdicts come: data/full.yml
 ADAPTER = "adapter_config.json"
 HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 UNMERGED = (
