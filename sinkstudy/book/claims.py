@@ -482,4 +482,4 @@ def agreed(beside: pd.DataFrame) -> str:
     n, lacking = beside.p.notna().sum(), beside.p.isna().sum()
     without = f"; {lacking} have no interval there, or no number in the full run" if lacking else ""
     return (f"Of {n} numbers of the full run, {beside.outside.sum()} lie outside the default run's 95 % interval, "
-            f"where chance would have at most about {0.05 * n:.0f}{without}.")
+            f"where chance would have at most about {0.05 * n:.2g}{without}.")

@@ -198,9 +198,9 @@ def numbers_from(judged: pd.DataFrame) -> str:
     if not full:
         return ("*These numbers are those of the default run, which the chapters show. The full run, with four times "
                 "the pictures (`make full`), has not been made.*")
-    rest = f"; {default} that it lacks are those of the default run" if default else ""
-    return (f"*These numbers are those of the full run, which has about four times the pictures that the chapters "
-            f"show: {full} numbers of claims in models{rest}.*")
+    rest = f" {default} of {full + default} that it lacks are those of the default run." if default else ""
+    return (f"*These numbers are those of the full run, which has about four times the pictures that the chapters show."
+            f"{rest}*")
 
 
 def agreement() -> str:

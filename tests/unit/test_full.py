@@ -5,12 +5,13 @@ import json
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 from docutils import nodes
 from docutils.utils import new_document
 
-from sinkstudy.book import claims, downloads, engine, pages, parameters
+from sinkstudy.book import across, claims, downloads, engine, pages, parameters
 from sinkstudy.paths import DEFAULT_MODEL, FULL, RUNS
 from tests.unit.test_claims import LEDGER, verdict, write
 
@@ -68,7 +69,7 @@ def test_verdicts_come_from_the_full_run_where_it_has_the_number(tmp_path, monke
                                    ("up", "lab-other"): FULL, ("same", "lab-other"): ""}
     assert list(judged.model.unique()) == ["lab-llava", "lab-other"]
     assert verdict(tmp_path).verdict == "supported" and verdict(tmp_path).n == 80
-    assert "show: 2 numbers of claims in models; 1 that it lacks are" in pages.numbers_from(judged)
+    assert "show. 1 of 3 that it lacks are those of the default run.*" in pages.numbers_from(judged)
     assert claims.controls(tmp_path, LEDGER).iloc[0][["value", "state"]].tolist() == [1.7, "holds"]
     write(tmp_path, "lab-other", [("lab-other.up.effect", 9, 8, 10, 99, "")])
     assert verdict(tmp_path, model="lab-other").run == "lab-other"  # a model's own run comes first, as before
@@ -103,6 +104,20 @@ def test_page_of_a_chapter_says_which_run_it_shows(tmp_path, monkeypatch, run, f
              FULL: f"This page shows the full run, 4,096 pictures; the default run has 1,024, {end}"}
     assert said == ([lines[run]] if full and run in lines else []) + ["Text."]
     assert [link["refuri"] for link in made.findall(nodes.reference)] == ["../../verdicts.html"] * (len(said) - 1)
+
+
+def test_table_of_all_methods_has_the_full_run_before_the_default_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(across.paths, "ROOT", tmp_path)
+    for run, model in ((DEFAULT_MODEL, DEFAULT_MODEL), (FULL, DEFAULT_MODEL), ("a-run", DEFAULT_MODEL),
+                       (DEFAULT_MODEL, "other"), (FULL, "other"), ("other", "other"), (DEFAULT_MODEL, "late")):
+        row = {"model": model, "method": "front", "way": "travel", "benchmark": "POPE", "group": "sinks", "measure": "right",
+               "value": 1, "low": 0, "high": 2, "n": 9}
+        folder = tmp_path / "results" / run / "10-toy"
+        folder.mkdir(parents=True, exist_ok=True)
+        pd.DataFrame([row]).to_csv(folder / f"{model}.csv", index=False)
+    rows, _ = across.read(["results/*/10-*/*.csv"])
+    assert {model: list(of.run) for model, of in rows.groupby("model")} == {
+        DEFAULT_MODEL: [FULL, DEFAULT_MODEL, "a-run"], "other": ["other", FULL, DEFAULT_MODEL], "late": [DEFAULT_MODEL]}
 
 
 # ---- whether the default run agrees
