@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     With another, a chapter of that kind rightly shows more than the outputs that are stored.
     """
-    others = sorted({path.parent.name for path in ROOT.glob("results/*/*/")} - {"lab-llava"})
+    others = sorted({path.parent.name for path in ROOT.glob("results/*/*/")} - {"lab-llava", "lab-llava-full"})
     reason = f"it shows all runs, and its stored outputs are those of the default run; here is also {', '.join(others)}"
     for item in items if others else ():
         if item.path.suffix == ".ipynb" and "results/*/" in item.path.read_text(encoding="utf-8"):

@@ -51,6 +51,9 @@ def run_command(
         list[str] | None, typer.Option("--parameter", "-p", metavar="NAME=VALUE", help="Any other parameter.")
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run, if not the model's.")] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="The run from which verdicts come, with the pictures of data/full.yml.")
+    ] = False,
     jobs: Annotated[int | None, typer.Option(min=1, help="Notebooks executed at the same time.")] = None,
     profile: Annotated[
         Path | None, typer.Option(help="Folder of a Snakemake profile: profiles/slurm executes on a cluster.")
@@ -74,7 +77,9 @@ def run_command(
         raise engine.UserError(f"{profile} is no folder of a Snakemake profile: it has no config.yaml")
     if update_notebooks and (given or name or models != [engine.DEFAULT_MODEL]):
         raise engine.UserError("--update-notebooks is for the default run: no other model, parameter or name")
-    for run in engine.run(models, only=only or [], given=given, name=name, jobs=jobs, profile=profile):
+    if full and (name or update_notebooks or models != [engine.DEFAULT_MODEL]):
+        raise engine.UserError("--full is a run of its own, of the default model: no other model or name")
+    for run in engine.run(models, only=only or [], given=given, name=name, full=full, jobs=jobs, profile=profile):
         if update_notebooks:
             engine.update_notebooks(only or [])
         typer.echo(f"run {run} is up to date: book/runs/{run}, results/{run}")
@@ -210,6 +215,21 @@ def compare(
     for model, rows in found.groupby("model", sort=False):
         typer.echo(f"{model}:\n{rows.pivot(index='claim', columns='run', values='verdict')[runs].to_string()}")
     typer.echo(f"written: {page} and {page.with_suffix('.csv').name}")
+
+
+@app.command("check-full")
+def check_full() -> None:
+    """Fail if the default run's numbers do not agree with the full run's, by the rule of `claims.disagreements`."""
+    _in_checkout()
+    from sinkstudy.book import claims
+
+    try:
+        beside = claims.agreement()
+    except ValueError as problem:
+        raise engine.UserError(str(problem)) from None
+    typer.echo(claims.agreed(beside))
+    if wrong := claims.disagreements(beside):
+        raise engine.UserError("; ".join(wrong))
 
 
 @app.command("check-fresh")

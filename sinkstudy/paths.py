@@ -29,6 +29,7 @@ NOTEBOOKS = ROOT / "notebooks"
 BOOK = ROOT / "book"
 RUNS = BOOK / "runs"
 DEFAULT_MODEL = "lab-llava"
+FULL = f"{DEFAULT_MODEL}-full"  # the run with more pictures, from which verdicts come: data/full.yml
 ADAPTER = "adapter_config.json"
 HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 UNMERGED = (
@@ -81,10 +82,14 @@ def noted_model(run: Path) -> str:
 
 
 def written(*patterns: str, root: Path = RESULTS) -> list[tuple[str, str, Path]]:
-    """What runs wrote: (run, chapter, file) of the files `<run>/<chapter>/<name>`, the default run's first, by name."""
+    """What runs wrote: (run, chapter, file) of the files `<run>/<chapter>/<name>`.
+
+    The full run's come first, then the default run's, then the others' by name.
+    """
     found = {file for pattern in patterns for file in root.glob(pattern)}
     named = [(file.parts[-3], file.parts[-2], file) for file in found]
-    return sorted(named, key=lambda of: (of[0] != DEFAULT_MODEL, of))
+    first = {FULL: 0, DEFAULT_MODEL: 1}
+    return sorted(named, key=lambda of: (first.get(of[0], 2), of))
 
 
 def place(path: str) -> Path:

@@ -39,8 +39,9 @@ def read(patterns: Sequence[str]) -> tuple[pd.DataFrame, list[str]]:
 
     Returns:
         Rows with the columns `CELL`, `group`, `value`, `low`, `high`, `n`, `df` (of Student's intervals), `run` and
-        `source` (chapter or "route"). Of a model that several runs measured, first its own run, then the default run,
-        then the others by name; within a run first what has most pictures. And the tables that lack columns.
+        `source` (chapter or "route"). Of a model that several runs measured, first its own run (the default model's are
+        the full run, then the default run), then the full run, the default run, and the others by name; within a run
+        first what has most pictures. And the tables that lack columns.
 
     Raises:
         ValueError: there is no table.
@@ -55,8 +56,9 @@ def read(patterns: Sequence[str]) -> tuple[pd.DataFrame, list[str]]:
     if not found:
         raise ValueError(f"no table of effects is there ({', '.join(patterns)}): 'sinkstudy run --only 10' makes one")
     rows = pd.concat(found, ignore_index=True).fillna({"group": "", "way": ""})
-    own, default = rows.run == rows.model.map(paths.slug), rows.run == paths.DEFAULT_MODEL
-    rows = rows.assign(df=rows.get("df", np.nan), rank=-2.0 * own - default, fewer=-rows.n)
+    full, default = rows.run == paths.FULL, rows.run == paths.DEFAULT_MODEL
+    own = rows.run.where(~full, paths.DEFAULT_MODEL) == rows.model.map(paths.slug)
+    rows = rows.assign(df=rows.get("df", np.nan), rank=-3.0 * own - 2.0 * full - default, fewer=-rows.n)
     return rows.sort_values(["rank", "run", "source", "fewer"], kind="stable", ignore_index=True), left_out
 
 

@@ -1,14 +1,18 @@
-"""Beside the figures and tables of a chapter's page, links to what they can be taken away as. An extension of Sphinx.
+"""Beside the figures and tables of a chapter's page, links to what they can be taken away as, and which run it shows.
+
+An extension of Sphinx.
 
 A figure is there as PDF and SVG, a table as it is shown in LaTeX, and what was kept as CSV at the foot of the page.
 The files are those of `results/<run>/<notebook>/`, which the book copies; a link stands only where there is a file.
+Where there is a full run of the chapter, a line below the page's first box says how many pictures each has.
 """
 
+import json
 from typing import Any
 
 from docutils import nodes
 
-from sinkstudy.paths import RESULTS, ROOT, RUNS
+from sinkstudy.paths import DEFAULT_MODEL, FULL, RESULTS, ROOT, RUNS
 
 FOOT = "files"  # the anchor of the list at the foot of a page
 
@@ -49,6 +53,29 @@ def add_links(app: Any, doctree: nodes.document) -> None:
         doctree.children[-1].append(foot)
 
 
+def add_run(app: Any, doctree: nodes.document) -> None:
+    """Say on a chapter's page of the default run, and of the full run, which it shows and where verdicts come from."""
+    page = ROOT / app.env.docname
+    if page.parent not in (RUNS / DEFAULT_MODEL, RUNS / FULL) or app.builder.format != "html":
+        return
+    of = {run: RESULTS / run / page.name / "metrics.json" for run in (DEFAULT_MODEL, FULL)}
+    if not all(file.is_file() for file in of.values()):
+        return
+    n = {run: max(row["n"] or 0 for row in json.loads(file.read_text("utf-8"))) for run, file in of.items()}
+    other = DEFAULT_MODEL if page.parent.name == FULL else FULL
+    shown = {DEFAULT_MODEL: "default run", FULL: "full run"}
+    words = f"This page shows the {shown[page.parent.name]}, {n[page.parent.name]:,} pictures; the {shown[other]} has "
+    line = nodes.paragraph("", words, classes=["take-away"])
+    number = f"{n[other]:,}"
+    there = (RUNS / other / f"{page.name}.ipynb").is_file()
+    line += nodes.reference("", number, refuri=f"../{other}/{page.name}.html") if there else nodes.Text(number)
+    line += [nodes.Text(", and the "), nodes.reference("", "verdicts", refuri="../../verdicts.html"),
+             nodes.Text(" come from the full run.")]
+    box = next(doctree.findall(nodes.Admonition), None)
+    if box is not None:
+        box.parent.insert(box.parent.index(box) + 1, line)
+
+
 def _is_table(raw: nodes.raw) -> bool:
     """Is it a DataFrame that a cell ended with? The one of the page's provenance has a further class."""
     return raw.get("format") == "html" and 'class="dataframe"' in raw.astext()
@@ -57,4 +84,5 @@ def _is_table(raw: nodes.raw) -> bool:
 def setup(app: Any) -> dict[str, bool]:
     """What Sphinx calls."""
     app.connect("doctree-read", add_links)
+    app.connect("doctree-read", add_run)
     return {"parallel_read_safe": True}

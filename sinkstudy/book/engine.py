@@ -41,6 +41,7 @@ from sinkstudy.paths import (
     BOOK,
     DATA,
     DEFAULT_MODEL,
+    FULL,
     NOTEBOOKS,
     PACKAGE,
     RESULTS,
@@ -319,7 +320,8 @@ def _execute(notebook: str, run: str, given: dict[str, Any], failed: Path) -> No
             nbformat.write(page, target)
     fresh = sum(is_fresh(run, name) for name in executed(run))
     done = f"{notebook}: executed on {run} in {_minutes(noted['seconds'])}"
-    print(f"{done}; {fresh} of {len(notebooks())} chapters are up to date", file=sys.stderr)
+    of = len(full_parameters() if run == FULL else notebooks())
+    print(f"{done}; {fresh} of {of} chapters are up to date", file=sys.stderr)
 
 
 class _Progress:
@@ -459,6 +461,7 @@ def run(
     only: Iterable[str] = (),
     given: dict[str, Any] | None = None,
     name: str | None = None,
+    full: bool = False,
     jobs: int | None = None,
     profile: Path | None = None,
 ) -> list[str]:
@@ -469,6 +472,7 @@ def run(
         only: beginnings of notebook names; all notebooks without it.
         given: values for the notebooks' parameters, besides `model`.
         name: the name of the run, of one model; by default the slug of the model's.
+        full: the run `FULL`, of the chapters and with the parameters of `data/full.yml`; `given` counts before them.
         jobs: notebooks executed at the same time; 1 without it, or what the profile says.
         profile: folder of a Snakemake profile that has the notebooks executed elsewhere, on a cluster say. Neither
             device nor memory of this machine count then; the memory that a model needs becomes part of the request.
@@ -478,9 +482,11 @@ def run(
     Raises UserError, before any kernel starts, for parameters that no notebook has or that do not fit, and for a
     model that cannot be read or does not fit into memory; and after the run if a notebook failed.
     """
-    wanted, given = notebooks(only), dict(given or {})
+    wanted, given, each = notebooks(only), dict(given or {}), full_parameters() if full else {}
+    if full:
+        wanted, name = [notebook for notebook in wanted if notebook in each], FULL
     if not wanted:
-        raise UserError("there are no notebooks")
+        raise UserError(f"the full run has {', '.join(each)} only" if full else "there are no notebooks")
     if name and len(models) > 1:
         raise UserError(f"--name is for the run of one model, and there are {len(models)}")
     there = {"device": given.pop("device")} if profile and "device" in given else {}  # not for this machine to judge
@@ -490,7 +496,7 @@ def run(
         suited = _suited(wanted, model, given)
         plan = {
             notebook: {key: value for key, value in (values | there).items() if value != defaults(notebook)[key]}
-            for notebook, values in parameters.fitted(suited, model, given).items()
+            for notebook, values in parameters.fitted(suited, model, given, each).items()
         }
         run_name = name or slug(check_model(model))
         if run_name in plans:
@@ -514,6 +520,19 @@ def run(
     needed = check_memory(outdated, elsewhere=bool(profile))
     _snakemake({"runs": plans, "memory_mb": needed}, jobs, profile)
     return list(plans)
+
+
+def full_parameters() -> dict[str, dict[str, Any]]:
+    """What each chapter of the full run takes in place of its defaults. Raises UserError for what none has."""
+    import yaml
+
+    each = yaml.safe_load((DATA / "full.yml").read_text(encoding="utf-8"))
+    for notebook, values in each.items():
+        if notebook not in notebooks():
+            raise UserError(f"full.yml: there is no notebook {notebook}")
+        if unknown := sorted(set(values) - set(defaults(notebook))):
+            raise UserError(f"full.yml: {notebook} has no parameter {', '.join(unknown)}")
+    return each
 
 
 def _suited(wanted: Sequence[str], model: str, given: dict[str, Any]) -> list[str]:
@@ -774,7 +793,7 @@ def _with_runs(toc: dict) -> dict:
     """The table of contents with one part for each run of another model that `_toc.yml` does not name."""
     named = set(_toc_pages(toc))
     parts = [
-        {"caption": f"On {run}", "chapters": [{"file": page} for page in pages]}
+        {"caption": "The full run" if run == FULL else f"On {run}", "chapters": [{"file": page} for page in pages]}
         for run in runs()
         if (pages := [p for name in executed(run) if (p := f"book/runs/{run}/{name}") not in named])
     ]

@@ -16,7 +16,7 @@ import yaml
 
 from sinkstudy import stats
 from sinkstudy.book import claims, report
-from sinkstudy.paths import DATA, DEFAULT_MODEL, RUNS, atomic
+from sinkstudy.paths import DATA, DEFAULT_MODEL, FULL, RUNS, atomic
 
 PAPER = DATA / "paper"
 COLUMNS = ("table", "row", "column", "value", "unit", "model", "source", "grade", "note")
@@ -54,6 +54,7 @@ def write(folder: Path) -> None:
         "intro-results": headlines(ledger, judged, numbers),
         "one-picture-numbers": five(ledger, judged),
         "one-picture-models": counted(numbers, judged.model.unique()),
+        "numbers-from": numbers_from(judged),
         "verdicts-evidence": evidence(judged, numbers),
         "verdicts-summary": verdict_summary(ledger, judged),
         "verdicts-themes": themes(ledger, judged),
@@ -61,6 +62,7 @@ def write(folder: Path) -> None:
         "verdicts-table": verdict_tables(ledger, judged),
         "verdicts-power": power_table(ledger, judged),
         "verdicts-controls": control_table(ledger),
+        "verdicts-agreement": agreement(),
     }
     parts |= {"control-gates": control_gates(), "control-answers": control_answers(), "control-norms": control_norms()}
     parts |= {f"paper-{table['table']}": paper_part(table, numbers, list(judged.model.unique())) for table in tables}
@@ -187,6 +189,27 @@ def evidence(judged: pd.DataFrame, numbers: pd.DataFrame) -> str:
     text = f"{counts.sum()} judgements of a claim in a model: {'; '.join(parts)}."
     lead = "**Nearly all evidence on sinks that lie on nothing comes from one model, which has them by construction.** "
     return (lead if CONTROL in counts and natural <= counts.sum() / 5 else "") + text
+
+
+def numbers_from(judged: pd.DataFrame) -> str:
+    """Which of the lab's runs the numbers on a page are from: the full run where it has them, else the default run."""
+    counts = judged.run[judged.value.notna()].value_counts()
+    default, full = counts.get(DEFAULT_MODEL, 0), counts.get(FULL, 0)
+    if not full:
+        return ("*These numbers are those of the default run, which the chapters show. The full run, with four times "
+                "the pictures (`make full`), has not been made.*")
+    rest = f" {default} of {full + default} that it lacks are those of the default run." if default else ""
+    return (f"*These numbers are those of the full run, which has about four times the pictures that the chapters show."
+            f"{rest}*")
+
+
+def agreement() -> str:
+    """Whether the default run agrees with the full run (`claims.disagreements`)."""
+    beside = claims.agreement()
+    wrong = "".join(f"\n- {line}" for line in claims.disagreements(beside))
+    if beside.empty:
+        return claims.agreed(beside)
+    return f"**{'They disagree' if wrong else 'They agree'}.** {claims.agreed(beside)}\n{wrong}"
 
 
 def on_things(numbers: pd.DataFrame, model: str) -> float:
@@ -398,6 +421,8 @@ def _chapter(chapter: str) -> tuple[str, str]:
 
 def figure(run: str, chapter: str, label: str) -> str | None:
     """The label of a figure as the book has it for a run (`engine.render`); None if the book does not show it."""
+    if run == FULL and not (RUNS / run / f"{chapter}.ipynb").is_file():
+        run = DEFAULT_MODEL  # the full run's numbers are in git, its pages are not
     page = RUNS / run / f"{chapter}.ipynb"
     label = label if run == DEFAULT_MODEL else f"{label}--{run}"
     return label if run and page.is_file() and label in claims.labels(page) else None

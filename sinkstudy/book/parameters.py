@@ -249,22 +249,25 @@ def unsuited(notebook: str, model: str, given: dict[str, Any]) -> str:
     return ""
 
 
-def fitted(wanted: list[str], model: str, parameters: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def fitted(
+    wanted: list[str], model: str, parameters: dict[str, Any], each: Mapping[str, dict[str, Any]] | None = None
+) -> dict[str, dict[str, Any]]:
     """For each notebook what is given of its parameters, as it takes them; those equal to a default are given too.
 
+    `each` has values for single notebooks, which count where `parameters` has none.
     A value may come from a command line: text for a parameter that is no text is read as JSON.
 
     Raises:
         UserError: a parameter that no notebook has, or a value that does not fit.
     """
-    given = {"model": model} | parameters
+    given, of_each = {"model": model} | parameters, each or {}
     known = {name: declarations(name) for name in wanted}
     for key in given:
         if not any(key in of for of in known.values()):
             names = sorted({name for of in known.values() for name in of})
             raise UserError(f"unknown parameter {key[:80]!r}; the notebooks have: {', '.join(names)}")
     return {
-        notebook: fitted_to(of, {key: value for key, value in given.items() if key in of}, notebook)
+        notebook: fitted_to(of, of_each.get(notebook, {}) | {k: v for k, v in given.items() if k in of}, notebook)
         for notebook, of in known.items()
     }
 
