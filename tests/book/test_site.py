@@ -77,6 +77,24 @@ def test_chapters_have_figures(browser, site):
     context.close()
 
 
+FOLDS = """() => [...document.querySelectorAll('.bd-article section')].map(
+  section => section.querySelectorAll(':scope > .cell > details.hide').length)"""
+
+
+def test_code_is_folded_once_a_section_and_none_is_lost(browser, site):
+    name = next(name for name in PAGES if "07-ablation" in name)
+    context = browser.new_context()
+    context.set_default_timeout(PATIENCE)
+    page, _ = open_page(context, site, f"{name}.html")
+    assert max(page.evaluate(FOLDS)) == 1
+    sent = context.request.get(f"{site}/{name}.html").text()
+    folds = page.locator(".bd-article details.hide")
+    assert folds.locator(".cell_input").count() == sent.count('<div class="cell_input') > folds.count()
+    folds.last.locator("summary").click()
+    assert folds.last.locator(".cell_input").first.is_visible()
+    context.close()
+
+
 def test_front_door_leads_to_the_introduction(browser, site):
     context = browser.new_context()
     context.set_default_timeout(PATIENCE)
