@@ -11,6 +11,30 @@ from tqdm import tqdm
 
 SECONDS = 30  # between two lines
 CHAPTER = "SINKSTUDY_CHAPTER"  # a variable of the environment, set by the engine: with it the lines of a kernel begin
+TERMINAL = "SINKSTUDY_TERMINAL"  # another: what is written reaches a terminal, though through a pipe
+
+
+def on_terminal() -> bool:
+    return sys.stderr.isatty() or bool(os.environ.get(TERMINAL))
+
+
+def of_cells(notebook: str) -> dict[str, Any]:
+    """What makes papermill's bar of a notebook's cells one like `Progress`: a bar on a terminal, lines in a log."""
+    bar = {"desc": notebook, "bar_format": "{desc}: cell {n_fmt}/{total_fmt} ({elapsed})"}
+    if on_terminal():
+        return bar
+    return bar | {"file": Lines(), "mininterval": SECONDS, "delay": SECONDS, "miniters": 1, "leave": False}
+
+
+class Lines:
+    """A file for a bar, on stderr: what would be drawn over what stands there becomes a line of its own."""
+
+    def write(self, text: str) -> None:
+        if line := text.strip():
+            sys.stderr.write(f"{line}\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
 
 
 class Progress(tqdm):

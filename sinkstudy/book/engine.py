@@ -294,7 +294,7 @@ def _execute(notebook: str, run: str, given: dict[str, Any], failed: Path) -> No
                 language="python",
                 cwd=NOTEBOOKS,
                 config=Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"}),  # no open ports
-                progress_bar={"desc": notebook, "bar_format": "{desc}: cell {n_fmt}/{total_fmt} ({elapsed})"},
+                progress_bar=progress.of_cells(notebook),
                 stderr_file=_Progress(notebook),
             )
         except PapermillExecutionError as error:
@@ -331,7 +331,8 @@ class _Progress:
     def write(self, text: str) -> None:
         for line in text.splitlines():
             if line.startswith(self.beginning):
-                print(f"\n{line}", end="", file=sys.stderr)
+                over = progress.on_terminal()  # behind a bar, whose next state is drawn over what stands last
+                print(f"\n{line}" if over else line, end="" if over else "\n", file=sys.stderr)
 
     def flush(self) -> None:
         sys.stderr.flush()
@@ -554,6 +555,7 @@ def _snakemake(plan: dict[str, dict], jobs: int | None, profile: Path | None) ->
         command += ["--cores", jobs or 1, "--quiet", "all"]
     # a line is written at once, so that it is read at once
     environment = os.environ | {"SINKSTUDY_ENGINE": str(os.getpid()), "PYTHONUTF8": "1", "PYTHONUNBUFFERED": ""}
+    environment[progress.TERMINAL] = "yes" if progress.on_terminal() and not profile else ""
     told = False
     with subprocess.Popen(
         [str(part) for part in command], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE

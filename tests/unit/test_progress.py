@@ -4,6 +4,7 @@ import io
 import sys
 
 import pytest
+from tqdm.auto import tqdm
 
 from sinkstudy import progress
 
@@ -50,6 +51,19 @@ def test_short_work_says_nothing(clock, capsys):
             clock.now += 5
             bar.update(2)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("through_a_pipe", [False, True])
+def test_cells_of_a_notebook_are_lines_in_a_log_and_a_bar_on_a_terminal(clock, capsys, monkeypatch, through_a_pipe):
+    monkeypatch.setenv(progress.TERMINAL, "yes" if through_a_pipe else "")
+    with tqdm(total=10, **progress.of_cells("07-ablation")) as bar:
+        for _ in range(10):
+            clock.now += 20
+            bar.update()
+    said = capsys.readouterr().err
+    assert ("\r" in said) == through_a_pipe
+    if not through_a_pipe:
+        assert said.splitlines() == [f"07-ablation: cell {n}/10 (0{n // 3}:{20 * n % 60:02})" for n in (2, 4, 6, 8, 10)]
 
 
 def test_a_terminal_has_a_bar(monkeypatch):
