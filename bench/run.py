@@ -2,7 +2,8 @@
 
 A case is a function that prints its measurements. Ways to do the same take turns, and a ratio is the median over the
 turns, so that other work disturbs all of them alike. With OMP_NUM_THREADS=1 the CPU's seconds are the processor's, not
-the clock's. With a GPU the same cases run there, in bfloat16.
+the clock's. With a GPU the cases that have a model run there too, in bfloat16, after all have run on the CPU; bars are
+those of the device.
 
 Beside a time stands what share of it the arithmetic alone would take: products of matrices that the work needs, counted
 by torch, at the rate of one large product measured in the same turns.
@@ -45,6 +46,12 @@ def rounds(actions: Mapping[str, Callable[[], object]], times: int) -> dict[str,
     """Seconds [times] of each action; they take turns."""
     seconds = [[timed(action) for action in actions.values()] for _ in range(times)]
     return dict(zip(actions, np.array(seconds).T))
+
+
+def of_children() -> float:
+    """Seconds of a processor that processes started from here, and ended, have used."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def ratio(over: np.ndarray, under: np.ndarray) -> float:
@@ -99,15 +106,14 @@ def plan() -> None:
         given = Path(folder) / "plan.json"
         given.write_text(json.dumps({"runs": runs}))
         command = [sys.executable, "-m", "snakemake", "--configfile", str(given), "-n", "--quiet", "all"]
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        before = of_children()
         subprocess.run(command, cwd=engine.ROOT, check=True, capture_output=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        used = of_children() - before
         started = clock()
         for of_run in runs.values():
             for notebook, values in of_run.items():
                 engine.fingerprint(notebook, values)
         ours = clock() - started
-    used = sum(getattr(after, of) - getattr(before, of) for of in ("ru_utime", "ru_stime"))
     n = sum(map(len, runs.values()))
     print(f"plan: {n:,} notebooks: {used:.1f} s of a processor, Snakemake's start included; fingerprints {ours:.1f} s")
 
@@ -189,7 +195,8 @@ def evaluate() -> None:
 
     lvlm = random_llava()
     pictures = {f"image {i}": image for i, image in enumerate(noise_images(16 if GPU else 4))}
-    shared_out("untouched", lvlm, pictures, [NONE], KINDS[:6], (3, 1.5), rounds_of=16 if GPU else 2)
+    bars = (3, 5) if GPU else (3, 1.5)
+    shared_out("untouched", lvlm, pictures, [NONE], KINDS[:6], bars, rounds_of=16 if GPU else 2)
     some = pictures if GPU else {"image 0": pictures["image 0"]}
     norms = methods.norms(lvlm, some)
     group = methods.groups(norms)
@@ -334,7 +341,7 @@ def trace() -> None:
     (plain_s, ours_s, _, maps_s), (plain_m, ours_m, _, maps_m) = seconds, memory
     print(f"trace: time, of the plain pass's {verdict(ratio(ours_s, plain_s), 1.05)}")
     print(f"trace: memory, of the plain pass's {verdict(ours_m / plain_m, 1.1)}")
-    print(f"trace: faster than eager {verdict(ratio(maps_s, ours_s), 1.6, most=False)}; "
+    print(f"trace: faster than eager {verdict(ratio(maps_s, ours_s), 1.2 if GPU else 1.6, most=False)}; "
           f"plain {ratio(maps_s, plain_s):.2f}x")
     print(f"trace: memory, of eager's {verdict(ours_m / maps_m, 0.5)}")
 
@@ -355,13 +362,32 @@ def peak_memory(action: Callable[[], object]) -> int:
     return int(np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]).max())
 
 
-CASES = {"world": world, "plan": plan, "trace": trace, "evaluate": evaluate}
+def chapter(limit: int = 64) -> None:
+    """Chapter 10 on lab-llava from the start of its kernel, no answer kept from before: seconds."""
+    from sinkstudy.paths import NOTEBOOKS, ROOT
+
+    with tempfile.TemporaryDirectory() as folder:
+        given = f"{{model: lab-llava, device: {DEVICE}, limit: {limit}}}"
+        command = [sys.executable, "-m", "papermill", NOTEBOOKS / "10-training-free.ipynb", f"{folder}/page.ipynb"]
+        kept = {"SINKSTUDY_RESULTS": f"{folder}/results", "SINKSTUDY_ANSWERS": f"{folder}/answers"}
+        environment = os.environ | kept | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+        before, started = of_children(), time.perf_counter()
+        subprocess.run([*command, "-y", given], cwd=NOTEBOOKS, env=environment, check=True, capture_output=True)
+    print(f"chapter: 10 on lab-llava, limit {limit}, float32: {time.perf_counter() - started:.0f} s, "
+          f"{of_children() - before:.0f} s of a processor")
+
+
+CASES = {"world": world, "plan": plan, "trace": trace, "evaluate": evaluate, "chapter": chapter}
+WITHOUT_MODEL = {"world", "plan"}
 
 if __name__ == "__main__":
     torch.set_num_threads(THREADS)
     chosen_cases = sys.argv[1:] or list(CASES)
     if unknown := [name for name in chosen_cases if name not in CASES]:
         sys.exit(f"unknown case {unknown[0]}: choose from {', '.join(CASES)}")
+    if GPU:
+        subprocess.run([sys.executable, *sys.argv], env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, check=True)
+        chosen_cases = [name for name in chosen_cases if name not in WITHOUT_MODEL]
     on = torch.cuda.get_device_name() if GPU else f"{platform.processor() or platform.machine()}, {THREADS} threads"
     print(f"{on}, {DTYPE}, torch {torch.__version__}")
     for case in chosen_cases:
