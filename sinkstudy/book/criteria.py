@@ -5,6 +5,8 @@ its patches and the others (`compared`), changes of answers when they are replac
 from one of them (`probed`). All give tidy rows, of which `book.chapter` makes estimates.
 """
 
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -112,6 +114,39 @@ def lit_dimensions(lvlm: LVLM, picture: Any, question: str) -> list[list[int]]:
     with capture.hidden_states(lvlm, "decoder", profile) as seen:
         lvlm.model(**inputs, logits_to_keep=1)
     return [sinks.sink_dimensions(calls[0]) for calls in seen.values()]
+
+
+def against_published(name: str, lit: Sequence[Sequence[int]], rows: pd.DataFrame) -> pd.DataFrame:
+    """What was published as the dimensions of a model's own sinks, beside those that it lights here.
+
+    Args:
+        name: the model's; it is one of the published ones if it has such a one's name in it, in any spelling.
+        lit: the dimensions of each decoder layer, of `lit_dimensions`.
+        rows: of `data/paper/dimensions.csv`.
+
+    Returns:
+        Rows `model`, `source`, `dimension`, `published` (is it?), `layers` (decoder layers from the second on in which
+        it is lit) and `of` (how many there are): of all published dimensions, and of those lit in most layers beside
+        them. None if nothing was published about the model.
+    """
+    plain = {known: re.sub(r"[^a-z0-9]", "", known.lower()) for known in (name, *rows.model)}
+    own = rows[(rows.row == "LLM-emerged sinks") & rows.model.map(lambda known: plain[known] in plain[name])]
+    layers, sources = Counter(d for of_layer in lit[1:] for d in of_layer), ", ".join(own.source.unique())
+    known, of = own.value.astype(int).tolist(), len(lit) - 1
+    others = [d for d, n in layers.most_common() if 2 * n > of and d not in known] if known else []
+    found = [(name, sources, d, d in known, layers[d], of) for d in [*known, *others]]
+    return pd.DataFrame(found, columns=["model", "source", "dimension", "published", "layers", "of"])
+
+
+def published_in_words(found: pd.DataFrame) -> str:
+    """`against_published` of all models in a sentence each."""
+    said = []
+    for model, rows in found.groupby("model", sort=False):
+        lit = {is_known: ", ".join(f"{row.dimension} ({row.layers} of {row.of})" for row in of.itertuples())
+               for is_known, of in rows.groupby("published")}  # fmt: skip
+        said.append(f"Published for {model}, and the decoder layers in which the first token lights it here: "
+                    f"{lit[True]}; lit in most layers beside them: {lit.get(False, 'none')}.")
+    return " ".join(said) or "For none of these models dimensions were published."
 
 
 @torch.no_grad()

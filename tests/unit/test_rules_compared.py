@@ -9,6 +9,7 @@ from sinkstudy import sinks
 from sinkstudy.book import criteria
 from sinkstudy.effects import neurons
 from sinkstudy.model.layout import ImageLayout
+from sinkstudy.paths import DATA
 
 N = 12
 
@@ -116,3 +117,28 @@ def test_the_layer_of_rise_is_half_the_way_of_the_norm_over_the_median_of_each_p
     over_means = norms[:, :, 0].mean(0) / norms.quantile(0.5, dim=-1).mean(0)
     assert int((over_means >= (1 + over_means.max()) / 2).nonzero()[0]) == 3
     assert neurons.layer_of_rise(norms[:, :2], masks) == 1
+
+
+PUBLISHED = pd.DataFrame(
+    [("LLM-emerged sinks", 7, "Qwen2.5-VL-7B", "one"), ("LLM-emerged sinks", 3, "Qwen2.5-VL-7B", "one"),
+     ("propagated ViT sinks", 5, "Qwen2.5-VL-7B", "one"), ("LLM-emerged sinks", 4, "Qwen3-VL-8B", "one")],
+    columns=["row", "value", "model", "source"])  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["Qwen--Qwen2.5-VL-7B-Instruct", "my_qwen2_5_vl_7b"])
+def test_dimensions_that_were_published_for_a_model_are_counted_over_its_layers(name: str):
+    found = criteria.against_published(name, [[1, 7], [7, 9], [9, 7], [9], []], PUBLISHED)
+    assert found.model.unique().tolist() == [name] and (found.of == 4).all()  # the first layer does not count
+    counted = found.set_index("dimension")[["published", "layers"]]
+    assert counted.T.to_dict("list") == {7: [True, 2], 3: [True, 0], 9: [False, 3]}
+    said = criteria.published_in_words(found)
+    assert "7 (2 of 4), 3 (0 of 4)" in said and "beside them: 9 (3 of 4)" in said
+
+
+def test_of_other_models_nothing_was_published():
+    found = [criteria.against_published(name, [[1], [7]], PUBLISHED) for name in ("lab-llava", "Qwen3-VL-80B")]
+    assert all(of.empty for of in found)
+    assert criteria.published_in_words(pd.concat(found)) == "For none of these models dimensions were published."
+    there = pd.read_csv(DATA / "paper" / "dimensions.csv")
+    beside = criteria.against_published("OpenGVLab/InternVL3_5-8B-HF", [[], [233]], there)
+    assert dict(zip(beside.dimension, beside.layers, strict=True)) == {2276: 0, 233: 1}
