@@ -110,8 +110,8 @@ def test_table_of_all_methods_has_the_full_run_before_the_default_run(tmp_path, 
     monkeypatch.setattr(across.paths, "ROOT", tmp_path)
     for run, model in ((DEFAULT_MODEL, DEFAULT_MODEL), (FULL, DEFAULT_MODEL), ("a-run", DEFAULT_MODEL),
                        (DEFAULT_MODEL, "other"), (FULL, "other"), ("other", "other"), (DEFAULT_MODEL, "late")):
-        row = {"model": model, "method": "front", "way": "travel", "benchmark": "POPE", "group": "sinks", "measure": "right",
-               "value": 1, "low": 0, "high": 2, "n": 9}
+        row = {"model": model, "method": "front", "way": "travel", "benchmark": "POPE", "group": "sinks",
+               "measure": "right", "value": 1, "low": 0, "high": 2, "n": 9}
         folder = tmp_path / "results" / run / "10-toy"
         folder.mkdir(parents=True, exist_ok=True)
         pd.DataFrame([row]).to_csv(folder / f"{model}.csv", index=False)
