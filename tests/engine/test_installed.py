@@ -17,8 +17,8 @@ from sinkstudy import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKS = {"route", "diysink"}  # without a checkout
-NEEDS = {"run", "book", "compare", "models", "check-fresh", "lab train", "lab gates", "lab norms", "lab diysink",
-         "lab alignment"}
+NEEDS = {"run", "book", "compare", "models", "check-fresh", "check-full", "lab train", "lab gates", "lab norms",
+         "lab diysink", "lab alignment"}
 
 
 @pytest.fixture(scope="module")

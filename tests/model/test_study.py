@@ -187,7 +187,7 @@ def test_what_is_asked_twice_is_answered_once(numbers):
 
 def test_blind_one_picture_is_shown_and_each_question_answered_once(numbers):
     lvlm = loading.load("lab-llava-sinks")
-    table, shown = study.benchmark("MME", "", False, 2)
+    table, shown = study.benchmark("MME", "", False, 24)
     unseen = study.mean_picture(shown.values())
     said = study.answers(lvlm, "MME", table, shown, [NONE], public=False, blind=unseen, cache=None)
     assert numbers == [table.question.nunique()] and numbers[0] < len(table)
