@@ -24,9 +24,8 @@ SYMBOLS = dict(zip(claims.VERDICTS, "✓◐≈✗?–○", strict=True))
 NBSP = "\N{NO-BREAK SPACE}"
 CONTROL = "lab-llava-gist"
 """The positive control, whose sinks are there by construction."""
-HEADLINES = {"norm-draws-attention": CONTROL, "global-content": CONTROL, "sinks-used": CONTROL, "front-helps": CONTROL,
-             "two-connectors-help": "lab-llava-sinks"}
-"""Claims whose outcome the introduction gives, and in which model."""
+HEADLINES = ("norm-draws-attention", "global-content", "sinks-used", "front-helps", "two-connectors-help")
+"""Claims whose outcome the introduction gives, in `CONTROL`."""
 THEMES = {
     "Where attention goes": ("03-propagation", "04-relevance"),
     "What sinks hold": ("05-content",),
@@ -121,10 +120,8 @@ def headlines(ledger: Mapping[str, list[dict]], judged: pd.DataFrame, numbers: p
     lines = [f"- **Sinks in a picture, by the rule:** {sinks}."] if sinks else []
     cells = judged.set_index(["claim", "model"])
     for claim in ledger["claims"]:
-        model = HEADLINES.get(claim["id"])
-        if (claim["id"], model) in cells.index:
-            where = "" if model == CONTROL else f"In `{model}`: "
-            lines.append(f"- **{claim['claim']}** {where}{_outcome(claim, cells.loc[(claim['id'], model)])}")
+        if claim["id"] in HEADLINES and (cell := (claim["id"], CONTROL)) in cells.index:
+            lines.append(f"- **{claim['claim']}** {_outcome(claim, cells.loc[cell])}")
     return "\n".join(lines) or "No run has been made."
 
 
@@ -145,7 +142,7 @@ def five(ledger: Mapping[str, list[dict]], judged: pd.DataFrame) -> str:
     """A table of `HEADLINES`: claim, number with interval, n and model, verdict, chapter."""
     rows, cells = [["claim of others", "measured here", "verdict", "chapter"]], judged.set_index(["claim", "model"])
     for claim in ledger["claims"]:
-        if (cell := (claim["id"], HEADLINES.get(claim["id"]))) in cells.index:
+        if claim["id"] in HEADLINES and (cell := (claim["id"], CONTROL)) in cells.index:
             found, title = cells.loc[cell], _chapter(claim["chapter"])[0]
             number = f"**{_interval(found)}** {claim['unit']}\\\n" if np.isfinite(found.value) else ""
             n = f"n{NBSP}={NBSP}{int(found.n)}, " if np.isfinite(found.value) else ""
