@@ -45,7 +45,7 @@ def test_lab_questions_to_another_model(tmp_path: Path):
     tables = run(tmp_path, "llava", limit=2)
     scores = pd.read_csv(tables / "scores.csv")
     assert set(scores.benchmark) == {"POPE", "MME", "MMStar"}
-    assert scores.n.max() == 2 * 9  # MME perception: two pictures in each of nine categories
+    assert scores.n.max() == 9  # MME perception: one picture of each of nine categories, the least that there can be
     rules = pd.read_csv(tables / "rules.csv")
     agreed = rules[(rules.model == "tiny-llava") & (rules.measure == "same as first token")]
     agreed = agreed.set_index("benchmark").value
