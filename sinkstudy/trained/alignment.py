@@ -29,17 +29,17 @@ def write(
         log: the loss curve, `training.csv`.
         about: plain values that say how it was trained, `stage.json`.
     """
-    named = {f"{step}.{name}": tensor for step, of in connectors.items() for name, tensor in of.items()}
     beside = folder.parent / "decoder"
-    for where, weights in ((beside, decoder), (folder, named)):
-        if where == beside and where.exists():
-            continue
-        with atomic(where) as temporary:
+    if not beside.exists():
+        with atomic(beside) as temporary:
             temporary.mkdir()
-            write_weights(weights, temporary, eight_bits=True)
-            if where == folder:
-                log.to_csv(temporary / "training.csv", index=False, float_format="%.5g")
-                (temporary / "stage.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+            write_weights(decoder, temporary, eight_bits=True)
+    named = {f"{step}.{name}": tensor for step, of in connectors.items() for name, tensor in of.items()}
+    with atomic(folder) as temporary:
+        temporary.mkdir()
+        write_weights(named, temporary, eight_bits=True)
+        log.to_csv(temporary / "training.csv", index=False, float_format="%.5g")
+        (temporary / "stage.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
 def followed(folder: Path = ALIGNMENT) -> list[str]:
@@ -61,10 +61,11 @@ def at(lvlm: LVLM, step: int, folder: Path = ALIGNMENT) -> Iterator[None]:
     Raises:
         ValueError: no connector of that step is kept for the model, or the weights do not fit it.
     """
-    if step not in steps(lvlm.name, folder):
+    own, start = slug(lvlm.name), f"{step}."
+    weights_of_all = kept(folder / own) if own in followed(folder) else {}
+    then = {name.removeprefix(start): of for name, of in weights_of_all.items() if name.startswith(start)}
+    if not then:
         raise ValueError(f"{folder} keeps no connector of {lvlm.name} at step {step}: sinkstudy lab alignment makes it")
-    start = f"{step}."
-    then = {k.removeprefix(start): v for k, v in kept(folder / slug(lvlm.name)).items() if k.startswith(start)}
     parts = ((lvlm.connector, then), (lvlm.decoder, kept(folder / "decoder")))
     now = [{name: tensor.clone() for name, tensor in module.state_dict().items()} for module, _ in parts]
     try:
