@@ -245,7 +245,10 @@ def _short(name: str) -> str:
 
 
 def matrix(ledger: Mapping[str, list[dict]], judged: pd.DataFrame) -> str:
-    """A row for each claim, a column for each model in which any was judged: the word, linked to its figure."""
+    """A row for each claim, a column for each model in which any was judged: the word, linked to its figure.
+
+    Where a claim was not judged stands the sign alone, so that what was judged is seen.
+    """
     of = judged[judged.verdict.isin(claims.JUDGED)].model
     models, cells = list(of.unique()), judged.set_index(["claim", "model"])
     if not models:
@@ -255,7 +258,8 @@ def matrix(ledger: Mapping[str, list[dict]], judged: pd.DataFrame) -> str:
         rows.append([f"**{theme}**", *("" for _ in models)])
         for claim in claimed:
             words = [cells.loc[(claim["id"], model)] for model in models]
-            shown = [_verdict(w.verdict, figure(w.run, claim["chapter"], claim["figure"])) for w in words]
+            shown = [_verdict(w.verdict, figure(w.run, claim["chapter"], claim["figure"])) if w.verdict in claims.JUDGED
+                     else SYMBOLS[w.verdict] for w in words]
             rows.append([f'<a href="#claim-{claim["id"]}">{_short(claim["id"])}</a>', *shown])
     return list_table(rows, "verdict-matrix", [34] + [18] * len(models))
 

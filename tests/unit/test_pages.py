@@ -89,6 +89,7 @@ def test_matrix_has_a_word_for_each_claim_and_model(results):
     assert "* - **Chapter 90**" in text and '* - <a href="#claim-same">same</a>' in text
     assert '<span id="claim-same"></span>' in pages.verdict_tables(LEDGER, claims.verdicts(results, LEDGER))
     assert text.count("✓ supported") == 1 and text.count("✗ opposite sign") == 2 and text.count("? inconclusive") == 1
+    assert "\n  - –\n" in text and "not applicable" not in text  # not judged: the sign alone
 
 
 def test_a_sentence_for_each_theme(results):
