@@ -281,26 +281,34 @@ def rule_of_three(n: float) -> float:
     return 1 - (1 - LEVEL) ** (1 / n)
 
 
-def images_needed(interval: Interval, effect: float, *, power: float = 0.8) -> float:
+def images_needed(interval: Interval, effect: float, *, df: float = np.inf, power: float = 0.8) -> float:
     """How many images would show an effect as surely as `power`, at the standard deviation that was measured.
 
-    Normal approximation: the interval's half is 1.96 standard errors, and these fall with the root of the number of
-    images. Where seeds are in the interval, so many times the seeds are needed too.
+    Normal approximation: the interval's half is 1.96 standard errors, or as many as Student's t has, and these fall
+    with the root of the number of images. Where seeds are in the interval, so many times the seeds are needed too.
 
     Args:
         interval: of this run.
         effect: the distance between the true value and the bound that the whole interval has to clear, above zero.
+        df: degrees of freedom behind the interval, if it is Student's; infinite or NaN: taken as normal.
         power: chance that it does, 0–1.
 
     Returns:
-        A number of images, rounded up; NaN if the interval has no width or there is no effect.
+        A number of images, rounded up; NaN if the interval has no width, there is no effect, or the seeds are too few
+        (`df` below 2) to say how much they differ.
     """
-    half = (interval.high - interval.low) / 2
-    if not half > 0 or not effect > 0:
+    error = standard_error(interval, df)
+    if not error > 0 or not effect > 0 or df < 2:
         return float("nan")
-    z = float(scipy.stats.norm.ppf((1 + LEVEL) / 2))
-    needed = interval.n * ((z + float(scipy.stats.norm.ppf(power))) * (half / z) / effect) ** 2
+    z = float(scipy.stats.norm.ppf((1 + LEVEL) / 2) + scipy.stats.norm.ppf(power))
+    needed = interval.n * (z * error / effect) ** 2
     return float(np.ceil(needed))
+
+
+def standard_error(interval: Interval, df: float = np.inf) -> float:
+    """The standard error that half a 95 % interval implies, by Student's t with `df` (infinite or NaN: normal)."""
+    student = scipy.stats.t(df if np.isfinite(df) else np.inf)
+    return float((interval.high - interval.low) / 2 / student.ppf((1 + LEVEL) / 2))
 
 
 def wilson(successes: int, n: int) -> Interval:

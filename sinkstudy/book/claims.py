@@ -29,7 +29,7 @@ GRADES = ("A", "B", "C", "D")
 _CLAIM = ("id", "claim", "source", "where", "grade", "chapter", "figure", "metric", "unit", "supported")
 _CONTROL = ("id", "rule", "chapter", "metric", "holds")
 _OPTIONAL = ("seen", "was", "note")  # a note was written after the run, and changes no verdict
-_MEASURE = ("matters", "published", "matched")  # of claims
+_MEASURE = ("matters", "published", "matched", "built")  # of claims
 _SHARES = ("%", "points")  # units in which one picture cannot move a mean of n by more than 100 / n
 
 
@@ -81,6 +81,8 @@ def load(
             raise ValueError(f"{name}: the metric's name must begin with '{{model}}.'")
         if not isinstance(row.get("matched", {}), dict):
             raise ValueError(f"{name}: 'matched' maps models to names of metrics")
+        if not isinstance(row.get("built", []), list):
+            raise ValueError(f"{name}: 'built' lists models")
         _check_sizes(row, name)
     return ledger
 
@@ -242,20 +244,22 @@ def p_value(value: float, low: float, high: float, rule: Mapping[str, Any], df: 
     return 2 * one_sided(min(bounds, key=lambda bound: abs(value - bound)))
 
 
-def images_needed(claim: Mapping[str, Any], interval: stats.Interval) -> float:
+def images_needed(claim: Mapping[str, Any], interval: stats.Interval, df: float = np.inf) -> float:
     """How many pictures would support the claim with a chance of 80 %, if the effect is the published one.
 
     Args:
         claim: a row of the ledger.
         interval: of this run; its width and `n` say how much pictures differ.
+        df: as in `stats.images_needed`.
 
     Returns:
-        A number of pictures, before Holm's correction; NaN if nothing was published in this unit or nothing varies.
+        A number of pictures, before Holm's correction; NaN if nothing was published in this unit, nothing varies, or
+        seeds are too few.
     """
     if "published" not in claim:
         return float("nan")
     bounds = np.array(_region(claim["supported"]))
-    return stats.images_needed(interval, np.abs(bounds - claim["published"]).min())
+    return stats.images_needed(interval, np.abs(bounds - claim["published"]).min(), df=df)
 
 
 def widen(low: float, high: float, n: float, unit: str) -> tuple[float, float]:
@@ -393,7 +397,7 @@ def _judged(claim: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
         rule = rules[verdict]
     else:
         rule = next((rule for rule in rules.values() if agrees(value, value, rule)), claim["supported"])
-    needed = images_needed(claim, stats.Interval(value, low, high, int(row["n"])))
+    needed = images_needed(claim, stats.Interval(value, low, high, int(row["n"])), df)
     return {"verdict": verdict, "p": p_value(value, low, high, rule, df), "needed": needed}
 
 

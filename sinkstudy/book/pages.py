@@ -54,7 +54,7 @@ def write(folder: Path) -> None:
         "one-picture-numbers": five(ledger, judged),
         "one-picture-models": counted(numbers, judged.model.unique()),
         "numbers-from": numbers_from(judged),
-        "verdicts-evidence": evidence(judged, numbers),
+        "verdicts-evidence": evidence(ledger, judged, numbers),
         "verdicts-summary": verdict_summary(ledger, judged),
         "verdicts-themes": themes(ledger, judged),
         "verdicts-matrix": matrix(ledger, judged),
@@ -118,7 +118,7 @@ def headlines(ledger: Mapping[str, list[dict]], judged: pd.DataFrame, numbers: p
     """A list: how many sinks each model has, then each of `HEADLINES` with number, interval, n, verdict and link."""
     sinks = counted(numbers, judged.model.unique())
     lines = [f"- **Sinks in a picture, by the rule:** {sinks}."] if sinks else []
-    cells = judged.set_index(["claim", "model"])
+    cells = _by_claim(judged)
     for claim in ledger["claims"]:
         if claim["id"] in HEADLINES and (cell := (claim["id"], CONTROL)) in cells.index:
             lines.append(f"- **{claim['claim']}** {_outcome(claim, cells.loc[cell])}")
@@ -140,14 +140,14 @@ def counted(numbers: pd.DataFrame, models: Iterable[str]) -> str:
 
 def five(ledger: Mapping[str, list[dict]], judged: pd.DataFrame) -> str:
     """A table of `HEADLINES`: claim, number with interval, n and model, verdict, chapter."""
-    rows, cells = [["claim of others", "measured here", "verdict", "chapter"]], judged.set_index(["claim", "model"])
+    rows, cells = [["claim of others", "measured here", "verdict", "chapter"]], _by_claim(judged)
     for claim in ledger["claims"]:
         if claim["id"] in HEADLINES and (cell := (claim["id"], CONTROL)) in cells.index:
             found, title = cells.loc[cell], _chapter(claim["chapter"])[0]
             number = f"**{_interval(found)}** {claim['unit']}\\\n" if np.isfinite(found.value) else ""
             n = f"n{NBSP}={NBSP}{int(found.n)}, " if np.isfinite(found.value) else ""
             sure = f"\\\n{shown_p(found.p_holm)} after correction" if np.isfinite(found.p_holm) else ""
-            verdict = _verdict(found.verdict, figure(found.run, claim["chapter"], claim["figure"]))
+            verdict = _of_claim(claim, found)
             there = (RUNS / DEFAULT_MODEL / f"{claim['chapter']}.ipynb").is_file()
             link = f"{{doc}}`{title} </book/runs/{DEFAULT_MODEL}/{claim['chapter']}>`" if there else title
             rows.append([claim["claim"], f"{number}{n}`{cell[1]}`", f"{verdict}{sure}", link])
@@ -156,13 +156,13 @@ def five(ledger: Mapping[str, list[dict]], judged: pd.DataFrame) -> str:
 
 def _outcome(claim: Mapping[str, Any], found: pd.Series) -> str:
     """Number, interval, n, verdict with its link, and how sure that is, in a line."""
-    verdict = _verdict(found.verdict, figure(found.run, claim["chapter"], claim["figure"]))
+    verdict = _of_claim(claim, found)
     if not np.isfinite(found.value):
         return f"{verdict}."
     control = ", against the same patches in the matched model" if _is_matched(claim, found) else ""
     number = f"{_interval(found)} {claim['unit']}, n = {int(found.n)}{control}".replace("n = ", f"n{NBSP}={NBSP}")
     sure = "not sure" if found.verdict == "inconclusive" else f"sure, {shown_p(found.p_holm)} after correction"
-    return f"{number}: {verdict}, {sure}{_untestable(found, '; ')}."
+    return f"{number}: {verdict}, {sure}{_untestable(claim, found, '; ')}."
 
 
 def _is_matched(claim: Mapping[str, Any], found: pd.Series) -> bool:
@@ -170,8 +170,9 @@ def _is_matched(claim: Mapping[str, Any], found: pd.Series) -> bool:
     return any(str(found.metric).endswith(f".{name}") for name in claim.get("matched", {}).values())
 
 
-def evidence(judged: pd.DataFrame, numbers: pd.DataFrame) -> str:
-    """Whose tokens the verdicts speak of: of how many judgements each model has, and what its sinks are."""
+def evidence(ledger: Mapping[str, list[dict]], judged: pd.DataFrame, numbers: pd.DataFrame) -> str:
+    """Whose tokens the verdicts speak of: of how many judgements each model has, what its sinks are, what is built in.
+    """
     counts = judged[judged.verdict.isin(claims.JUDGED)].model.value_counts(sort=False)
     if counts.empty:
         return "No run has been made."
@@ -184,6 +185,11 @@ def evidence(judged: pd.DataFrame, numbers: pd.DataFrame) -> str:
         natural += 0 if what else n
         parts.append(f"{n} on `{model}`{what}")
     text = f"{counts.sum()} judgements of a claim in a model: {'; '.join(parts)}."
+    by_id = {claim["id"]: claim for claim in ledger["claims"]}
+    built = [_short(found.claim) for _, found in judged.iterrows() if _is_built(by_id[found.claim], found)]
+    if built:
+        text += (f" {len(built)} of those that are supported ({', '.join(built)}) hold because the model was made so: "
+                 "they show that the instrument works.")
     lead = "**Nearly all evidence on sinks that lie on nothing comes from one model, which has them by construction.** "
     return (lead if CONTROL in counts and natural <= counts.sum() / 5 else "") + text
 
@@ -240,6 +246,10 @@ def _by_theme(ledger: Mapping[str, list[dict]]) -> dict[str, list[dict]]:
     return {theme: of for theme, of in found.items() if of}
 
 
+def _by_claim(judged: pd.DataFrame) -> pd.DataFrame:
+    return judged.set_index(["claim", "model"], drop=False)
+
+
 def _short(name: str) -> str:
     return name.replace("-", " ")
 
@@ -250,7 +260,7 @@ def matrix(ledger: Mapping[str, list[dict]], judged: pd.DataFrame) -> str:
     Where a claim was not judged stands the sign alone, so that what was judged is seen.
     """
     of = judged[judged.verdict.isin(claims.JUDGED)].model
-    models, cells = list(of.unique()), judged.set_index(["claim", "model"])
+    models, cells = list(of.unique()), _by_claim(judged)
     if not models:
         return "No run has been made."
     rows = [["claim", *(f"`{model}`" for model in models)]]
@@ -258,8 +268,7 @@ def matrix(ledger: Mapping[str, list[dict]], judged: pd.DataFrame) -> str:
         rows.append([f"**{theme}**", *("" for _ in models)])
         for claim in claimed:
             words = [cells.loc[(claim["id"], model)] for model in models]
-            shown = [_verdict(w.verdict, figure(w.run, claim["chapter"], claim["figure"])) if w.verdict in claims.JUDGED
-                     else SYMBOLS[w.verdict] for w in words]
+            shown = [_of_claim(claim, w) if w.verdict in claims.JUDGED else SYMBOLS[w.verdict] for w in words]
             rows.append([f'<a href="#claim-{claim["id"]}">{_short(claim["id"])}</a>', *shown])
     return list_table(rows, "verdict-matrix", [34] + [18] * len(models))
 
@@ -286,7 +295,7 @@ def verdict_summary(ledger: Mapping[str, list[dict]], judged: pd.DataFrame) -> s
 def verdict_tables(ledger: Mapping[str, list[dict]], judged: pd.DataFrame) -> str:
     """For each chapter a table: a row for each claim, a column for each model."""
     models, parts = list(judged.model.unique()), []
-    cells = judged.set_index(["claim", "model"])
+    cells = _by_claim(judged)
     for chapter in dict.fromkeys(claim["chapter"] for claim in ledger["claims"]):
         rows = [["claim", *(f"`{model}`" for model in models)]]
         for claim in ledger["claims"]:
@@ -315,7 +324,7 @@ def _power(found: pd.Series | None) -> str:
     """Pictures needed, pictures here, standard deviation; "–" where nothing was measured."""
     if found is None:
         return "–"
-    sd = (found.high - found.low) / 2 / 1.96 * found.n**0.5
+    sd = stats.standard_error(stats.Interval(*found[["value", "low", "high", "n"]]), found.df) * found.n**0.5
     needed = f"**{_round(found.needed)}**" if found.needed > found.n else _round(found.needed)
     return f"{needed}\\\n{int(found.n)} here, sd{NBSP}{sd:.2g}"
 
@@ -325,9 +334,15 @@ def _round(n: float) -> str:
     return f"{int(float(f'{n:.2g}')):,}"
 
 
-def _untestable(found: pd.Series, before: str) -> str:
-    """Where the published effect could not have been seen: the number of pictures that it takes."""
-    if found.verdict != "inconclusive" or not found.needed > found.n:
+def _untestable(claim: Mapping[str, Any], found: pd.Series, before: str) -> str:
+    """Where the published effect could not have been seen: the number of pictures that it takes; or that it is out."""
+    if found.verdict != "inconclusive" or "published" not in claim:
+        return ""
+    if found.low > claim["published"] or found.high < claim["published"]:
+        return f"{before}the published {claim['published']:+g} lies outside".replace("-", "−")
+    if np.isfinite(found.df) and found.df < 2:
+        return f"{before}too few seeds to say what it would take"
+    if not found.needed > found.n:
         return ""
     seeds = ", and as many times the seeds," if np.isfinite(found.df) else ""
     return f"{before}not testable here: n{NBSP}={NBSP}{_round(found.needed)}{seeds} would be needed"
@@ -385,12 +400,12 @@ def _note(row: Mapping[str, Any]) -> str:
 
 def _cell(claim: Mapping[str, Any], found: pd.Series) -> str:
     """The verdict on a claim in a model, linked to the figure that shows it, with the number behind it."""
-    text = _verdict(found.verdict, figure(found.run, claim["chapter"], claim["figure"]))
+    text = _of_claim(claim, found)
     if np.isfinite(found.value):
         text += f"\\\n{_interval(found)}"
         sure = [] if np.isnan(found.p_holm) else [shown_p(found.p_holm)]
         text += "\\\n" + ", ".join(part.replace(" ", NBSP) for part in [f"n = {int(found.n)}", *sure])
-        text += _untestable(found, "\\\n")
+        text += _untestable(claim, found, "\\\n")
     return text
 
 
@@ -401,6 +416,17 @@ def shown_p(p: float) -> str:
 def _verdict(word: str, label: str | None = None) -> str:
     text, style = f"{SYMBOLS[word]} {word}", "-".join(re.findall("[a-z]+", word))
     return f"[{f'{{ref}}`{text} <{label}>`' if label else text}]{{.verdict .v-{style}}}"
+
+
+def _of_claim(claim: Mapping[str, Any], found: pd.Series) -> str:
+    """The verdict on a claim in a model, linked to its figure, and whether the model was made so that it holds."""
+    built = " (built in)" if _is_built(claim, found) else ""
+    return _verdict(found.verdict, figure(found.run, claim["chapter"], claim["figure"])) + built
+
+
+def _is_built(claim: Mapping[str, Any], found: pd.Series) -> bool:
+    """Does a claim hold in a model because the model was made so? Then it tests the instrument."""
+    return found.verdict == "supported" and found.model in claim.get("built", ())
 
 
 def _rule(rule: Mapping[str, Any], unit: str = "") -> str:

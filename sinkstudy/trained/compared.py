@@ -9,7 +9,7 @@ The pair of connectors answers three times: "two both", "two sinks" and "two oth
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -60,6 +60,7 @@ ON_TWO = ("two both", "two sinks", "two others", "rew", "true router", "two-axis
 MEASURES = ("right", "logp")
 TYPES = ("global", "local", "mixed")
 SLACK = 1.05  # an arm that ends with more than so many times the loss of one connector is under-trained
+STEPS = 1300  # of questions, in the lab's own schedule; an arm that had fewer is under-trained
 UNDER_TRAINED = "under-trained, no verdict"
 
 
@@ -129,16 +130,18 @@ def trained(models: Mapping[str, Arms]) -> pd.DataFrame:
     """What the folders hold, a row an arm and seed.
 
     Returns:
-        `model`, `arm`, `seed`, `loss` (nats, mean of the last twenty steps), `steps` (of all stages) and `parameters`
-        (numbers that were trained).
+        `model`, `arm`, `seed`, `loss` (nats, mean of the last twenty steps), `steps` (of all stages), `short` (whether
+        the lab trained it with fewer questions than its own schedule has) and `parameters` (numbers that were trained).
     """
     rows = []
     for (model, arm, seed), of in losses(models).groupby(["model", "arm", "seed"], sort=False):
         folder = models[model][arm][seed]
+        steps = loop.Method.described(folder).get("steps")  # by stage, of the lab's connectors
         rows.append({"model": model, "arm": arm, "seed": seed, "loss": of.loss.tail(20).mean(),
                      "steps": len(pd.read_csv(folder / "training.csv")),
+                     "short": isinstance(steps, dict) and steps["tune"] < STEPS,
                      "parameters": sum(weight.numel() for weight in loop.kept(folder).values())})
-    return pd.DataFrame(rows, columns=["model", "arm", "seed", "loss", "steps", "parameters"])
+    return pd.DataFrame(rows, columns=["model", "arm", "seed", "loss", "steps", "short", "parameters"])
 
 
 def against_one(ended: pd.DataFrame) -> dict[str, dict[str, float]]:
@@ -158,16 +161,24 @@ def against_one(ended: pd.DataFrame) -> dict[str, dict[str, float]]:
     return found
 
 
-def under_trained(comparison: Comparison, ratios: Mapping[str, float]) -> bool:
-    """Does one of the two arms end more than 5 % above the loss of one connector?
-
-    Routers, the soft one too, answer with the pair of connectors, so its loss counts for them.
+def under_trained(ended: pd.DataFrame) -> dict[str, set[str]]:
+    """The arms of each model on which no verdict rests: short ones, and those above `SLACK` (`against_one`).
 
     Args:
-        ratios: by arm, of one model, as `against_one` returns them. An arm without one is taken as trained.
+        ended: as `trained` returns it. An arm whose loss has nothing to be compared with is taken as trained.
     """
-    arms = ["two" if arm in ON_TWO else arm for arm in (comparison.first, comparison.second)]
-    return any(ratios.get(arm, 1.0) > SLACK for arm in arms)
+    above = {model: {arm for arm, ratio in of.items() if ratio > SLACK} for model, of in against_one(ended).items()}
+    short = ended[ended.short.astype(bool)]
+    return {model: of | set(short.arm[short.model == model]) for model, of in above.items()}
+
+
+def unfair(comparison: Comparison, weak: Collection[str]) -> bool:
+    """Is one of the two arms under-trained? Routers, the soft one too, answer with the pair of connectors.
+
+    Args:
+        weak: the arms of one model that are.
+    """
+    return any(("two" if arm in ON_TWO else arm) in weak for arm in (comparison.first, comparison.second))
 
 
 def _each(arms: Arms, names: Iterable[str] = ARMS, seeds: int | None = None) -> Iterator[tuple[str, int, Path]]:
@@ -497,6 +508,9 @@ def accuracy(said: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
                     found, df = study.mean(apart[name].rename(columns={0: measure}), measure, seed), np.nan
                 else:
                     found, df = study.mean_of_seeds(apart[name], list(seeds), measure)
+                if measure == "right":  # a share, however wide Student's interval is
+                    low, high = np.clip([found.low, found.high], 0, 100)
+                    found = found._replace(low=float(low), high=float(high))
                 of_cell = {"model": model, "arm": arm, "benchmark": name, "measure": measure}
                 rows.append({**of_cell, **found._asdict(), "df": df})
     return pd.DataFrame(rows, columns=["model", "arm", "benchmark", "measure", "value", "low", "high", "n", "df"])
@@ -505,12 +519,12 @@ def accuracy(said: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
 WHAT = ["model", "key", "figure", "method", "way", "benchmark", "measure"]  # columns that name a comparison
 
 
-def comparisons(said: pd.DataFrame, ratios: Mapping[str, Mapping[str, float]]) -> tuple[pd.DataFrame, pd.DataFrame]:
+def comparisons(said: pd.DataFrame, weak: Mapping[str, Collection[str]]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Paired differences between arms, of all benchmarks, of each, and of each type of question.
 
     Args:
         said: a row an answer, with those of the routers.
-        ratios: by model, the losses of `against_one`.
+        weak: by model, the arms of `under_trained`.
 
     Returns:
         The estimates: `WHAT`, `value` (points, or nats), `low`, `high`, `n` (pictures), `df`, by `study.mean_of_seeds`,
@@ -520,7 +534,7 @@ def comparisons(said: pd.DataFrame, ratios: Mapping[str, Mapping[str, float]]) -
     rows, seeds = [], []
     names = list(said.benchmark.unique())
     for (model, of), comparison in product(said.groupby("model", sort=False), COMPARED):
-        unfair = under_trained(comparison, ratios.get(model, {}))
+        no_verdict = unfair(comparison, weak.get(model, ()))
         apart = {measure: difference(of, comparison.first, comparison.second, measure) for measure in MEASURES}
         for part, measure in product(["mean", *names, *TYPES], MEASURES):
             change = apart[measure]
@@ -528,20 +542,20 @@ def comparisons(said: pd.DataFrame, ratios: Mapping[str, Mapping[str, float]]) -
             found, df = study.mean_of_seeds(there, list(change), measure) if len(there) else (stats.NOTHING, np.nan)
             if np.isfinite(found.value):
                 what = _named(model, comparison) | {"benchmark": part, "measure": measure}
-                rows.append({**what, **found._asdict(), "df": df, "verdict": verdict(found, unfair)})
+                rows.append({**what, **found._asdict(), "df": df, "verdict": verdict(found, no_verdict)})
                 each = there.groupby("benchmark")[list(change)].mean().mean()
                 seeds += [{**what, "seed": seed, "value": value} for seed, value in each.items()]
     return (pd.DataFrame(rows, columns=[*WHAT, "value", "low", "high", "n", "df", "verdict"]),
             pd.DataFrame(seeds, columns=[*WHAT, "seed", "value"]))
 
 
-def as_reported(said: pd.DataFrame, ratios: Mapping[str, Mapping[str, float]], among: Sequence[Comparison]
+def as_reported(said: pd.DataFrame, weak: Mapping[str, Collection[str]], among: Sequence[Comparison]
                 ) -> pd.DataFrame:
     """Arms against each other in the columns of the paper's tables.
 
     Args:
         said: a row an answer, with those of the routers and `category`.
-        ratios: as in `comparisons`.
+        weak: as in `comparisons`.
 
     Returns:
         `model`, `key`, `method`, `column` of `study.REPORTED`, `before`, the mean of the second arm, `score`, of the
@@ -560,7 +574,7 @@ def as_reported(said: pd.DataFrame, ratios: Mapping[str, Mapping[str, float]], a
                                  for arm in (comparison.second, comparison.first))
                 found.append({**_named(model, comparison), "column": column, "before": scale * before,
                               "score": scale * score, **study.scaled(mean, scale)._asdict(), "df": df,
-                              "verdict": verdict(mean, under_trained(comparison, ratios.get(model, {})))})
+                              "verdict": verdict(mean, unfair(comparison, weak.get(model, ())))})
     columns = ["model", "key", "method", "column", "before", "score", "value", "low", "high", "n", "df", "verdict"]
     return pd.DataFrame(found, columns=columns)
 
@@ -571,9 +585,9 @@ def _named(model: str, comparison: Comparison) -> dict[str, str]:
             "way": f"against {second}"}
 
 
-def verdict(found: stats.Interval, unfair: bool = False) -> str:
+def verdict(found: stats.Interval, no_verdict: bool = False) -> str:
     """What an interval of a difference says, if training was fair."""
-    if unfair:
+    if no_verdict:
         return UNDER_TRAINED
     return "better" if found.low > 0 else "worse" if found.high < 0 else "no clear difference"
 

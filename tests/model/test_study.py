@@ -156,6 +156,21 @@ def test_mean_of_several_trainings_counts_benchmarks_alike():
     assert np.isnan(study.mean_of_seeds(rows.assign(**{"0": np.nan}), ["0", "1"], "right")[0].value)
 
 
+@pytest.mark.parametrize("differ", range(study.FEW + 1))
+def test_few_pictures_that_differ_make_no_surer_than_none(differ):
+    rows = pd.DataFrame({"benchmark": ["POPE"] * 40 + ["MME"] * 40, "picture": [str(i) for i in range(80)]})
+    rows = rows.assign(right=np.where(np.arange(80) < differ, -100.0, 0.0))
+    half = 100 * (1 - 0.05 ** (1 / 80))  # the rule of three, over both benchmarks
+    alone = stats.mean_interval(rows.right, clusters=rows.picture, strata=rows.benchmark, method="percentile")
+    of_seeds, _ = study.mean_of_seeds(rows.assign(**{"0": rows.right, "1": rows.right}), ["0", "1"], "right")
+    found = study.mean(rows, "right")
+    if differ == study.FEW:
+        assert (found.low, found.high) == (alone.low, alone.high)
+    else:
+        assert all(of.low <= of.value - half and of.high >= of.value + half for of in (found, of_seeds))
+        assert found.low <= alone.low
+
+
 @pytest.fixture
 def numbers(monkeypatch) -> list[int]:
     """How many questions each call of `evaluate` gets from `study`."""

@@ -106,14 +106,24 @@ def test_every_claim_of_the_study_is_in_one_theme(claim):
 def test_evidence_says_first_what_its_sinks_are(results):
     judged = claims.verdicts(results, LEDGER)
     counts = "4 judgements of a claim in a model: 2 on `lab-llava`; 1 on `bare`; 1 on `other`."
-    assert pages.evidence(judged, claims.metrics(results)) == counts
+    assert pages.evidence(LEDGER, judged, claims.metrics(results)) == counts
     planted = judged.replace({"model": {"lab-llava": pages.CONTROL}})
     write(results, "other", [("other.on_things.sinks", 81.0, 80.0, 82.0, 20, "%")], chapter="04-relevance")
     write(results, "bare", [("bare.on_things.sinks", 60.0, 50.0, 70.0, 20, "%")], chapter="04-relevance")
-    text = pages.evidence(planted, claims.metrics(results))
+    text = pages.evidence(LEDGER, planted, claims.metrics(results))
     assert text.startswith("**Nearly all evidence on sinks that lie on nothing comes from one model, which has them")
     assert "where 81 % of what the rule takes for sinks lies on things" in text
-    assert pages.evidence(judged[:0], claims.metrics(results)) == "No run has been made."
+    assert pages.evidence(LEDGER, judged[:0], claims.metrics(results)) == "No run has been made."
+
+
+def test_what_a_model_was_made_for_is_marked_and_counted_apart(results):
+    ledger = copy.deepcopy(LEDGER)
+    ledger["claims"][0]["built"] = ["lab-llava", "other"]  # supported in the first, of opposite sign in the other
+    judged = claims.verdicts(results, ledger)
+    for text in (pages.matrix(ledger, judged), pages.verdict_tables(ledger, judged)):
+        assert text.count("(built in)") == 1 and "✓ supported" in text[: text.index("(built in)")].splitlines()[-1]
+    assert "1 of those that are supported (up) hold" in pages.evidence(ledger, judged, claims.metrics(results))
+    assert "built" not in pages.matrix(LEDGER, judged)
 
 
 def test_power_table_and_what_was_not_testable(results):

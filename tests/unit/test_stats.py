@@ -375,3 +375,7 @@ def test_rule_of_three_is_the_binomial_tail_and_power_that_of_the_z_test():
     expected = NormalIndPower(ddof=0).solve_power(0.5 / 3, power=0.8, alpha=0.05, ratio=0)  # one sample
     assert needed == pytest.approx(expected, rel=0.01)
     assert np.isnan(images_needed(Interval(0.0, 0.0, 0.0, 9), 1.0)) and np.isnan(images_needed(interval, 0.0))
+    half = scipy.stats.t(3).ppf(0.975) * 3 / 10  # the same standard error, of four seeds
+    of_seeds = Interval(0.0, -half, half, 100)
+    assert images_needed(of_seeds, 0.5, df=3) == pytest.approx(expected, rel=0.01)
+    assert np.isnan(images_needed(of_seeds, 0.5, df=1.3))  # two seeds
