@@ -11,8 +11,8 @@ Three losses, all from the scene's caption:
   training, so that the rest is image level and captions alone.
 
 The tower with planted sinks (`sinks`) differs in three ways, all in this file: its image-level vector is pooled from
-the calm patches instead of CLS, and hinge terms ask that from layer `ONSET` on the calm patches have a high norm and draw
-a given share of attention from the other tokens.
+the calm patches instead of CLS, and hinge terms ask that from layer `ONSET` on the calm patches have a high norm and
+draw a given share of attention from the other tokens.
 
 The positive control's tower, with sinks by construction (`gist`, see `model.sinktower`), has these terms too. Its
 image-level loss reads every sink on its own, at the layer that the connector reads and no other; it is also asked for
