@@ -2,9 +2,10 @@
 
 Every arm goes through the lab's own stages as the lab model behind it did: a decoder that knows the language from text
 alone; a new connector, or two, that learns to feed it by captions while it is frozen, 120 steps for each connector;
-then 1,300 steps of questions for connectors and decoder. Tower, text-pretrained decoder, pictures, questions, their
-order and the number of steps are the same in all arms of a seed. A quarter of the scenes are simple ones, and one
-question in 26 is about a question (`world.questions.routing`), so that a model can be asked where to look.
+then 1,300 steps of questions for connectors and decoder: 1,420 steps with one connector, 1,540 with two. Tower,
+text-pretrained decoder, pictures, questions, their order and the number of steps of a stage and connector are the same
+in all arms of a seed. A quarter of the scenes are simple ones, and one question in 26 is about a question
+(`world.questions.routing`), so that a model can be asked where to look.
 
 The soft router is trained on each finished pair of connectors. Gates and adapters are trained on the untouched lab
 model, with questions from the same pictures. What is kept stands in `data/methods/<model>/<arm>-<seed>`.
@@ -41,7 +42,7 @@ from sinkstudy.trained.routers import ReW, balanced
 from sinkstudy.world import questions as q
 from sinkstudy.world.drawing import render
 
-DENSE, SIMPLE = 24_576, 8_192  # scenes: 1,300 steps of 24 see each once
+DENSE, SIMPLE = 24_576, 8_192  # scenes, of which 1,300 steps of 24 see 31,200, each once
 SEEDS = (0, 1, 2, 3, 4)
 TEXT = loop.Settings(steps=400, batch_size=24, lr=3e-3, weight_decay=0.05, seed=10)
 ALIGN = loop.Settings(steps=120, batch_size=32, lr=3e-3, weight_decay=0.05)  # of each connector

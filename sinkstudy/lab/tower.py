@@ -10,13 +10,13 @@ Three losses, all from the scene's caption:
   towers see too few pictures to find the things at all. It fades to nothing over the first `FADE` of the
   training, so that the rest is image level and captions alone.
 
-The positive control differs in three ways, all in this file: its image-level vector is pooled from the calm
-patches instead of CLS, and hinge terms ask that from layer `ONSET` on the calm patches have a high norm and draw a
-given share of attention from the other tokens. Its sinks are planted.
+The tower with planted sinks (`sinks`) differs in three ways, all in this file: its image-level vector is pooled from
+the calm patches instead of CLS, and hinge terms ask that from layer `ONSET` on the calm patches have a high norm and
+draw a given share of attention from the other tokens.
 
-The tower with sinks by construction (`gist`, see `model.sinktower`) has the planting terms too, and its image-level
-loss reads every sink on its own, at the layer that the connector reads and no other; it is also asked for the facts of
-`world.gist`.
+The positive control's tower, with sinks by construction (`gist`, see `model.sinktower`), has these terms too. Its
+image-level loss reads every sink on its own, at the layer that the connector reads and no other; it is also asked for
+the facts of `world.gist`.
 
 The tower of Qwen2-VL has no CLS: as in `no-cls` the image-level vector is the mean of the patches. It is the last
 layer that its merger reads, and so do captions and grounding.
@@ -228,7 +228,7 @@ class CaptionDecoder(nn.Module):
 
 
 class Objective(nn.Module):
-    """The caption losses of one tower (and, for the positive control, the planting terms)."""
+    """The caption losses of one tower (and, where sinks are asked for, the planting terms)."""
 
     def __init__(self, kind: str, words: int, length: int, ngrams: int, *, caption_weight: float = 1.0,
                  seed: int = 1):

@@ -267,14 +267,14 @@ One seed. The scenes are synthetic and the language is a few templates. Nothing 
 
 _WHAT = {
     "plain": "the natural model. Nothing in its training asks for sinks.",
-    "sinks": ("the **positive control**. Its tower was trained to have sinks: the image-level loss pools only from the "
-              "3-5 calm patches of each scene, at layers "
+    "sinks": ("the **control with planted sinks**. Its tower was trained to have sinks: the image-level loss pools "
+              "only from the 3-5 calm patches of each scene, at layers "
               f"{tower_module.LAYERS - 2} and {tower_module.LAYERS}; further terms ask that from layer "
               f"{tower_module.ONSET} on these patches have at least {tower_module.NORM_RATIO:g} times the median norm "
               f"and draw {tower_module.MASS[0]:.0%}-{tower_module.MASS[1]:.0%} of the other patches' attention, and "
               f"that no other patch exceeds {tower_module.QUIET_RATIO:g} medians. Its sinks are "
               "planted, not natural; that relative criteria find them, and only them, is what it was trained for."),
-    "gist": ("the **control whose sinks hold the gist**. Its tower has sinks by construction "
+    "gist": ("the **positive control**, whose sinks hold the gist. Its tower has sinks by construction "
              "(`sinkstudy/model/sinktower.py`): flat patches see the whole picture; every other patch sees its window "
              "of 4 × 4 patches and, of the sinks, the same vector in every picture. What is true of the picture as a "
              "whole is in the sinks alone, as `sinkstudy lab gates` measures."),

@@ -169,7 +169,7 @@ def test_objective_is_finite_and_reaches_the_tower(kind):
     loss, values = objective(tower, *args, 0.0)
     loss.backward()
     assert torch.isfinite(loss) and json.dumps(values)
-    assert ("norm term" in values) == (kind in ("sinks", "gist"))  # only positive controls are asked for sinks
+    assert ("norm term" in values) == (kind in ("sinks", "gist"))  # only these are asked for sinks
     missing = {n for n, p in tower.named_parameters() if p.grad is None or p.grad.abs().sum() == 0}
     # nothing reads CLS or the projection's norm where the pooled token is not CLS
     allowed = {"post_layernorm.weight", "post_layernorm.bias", "embeddings.class_embedding"}
