@@ -77,7 +77,8 @@ def test_long_tables_are_folded_whole_and_lead_to_their_csv(results, rows, folds
     head, body = "<thead><tr><th>n</th></tr></thead>", f"<tbody>{'<tr><td>1</td></tr>' * rows}</tbody>"
     long = [table.replace("<tr><td>1</td></tr>", head + body) for table in (TABLE, PROVENANCE)]
     made = page(tables=tuple(long))
-    app = SimpleNamespace(env=SimpleNamespace(docname="book/runs/lab-x/01-norms"), builder=SimpleNamespace(format="html"))
+    there = SimpleNamespace(docname="book/runs/lab-x/01-norms")
+    app = SimpleNamespace(env=there, builder=SimpleNamespace(format="html"))
     assert ("CSV" in [text for text, _ in links(made)]) == bool(folds)
     downloads.fold_long(app, made)
     texts = [raw.astext() for raw in made.findall(nodes.raw)]
