@@ -4,10 +4,12 @@ An extension of Sphinx.
 
 A figure is there as PDF and SVG, a table as it is shown in LaTeX, and what was kept as CSV at the foot of the page.
 The files are those of `results/<run>/<notebook>/`, which the book copies; a link stands only where there is a file.
+A table of more than `ROWS` rows is folded.
 Where there is a full run of the chapter, a line below the page's first box says how many pictures each has.
 """
 
 import json
+import re
 from typing import Any
 
 from docutils import nodes
@@ -15,6 +17,7 @@ from docutils import nodes
 from sinkstudy.paths import DEFAULT_MODEL, FULL, RESULTS, ROOT, RUNS
 
 FOOT = "files"  # the anchor of the list at the foot of a page
+ROWS = 12  # that a table may have without a fold
 
 
 def add_links(app: Any, doctree: nodes.document) -> None:
@@ -46,7 +49,8 @@ def add_links(app: Any, doctree: nodes.document) -> None:
     latex = [f"table-{number}.tex" for number in range(1, len(shown) + 1)]
     if there.issuperset(latex) and f"table-{len(shown) + 1}.tex" not in there:  # of these very tables
         for raw, file in zip(shown, latex, strict=True):
-            raw.parent.append(line([("LaTeX", base + file)]))
+            csv = [("CSV", f"#{FOOT}")] if listed and _rows(raw) > ROWS else []
+            raw.parent.append(line([*csv, ("LaTeX", base + file)]))
     if listed:
         foot = line([(file, base + file) for file in listed], before="What this page shows, as files: ")
         foot["ids"].append(FOOT)
@@ -76,6 +80,22 @@ def add_run(app: Any, doctree: nodes.document) -> None:
         box.parent.insert(box.parent.index(box) + 1, line)
 
 
+def fold_long(app: Any, doctree: nodes.document) -> None:
+    """Fold a chapter's tables of more than `ROWS` rows, that of its provenance among them."""
+    if RUNS not in (ROOT / app.env.docname).parents or app.builder.format != "html":
+        return
+    for raw in list(doctree.findall(nodes.raw)):
+        if raw.get("format") == "html" and (n := _rows(raw)) > ROWS:
+            what = "A table of" if _is_table(raw) else "Model, weights, parameters and versions of this page:"
+            folded = f'<details class="long"><summary>{what} {n} rows</summary>{raw.astext()}</details>'
+            raw.replace_self(nodes.raw("", folded, format="html", classes=raw["classes"]))
+
+
+def _rows(raw: nodes.raw) -> int:
+    """The rows in the body of a DataFrame or of a page's provenance; none in anything else."""
+    return len(re.findall("<tr", raw.astext().partition("<tbody")[2])) if 'class="dataframe' in raw.astext() else 0
+
+
 def _is_table(raw: nodes.raw) -> bool:
     """Is it a DataFrame that a cell ended with? The one of the page's provenance has a further class."""
     return raw.get("format") == "html" and 'class="dataframe"' in raw.astext()
@@ -85,4 +105,5 @@ def setup(app: Any) -> dict[str, bool]:
     """What Sphinx calls."""
     app.connect("doctree-read", add_links)
     app.connect("doctree-read", add_run)
+    app.connect("doctree-read", fold_long)
     return {"parallel_read_safe": True}

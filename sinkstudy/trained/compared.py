@@ -603,7 +603,7 @@ def dots(rows: pd.DataFrame, seeds: pd.DataFrame, colours: Mapping[str, str]) ->
     """
     models, keys = list(dict.fromkeys(rows.model)), list(dict.fromkeys(rows.key))
     labels = {row.key: f"{row.method} −\n{row.way.removeprefix('against ')}" for row in rows.itertuples()}
-    ink, size = plt.rcParams["text.color"], (2.6 + 3.2 * max(1, len(models)), 1.3 + 0.5 * max(1, len(keys)))
+    ink, size = plt.rcParams["text.color"], (3 + 2.2 * max(1, len(models)), 1.3 + 0.5 * max(1, len(keys)))
     fig, axes = plt.subplots(1, max(1, len(models)), figsize=size, sharey=True, sharex=True, squeeze=False)
     for ax, model in zip(axes[0], models, strict=False):
         for row in rows[rows.model == model].itertuples():

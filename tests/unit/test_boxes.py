@@ -28,6 +28,14 @@ def test_every_chapter_opens_with_the_same_box_and_answers_once(path):
     assert sum(source.count("chapter.answer(") for source in sources) == 1
 
 
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_no_text_stands_between_the_box_and_the_first_figure(path):
+    cells = json.loads(path.read_text())["cells"]
+    texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+    (box,) = [i for i, text in enumerate(texts) if "class: answer" in text]
+    assert texts[box + 1].startswith("```{glue:figure} ")
+
+
 @pytest.fixture
 def glued(monkeypatch):
     told = {}

@@ -68,3 +68,20 @@ def test_tables_of_another_execution_are_not_linked(results, kept):
 def test_other_pages_and_formats_stay_as_they_are(results):
     (results / "norms-layers.pdf").touch()
     assert links(page(), name="book/intro") == [] == links(page(), format="latex")
+
+
+@pytest.mark.parametrize(("rows", "folds"), [(12, 0), (13, 2)])
+def test_long_tables_are_folded_whole_and_lead_to_their_csv(results, rows, folds):
+    for name in ("table-1.tex", "counts.csv"):
+        (results / name).touch()
+    head, body = "<thead><tr><th>n</th></tr></thead>", f"<tbody>{'<tr><td>1</td></tr>' * rows}</tbody>"
+    long = [table.replace("<tr><td>1</td></tr>", head + body) for table in (TABLE, PROVENANCE)]
+    made = page(tables=tuple(long))
+    there = SimpleNamespace(docname="book/runs/lab-x/01-norms")
+    app = SimpleNamespace(env=there, builder=SimpleNamespace(format="html"))
+    assert ("CSV" in [text for text, _ in links(made)]) == bool(folds)
+    downloads.fold_long(app, made)
+    texts = [raw.astext() for raw in made.findall(nodes.raw)]
+    assert sum(text.startswith("<details") for text in texts) == folds
+    assert all(table in text for table, text in zip(long, texts, strict=True))
+    assert not folds or "<summary>A table of 13 rows</summary>" in texts[0]
