@@ -224,7 +224,7 @@ def check_full() -> None:
     from sinkstudy.book import claims
 
     try:
-        beside = claims.agreement()
+        beside = claims.default_beside_full()
     except ValueError as problem:
         raise engine.UserError(str(problem)) from None
     typer.echo(claims.agreed(beside))
@@ -345,7 +345,7 @@ def gates() -> None:
     from sinkstudy.lab import control as of_tower
 
     used, answers = of_tower.uses()
-    table = pd.concat([of_tower.measured(), used], ignore_index=True)
+    table = pd.concat([of_tower.committed_gates(), used], ignore_index=True)
     typer.echo(table.to_string(index=False, float_format="{:.3f}".format))
     typer.echo("\nright answers, %, and changes without sinks (calm patches) or as many random tokens, points:")
     typer.echo(answers.set_index("model").to_string(float_format="{:.1f}".format))
@@ -367,7 +367,7 @@ def norms() -> None:
     with_malloc()
     from sinkstudy.lab import norms as factors
 
-    cells, training = factors.measured()
+    cells, training = factors.all_cells()
     typer.echo(cells.to_string(index=False, float_format="{:.2f}".format))
     for name, made in (("norms", cells), ("norms-training", training)):
         with paths.atomic(paths.DATA / "controls" / f"{name}.csv") as target:

@@ -8,9 +8,9 @@ ablation do not. All raise a ValueError, with the row, for what is not finite.
 
 `occlusion` is the same question in pixels: areas of the picture are painted over before the vision tower sees it.
 
-The second half compares tokens. `groups` says which belong together, and which others each group is held against;
-`compared`, `whole_groups`, `agreement` and `curves` give observations, a row a measured value, of several models;
-`stats.ratios` and `ratios_between` make estimates of them.
+The second half compares tokens. `matched_groups` says which belong together, and which others each group is held
+against; `against_controls`, `whole_groups`, `rank_correlations` and `curves` give observations, a row a measured value,
+of several models; `stats.ratios` and `ratios_between` make estimates of them.
 """
 
 import copy
@@ -366,7 +366,7 @@ def _of_groups(by_entry: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
 
 # ------------------------------------------------------------------------------------------------- faithfulness
 @torch.no_grad()
-def replaced(
+def perturbed(
     f: AnswerLogProb,
     scores: torch.Tensor,
     baseline: torch.Tensor,
@@ -431,8 +431,8 @@ def occlusion(
 
 # ------------------------------------------------------------------------------------------------- groups of tokens
 @dataclass(frozen=True)
-class Groups:
-    """Groups of visual tokens, and the tokens that each is held against; made by `groups`."""
+class MatchedGroups:
+    """Groups of visual tokens, and the tokens that each is held against; made by `matched_groups`."""
 
     members: dict[str, torch.Tensor]  # bool [images, visual tokens]
     controls: dict[tuple[str, str], torch.Tensor]  # bool [draws, images, visual tokens], by group and control
@@ -450,7 +450,7 @@ class Groups:
         return first
 
 
-def groups(
+def matched_groups(
     layouts: Sequence[ImageLayout],
     norms: torch.Tensor,
     patches: Mapping[str, torch.Tensor],
@@ -458,7 +458,7 @@ def groups(
     *,
     draws: int,
     seed: int = 0,
-) -> Groups:
+) -> MatchedGroups:
     """Groups of patches as groups of visual tokens; a token belongs to a group if any of its patches does.
 
     Controls have as many tokens of the same picture, all from outside the group: for every group "random" ones; for
@@ -483,7 +483,7 @@ def groups(
         ("sinks", "next in norm"): sinks.next_in_norm(of_tokens, members["sinks"])[None],
     }
     controls |= {(name, "random"): _drawn(mask, [real], draws, seed) for name, mask in members.items()}
-    return Groups(members, controls, of_tokens, on)
+    return MatchedGroups(members, controls, of_tokens, on)
 
 
 def _drawn(mask: torch.Tensor, places: Sequence[torch.Tensor], draws: int, seed: int) -> torch.Tensor:
@@ -495,7 +495,9 @@ def _drawn(mask: torch.Tensor, places: Sequence[torch.Tensor], draws: int, seed:
     return drawn
 
 
-def compared(values: Mapping[str, torch.Tensor], groups: Mapping[str, Groups], said: pd.DataFrame) -> pd.DataFrame:
+def against_controls(
+    values: Mapping[str, torch.Tensor], groups: Mapping[str, MatchedGroups], said: pd.DataFrame
+) -> pd.DataFrame:
     """The mean over a group's tokens, beside that over its controls'.
 
     Args:
@@ -518,11 +520,11 @@ def compared(values: Mapping[str, torch.Tensor], groups: Mapping[str, Groups], s
     return pd.concat(rows, ignore_index=True)
 
 
-def shares(values: Mapping[str, torch.Tensor], groups: Mapping[str, Groups], said: pd.DataFrame) -> pd.DataFrame:
+def shares(values: Mapping[str, torch.Tensor], groups: Mapping[str, MatchedGroups], said: pd.DataFrame) -> pd.DataFrame:
     """How much of a question's values lies in a group, in %.
 
     Args:
-        values, groups, said: as in `compared`, values without sign.
+        values, groups, said: as in `against_controls`, values without sign.
 
     Returns:
         `said` for each group, with `group` and `value`; NaN for a group that none of the model's pictures has.
@@ -543,7 +545,7 @@ def ratios_between(seen: pd.DataFrame, by: Sequence[str], seed: int = 0) -> pd.D
     Both are taken over the images that have all four means, and these are drawn together.
 
     Args:
-        seen: of `compared`, with `type`.
+        seen: of `against_controls`, with `type`.
         by, seed: as in `stats.ratios`.
 
     Returns:
@@ -566,7 +568,7 @@ def _ratio_of_ratios(*columns: np.ndarray) -> np.ndarray:
 
 def whole_groups(
     explained: Mapping[str, Explained],
-    groups: Mapping[str, Groups],
+    groups: Mapping[str, MatchedGroups],
     said: pd.DataFrame,
     parts: Sequence[str],
     *,
@@ -578,7 +580,7 @@ def whole_groups(
 
     Args:
         explained, groups: of each model; rows of `explained` as those of `said`.
-        said: as in `compared`.
+        said: as in `against_controls`.
         parts: names of groups. A token is in the first that it fits, and in "rest" if it fits none.
         samples, seed, batch_size: as in `shapley`.
 
@@ -633,12 +635,12 @@ def blurred(picture: Any) -> Image.Image:
 
 
 # ------------------------------------------------------------------------------------------------- methods compared
-def agreement(scores: Mapping[str, Mapping[str, torch.Tensor]], said: pd.DataFrame) -> pd.DataFrame:
+def rank_correlations(scores: Mapping[str, Mapping[str, torch.Tensor]], said: pd.DataFrame) -> pd.DataFrame:
     """Spearman's rank correlation of every two methods within a picture.
 
     Args:
         scores: of each model and method [questions, tokens or areas], in the order of the model's rows of `said`.
-        said: as in `compared`.
+        said: as in `against_controls`.
 
     Returns:
         `said` for each pair, with `first`, `second` (the earlier in the order of `scores`) and `value`, from -1 to 1.
@@ -661,12 +663,12 @@ def curves(
     seed: int = 0,
     batch_size: int = 64,
 ) -> pd.DataFrame:
-    """log p(answer) when the tokens of highest score are `replaced` by the baseline, or all tokens but these.
+    """log p(answer) when the tokens of highest score are `perturbed` by the baseline, or all tokens but these.
 
     Args:
         explained: of each model; rows as those of `said`.
         scores: of each model and order of tokens, [questions, visual tokens]; a random order joins them.
-        said: as in `compared`.
+        said: as in `against_controls`.
         at: shares of the tokens, from 0 to 1; of those between, one token at least.
         seed: of the random order.
 
@@ -683,7 +685,7 @@ def curves(
             ends = [of.logp - of.gain, of.logp] if kept else [of.logp, of.logp - of.gain]
             found = {}
             for order, score in orders.items():
-                between = replaced(of.f, score, of.baseline, counts, keep=kept, batch_size=batch_size)
+                between = perturbed(of.f, score, of.baseline, counts, keep=kept, batch_size=batch_size)
                 found[order] = torch.cat([ends[0][:, None], between, ends[1][:, None]], dim=1).numpy()
             for order, curve in found.items():
                 for share, value, random in zip(at, curve.T, found["random"].T, strict=True):

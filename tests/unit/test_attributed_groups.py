@@ -34,8 +34,8 @@ def scene() -> dict:
     return {"norms": norms, "patches": {"sinks": sink, "things": things}, "things": things}
 
 
-def grouped(scene, **how) -> attribution.Groups:
-    return attribution.groups([layout(newline=True)] * 2, **(scene | how), draws=3, seed=1)
+def grouped(scene, **how) -> attribution.MatchedGroups:
+    return attribution.matched_groups([layout(newline=True)] * 2, **(scene | how), draws=3, seed=1)
 
 
 def test_controls_are_as_many_other_tokens_of_the_picture(scene):
@@ -75,7 +75,7 @@ def test_ratios_are_of_means_over_questions_that_have_both(scene, said):
     of = grouped(scene)
     values = torch.full((4, 17), 2.0)
     values[0, of.members["sinks"][0]], values[1, of.members["sinks"][0]] = 10.0, 6.0
-    seen = attribution.compared({"m": values}, {"m": of}, said)
+    seen = attribution.against_controls({"m": values}, {"m": of}, said)
     own = seen[(seen.group == "sinks") & (seen.control == "random")]
     assert own.inside.tolist()[:2] == [10.0, 6.0] and own.outside.tolist()[:2] == [2.0, 2.0]
     assert own.inside[2:].isna().all()  # the second picture has no sinks
@@ -158,7 +158,7 @@ def test_the_order_of_the_attributions_beats_a_random_one(explained, said):
 
 def test_agreement_is_by_rank_within_a_picture(said):
     first = torch.tensor([[1.0, 2, 3, 4]] * 4)
-    found = attribution.agreement({"m": {"a": first, "b": first**3, "c": -first}}, said)
+    found = attribution.rank_correlations({"m": {"a": first, "b": first**3, "c": -first}}, said)
     means = found.groupby(["first", "second"]).value.mean()
     assert means.round(6).to_dict() == {("b", "a"): 1, ("c", "a"): -1, ("c", "b"): -1}
 
