@@ -211,7 +211,7 @@ class Probed:
     layers: pd.DataFrame  # from one token after each layer: with `place` (order), `side`, `layer` (from 1)
     sizes: pd.DataFrame  # `group`, `image_id` (of all pictures), `patches` and, of these, `on_things`
     layouts: list[ImageLayout]  # of each picture
-    masks: list[dict[str, torch.Tensor]]  # of each picture, see `Groups.masks`
+    masks: list[dict[str, torch.Tensor]]  # of each picture, see `PatchSampler.masks`
 
 
 def fit_probes(
@@ -224,7 +224,7 @@ def fit_probes(
     2019). "mean": what holds for the picture, read from the mean over the group's tokens.
 
     Raises:
-        ValueError: as `probing.states` and `Groups.patches`.
+        ValueError: as `probing.states` and `PatchSampler.patches`.
     """
     patches = []
 

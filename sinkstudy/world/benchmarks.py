@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from sinkstudy.wording import with_options
 from sinkstudy.world import questions as q
 from sinkstudy.world.drawing import CHUNK, HIDDEN, KINDS, SIMPLE, render
 
@@ -206,7 +207,7 @@ def mathvista(questions: int = 48, split: str = "test") -> pd.DataFrame:
                         "question_type": "free_form", "answer_type": "integer"}
             else:
                 choices = q.four_options(asked, rng) if asked.options else ["yes", "no"]
-                query = q.with_options(asked.text, choices) if asked.options else asked.text
+                query = with_options(asked.text, choices) if asked.options else asked.text
                 form = {"answer": asked.answer, "choices": choices, "query": query, "question_type": "multi_choice",
                         "answer_type": "text"}
             rows.append({"question": asked.text, "category": category, "precision": None, "skills": [category],
