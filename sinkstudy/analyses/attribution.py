@@ -10,7 +10,7 @@ ablation do not. All raise a ValueError, with the row, for what is not finite.
 
 The second half compares tokens. `matched_groups` says which belong together, and which others each group is held
 against; `against_controls`, `whole_groups`, `rank_correlations` and `curves` give observations, a row a measured value,
-of several models; `stats.ratios` and `ratios_between` make estimates of them.
+of several models; `chapter.ratios` and `ratios_between` make estimates of them.
 """
 
 import copy
@@ -201,8 +201,7 @@ def _with_answers(inputs: BatchFeature, answers: torch.Tensor) -> dict[str, torc
 
 def _finite(f: AnswerLogProb, found: torch.Tensor) -> torch.Tensor:
     """What was found for each row, [rows, ..]. Raises ValueError, with the row, if it is not finite."""
-    bad = ~found.flatten(1).isfinite().all(1) if found.ndim > 1 else ~found.isfinite()
-    if bad.any():
+    if (bad := ~found.reshape(len(found), -1).isfinite().all(1)).any():
         raise not_finite(f.lvlm, "in the answer's log-probability or its gradients", int(bad.nonzero()[0]))
     return found
 
@@ -313,13 +312,7 @@ def group_ablation(
         baseline: as in `integrated_gradients`.
         groups: long [rows, visual tokens], the group of each token, from 0; a group without tokens gets 0.
     """
-    method, baseline = FeatureAblation(f), baseline.expand_as(f.tokens)
-    mask = groups.to(f.tokens.device)[..., None]
-    found = [
-        method.attribute(f.tokens[rows], baseline[rows], additional_forward_args=(rows,), feature_mask=mask[rows])
-        for rows in f._batches(batch_size)
-    ]
-    return _finite(f, _of_groups(torch.cat(found), groups))
+    return _by_group(f, FeatureAblation(f), baseline, groups, batch_size)
 
 
 def shapley(
@@ -340,28 +333,25 @@ def shapley(
         baseline, groups: as in `group_ablation`.
         samples: random orders of the groups, the same for the rows of a batch.
     """
-    method, baseline = ShapleyValueSampling(f), baseline.expand_as(f.tokens)
-    mask = groups.to(f.tokens.device)[..., None]
-    found = []
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # Captum draws from torch's global generator
         warnings.filterwarnings("ignore", message="Feature mask is missing")  # a group may have no tokens
         torch.manual_seed(seed)
-        for rows in f._batches(batch_size):
-            found.append(
-                method.attribute(
-                    f.tokens[rows],
-                    baseline[rows],
-                    additional_forward_args=(rows,),
-                    feature_mask=mask[rows],
-                    n_samples=samples,
-                ).detach()
-            )
-    return _finite(f, _of_groups(torch.cat(found), groups))
+        return _by_group(f, ShapleyValueSampling(f), baseline, groups, batch_size, n_samples=samples)
 
 
-def _of_groups(by_entry: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-    """Captum gives every entry of a group the group's value: [rows, tokens, width] -> [rows, groups]."""
-    return torch.zeros(len(groups), int(groups.max()) + 1).scatter(1, groups.cpu(), by_entry[..., 0].float().cpu())
+def _by_group(
+    f: AnswerLogProb, method: Any, baseline: torch.Tensor, groups: torch.Tensor, batch_size: int, **more: Any
+) -> torch.Tensor:
+    """A method of Captum's on groups of tokens: float [rows, groups]. It gives every entry of a group its value."""
+    baseline, mask = baseline.expand_as(f.tokens), groups.to(f.tokens.device)[..., None]
+    found = [
+        method.attribute(
+            f.tokens[rows], baseline[rows], additional_forward_args=(rows,), feature_mask=mask[rows], **more
+        ).detach()
+        for rows in f._batches(batch_size)
+    ]  # [rows, visual tokens, decoder width] each
+    nothing = torch.zeros(len(groups), int(groups.max()) + 1)
+    return _finite(f, nothing.scatter(1, groups.cpu(), torch.cat(found)[..., 0].float().cpu()))
 
 
 # ------------------------------------------------------------------------------------------------- faithfulness
@@ -415,17 +405,14 @@ def occlusion(
     Returns:
         Float32 [rows, areas], in nats.
     """
-    shown = [opened(image) for image in images]
-    arrays = [np.array(image).transpose(2, 0, 1) if isinstance(image, Image.Image) else image for image in shown]
-    pictures = torch.stack([torch.as_tensor(array) for array in arrays])  # uint8 [rows, 3, height, width]
+
+    def logp(shown: torch.Tensor) -> torch.Tensor:
+        return answer_log_prob(lvlm, list(shown), questions, answers, batch_size).values(batch_size=batch_size)
+
+    arrays = [np.array(as_image(image)) for image in images]
+    pictures = torch.as_tensor(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()  # uint8 [rows, 3, height, width]
     colour = pictures.float().mean((2, 3), keepdim=True).round().to(torch.uint8)
-    whole = answer_log_prob(lvlm, list(pictures), questions, answers, batch_size).values(batch_size=batch_size)
-    painted = [
-        answer_log_prob(lvlm, list(torch.where(area, colour, pictures)), questions, answers, batch_size).values(
-            batch_size=batch_size
-        )
-        for area in areas
-    ]
+    whole, painted = logp(pictures), [logp(torch.where(area, colour, pictures)) for area in areas]
     return whole[:, None] - torch.stack(painted, dim=1)
 
 
@@ -540,16 +527,16 @@ def shares(values: Mapping[str, torch.Tensor], groups: Mapping[str, MatchedGroup
 
 
 def ratios_between(seen: pd.DataFrame, by: Sequence[str], seed: int = 0) -> pd.DataFrame:
-    """How many times the ratio of `stats.ratios` in global questions is that in local ones.
+    """How many times the ratio of `chapter.ratios` in global questions is that in local ones.
 
     Both are taken over the images that have all four means, and these are drawn together.
 
     Args:
         seen: of `against_controls`, with `type`.
-        by, seed: as in `stats.ratios`.
+        by, seed: as in `chapter.ratios`.
 
     Returns:
-        As `stats.ratios`; NaN and `n` 0 where no image has both.
+        As `chapter.ratios`; NaN and `n` 0 where no image has both.
     """
     wanted = [(side, kind) for kind in ("global", "local") for side in ("inside", "outside")]
     rows = []

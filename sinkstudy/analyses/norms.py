@@ -188,7 +188,7 @@ def attention(seen: Seen, masks: Mapping[str, torch.Tensor]) -> pd.DataFrame:
 
     Returns:
         A row for each rule, layer and image: `rule`, `layer` (from 1), `image`, `inside` (sinks; NaN where there are
-        none) and `outside`, in units of uniform attention. `stats.ratios` makes estimates of them.
+        none) and `outside`, in units of uniform attention. `chapter.ratios` makes estimates of them.
     """
     layer, image = (of.flatten() for of in np.mgrid[1 : seen.received.shape[1] + 1, : len(seen.received)])
     parts = []

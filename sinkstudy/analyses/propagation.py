@@ -3,7 +3,7 @@
 Luo et al. (2510.08510) say that sinks of the vision tower *propagate* into the decoder and that others *emerge* there.
 `token_groups` names the visual tokens of each picture, `contrast` sets the tokens of a group against the other patches,
 `look_inside` follows one question a picture through the decoder's layers, `decoder_sinks` and `fates` say where a
-token is a sink. Tables are long, a row a measured value; `stats.ratios` makes estimates of them.
+token is a sink. Tables are long, a row a measured value; `chapter.ratios` makes estimates of them.
 
 A *visual token* is a patch, or several where the connector merges them. Tokens without a patch (newlines) belong to no
 group and are no "other patches" either.

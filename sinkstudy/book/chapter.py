@@ -54,7 +54,7 @@ def estimates(
     """Mean of a column in each cell, with its 95 % bootstrap interval that draws whole images.
 
     Args:
-        observations: a row a value; values that are not finite are left out.
+        observations: a row a value; rows in which it, or what it is divided by, is not finite are left out.
         by: columns that name a cell. Cells stand in the order of their first row.
         value: the column that is averaged.
         over: a column by whose mean that of `value` is divided; a cell where it is nothing has no estimate, and `n` 0.
@@ -68,7 +68,7 @@ def estimates(
     """
     rows = []
     for cell, of in observations.groupby(list(by), sort=False, observed=True):
-        there = of[np.isfinite(of[value].astype(float))]
+        there = of[np.isfinite(of[[value] if over is None else [value, over]].astype(float)).all(axis=1)]
         found, below = stats.NOTHING, np.ones(len(there)) if over is None else there[over].to_numpy(float)
         if there[images].nunique() >= least and below.sum() > 0:
             within = None if strata is None else there[strata].to_numpy()
@@ -76,6 +76,19 @@ def estimates(
                                          strata=within, method=method, seed=seed)
         rows.append((*cell, *found))
     return pd.DataFrame(rows, columns=[*by, "value", "low", "high", "n"])
+
+
+def ratios(
+    observations: pd.DataFrame,
+    by: Sequence[str],
+    above: str = "inside",
+    below: str = "outside",
+    *,
+    images: str = "image",
+    seed: int = 0,
+) -> pd.DataFrame:
+    """`estimates` of how many times the mean of one column is that of another, named as in tables of `analyses`."""
+    return estimates(observations, by, above, over=below, images=images, seed=seed)
 
 
 def paired(

@@ -511,7 +511,7 @@ def effect_sizes(rows: pd.DataFrame, by: Sequence[str], seed: int = 0) -> pd.Dat
         `by`, `measure` ("norm_ratio", "accuracy", "logp"), `value`, `low`, `high`, `n`.
     """
     norm, by = rows.measure == "norm_ratio", [*by, "measure"]
-    left = stats.ratios(rows[norm], by, "value", "before", images="image_id", seed=seed)
+    left = chapter.ratios(rows[norm], by, "value", "before", images="image_id", seed=seed)
     return pd.concat([left, chapter.estimates(rows[~norm], by, seed=seed)], ignore_index=True)
 
 

@@ -66,9 +66,9 @@ class Explored:
     top: Any  # the five likeliest first words, values and indices [questions, 5]
 
 
-def mean_tokens(lvlm: LVLM, pictures: Sequence[Any], batch_size: int = 1) -> dict[int, torch.Tensor]:
+def mean_tokens(lvlm: LVLM, pictures: Sequence[Any]) -> dict[int, torch.Tensor]:
     """The mean over all visual tokens of all pictures, where a connector puts them out: layer -> [width]."""
-    tokens = ablation.read_tokens(lvlm, {str(i): picture for i, picture in enumerate(pictures)}, "output", batch_size)
+    tokens = ablation.read_tokens(lvlm, {str(i): picture for i, picture in enumerate(pictures)}, "output", 1)
     return {layer: mean.float() for layer, mean in tokens.mean().items()}
 
 
@@ -196,7 +196,7 @@ def png(lvlm: LVLM, picture: Any) -> str:
         mean, sd = (torch.tensor(values)[:, None, None] for values in (how.image_mean, how.image_std))
         image = Image.fromarray((255 * (tile * sd + mean)).round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
     else:  # a packed tower sees the whole picture
-        image = Image.fromarray(np.asarray(picture).transpose(1, 2, 0)) if torch.is_tensor(picture) else picture.open()
+        image = attribution.as_image(picture).copy()
         image.thumbnail((448, 448))
     with io.BytesIO() as file:
         image.quantize(256).save(file, "PNG", optimize=True)

@@ -18,7 +18,7 @@ from sinkstudy import stats
 from sinkstudy.book import claims, report
 from sinkstudy.paths import DATA, DEFAULT_MODEL, FULL, POSITIVE_CONTROL, RUNS, atomic
 
-PAPER = DATA / "paper"
+PAPER, CONTROLS = DATA / "paper", DATA / "controls"
 PAPER_COLUMNS = ("table", "row", "column", "value", "unit", "model", "source", "grade", "note")
 SYMBOLS = dict(zip(claims.VERDICTS, "✓◐≈✗?–○", strict=True))
 NBSP = "\N{NO-BREAK SPACE}"
@@ -73,19 +73,19 @@ def write(folder: Path) -> None:
 # ---- the control whose sinks hold the gist
 
 
-def control_gates(folder: Path = DATA / "controls") -> str:
+def control_gates() -> str:
     """A table of the gates (`lab.control`) as `sinkstudy lab gates` last wrote them."""
     rows = [["gate", "measured", "bound", ""]]
-    for gate in pd.read_csv(folder / "gates.csv").itertuples():
+    for gate in pd.read_csv(CONTROLS / "gates.csv").itertuples():
         held = "holds" if gate.holds else "**missed**"
         rows.append([gate.gate, _number(gate.value), f"{gate.side} {gate.bound:g}".replace("-", "−"), held])
     return list_table(rows, "here")
 
 
-def control_answers(folder: Path = DATA / "controls") -> str:
+def control_answers() -> str:
     """A table of what answers lose without sinks, by group of questions and model (`lab.control.use`)."""
     rows = [["model", "questions", "n", "right, %", "without calm patches", "without random tokens", "difference"]]
-    answers = pd.read_csv(folder / "answers.csv")
+    answers = pd.read_csv(CONTROLS / "answers.csv")
     for r in answers[answers["of"].isin(("gist", "local"))].itertuples():
         found = report.shown(stats.Interval(r.by_sinks, r.low, r.high, 0), ".1f").replace(", ", f",{NBSP}")
         changes = (f"{value:.1f}".replace("-", "−") for value in (r.without, r.random))
@@ -93,11 +93,11 @@ def control_answers(folder: Path = DATA / "controls") -> str:
     return list_table(rows, "here")
 
 
-def control_norms(folder: Path = DATA / "controls") -> str:
+def control_norms() -> str:
     """A table of norm and content of the calm patches set apart (`lab.norms`), for questions about the gist."""
     rows = [["calm patches", "norm", "connector", "attention on them, times others", "right, %", "lost without them"]]
     holds = {"lab-llava-gist": "hold the gist", "lab-llava": "do not"}
-    cells = pd.read_csv(folder / "norms.csv")
+    cells = pd.read_csv(CONTROLS / "norms.csv")
     for r in cells[cells.about == "gist"].itertuples():
         attention, lost = (report.shown(stats.Interval(*of, 0), fmt).replace(", ", f",{NBSP}") for of, fmt in (
             ((r.attention, r.attention_low, r.attention_high), ".2f"), ((r.lost, r.low, r.high), ".1f")))

@@ -71,15 +71,14 @@ def resized(patches: torch.Tensor, mask: torch.Tensor, times: float) -> torch.Te
 
 def with_norm(name: str, calm: ablation.Masks, norm: str | None, gone: ablation.Masks | None = None) -> Intervention:
     """The calm patches of a norm, "long" or "median", or None for that which they have; and a group hidden from all."""
-    parts = [] if gone is None else [ablation.hide("", gone)]
 
     def around(lvlm: LVLM, inputs: Prefixes) -> Any:
         stack = ExitStack()
         if norm is not None:
             masks = ablation.of_images(calm, inputs)
             stack.enter_context(lengthened(lvlm, inputs, masks, LONG if norm == "long" else 1.0))
-        for part in parts:
-            stack.enter_context(part.around(lvlm, inputs))
+        if gone is not None:
+            stack.enter_context(ablation.hide("", gone).around(lvlm, inputs))
         return stack
 
     return Intervention(name, around, {"norm": norm})

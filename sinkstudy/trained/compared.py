@@ -121,8 +121,7 @@ def losses(models: Mapping[str, Arms]) -> pd.DataFrame:
             log = pd.read_csv(folder / "training.csv")
             last = log[log.stage == "tune"] if "stage" in log else log
             found.append(last[["step", "loss"]].assign(model=model, arm=arm, seed=seed))
-    there = pd.concat(found, ignore_index=True) if found else pd.DataFrame()
-    return there.reindex(columns=["model", "arm", "seed", "step", "loss"])
+    return _table(found, ["model", "arm", "seed", "step", "loss"])
 
 
 def trained(models: Mapping[str, Arms]) -> pd.DataFrame:
@@ -177,6 +176,11 @@ def _each(arms: Arms, names: Iterable[str] = ARM_LABELS, seeds: int | None = Non
             yield arm, seed, folder
 
 
+def _table(parts: Sequence[pd.DataFrame], columns: Sequence[str]) -> pd.DataFrame:
+    """The parts below each other; the columns are there even where no part is."""
+    return (pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()).reindex(columns=columns)
+
+
 def methods(arms: Arms, arm: str, seeds: int | None = None, **where: Any) -> Iterator[Any]:
     """Load the trained methods of an arm one by one, `seeds` of them at most; `where` as `load_method` takes it."""
     for _, _, folder in _each(arms, [arm], seeds):
@@ -200,8 +204,7 @@ def of_each(
     """
     found = [measure(method).assign(model=model, seed=seed) for model, arms in models.items()
              for seed, method in enumerate(methods(arms, arm, seeds, **where))]
-    there = pd.concat(found, ignore_index=True) if found else pd.DataFrame()
-    return there.reindex(columns=["model", "seed", *columns])
+    return _table(found, ["model", "seed", *columns])
 
 
 # ------------------------------------------------------------------------------------------------- asking
@@ -349,8 +352,7 @@ def answers_of_arms(
         found.append(exam.answers(lvlm, [NONE]).assign(model=model, arm="base", seed=0))
         for arm, seed, folder in _each(arms):
             found.append(exam.of_arm(arm, load_method(folder, **where)).assign(model=model, seed=seed))
-    there = pd.concat(found, ignore_index=True) if found else pd.DataFrame()
-    return there.reindex(columns=[*ANSWER_COLUMNS, "model", "arm", "seed"])
+    return _table(found, [*ANSWER_COLUMNS, "model", "arm", "seed"])
 
 
 # ------------------------------------------------------------------------------------------------- routers

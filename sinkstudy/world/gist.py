@@ -18,7 +18,6 @@ PAIRS = len(TEXTURES) * (len(TEXTURES) - 1) // 2
 CLASSES = {"things": MAX_THINGS, "parts": MAX_PARTS - 1, "colours": MAX_THINGS, "twins": 2, "sides": 2, "pair": PAIRS}
 KINDS_THERE = tuple(f"{kind} there" for kind in KINDS)
 N_CLASSES = [*CLASSES.values(), *[2] * len(KINDS_THERE)]
-DO_NOT_ADD_UP = ("colours", "twins", "sides")
 
 
 def fact_classes(s: Scenes) -> dict[str, torch.Tensor]:

@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 import torch
 
-from sinkstudy import sinks, stats
+from sinkstudy import sinks
 from sinkstudy.analyses import propagation
+from sinkstudy.book import chapter
 from sinkstudy.model.layout import ImageLayout
 from tests.model import architectures, chapters
 
@@ -44,7 +45,7 @@ def test_groups_leave_tokens_without_a_patch_out():
     seen = propagation.contrast(values, groups, pd.DataFrame({"image": [0, 0]}))
     of = seen[(seen.group == "sinks")]
     assert of.layer.tolist() == [1, 2, 1, 2] and set(of.inside) == {5} and set(of.outside) == {1}
-    assert stats.ratios(seen, ["group"]).set_index("group").value["sinks"] == 5
+    assert chapter.ratios(seen, ["group"]).set_index("group").value["sinks"] == 5
 
 
 def test_controls_are_set_against_patches_that_are_no_sinks():
@@ -59,7 +60,7 @@ def test_controls_are_set_against_patches_that_are_no_sinks():
 def test_ratios_without_a_value():
     seen = pd.DataFrame({"group": ["none", "none", "some", "some"], "image": [0, 1, 0, 1],
                          "inside": [np.nan, np.nan, 2.0, np.nan], "outside": [1.0, 1.0, 1.0, 5.0]})
-    none, some = stats.ratios(seen, ["group"]).itertuples(index=False)
+    none, some = chapter.ratios(seen, ["group"]).itertuples(index=False)
     assert none.n == 0 and np.isnan(none.value)
     assert some.value == 2 and some.n == 1
 

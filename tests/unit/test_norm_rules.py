@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 import torch
 
-from sinkstudy import stats
 from sinkstudy.analyses import norms
+from sinkstudy.book import chapter
 from sinkstudy.world import drawing
 
 
@@ -82,7 +82,7 @@ def test_attention_of_sinks_against_that_of_others(seen, masks):
     first = table[(table.image == 0) & (table.layer == 2)].iloc[0]
     assert (first.inside, first.outside) == (5, 1)  # 9 and 1, of two sinks
     assert table[table.image == 1].inside.isna().all()
-    ratio = stats.ratios(table, ["rule", "layer"])
+    ratio = chapter.ratios(table, ["rule", "layer"])
     assert ratio.value.tolist() == [5, 5] and ratio.n.tolist() == [1, 1]
 
 
