@@ -198,12 +198,10 @@ def evaluate() -> None:
     bars = (3, 5) if GPU else (3, 1.5)
     shared_out("untouched", lvlm, pictures, [NONE], KINDS[:6], bars, rounds_of=16 if GPU else 2)
     some = pictures if GPU else {"image 0": pictures["image 0"]}
-    norms = methods.norms(lvlm, some)
-    group = methods.groups(norms)
-    case = methods.Case(lvlm, some, norms, group.sinks, group.random, 16)
+    case = methods.Case(lvlm, {"POPE": some}, batch_size=16)
     # a decoder of random weights lights no dimension that VAR could act on
     names = [name for name in methods.METHODS if name != "var"]
-    ten = [NONE, *(methods.METHODS[name].make(case, methods.option(name)) for name in names)]
+    ten = [NONE, *(methods.applied(case, "POPE", name, methods.option(name)) for name in names)]
     shared_out("chapter 10", lvlm, some, ten, KINDS[: 6 if GPU else 2], (4, 1.5), rounds_of=len(some))
 
 

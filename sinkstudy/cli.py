@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated
 
@@ -224,7 +225,7 @@ def check_full() -> None:
     from sinkstudy.book import claims
 
     try:
-        beside = claims.agreement()
+        beside = claims.default_beside_full()
     except ValueError as problem:
         raise engine.UserError(str(problem)) from None
     typer.echo(claims.agreed(beside))
@@ -312,6 +313,12 @@ def diysink(
         raise engine.UserError(str(problem)) from None
 
 
+def _check_names(what: str, given: list[str] | None, known: Collection[str]) -> None:
+    for name in given or []:
+        if name not in known:
+            raise engine.UserError(f"'{name}' is no {what}: choose from {', '.join(known)}")
+
+
 @lab.command("train")
 def train(
     names: Annotated[list[str] | None, typer.Argument(help="Lab models, 'emergence', or 'all'.")] = None,
@@ -325,11 +332,8 @@ def train(
     from sinkstudy.lab import train as training
 
     known = [*training.TOWER_OF, "emergence", "gist"]
-    wanted = known if not names or names == ["all"] else names
-    for name in wanted:
-        if name not in known:
-            raise engine.UserError(f"'{name}' cannot be trained: choose from {', '.join(known)} or all")
-    training.main(wanted)
+    _check_names("lab model or tower", names, [*known, "all"])
+    training.main(known if not names or "all" in names else names)
 
 
 @lab.command("gates")
@@ -345,7 +349,7 @@ def gates() -> None:
     from sinkstudy.lab import control as of_tower
 
     used, answers = of_tower.uses()
-    table = pd.concat([of_tower.measured(), used], ignore_index=True)
+    table = pd.concat([of_tower.committed_gates(), used], ignore_index=True)
     typer.echo(table.to_string(index=False, float_format="{:.3f}".format))
     typer.echo("\nright answers, %, and changes without sinks (calm patches) or as many random tokens, points:")
     typer.echo(answers.set_index("model").to_string(float_format="{:.1f}".format))
@@ -367,7 +371,7 @@ def norms() -> None:
     with_malloc()
     from sinkstudy.lab import norms as factors
 
-    cells, training = factors.measured()
+    cells, training = factors.all_cells()
     typer.echo(cells.to_string(index=False, float_format="{:.2f}".format))
     for name, made in (("norms", cells), ("norms-training", training)):
         with paths.atomic(paths.DATA / "controls" / f"{name}.csv") as target:
@@ -388,10 +392,8 @@ def lab_diysink(
     with_malloc()
     from sinkstudy.lab import arms
 
-    for what, given, choices in (("model with arms", names, arms.BASES), ("arm", arm, arms.ALL_ARMS)):
-        for name in given or []:
-            if name not in choices:
-                raise engine.UserError(f"'{name}' is no {what}: choose from {', '.join(choices)}")
+    _check_names("model with arms", names, arms.BASES)
+    _check_names("arm", arm, arms.ALL_ARMS)
     arms.main(names or list(arms.BASES), arm or arms.ALL_ARMS, seed or arms.SEEDS)
 
 
@@ -408,9 +410,7 @@ def lab_alignment(
     with_malloc()
     from sinkstudy.lab import arms, training
 
-    for name in names or []:
-        if name not in arms.BASES:
-            raise engine.UserError(f"'{name}' has no such stage: choose from {', '.join(arms.BASES)}")
+    _check_names("model with arms", names, arms.BASES)
     training.threads()
     for name in names or arms.BASES:
         arms.follow_alignment(name)

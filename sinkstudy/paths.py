@@ -30,6 +30,7 @@ BOOK = ROOT / "book"
 RUNS = BOOK / "runs"
 DEFAULT_MODEL = "lab-llava"
 FULL = f"{DEFAULT_MODEL}-full"  # the run with more pictures, from which verdicts come: data/full.yml
+POSITIVE_CONTROL = "lab-llava-gist"  # the lab model whose sinks are there by construction
 ADAPTER = "adapter_config.json"
 HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 UNMERGED = (

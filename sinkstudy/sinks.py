@@ -4,7 +4,7 @@ Every criterion is a pure function of tensors whose last axis is tokens (here: t
 judges each image by itself unless it says otherwise. Leading axes, [images] or [images, layers], are free. A
 token is a sink where its mask is True. There is no single right criterion: absolute thresholds mean nothing
 across widths, relative ones find a tail in everything. So the study runs several and reports how far they
-agree (`jaccard`, `agreement`).
+agree (`jaccard`, `pairwise_jaccard`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -272,7 +272,7 @@ def jaccard(a: torch.Tensor, b: torch.Tensor, empty: float = 1.0) -> torch.Tenso
     return torch.where(union > 0, (a & b).sum(-1) / union.clamp(min=1), empty)
 
 
-def agreement(masks: Mapping[str, torch.Tensor], empty: float = 1.0) -> pd.DataFrame:
+def pairwise_jaccard(masks: Mapping[str, torch.Tensor], empty: float = 1.0) -> pd.DataFrame:
     """How far criteria agree: one row for each image and each pair of criteria.
 
     `masks` has a bool [images, tokens] for each criterion. Columns: `image` (index), `first`, `second`

@@ -7,12 +7,11 @@ alike and draws images within each. What was trained several times has seeds as 
 Every function is seeded: the same data give the same interval and the same p-value.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 import scipy.optimize
 import scipy.stats
 from numpy.typing import ArrayLike
@@ -22,6 +21,7 @@ from statsmodels.stats.multitest import multipletests
 RESAMPLES = 2000
 LEVEL = 0.95
 """Coverage of every interval."""
+POWER = 0.8
 _CELLS = 4_000_000  # resampled values held in memory at once
 
 
@@ -134,41 +134,9 @@ def difference_interval(first: ArrayLike, second: ArrayLike, **how: Any) -> Inte
     return mean_interval(first - second, **how)
 
 
-def ratios(
-    rows: pd.DataFrame,
-    by: Sequence[str],
-    above: str = "inside",
-    below: str = "outside",
-    *,
-    images: str = "image",
-    seed: int = 0,
-) -> pd.DataFrame:
-    """`ratio_interval` of two columns in each cell of a table.
-
-    Args:
-        rows: a row a value; those that lack one of the two are left out.
-        by: columns that name a cell. Cells stand in the order of their first row.
-        above, below: the columns whose means are divided.
-        images: the column that says which rows belong together.
-        seed: of the bootstrap.
-
-    Returns:
-        `by`, `value` (times), `low`, `high`, `n` (images); without a value where `below` is nothing.
-    """
-    found = []
-    for cell, of in rows.groupby(list(by), sort=False):
-        there, ratio = of.dropna(subset=[above, below]), NOTHING
-        if there[below].sum() > 0:
-            ratio = ratio_interval(there[above], there[below], clusters=there[images], seed=seed)
-        found.append((*cell, *ratio))
-    return pd.DataFrame(found, columns=[*by, "value", "low", "high", "n"])
-
-
 def pooled_interval(
     statistic: Callable[..., np.ndarray],
     *columns: ArrayLike,
-    strata: ArrayLike | None = None,
-    method: str = "BCa",
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Interval:
@@ -180,20 +148,17 @@ def pooled_interval(
     Args:
         statistic: gets the columns with their images drawn again, each [draws, images, ..]; returns [draws].
         columns: [images, ..] each, of the same images in the same order.
-        strata: [images], the benchmark of each image, if they are drawn within each. The statistic gets the images
-            of all benchmarks, in their order, and weighs them as it likes.
-        method, resamples, seed: as in `mean_interval`.
+        resamples, seed: as in `mean_interval`; the interval is BCa.
 
     Returns:
         The statistic of all images; `n` is the number of images. Low and high are NaN for one image, all is NaN for
         none.
 
     Raises:
-        ValueError: values that are not finite, numbers of images that differ, an unknown method.
+        ValueError: values that are not finite, or numbers of images that differ.
     """
     columns = [np.asarray(column, dtype=np.float64) for column in columns]
-    strata = None if strata is None else np.asarray(strata)
-    if len({len(column) for column in [*columns, *([] if strata is None else [strata])]}) != 1:
+    if len({len(column) for column in columns}) != 1:
         raise ValueError(f"columns need the same images, not {[len(column) for column in columns]}")
     if not all(np.isfinite(column).all() for column in columns):
         raise ValueError("some values are not finite: leave these images out and say how many")
@@ -205,7 +170,7 @@ def pooled_interval(
     index = np.arange(len(columns[0]))
     left_out = np.array([float(of(np.delete(index, image))) for image in index] if len(index) > 1 else [])
     per_image = sum(column[:1].size for column in columns)
-    return _bootstrap(of, [index], left_out, method, resamples, seed, per_image, strata)
+    return _bootstrap(of, [index], left_out, "BCa", resamples, seed, per_image)
 
 
 def seeds_interval(
@@ -281,8 +246,8 @@ def rule_of_three(n: float) -> float:
     return 1 - (1 - LEVEL) ** (1 / n)
 
 
-def images_needed(interval: Interval, effect: float, *, df: float = np.inf, power: float = 0.8) -> float:
-    """How many images would show an effect as surely as `power`, at the standard deviation that was measured.
+def images_needed(interval: Interval, effect: float, df: float = np.inf) -> float:
+    """How many images would show an effect with a power of `POWER`, at the standard deviation that was measured.
 
     Normal approximation: the interval's half is 1.96 standard errors, or as many as Student's t has, and these fall
     with the root of the number of images. Where seeds are in the interval, so many times the seeds are needed too.
@@ -291,7 +256,6 @@ def images_needed(interval: Interval, effect: float, *, df: float = np.inf, powe
         interval: of this run.
         effect: the distance between the true value and the bound that the whole interval has to clear, above zero.
         df: degrees of freedom behind the interval, if it is Student's; infinite or NaN: taken as normal.
-        power: chance that it does, 0–1.
 
     Returns:
         A number of images, rounded up; NaN if the interval has no width, there is no effect, or the seeds are too few
@@ -300,7 +264,7 @@ def images_needed(interval: Interval, effect: float, *, df: float = np.inf, powe
     error = standard_error(interval, df)
     if not error > 0 or not effect > 0 or df < 2:
         return float("nan")
-    z = float(scipy.stats.norm.ppf((1 + LEVEL) / 2) + scipy.stats.norm.ppf(power))
+    z = float(scipy.stats.norm.ppf((1 + LEVEL) / 2) + scipy.stats.norm.ppf(POWER))
     needed = interval.n * (z * error / effect) ** 2
     return float(np.ceil(needed))
 

@@ -8,9 +8,9 @@ ablation do not. All raise a ValueError, with the row, for what is not finite.
 
 `occlusion` is the same question in pixels: areas of the picture are painted over before the vision tower sees it.
 
-The second half compares tokens. `groups` says which belong together, and which others each group is held against;
-`compared`, `whole_groups`, `agreement` and `curves` give observations, a row a measured value, of several models;
-`stats.ratios` and `ratios_between` make estimates of them.
+The second half compares tokens. `matched_groups` says which belong together, and which others each group is held
+against; `against_controls`, `whole_groups`, `rank_correlations` and `curves` give observations, a row a measured value,
+of several models; `chapter.ratios` and `ratios_between` make estimates of them.
 """
 
 import copy
@@ -201,8 +201,7 @@ def _with_answers(inputs: BatchFeature, answers: torch.Tensor) -> dict[str, torc
 
 def _finite(f: AnswerLogProb, found: torch.Tensor) -> torch.Tensor:
     """What was found for each row, [rows, ..]. Raises ValueError, with the row, if it is not finite."""
-    bad = ~found.flatten(1).isfinite().all(1) if found.ndim > 1 else ~found.isfinite()
-    if bad.any():
+    if (bad := ~found.reshape(len(found), -1).isfinite().all(1)).any():
         raise not_finite(f.lvlm, "in the answer's log-probability or its gradients", int(bad.nonzero()[0]))
     return found
 
@@ -313,13 +312,7 @@ def group_ablation(
         baseline: as in `integrated_gradients`.
         groups: long [rows, visual tokens], the group of each token, from 0; a group without tokens gets 0.
     """
-    method, baseline = FeatureAblation(f), baseline.expand_as(f.tokens)
-    mask = groups.to(f.tokens.device)[..., None]
-    found = [
-        method.attribute(f.tokens[rows], baseline[rows], additional_forward_args=(rows,), feature_mask=mask[rows])
-        for rows in f._batches(batch_size)
-    ]
-    return _finite(f, _of_groups(torch.cat(found), groups))
+    return _by_group(f, FeatureAblation(f), baseline, groups, batch_size)
 
 
 def shapley(
@@ -340,33 +333,30 @@ def shapley(
         baseline, groups: as in `group_ablation`.
         samples: random orders of the groups, the same for the rows of a batch.
     """
-    method, baseline = ShapleyValueSampling(f), baseline.expand_as(f.tokens)
-    mask = groups.to(f.tokens.device)[..., None]
-    found = []
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # Captum draws from torch's global generator
         warnings.filterwarnings("ignore", message="Feature mask is missing")  # a group may have no tokens
         torch.manual_seed(seed)
-        for rows in f._batches(batch_size):
-            found.append(
-                method.attribute(
-                    f.tokens[rows],
-                    baseline[rows],
-                    additional_forward_args=(rows,),
-                    feature_mask=mask[rows],
-                    n_samples=samples,
-                ).detach()
-            )
-    return _finite(f, _of_groups(torch.cat(found), groups))
+        return _by_group(f, ShapleyValueSampling(f), baseline, groups, batch_size, n_samples=samples)
 
 
-def _of_groups(by_entry: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-    """Captum gives every entry of a group the group's value: [rows, tokens, width] -> [rows, groups]."""
-    return torch.zeros(len(groups), int(groups.max()) + 1).scatter(1, groups.cpu(), by_entry[..., 0].float().cpu())
+def _by_group(
+    f: AnswerLogProb, method: Any, baseline: torch.Tensor, groups: torch.Tensor, batch_size: int, **more: Any
+) -> torch.Tensor:
+    """A method of Captum's on groups of tokens: float [rows, groups]. It gives every entry of a group its value."""
+    baseline, mask = baseline.expand_as(f.tokens), groups.to(f.tokens.device)[..., None]
+    found = [
+        method.attribute(
+            f.tokens[rows], baseline[rows], additional_forward_args=(rows,), feature_mask=mask[rows], **more
+        ).detach()
+        for rows in f._batches(batch_size)
+    ]  # [rows, visual tokens, decoder width] each
+    nothing = torch.zeros(len(groups), int(groups.max()) + 1)
+    return _finite(f, nothing.scatter(1, groups.cpu(), torch.cat(found)[..., 0].float().cpu()))
 
 
 # ------------------------------------------------------------------------------------------------- faithfulness
 @torch.no_grad()
-def replaced(
+def perturbed(
     f: AnswerLogProb,
     scores: torch.Tensor,
     baseline: torch.Tensor,
@@ -415,24 +405,21 @@ def occlusion(
     Returns:
         Float32 [rows, areas], in nats.
     """
-    shown = [opened(image) for image in images]
-    arrays = [np.array(image).transpose(2, 0, 1) if isinstance(image, Image.Image) else image for image in shown]
-    pictures = torch.stack([torch.as_tensor(array) for array in arrays])  # uint8 [rows, 3, height, width]
+
+    def logp(shown: torch.Tensor) -> torch.Tensor:
+        return answer_log_prob(lvlm, list(shown), questions, answers, batch_size).values(batch_size=batch_size)
+
+    arrays = [np.array(as_image(image)) for image in images]
+    pictures = torch.as_tensor(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()  # uint8 [rows, 3, height, width]
     colour = pictures.float().mean((2, 3), keepdim=True).round().to(torch.uint8)
-    whole = answer_log_prob(lvlm, list(pictures), questions, answers, batch_size).values(batch_size=batch_size)
-    painted = [
-        answer_log_prob(lvlm, list(torch.where(area, colour, pictures)), questions, answers, batch_size).values(
-            batch_size=batch_size
-        )
-        for area in areas
-    ]
+    whole, painted = logp(pictures), [logp(torch.where(area, colour, pictures)) for area in areas]
     return whole[:, None] - torch.stack(painted, dim=1)
 
 
 # ------------------------------------------------------------------------------------------------- groups of tokens
 @dataclass(frozen=True)
-class Groups:
-    """Groups of visual tokens, and the tokens that each is held against; made by `groups`."""
+class MatchedGroups:
+    """Groups of visual tokens, and the tokens that each is held against; made by `matched_groups`."""
 
     members: dict[str, torch.Tensor]  # bool [images, visual tokens]
     controls: dict[tuple[str, str], torch.Tensor]  # bool [draws, images, visual tokens], by group and control
@@ -450,7 +437,7 @@ class Groups:
         return first
 
 
-def groups(
+def matched_groups(
     layouts: Sequence[ImageLayout],
     norms: torch.Tensor,
     patches: Mapping[str, torch.Tensor],
@@ -458,7 +445,7 @@ def groups(
     *,
     draws: int,
     seed: int = 0,
-) -> Groups:
+) -> MatchedGroups:
     """Groups of patches as groups of visual tokens; a token belongs to a group if any of its patches does.
 
     Controls have as many tokens of the same picture, all from outside the group: for every group "random" ones; for
@@ -483,7 +470,7 @@ def groups(
         ("sinks", "next in norm"): sinks.next_in_norm(of_tokens, members["sinks"])[None],
     }
     controls |= {(name, "random"): _drawn(mask, [real], draws, seed) for name, mask in members.items()}
-    return Groups(members, controls, of_tokens, on)
+    return MatchedGroups(members, controls, of_tokens, on)
 
 
 def _drawn(mask: torch.Tensor, places: Sequence[torch.Tensor], draws: int, seed: int) -> torch.Tensor:
@@ -495,7 +482,9 @@ def _drawn(mask: torch.Tensor, places: Sequence[torch.Tensor], draws: int, seed:
     return drawn
 
 
-def compared(values: Mapping[str, torch.Tensor], groups: Mapping[str, Groups], said: pd.DataFrame) -> pd.DataFrame:
+def against_controls(
+    values: Mapping[str, torch.Tensor], groups: Mapping[str, MatchedGroups], said: pd.DataFrame
+) -> pd.DataFrame:
     """The mean over a group's tokens, beside that over its controls'.
 
     Args:
@@ -518,11 +507,11 @@ def compared(values: Mapping[str, torch.Tensor], groups: Mapping[str, Groups], s
     return pd.concat(rows, ignore_index=True)
 
 
-def shares(values: Mapping[str, torch.Tensor], groups: Mapping[str, Groups], said: pd.DataFrame) -> pd.DataFrame:
+def shares(values: Mapping[str, torch.Tensor], groups: Mapping[str, MatchedGroups], said: pd.DataFrame) -> pd.DataFrame:
     """How much of a question's values lies in a group, in %.
 
     Args:
-        values, groups, said: as in `compared`, values without sign.
+        values, groups, said: as in `against_controls`, values without sign.
 
     Returns:
         `said` for each group, with `group` and `value`; NaN for a group that none of the model's pictures has.
@@ -538,16 +527,16 @@ def shares(values: Mapping[str, torch.Tensor], groups: Mapping[str, Groups], sai
 
 
 def ratios_between(seen: pd.DataFrame, by: Sequence[str], seed: int = 0) -> pd.DataFrame:
-    """How many times the ratio of `stats.ratios` in global questions is that in local ones.
+    """How many times the ratio of `chapter.ratios` in global questions is that in local ones.
 
     Both are taken over the images that have all four means, and these are drawn together.
 
     Args:
-        seen: of `compared`, with `type`.
-        by, seed: as in `stats.ratios`.
+        seen: of `against_controls`, with `type`.
+        by, seed: as in `chapter.ratios`.
 
     Returns:
-        As `stats.ratios`; NaN and `n` 0 where no image has both.
+        As `chapter.ratios`; NaN and `n` 0 where no image has both.
     """
     wanted = [(side, kind) for kind in ("global", "local") for side in ("inside", "outside")]
     rows = []
@@ -566,7 +555,7 @@ def _ratio_of_ratios(*columns: np.ndarray) -> np.ndarray:
 
 def whole_groups(
     explained: Mapping[str, Explained],
-    groups: Mapping[str, Groups],
+    groups: Mapping[str, MatchedGroups],
     said: pd.DataFrame,
     parts: Sequence[str],
     *,
@@ -578,7 +567,7 @@ def whole_groups(
 
     Args:
         explained, groups: of each model; rows of `explained` as those of `said`.
-        said: as in `compared`.
+        said: as in `against_controls`.
         parts: names of groups. A token is in the first that it fits, and in "rest" if it fits none.
         samples, seed, batch_size: as in `shapley`.
 
@@ -633,12 +622,12 @@ def blurred(picture: Any) -> Image.Image:
 
 
 # ------------------------------------------------------------------------------------------------- methods compared
-def agreement(scores: Mapping[str, Mapping[str, torch.Tensor]], said: pd.DataFrame) -> pd.DataFrame:
+def rank_correlations(scores: Mapping[str, Mapping[str, torch.Tensor]], said: pd.DataFrame) -> pd.DataFrame:
     """Spearman's rank correlation of every two methods within a picture.
 
     Args:
         scores: of each model and method [questions, tokens or areas], in the order of the model's rows of `said`.
-        said: as in `compared`.
+        said: as in `against_controls`.
 
     Returns:
         `said` for each pair, with `first`, `second` (the earlier in the order of `scores`) and `value`, from -1 to 1.
@@ -661,12 +650,12 @@ def curves(
     seed: int = 0,
     batch_size: int = 64,
 ) -> pd.DataFrame:
-    """log p(answer) when the tokens of highest score are `replaced` by the baseline, or all tokens but these.
+    """log p(answer) when the tokens of highest score are `perturbed` by the baseline, or all tokens but these.
 
     Args:
         explained: of each model; rows as those of `said`.
         scores: of each model and order of tokens, [questions, visual tokens]; a random order joins them.
-        said: as in `compared`.
+        said: as in `against_controls`.
         at: shares of the tokens, from 0 to 1; of those between, one token at least.
         seed: of the random order.
 
@@ -683,7 +672,7 @@ def curves(
             ends = [of.logp - of.gain, of.logp] if kept else [of.logp, of.logp - of.gain]
             found = {}
             for order, score in orders.items():
-                between = replaced(of.f, score, of.baseline, counts, keep=kept, batch_size=batch_size)
+                between = perturbed(of.f, score, of.baseline, counts, keep=kept, batch_size=batch_size)
                 found[order] = torch.cat([ends[0][:, None], between, ends[1][:, None]], dim=1).numpy()
             for order, curve in found.items():
                 for share, value, random in zip(at, curve.T, found["random"].T, strict=True):

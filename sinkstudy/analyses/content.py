@@ -1,8 +1,9 @@
 """What sinks hold: facts of the picture and of the patch, read from single tokens of groups beside random ones.
 
-`asked` gathers what is known of the pictures, `Groups` says from which patches it is read and which random patches are
-their control. `read` then fits the probes of `probing` on one model. It returns observations: a row a picture, with the
-`value` of the group, that of as many `random` tokens in the same picture (mean over draws), and the difference, `lead`.
+`known` gathers what is known of the pictures, `PatchSampler` says from which patches it is read and which random
+patches are their control. `fit_probes` then fits the probes of `probing` on one model. It returns observations: a row a
+picture, with the `value` of the group, that of as many `random` tokens in the same picture (mean over draws), and the
+difference, `lead`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from sinkstudy.world import drawing
 
 
 @dataclass(frozen=True)
-class Asked:
+class Known:
     """What is known of pictures, patch by patch as in `ImageLayout`; on the first `n_fit` probes are fitted."""
 
     n_fit: int
@@ -47,9 +48,9 @@ class Asked:
         return {kind: self.kinds[kind] for kind in ("global", "local")} | {"in the decoder": inside}
 
 
-def asked(
+def known(
     scenes: drawing.Scenes | None, n: int, n_fit: int, tiles: int, grid: tuple[int, int], seed: int = 0
-) -> Asked:
+) -> Known:
     """What is known of `n` pictures.
 
     Args:
@@ -74,7 +75,7 @@ def asked(
                  "thing there": things.long()}
     kinds = {"global": list(whole), "local": local, **({"thing there": ["thing there"]} if local else {}),
              "position": ["cell"], "row and column": ["row and column"], "pixels": ["pixels"]}
-    return Asked(n_fit, tiles, grid, places, true, _dealt(true, n_fit, seed), kinds, calm, things)
+    return Known(n_fit, tiles, grid, places, true, _dealt(true, n_fit, seed), kinds, calm, things)
 
 
 def of_pictures(scenes: drawing.Scenes) -> dict[str, torch.Tensor]:
@@ -102,11 +103,11 @@ def _dealt(true: Mapping[str, torch.Tensor], n_fit: int, seed: int) -> dict[str,
 
 
 @dataclass(frozen=True)
-class Groups:
+class PatchSampler:
     """Sinks and other groups of patches of each picture, and random patches as their controls, alike in every model."""
 
     rule: Callable[[torch.Tensor], torch.Tensor]  # norms -> sinks, see `sinks.rule`
-    asked: Asked
+    known: Known
     draws: int = 5  # of random patches
     most: int = 4  # patches of a group that are read in one picture
     seed: int = 0
@@ -114,7 +115,7 @@ class Groups:
     @property
     def names(self) -> list[str]:
         """Calm patches and things are known of the lab's pictures only."""
-        return ["sinks", "top 2 %", *(["calm", "things", "sinks on things"] if self.asked.calm is not None else [])]
+        return ["sinks", "top 2 %", *(["calm", "things", "sinks on things"] if self.known.calm is not None else [])]
 
     @property
     def singles(self) -> list[str | tuple[str, int]]:
@@ -132,10 +133,10 @@ class Groups:
     def masks(self, index: int, layout: ImageLayout, norms: torch.Tensor) -> dict[str, torch.Tensor]:
         """The groups in the picture of this index, bool [patches]; patches that no visual token holds are in none."""
         masks = of_patches(norms, self.rule)
-        if self.asked.calm is not None and self.asked.things is not None:
-            masks |= {"calm": self.asked.calm[index], "things": self.asked.things[index]}
+        if self.known.calm is not None and self.known.things is not None:
+            masks |= {"calm": self.known.calm[index], "things": self.known.things[index]}
         masks = {group: mask & (layout.positions[:, 0] >= 0) for group, mask in masks.items()}
-        if self.asked.calm is not None:  # no more than there are other patches on things
+        if self.known.calm is not None:  # no more than there are other patches on things
             others = self._outside("sinks on things", masks, layout)
             masks["sinks on things"] = sinks.random_like(others, self._seed(index), masks["sinks"] & masks["things"])
         return masks
@@ -150,7 +151,7 @@ class Groups:
         Raises:
             ValueError: the picture is cut into other patches than the first.
         """
-        if (layout.tiles, *layout.grid) != (self.asked.tiles, *self.asked.grid):
+        if (layout.tiles, *layout.grid) != (self.known.tiles, *self.known.grid):
             raise ValueError(f"the model cuts picture {index} into other patches than the first: "
                              "give pictures of one size")
         masks = self.masks(index, layout, norms)
@@ -198,7 +199,7 @@ def _average(mask: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class Read:
+class Probed:
     """What probes read from the tokens of one model, in % of the test pictures or of variance.
 
     Observations have the columns `group`, `what`, `image_id` (index among the test pictures), `value`, `random` and
@@ -210,10 +211,12 @@ class Read:
     layers: pd.DataFrame  # from one token after each layer: with `place` (order), `side`, `layer` (from 1)
     sizes: pd.DataFrame  # `group`, `image_id` (of all pictures), `patches` and, of these, `on_things`
     layouts: list[ImageLayout]  # of each picture
-    masks: list[dict[str, torch.Tensor]]  # of each picture, see `Groups.masks`
+    masks: list[dict[str, torch.Tensor]]  # of each picture, see `PatchSampler.masks`
 
 
-def read(lvlm: LVLM, pictures: Sequence[Any], asked: Asked, groups: Groups, *, batch_size: int = 32) -> Read:
+def fit_probes(
+    lvlm: LVLM, pictures: Sequence[Any], known: Known, groups: PatchSampler, *, batch_size: int = 32
+) -> Probed:
     """Fit the probes on one model and judge them.
 
     `reading` "token": what holds for the picture is read from one patch a picture, what holds for the patch from up to
@@ -221,7 +224,7 @@ def read(lvlm: LVLM, pictures: Sequence[Any], asked: Asked, groups: Groups, *, b
     2019). "mean": what holds for the picture, read from the mean over the group's tokens.
 
     Raises:
-        ValueError: as `probing.states` and `Groups.patches`.
+        ValueError: as `probing.states` and `PatchSampler.patches`.
     """
     patches = []
 
@@ -234,9 +237,9 @@ def read(lvlm: LVLM, pictures: Sequence[Any], asked: Asked, groups: Groups, *, b
     seen = probing.states(lvlm, pictures, choose, followed=followed, batch_size=batch_size)
     patch = torch.stack(patches)  # [pictures, singles, most]
     masks = [groups.masks(i, *of) for i, of in enumerate(zip(seen.layouts, seen.norms, strict=True))]
-    return Read(
-        at_input=_at_input(seen, lvlm.feature_layer, patch, _pixels(lvlm, pictures, patch, batch_size), asked, groups),
-        layers=_layers(seen, patch, asked, groups),
+    return Probed(
+        at_input=_at_input(seen, lvlm.feature_layer, patch, _pixels(lvlm, pictures, patch, batch_size), known, groups),
+        layers=_layers(seen, patch, known, groups),
         sizes=_sizes(masks),
         layouts=seen.layouts,
         masks=masks,
@@ -265,56 +268,56 @@ def _labels(of: Mapping[str, torch.Tensor], whats: Sequence[str], patches: torch
 
 
 def _at_input(
-    seen: probing.States, layer: int, patch: torch.Tensor, pixels: torch.Tensor, asked: Asked, groups: Groups
+    seen: probing.States, layer: int, patch: torch.Tensor, pixels: torch.Tensor, known: Known, groups: PatchSampler
 ) -> pd.DataFrame:
-    tokens, n = seen.stages["tower", layer], asked.n_fit
+    tokens, n = seen.stages["tower", layer], known.n_fit
     n_singles, rest = len(groups.singles), groups.most - 1
-    whole, found = asked.kinds["global"], {}
+    whole, found = known.kinds["global"], {}
     for i, single in enumerate(groups.singles):
         first, behind = tokens[:, i : i + 1], n_singles + 1 + i * rest
         several = torch.cat([first, tokens[:, behind : behind + rest]], 1)  # [pictures, most, width]
-        for reading, labels, fitted in (("token", asked.true, n), ("dealt anew", asked.dealt, n),
-                                        ("half", asked.true, n // 2)):
-            of_patch = _labels(labels, asked.of_patch(), patch[:, i])
-            found[reading, single] = (probing.right(first, _labels(labels, whole, patch[:, i, :1]), n, fitted)
-                                      | probing.right(several, of_patch, n, fitted))
-        found["token", single]["row and column"] = probing.explained(several, asked.places[patch[:, i]], n)
+        for reading, labels, fitted in (("token", known.true, n), ("dealt anew", known.dealt, n),
+                                        ("half", known.true, n // 2)):
+            of_patch = _labels(labels, known.of_patch(), patch[:, i])
+            found[reading, single] = (probing.hit_rates(first, _labels(labels, whole, patch[:, i, :1]), n, fitted)
+                                      | probing.hit_rates(several, of_patch, n, fitted))
+        found["token", single]["row and column"] = probing.explained(several, known.places[patch[:, i]], n)
         found["token", single]["pixels"] = probing.explained(several, pixels[:, i], n)
     for i, mean in enumerate(groups.means, n_singles + 1 + n_singles * rest):
-        found["mean", mean] = _of_whole(tokens[:, i, None], asked)
-    found |= {("token", name): of for name, of in _ceilings(seen, ("tower", layer), n_singles, asked)}
-    single = {what: [what] for what in asked.true if what != "cell"}
-    return _table(found, single | asked.kinds, groups.draws, len(tokens) - n)
+        found["mean", mean] = _of_whole(tokens[:, i, None], known)
+    found |= {("token", name): of for name, of in _ceilings(seen, ("tower", layer), n_singles, known)}
+    single = {what: [what] for what in known.true if what != "cell"}
+    return _table(found, single | known.kinds, groups.draws, len(tokens) - n)
 
 
-def _layers(seen: probing.States, patch: torch.Tensor, asked: Asked, groups: Groups) -> pd.DataFrame:
-    parts, whats = [], [*asked.kinds["global"], *asked.kinds["local"]]
+def _layers(seen: probing.States, patch: torch.Tensor, known: Known, groups: PatchSampler) -> pd.DataFrame:
+    parts, whats = [], [*known.kinds["global"], *known.kinds["local"]]
     for place, (stage, tokens) in enumerate(seen.stages.items()):
-        found = {("token", single): probing.right(tokens[:, i : i + 1], _labels(asked.true, whats, patch[:, i, :1]),
-                                                  asked.n_fit)
+        found = {("token", single): probing.hit_rates(tokens[:, i : i + 1], _labels(known.true, whats, patch[:, i, :1]),
+                                                      known.n_fit)
                  for i, single in enumerate(groups.singles)}
-        found |= {("token", name): of for name, of in _ceilings(seen, stage, len(groups.singles), asked)}
+        found |= {("token", name): of for name, of in _ceilings(seen, stage, len(groups.singles), known)}
         side, layer = stage
-        table = _table(found, asked.in_layers(), groups.draws, len(tokens) - asked.n_fit).drop(columns="reading")
+        table = _table(found, known.in_layers(), groups.draws, len(tokens) - known.n_fit).drop(columns="reading")
         parts.append(table.assign(place=place, side=side, layer=layer + 1))
     return pd.concat(parts, ignore_index=True)
 
 
-def _of_whole(tokens: torch.Tensor, asked: Asked) -> dict[str, np.ndarray]:
+def _of_whole(tokens: torch.Tensor, known: Known) -> dict[str, np.ndarray]:
     """What holds for the whole picture, read from one vector a picture, [pictures, 1, width]."""
-    return probing.right(tokens, {what: asked.true[what][:, :1] for what in asked.kinds["global"]}, asked.n_fit)
+    return probing.hit_rates(tokens, {what: known.true[what][:, :1] for what in known.kinds["global"]}, known.n_fit)
 
 
 def _ceilings(
-    seen: probing.States, stage: tuple[str, int], n_singles: int, asked: Asked
+    seen: probing.States, stage: tuple[str, int], n_singles: int, known: Known
 ) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
     """The whole picture read from the mean of all patches, and in the tower from CLS and the mean of the registers."""
-    yield "all", _of_whole(seen.stages[stage][:, n_singles, None], asked)
+    yield "all", _of_whole(seen.stages[stage][:, n_singles, None], known)
     prefix = seen.prefix[stage[1]] if stage[0] == "tower" else torch.empty(len(seen.norms), 0, 1)
     if prefix.shape[1]:
-        yield "CLS", _of_whole(prefix[:, :1], asked)
+        yield "CLS", _of_whole(prefix[:, :1], known)
     if prefix.shape[1] > 1:
-        yield "registers", _of_whole(prefix[:, 1:].mean(1, keepdim=True), asked)
+        yield "registers", _of_whole(prefix[:, 1:].mean(1, keepdim=True), known)
 
 
 def _table(

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 from sinkstudy.analyses import probing
-from sinkstudy.analyses.content import Groups, Read
+from sinkstudy.analyses.content import PatchSampler, Probed
 from sinkstudy.model.lvlm import LVLM
 from sinkstudy.world import drawing, questions
 
@@ -47,7 +47,13 @@ class Spoken:
 
 
 def spoken(
-    lvlm: LVLM, pictures: Sequence[Any], truth: Sequence[set[str]], groups: Groups, read: Read, *, batch_size: int = 32
+    lvlm: LVLM,
+    pictures: Sequence[Any],
+    truth: Sequence[set[str]],
+    groups: PatchSampler,
+    read: Probed,
+    *,
+    batch_size: int = 32,
 ) -> Spoken:
     """What the tokens of each group say in the test pictures, alone and by the logit lens.
 
@@ -58,7 +64,7 @@ def spoken(
     Returns:
         Where no visual token stands alone (features are added behind decoder layers as well), estimates without value.
     """
-    n = groups.asked.n_fit
+    n = groups.known.n_fit
     if lvlm.spec.deepstack:
         return _unspoken(len(pictures) - n, groups)
     found = probing.words(lvlm, pictures[n:], batch_size=batch_size)
@@ -78,7 +84,7 @@ def spoken(
     return Spoken(pd.concat(hits, ignore_index=True), _bits(counts, groups.seed), _histogram(counts, lexicon))
 
 
-def _unspoken(n_test: int, groups: Groups) -> Spoken:
+def _unspoken(n_test: int, groups: PatchSampler) -> Spoken:
     hits = [{"reading": reading, "layer": 0, "group": group, "image_id": i}
             for reading in READINGS[:2] for group in groups.names for i in range(n_test)]
     values = dict.fromkeys(["value", "chance", "random", "lead", "over_chance"], np.nan)

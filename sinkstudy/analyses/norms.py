@@ -19,9 +19,9 @@ from sinkstudy.model import capture, groups
 from sinkstudy.model.lvlm import LVLM
 from sinkstudy.world import drawing
 
-OWN = "rule of this run"
-RULES = ("absolute", "mean + 3 sd", "top 2 %", "× median", "norm drop", "attention")  # that every run compares
-MEASURES = ("precision", "recall", "jaccard")
+RUN_RULE = "rule of this run"
+COMPARED_RULES = ("absolute", "mean + 3 sd", "top 2 %", "× median", "norm drop", "attention")  # that every run compares
+SCORES = ("precision", "recall", "jaccard")
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def look(lvlm: LVLM, pictures: Sequence[Any], batch_size: int = 16) -> Seen:
 
 
 def by_rule(seen: Seen, *, criterion: str, threshold: float, tau: float) -> dict[str, torch.Tensor]:
-    """Which patches are sinks at the connector's input, by `OWN` and each of `RULES`: bool [images, patches].
+    """Which patches the connector reads as sinks, by `RUN_RULE` and each of `COMPARED_RULES`: bool [images, patches].
 
     Args:
         criterion, threshold: the rule of the run, see `sinks.rule`; `threshold` is also that of "× median".
@@ -69,7 +69,7 @@ def by_rule(seen: Seen, *, criterion: str, threshold: float, tau: float) -> dict
         ValueError: as `sinks.rule`.
     """
     return {
-        OWN: sinks.rule(criterion, threshold)(seen.top),
+        RUN_RULE: sinks.rule(criterion, threshold)(seen.top),
         "absolute": sinks.absolute(seen.top, tau),
         "mean + 3 sd": sinks.mean_sd(seen.top, 3),
         "top 2 %": sinks.percentile(seen.top, 98),
@@ -113,7 +113,7 @@ def with_some(counts: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*by, "value", "low", "high", "n"])
 
 
-def spread(counts: pd.DataFrame, most: int = 10) -> pd.DataFrame:
+def histogram(counts: pd.DataFrame, most: int = 10) -> pd.DataFrame:
     """Share of the pictures, in %, by rule (rows) and number of sinks (columns 0 to `most`, which holds all above)."""
     capped = counts.value.clip(upper=most)
     table = pd.crosstab(counts.rule, capped, normalize="index").reindex(columns=range(most + 1), fill_value=0)
@@ -168,7 +168,7 @@ def against(masks: Mapping[str, torch.Tensor], right: torch.Tensor) -> pd.DataFr
         right: bool [images, patches].
 
     Returns:
-        A row for each rule, measure and image: `rule`, `measure` (of `MEASURES`), `image`, `value`. Precision is the
+        A row for each rule, measure and image: `rule`, `measure` (of `SCORES`), `image`, `value`. Precision is the
         share of the sinks found that are right, NaN where none is found; recall the share of the right ones found.
     """
     parts = []
@@ -176,7 +176,7 @@ def against(masks: Mapping[str, torch.Tensor], right: torch.Tensor) -> pd.DataFr
         hit = (mask & right).sum(1).float()
         values = (hit / mask.sum(1), hit / right.sum(1), sinks.jaccard(mask, right))
         parts += [pd.DataFrame({"rule": rule, "measure": measure, "image": range(len(mask)), "value": of})
-                  for measure, of in zip(MEASURES, values, strict=True)]
+                  for measure, of in zip(SCORES, values, strict=True)]
     return pd.concat(parts, ignore_index=True)
 
 
@@ -188,7 +188,7 @@ def attention(seen: Seen, masks: Mapping[str, torch.Tensor]) -> pd.DataFrame:
 
     Returns:
         A row for each rule, layer and image: `rule`, `layer` (from 1), `image`, `inside` (sinks; NaN where there are
-        none) and `outside`, in units of uniform attention. `propagation.ratios` makes estimates of them.
+        none) and `outside`, in units of uniform attention. `chapter.ratios` makes estimates of them.
     """
     layer, image = (of.flatten() for of in np.mgrid[1 : seen.received.shape[1] + 1, : len(seen.received)])
     parts = []

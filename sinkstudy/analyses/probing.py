@@ -96,7 +96,7 @@ def explained_variance(truth: torch.Tensor, predicted: torch.Tensor) -> np.ndarr
     return 1 - unexplained - (sse - unexplained * sst) / sst.mean()
 
 
-def right(
+def hit_rates(
     tokens: torch.Tensor, labels: Mapping[str, torch.Tensor], n_fit: int, n: int | None = None
 ) -> dict[str, np.ndarray]:
     """How often a probe on some pictures reads each label rightly from the tokens of the others.
@@ -126,14 +126,14 @@ def right(
 
 
 def explained(tokens: torch.Tensor, targets: torch.Tensor, n_fit: int) -> np.ndarray:
-    """Explained variance of numbers read by a probe on the first pictures: as `right`, 0–1 in the mean.
+    """Explained variance of numbers read by a probe on the first pictures: as `hit_rates`, 0–1 in the mean.
 
     Args:
-        tokens, n_fit: as in `right`.
+        tokens, n_fit: as in `hit_rates`.
         targets: [pictures, tokens, k].
 
     Returns:
-        What each picture to judge on adds, see `explained_variance`; NaN as in `right`.
+        What each picture to judge on adds, see `explained_variance`; NaN as in `hit_rates`.
     """
     found = np.full(len(tokens) - n_fit, np.nan)
     if probe := _fitted(tokens, n_fit, n_fit):

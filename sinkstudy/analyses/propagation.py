@@ -1,9 +1,9 @@
 """From the tower into the language model: which visual tokens it looks at, and what its layers hold of them.
 
 Luo et al. (2510.08510) say that sinks of the vision tower *propagate* into the decoder and that others *emerge* there.
-`groups` names the visual tokens of each picture, `contrast` sets the tokens of a group against the other patches,
+`token_groups` names the visual tokens of each picture, `contrast` sets the tokens of a group against the other patches,
 `look_inside` follows one question a picture through the decoder's layers, `decoder_sinks` and `fates` say where a
-token is a sink. Tables are long, a row a measured value; `stats.ratios` makes estimates of them.
+token is a sink. Tables are long, a row a measured value; `chapter.ratios` makes estimates of them.
 
 A *visual token* is a patch, or several where the connector merges them. Tokens without a patch (newlines) belong to no
 group and are no "other patches" either.
@@ -24,9 +24,9 @@ from sinkstudy.model.layout import ImageLayout
 from sinkstudy.model.lvlm import LVLM
 from sinkstudy.world import drawing
 
-GROUPS = ("sinks", "random", "next in norm", "top 2 %", "calm patches")  # those that are set against other patches
-CONTROLS = ("random", "next in norm")  # as many tokens as there are sinks, none of them a sink
-RULES = ("attention", "norm", "dimensions")  # what makes a visual token a sink of the decoder
+CONTRASTED = ("sinks", "random", "next in norm", "top 2 %", "calm patches")  # those that are set against other patches
+SINK_CONTROLS = ("random", "next in norm")  # as many tokens as there are sinks, none of them a sink
+DECODER_RULES = ("attention", "norm", "dimensions")  # what makes a visual token a sink of the decoder
 FATES = ("propagated", "emerged", "stopped", "ordinary")  # of `sinks.kinds`
 
 
@@ -34,7 +34,7 @@ FATES = ("propagated", "emerged", "stopped", "ordinary")  # of `sinks.kinds`
 
 
 @dataclass(frozen=True)
-class Groups:
+class TokenGroups:
     """Which visual tokens of each picture are what."""
 
     norms: torch.Tensor  # [images, visual tokens], norm in the tower over the picture's median; NaN without a patch
@@ -52,7 +52,7 @@ class Groups:
         return "sinks" if self.masks["sinks"].any() else "top 2 %"
 
 
-def groups(
+def token_groups(
     norms: torch.Tensor,
     layouts: Sequence[ImageLayout],
     scenes: drawing.Scenes | None,
@@ -60,7 +60,7 @@ def groups(
     criterion: str,
     threshold: float,
     seed: int = 0,
-) -> Groups:
+) -> TokenGroups:
     """The sinks of the tower, their controls and other groups, as masks of visual tokens.
 
     Args:
@@ -87,15 +87,16 @@ def groups(
         "others": ~sink & patches,
     }
     if scenes is None:
-        return Groups(relative, masks, None)
-    return Groups(relative, masks | {"calm patches": of["calm"]}, lifted(layouts, scenes.thing_share.flatten(1) > 0))
+        return TokenGroups(relative, masks, None)
+    things = lifted(layouts, scenes.thing_share.flatten(1) > 0)
+    return TokenGroups(relative, masks | {"calm patches": of["calm"]}, things)
 
 
-def sizes(groups: Groups) -> pd.DataFrame:
-    """How many tokens each of `GROUPS` has in a picture, and their mean norm: `group`, `image`, `tokens`, `norm`."""
+def sizes(groups: TokenGroups) -> pd.DataFrame:
+    """Tokens of each of `CONTRASTED` in a picture, and their mean norm: `group`, `image`, `tokens`, `norm`."""
     parts = [pd.DataFrame({"group": group, "image": range(len(mask)), "tokens": mask.sum(1),
                            "norm": mean(groups.norms, mask)})
-             for group, mask in groups.masks.items() if group in GROUPS]
+             for group, mask in groups.masks.items() if group in CONTRASTED]
     return pd.concat(parts, ignore_index=True)
 
 
@@ -108,8 +109,8 @@ def mean_by_image(values: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
     return total / torch.bincount(image)[:, None]
 
 
-def contrast(values: torch.Tensor, groups: Groups, rows: pd.DataFrame, first: int = 1) -> pd.DataFrame:
-    """Mean over the tokens of each of `GROUPS`, and over all other patches of the picture, layer by layer.
+def contrast(values: torch.Tensor, groups: TokenGroups, rows: pd.DataFrame, first: int = 1) -> pd.DataFrame:
+    """Mean over the tokens of each of `CONTRASTED`, and over all other patches of the picture, layer by layer.
 
     What a control is set against are the other patches that are no sinks, as it has none.
 
@@ -125,16 +126,16 @@ def contrast(values: torch.Tensor, groups: Groups, rows: pd.DataFrame, first: in
     layers, image = values.shape[1], torch.tensor(rows.image.to_numpy())
     repeated = rows.loc[rows.index.repeat(layers)].assign(layer=np.tile(np.arange(first, first + layers), len(rows)))
     parts = []
-    for group in GROUPS:
+    for group in CONTRASTED:
         if group in groups.masks:
             mask = groups.masks[group]
-            others = (groups.masks["others"] if group in CONTROLS else groups.patches) & ~mask
+            others = (groups.masks["others"] if group in SINK_CONTROLS else groups.patches) & ~mask
             means = [mean(values, of[image, None]).flatten().numpy() for of in (mask, others)]
             parts.append(repeated.assign(group=group, inside=means[0], outside=means[1]))
     return pd.concat(parts, ignore_index=True)
 
 
-def by_head(attention: torch.Tensor, groups: Groups, image: torch.Tensor) -> pd.DataFrame:
+def by_head(attention: torch.Tensor, groups: TokenGroups, image: torch.Tensor) -> pd.DataFrame:
     """How many times the attention of the other patches the marked group draws: `layer`, `head` (from 1) and `ratio`.
 
     Args:
@@ -240,7 +241,7 @@ def _by_layer(calls: Mapping[int, list], sums: Iterable[str] = ()) -> dict[str, 
 # --- lit dimensions ---
 
 
-def lit_dimensions(profiles: Mapping[str, torch.Tensor]) -> pd.DataFrame:
+def lit_table(profiles: Mapping[str, torch.Tensor]) -> pd.DataFrame:
     """Which dimensions each group lights after each layer, by `sinks.sink_dimensions`.
 
     Args:
@@ -330,7 +331,9 @@ def lit_in(light: torch.Tensor, dimensions: torch.Tensor) -> torch.Tensor:
     return light.gather(-1, index).amax(-1)
 
 
-def over_steps(lights: Mapping[int, torch.Tensor], groups: Groups, k: int = 3) -> tuple[pd.DataFrame, pd.DataFrame]:
+def over_steps(
+    lights: Mapping[int, torch.Tensor], groups: TokenGroups, k: int = 3
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """How far the k dimensions that the marked group lights most stand out in it, at each step of a training.
 
     They are those of the largest `excess` over the other patches, found on every second picture that has the group; phi
@@ -364,7 +367,7 @@ def over_steps(lights: Mapping[int, torch.Tensor], groups: Groups, k: int = 3) -
 
 
 def decoder_sinks(inside: Inside, norms: torch.Tensor, *, factor: float, threshold: float) -> dict[str, torch.Tensor]:
-    """Which visual tokens are sinks in each decoder layer, by each of `RULES`: bool [images, layers, visual tokens].
+    """The sinks of each decoder layer, by each of `DECODER_RULES`: bool [images, layers, visual tokens].
 
     Args:
         norms: [images, layers, visual tokens], after each decoder layer.

@@ -7,8 +7,8 @@ the patch grid. How much attention a map holds before that is the matter of `cap
 
 Distances are Euclidean, between centres of patches, in units of a patch.
 
-`measure` gives the shape of every map, `patch_groups` says which patches are compared, and `shapes`, `by_layer` and
-`things_by_head` say what the maps of a group are like.
+`measure` gives the shape of every map, `patch_groups` says which patches are compared, and `shapes`, `spread_by_layer`
+and `things_by_head` say what the maps of a group are like.
 """
 
 from collections import Counter
@@ -180,7 +180,7 @@ def _measure_batch(
             found.setdefault(name, empty)[image, layer][:, patches] = values.cpu()
 
     def see(layer: int, image: int, patches: torch.Tensor, weights: torch.Tensor) -> None:
-        distance = distances(places(layouts[image])[patches]).to(weights.device)
+        distance = distances(places_in_tile(layouts[image])[patches]).to(weights.device)
         region = None if cover is None else cover[image, patches.to(cover.device)].to(weights.device)
 
         def shapes(maps: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -199,7 +199,7 @@ def _measure_batch(
     return columns, rows, uniform, torch.stack([flat[layout.vision] for layout in layouts])
 
 
-def places(layout: ImageLayout) -> torch.Tensor:
+def places_in_tile(layout: ImageLayout) -> torch.Tensor:
     """(row, column) of each patch within its tile, long [patches, 2]."""
     patch = torch.arange(len(layout.vision)) % (layout.grid[0] * layout.grid[1])
     return torch.stack([patch // layout.grid[1], patch % layout.grid[1]], -1)
@@ -362,7 +362,7 @@ def _against(values: torch.Tensor, even: torch.Tensor, groups: PatchGroups, grou
     return {against: value.double().numpy() for against, value in found.items()}
 
 
-def by_layer(found: Relevance, groups: PatchGroups) -> pd.DataFrame:
+def spread_by_layer(found: Relevance, groups: PatchGroups) -> pd.DataFrame:
     """Spread of the maps ("columns") and of the rows of each group in every layer, mean over its patches and heads.
 
     Returns:

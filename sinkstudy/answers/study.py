@@ -181,7 +181,7 @@ def benchmark(
         table = table[place <= last].reset_index(drop=True)
     if data_dir or hub:
         return table, dict(zip(table.image_id, table["image"], strict=True))
-    pixels, row = lab_benchmarks.pictures(table)
+    pixels, row = lab_benchmarks.render_pictures(table)
     return table, {image: pixels[i] for image, i in zip(table.image_id, row, strict=True)}
 
 
@@ -210,7 +210,7 @@ def load_benchmarks(
     return {name: of[0] for name, of in found.items()}, {name: of[1] for name, of in found.items()}
 
 
-def family(lvlm: LVLM, public: bool) -> str:
+def prompt_family(lvlm: LVLM, public: bool) -> str:
     """Whose prompts a model is asked with: the lab's own on the lab's data, otherwise those of its family."""
     return benchmarks.FAMILIES.get(lvlm.model.config.model_type, "llava") if public else "lab"
 
@@ -226,7 +226,7 @@ def answers(
     blind: Any | None = None,
     **settings: Any,
 ) -> pd.DataFrame:
-    """A model's answers to a benchmark, asked in the words of `family` and judged by the benchmark's official rule.
+    """A model's answers to a benchmark, in the words of `prompt_family`, judged by the benchmark's official rule.
 
     Args:
         benchmark, table, pictures: its name, and what `benchmark` gives for it.
@@ -240,7 +240,7 @@ def answers(
     Raises:
         ValueError: as `evaluate`.
     """
-    asked = table.assign(question=benchmarks.prompts(table, benchmark, family(lvlm, public)))
+    asked = table.assign(question=benchmarks.prompts(table, benchmark, prompt_family(lvlm, public)))
     asked = asked.drop(columns="image", errors="ignore")
     where = ["image_id", "question"] if blind is None else ["question"]
     once = asked.drop_duplicates(where)
@@ -262,7 +262,7 @@ def mean_picture(pictures: Iterable[Any]) -> Any:
     return Image.fromarray((sum(np.asarray(of, float) for of in resized) / len(pictures)).round().astype(np.uint8))
 
 
-def mean(said: pd.DataFrame, measure: str, seed: int = 0) -> stats.Interval:
+def mean_of_benchmarks(said: pd.DataFrame, measure: str, seed: int = 0) -> stats.Interval:
     """Mean of a column of `answers`, each benchmark counting alike, with its 95 % bootstrap interval over pictures.
 
     Pictures are drawn within each benchmark. Rows without a value do not count. The interval is the percentiles'.
@@ -283,7 +283,7 @@ def long(said: pd.DataFrame) -> pd.DataFrame:
 
 
 def means(rows: pd.DataFrame, by: Sequence[str], seed: int = 0) -> pd.DataFrame:
-    """`mean` of each benchmark, and of all together ("mean"), in each cell.
+    """`mean_of_benchmarks` of each benchmark, and of all together ("mean"), in each cell.
 
     Args:
         rows: as `long` returns them, or differences of such values.
@@ -296,12 +296,12 @@ def means(rows: pd.DataFrame, by: Sequence[str], seed: int = 0) -> pd.DataFrame:
     for (*cell, measure), of in rows.groupby([*by, "measure"], sort=False):
         of = of.rename(columns={"value": measure})
         for benchmark, part in (*of.groupby("benchmark", sort=False), ("mean", of)):
-            found.append((*cell, benchmark, measure, *mean(part, measure, seed)))
+            found.append((*cell, benchmark, measure, *mean_of_benchmarks(part, measure, seed)))
     return pd.DataFrame(found, columns=[*by, "benchmark", "measure", "value", "low", "high", "n"])
 
 
 def reported(said: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
-    """Answers such that their mean, as `mean` and `mean_of_seeds` take it, is a column of the paper's tables.
+    """Answers whose mean, as `mean_of_benchmarks` and `mean_of_seeds` take it, is a column of the paper's tables.
 
     "LLaVA-eval average" is the mean of four accuracies, "MME all" the sum over MME's categories of accuracy and acc+,
     "MathVista" an accuracy. A column of which a benchmark is missing is left out.
@@ -338,7 +338,7 @@ def scaled(found: stats.Interval, scale: float) -> stats.Interval:
 def mean_of_seeds(said: pd.DataFrame, seeds: Sequence[Any], measure: str) -> tuple[stats.Interval, float]:
     """Mean over the columns `seeds`, one for each training, with a 95 % t interval over seeds and pictures.
 
-    Benchmarks count alike, as in `mean`; rows that lack a seed do not count.
+    Benchmarks count alike, as in `mean_of_benchmarks`; rows that lack a seed do not count.
 
     Args:
         said: a row a question: `benchmark`, `picture` and a column for each seed.

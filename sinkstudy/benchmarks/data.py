@@ -376,13 +376,13 @@ def _parquet(name: str, spec: Source, root: Path, files: list[Path]) -> tuple[pd
     if not files:
         raise ValueError(f"{name}: no parquet files in {root} (looked for {', '.join(spec.splits.values())})")
     if name == OWN:
-        raw = pd.concat([parquet.own(file, name) for file in files], ignore_index=True)
+        raw = pd.concat([parquet.own_questions(file, name) for file in files], ignore_index=True)
         return _as_data_set(raw, name, spec), files
     inside = () if name == "GQA" else spec.images  # GQA's images have files of their own
     raw = pd.concat([parquet.read(file, spec.columns, inside, name) for file in files], ignore_index=True)
     if name == "GQA":
         more = _matching(root if root.is_dir() else root.parent.parent, spec.images)
-        shown = parquet.pictures(more, name)
+        shown = parquet.pictures_by_id(more, name)
         asked = [None if image is None else str(image) for image in raw.imageId]
         if lost := set(asked) - set(shown) - {None}:
             raise ValueError(f"GQA: {len(lost)} images, such as {min(lost)!r}, are missing in {spec.images[0]}")

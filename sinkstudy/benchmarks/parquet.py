@@ -139,7 +139,7 @@ def without_picture(file: Path, column: str) -> set[int]:
     return rows
 
 
-def own(file: Path, name: str) -> pd.DataFrame:
+def own_questions(file: Path, name: str) -> pd.DataFrame:
     """A file of any columns and `image`, with `picture` and `shown`, which is the same for equal pictures."""
     raw = read(file, ["question", "answer"], ["image"], name)  # its errors first
     raw = read(file, [column for column in pq.read_schema(file).names if column != "image"], ["image"], name)
@@ -153,7 +153,7 @@ def own(file: Path, name: str) -> pd.DataFrame:
     return raw.assign(picture=pd.Series(pictures, dtype=object), shown=pd.Series(digests, dtype=object))
 
 
-def pictures(files: Iterable[Path], name: str) -> dict[str, Picture]:
+def pictures_by_id(files: Iterable[Path], name: str) -> dict[str, Picture]:
     """The images of files that hold nothing else, by their `id`."""
     return {str(row.id): Picture(file, "image", row.row)
             for file in files for empty in [without_picture(file, "image")]

@@ -16,6 +16,7 @@ the benchmark that is like them, see `LIKE`.
 import pandas as pd
 
 from sinkstudy.benchmarks.data import OWN, check, several_pictures
+from sinkstudy.wording import with_options
 
 _WORD = "\nAnswer the question using a single word or phrase."
 _LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -23,9 +24,8 @@ _SELECT = "\nPlease select the correct answer from the options above."
 _SHORT = "\nPlease try to answer the question with short words or phrases if possible."
 _SHORT_3 = "\nPlease answer concisely with short words or phrases when possible."
 _YES_NO = " Please answer yes or no."  # MME's questions end with it
-_LAB_OPTIONS = "{question} options : {listed} . answer with the letter ."  # as `world.questions.with_options`
 
-# fields: question · bare (without MME's own instruction) · options, "A. …" line by line · listed, "A … , B …" ·
+# fields: question · bare (without MME's own instruction) · options, "A. …" line by line · with_options, the lab's ·
 # context, "" or its line
 TEMPLATES = {
     "POPE": {"llava": "{question}" + _WORD, "qwen2_vl": "{question}" + _YES_NO, "qwen3_vl": "{question}" + _YES_NO,
@@ -43,12 +43,12 @@ TEMPLATES = {
         "llava": "{context}{question}\n{options}" + _LETTER,
         "qwen2_vl": "{context}Question: {question}\nOptions:\n{options}" + _SELECT,
         "qwen3_vl": "{context}Question: {question}\nOptions:\n{options}\nAnswer with the option letter only.",
-        "internvl": "{context}{question}\n{options}" + _LETTER, "lab": _LAB_OPTIONS},
+        "internvl": "{context}{question}\n{options}" + _LETTER, "lab": "{with_options}"},
     "MMMU": {
         "llava": "{question}\n{options}\n" + _LETTER,
         "qwen2_vl": "Question: {question}\nOptions:\n{options}" + _SELECT,
         "qwen3_vl": "Question: {question}\nOptions:\n{options}" + _SELECT,
-        "internvl": "{question}\n{options}" + _LETTER, "lab": _LAB_OPTIONS},
+        "internvl": "{question}\n{options}" + _LETTER, "lab": "{with_options}"},
     "MathVista": dict.fromkeys(("llava", "qwen2_vl", "qwen3_vl", "internvl", "lab"), "{query}"),
 }
 OPEN = {  # MMMU's questions without options
@@ -98,5 +98,5 @@ def _prompt(row: dict, template: str, family: str) -> str:
     return template.format(
         question=question, bare=question.removesuffix(_YES_NO), query=row.get("query", ""),
         options="\n".join(f"{chr(ord('A') + i)}. {choice}" for i, choice in enumerate(choices)),
-        listed=" , ".join(f"{chr(ord('A') + i)} {choice}" for i, choice in enumerate(choices)),
+        with_options=with_options(question, choices),
         context=CONTEXT[family].format(row["hint"]) if row.get("hint") else "")

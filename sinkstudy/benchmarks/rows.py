@@ -33,8 +33,8 @@ def _listed(value: Any) -> Any:
         return value
 
 
-Text = Annotated[str, AfterValidator(_not_blank)]
-Key = Annotated[Text, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
+NotBlank = Annotated[str, AfterValidator(_not_blank)]
+Key = Annotated[NotBlank, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
 YesNo = Annotated[Literal["yes", "no"], BeforeValidator(lambda v: v.strip().lower() if isinstance(v, str) else v)]
 Hint = Annotated[str, BeforeValidator(lambda value: "" if value is None else value)]  # null: there is none
 Choices = Annotated[list[str], BeforeValidator(lambda value: [] if value is None else _listed(value))]
@@ -54,45 +54,45 @@ class Row(BaseModel):
 
 class Pope(Row):
     question_id: Key
-    question: Text
+    question: NotBlank
     answer: YesNo
     image_source: Key
-    category: Text
+    category: NotBlank
 
 
 class Mme(Row):
-    question_id: Text
-    question: Text
+    question_id: NotBlank
+    question: NotBlank
     answer: YesNo
-    category: Text
+    category: NotBlank
 
 
 class MmStar(Row):
     index: Key
-    question: Text
-    answer: Text
-    category: Text
-    l2_category: Text
+    question: NotBlank
+    answer: NotBlank
+    category: NotBlank
+    l2_category: NotBlank
 
 
 class Types(Row):
-    structural: Text
+    structural: NotBlank
 
 
 class Gqa(Row):
     id: Key
     imageId: Key
-    question: Text
-    answer: Text
+    question: NotBlank
+    answer: NotBlank
     types: Types
 
 
 class ScienceQa(Row):
-    question: Text
+    question: NotBlank
     choices: Annotated[Choices, Field(min_length=2, max_length=26)]
     answer: int  # its place among the choices
     hint: Hint
-    subject: Text
+    subject: NotBlank
 
     @model_validator(mode="after")
     def _among_choices(self) -> Self:
@@ -104,15 +104,15 @@ class ScienceQa(Row):
 class TextVqa(Row):
     question_id: Key
     image_id: Key
-    question: Text
+    question: NotBlank
     answers: Answers
 
 
 class Mmmu(Row):
     id: Key
-    question: Text
+    question: NotBlank
     options: Choices
-    answer: Text
+    answer: NotBlank
     question_type: Literal["multiple-choice", "open"]
 
     @model_validator(mode="after")
@@ -123,20 +123,20 @@ class Mmmu(Row):
 
 
 class Metadata(Row):
-    task: Text
+    task: NotBlank
     skills: list[str]
 
 
 class MathVista(Row):
     pid: Key
-    question: Text
-    image: Text
+    question: NotBlank
+    image: NotBlank
     choices: list[str] | None
     precision: float | None
-    answer: Text
+    answer: NotBlank
     question_type: Literal["multi_choice", "free_form"]
     answer_type: Literal["text", "integer", "float", "list"]
-    query: Text
+    query: NotBlank
     metadata: Metadata
 
     @model_validator(mode="after")
@@ -153,7 +153,7 @@ class MathVista(Row):
 class Own(Row):
     """Questions of one's own. `answer` is the letter of an option, yes or no, or a short text."""
 
-    question: Text
+    question: NotBlank
     answer: Key
     id: Key
     image_id: Key

@@ -15,9 +15,9 @@ from sinkstudy.book import chapter, claims
 CELL = ["model", "method", "way", "benchmark"]
 MEAN = "mean"
 """In place of a benchmark: the mean over all that a chapter has. It is no cell."""
-STATES = ("better", "worse", "not clear", "no change", "not applicable", "not run")
+OUTCOMES = ("better", "worse", "not clear", "no change", "not applicable", "not run")
 
-COMPARED = {
+METHODS_SHOWN = {
     "sinks to the front": ("front", ""),
     "to the front, renumbered": ("front-renumber", ""),
     "features halved": ("features", "weight 0.5"),
@@ -73,15 +73,15 @@ def _tidied(rows: pd.DataFrame) -> pd.DataFrame:
     return rows
 
 
-def cells(effects: pd.DataFrame) -> pd.DataFrame:
+def effect_cells(effects: pd.DataFrame) -> pd.DataFrame:
     """Every combination of a method, a model and a benchmark, run or not; of what several runs have, the first.
 
     Args:
         effects: of `read`.
 
     Returns:
-        `CELL`, the other columns of `effects`, `state` (of `STATES`, by the 95 % interval), and `p` and `p_holm`, that
-        the effect is not 0, as in the ledger (`claims.p_value`), corrected over all cells.
+        `CELL`, the other columns of `effects`, `state` (of `OUTCOMES`, by the 95 % interval), and `p` and `p_holm`,
+        that the effect is not 0, as in the ledger (`claims.p_value`), corrected over all cells.
     """
     chosen = effects[effects.benchmark != MEAN].drop_duplicates(CELL)
     methods = list(dict.fromkeys(zip(chosen.method, chosen.way, strict=True)))
@@ -101,13 +101,13 @@ def by_model(of: pd.DataFrame) -> pd.DataFrame:
     """How many cells of each model came out how.
 
     Args:
-        of: of `cells`.
+        of: of `effect_cells`.
 
     Returns:
-        A row a model: `model`, `tokens` (those that methods act on), a column for each of `STATES`, and "better, Holm"
-        and "worse, Holm", the number that is so after correction.
+        A row a model: `model`, `tokens` (those that methods act on), a column for each of `OUTCOMES`, and "better,
+        Holm" and "worse, Holm", the number that is so after correction.
     """
-    counts = pd.crosstab(of.model, of.state).reindex(index=of.model.unique(), columns=STATES, fill_value=0)
+    counts = pd.crosstab(of.model, of.state).reindex(index=of.model.unique(), columns=OUTCOMES, fill_value=0)
     for at, state in ((1, "better"), (3, "worse")):
         counts.insert(at, f"{state}, Holm", sure(of, state).groupby(of.model).sum())
     tokens = of.dropna(subset="group").groupby("model").group
@@ -117,11 +117,11 @@ def by_model(of: pd.DataFrame) -> pd.DataFrame:
 
 def sure(of: pd.DataFrame, state: str) -> pd.Series:
     """Which cells are better, or worse, after correction too: bool."""
-    return (of.state == state) & (of.p_holm <= claims.LEVEL)
+    return (of.state == state) & (of.p_holm <= claims.ALPHA)
 
 
-def compared(effects: pd.DataFrame) -> pd.DataFrame:
-    """The methods of `COMPARED` beside their controls: the mean over benchmarks where there is one, else each.
+def beside_controls(effects: pd.DataFrame) -> pd.DataFrame:
+    """The methods of `METHODS_SHOWN` beside their controls: the mean over benchmarks where there is one, else each.
 
     Args:
         effects: of `read`.
@@ -130,7 +130,7 @@ def compared(effects: pd.DataFrame) -> pd.DataFrame:
         Estimates with `model`, `label` (which names the benchmark, unless it is the mean), `which` ("itself" or
         "random") and `group`.
     """
-    names = [(label, which, before + method, way) for label, (method, way) in COMPARED.items()
+    names = [(label, which, before + method, way) for label, (method, way) in METHODS_SHOWN.items()
              for which, before in (("itself", ""), ("random", "random-"))]
     names = pd.DataFrame(names, columns=["label", "which", "method", "way"])
     rows = names.merge(effects.drop_duplicates(CELL).dropna(subset="value"), on=["method", "way"])

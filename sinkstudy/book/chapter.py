@@ -19,21 +19,22 @@ from sinkstudy import stats
 from sinkstudy.book import report
 
 BLUE, ORANGE, GREEN, PINK, RED = report.PALETTE
-GROUPS = {"sinks": RED, "top 2 %": ORANGE, "calm": GREEN, "calm patches": GREEN, "things": BLUE, "random": report.INK,
-          "next in norm": PINK, "others": report.INK, "all": report.INK, "blind": report.INK}
+GROUP_COLOURS = {"sinks": RED, "top 2 %": ORANGE, "calm": GREEN, "calm patches": GREEN, "things": BLUE,
+                 "random": report.INK, "next in norm": PINK, "others": report.INK, "all": report.INK,
+                 "blind": report.INK}
 """The colour of each group of tokens, the same in every chapter."""
 
-MODELS = {"lab-llava": "#5661c9", "lab-llava-gist": "#a8432f", "lab-llava-registers": "#2b8f8a",
-          "lab-qwen2vl": "#8d6a1f", "lab-llava-sinks": "#93459c"}
+MODEL_COLOURS = {"lab-llava": "#5661c9", "lab-llava-gist": "#a8432f", "lab-llava-registers": "#2b8f8a",
+                 "lab-qwen2vl": "#8d6a1f", "lab-llava-sinks": "#93459c"}
 """The colour of each lab model where models share a panel; none is that of a group."""
 
 
 def colour(name: str, among: Sequence[str] = ()) -> str:
     """The colour of a group or model. Models that are not the lab's take the free ones, in the order of `among`."""
-    known = GROUPS | MODELS
+    known = GROUP_COLOURS | MODEL_COLOURS
     if name in known:
         return known[name]
-    free = [of for model, of in MODELS.items() if model not in among]
+    free = [of for model, of in MODEL_COLOURS.items() if model not in among]
     others = [model for model in among if model not in known]
     return free[others.index(name) % len(free)] if name in others and free else report.INK
 
@@ -53,7 +54,7 @@ def estimates(
     """Mean of a column in each cell, with its 95 % bootstrap interval that draws whole images.
 
     Args:
-        observations: a row a value; values that are not finite are left out.
+        observations: a row a value; rows in which it, or what it is divided by, is not finite are left out.
         by: columns that name a cell. Cells stand in the order of their first row.
         value: the column that is averaged.
         over: a column by whose mean that of `value` is divided; a cell where it is nothing has no estimate, and `n` 0.
@@ -67,7 +68,7 @@ def estimates(
     """
     rows = []
     for cell, of in observations.groupby(list(by), sort=False, observed=True):
-        there = of[np.isfinite(of[value].astype(float))]
+        there = of[np.isfinite(of[[value] if over is None else [value, over]].astype(float)).all(axis=1)]
         found, below = stats.NOTHING, np.ones(len(there)) if over is None else there[over].to_numpy(float)
         if there[images].nunique() >= least and below.sum() > 0:
             within = None if strata is None else there[strata].to_numpy()
@@ -75,6 +76,19 @@ def estimates(
                                          strata=within, method=method, seed=seed)
         rows.append((*cell, *found))
     return pd.DataFrame(rows, columns=[*by, "value", "low", "high", "n"])
+
+
+def ratios(
+    observations: pd.DataFrame,
+    by: Sequence[str],
+    above: str = "inside",
+    below: str = "outside",
+    *,
+    images: str = "image",
+    seed: int = 0,
+) -> pd.DataFrame:
+    """`estimates` of how many times the mean of one column is that of another, named as in tables of `analyses`."""
+    return estimates(observations, by, above, over=below, images=images, seed=seed)
 
 
 def paired(
@@ -124,7 +138,7 @@ def keep(results: report.Results, rows: pd.DataFrame, name: str, unit: str | Map
         results.metric(filled, row["value"], row["low"], row["high"], row["n"], unit=of)
 
 
-def shown(rows: pd.DataFrame, index: str | Sequence[str], columns: str, fmt: str | None = None) -> pd.DataFrame:
+def text_table(rows: pd.DataFrame, index: str | Sequence[str], columns: str, fmt: str | None = None) -> pd.DataFrame:
     """Estimates as a table of text, "2.86 [2.70, 3.03]"; a dash where there is none. Order as in `rows`."""
     index = [index] if isinstance(index, str) else list(index)
     text = [report.shown(of, fmt) for of in map(_interval, rows.itertuples())]
@@ -222,7 +236,7 @@ def dots(
             title = "" if line is None else f"\n{(titles or {}).get(line, line)}"
             ax.set(title=f"{panel}{title}", ylim=(len(ys) - 0.5, -0.5), yticks=range(len(ys)), yticklabels=ys)
         row_of_axes[len(across) // 2].set_xlabel(unit, x=0.5 * (len(across) % 2))  # below the middle of the row
-    key(fig, hues, random=hollow is not None)
+    legend(fig, hues, random=hollow is not None)
     return fig
 
 
@@ -235,7 +249,7 @@ def _dots(ax: Any, rows: pd.DataFrame, at: Sequence[int], offset: float, of: str
                     mfc="none" if control else of, mew=1)
 
 
-def key(fig: mpl.figure.Figure, names: Iterable[str], *, random: bool = False) -> None:
+def legend(fig: mpl.figure.Figure, names: Iterable[str], *, random: bool = False) -> None:
     """A legend below the figure: a dot for each name, and one for what is hollow."""
     names = list(names)
     of = [mpl.lines.Line2D([], [], marker="o", ls="", color=colour(name, names), label=name) for name in names]

@@ -22,7 +22,7 @@ from sinkstudy.paths import BOOK, DATA, DEFAULT_MODEL, FULL, NOTEBOOKS, RESULTS,
 LEDGER = DATA / "claims.yml"
 JUDGED = ("supported", "right sign, below the bound", "no effect", "opposite sign", "inconclusive")
 VERDICTS = (*JUDGED, "not applicable", "not run")
-LEVEL = 0.05
+ALPHA = 0.05
 """Of the verdicts: largest p, after Holm's correction, with which an interval says anything but "inconclusive"."""
 
 GRADES = ("A", "B", "C", "D")
@@ -160,7 +160,7 @@ def nothing(claim: Mapping[str, Any]) -> tuple[float, float]:
     return (1 / size, size) if claim["unit"] == "times" else (-size, size)
 
 
-def regions(claim: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def verdict_rules(claim: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Which values earn which word: by verdict a rule, {above: x}, {below: x} or {between: [x, y]}.
 
     Where two overlap, the first that holds a whole interval counts. A claim of a range says that there is no effect;
@@ -187,7 +187,7 @@ def word(low: float, high: float, claim: Mapping[str, Any]) -> str:
         low, high: the interval; NaN where there is none.
         claim: a row of the ledger: `supported`, `unit` and, unless a range is claimed, `matters`.
     """
-    for verdict, rule in regions(claim).items():
+    for verdict, rule in verdict_rules(claim).items():
         if agrees(low, high, rule):
             return verdict
     outside = "between" in claim["supported"] and agrees(low, high, claim["supported"]) is False
@@ -244,7 +244,7 @@ def p_value(value: float, low: float, high: float, rule: Mapping[str, Any], df: 
     return 2 * one_sided(min(bounds, key=lambda bound: abs(value - bound)))
 
 
-def images_needed(claim: Mapping[str, Any], interval: stats.Interval, df: float = np.inf) -> float:
+def pictures_needed(claim: Mapping[str, Any], interval: stats.Interval, df: float = np.inf) -> float:
     """How many pictures would support the claim with a chance of 80 %, if the effect is the published one.
 
     Args:
@@ -267,7 +267,7 @@ def widen(low: float, high: float, n: float, unit: str) -> tuple[float, float]:
 
     A bootstrap of n equal values is a point, whatever n. If n of n pictures agree, up to 1 − 0.05^(1/n) ≈ 3/n of all
     may be otherwise, with 95 % confidence (`stats.rule_of_three`), and each can move the mean by 100 at most. A mean
-    over benchmarks comes widened, from `study.mean`, which knows how many pictures each has.
+    over benchmarks comes widened, from `study.mean_of_benchmarks`, which knows how many pictures each has.
 
     Args:
         low, high: in `unit`.
@@ -345,10 +345,10 @@ def verdicts(
 ) -> pd.DataFrame:
     """The verdict on every claim in every model.
 
-    The word is that of `word`, if the p of its rule (`regions`, `p_value`), corrected by Holm over the claims judged in
-    that model, is at most 0.05; else the claim is inconclusive. It is not applicable where the metric has no value (the
-    model has no such tokens), not run where no run has the metric. For a model that the claim's `matched` names, the
-    metric there counts, if the model has such tokens.
+    The word is that of `word`, if the p of its rule (`verdict_rules`, `p_value`), corrected by Holm over the claims
+    judged in that model, is at most 0.05; else the claim is inconclusive. It is not applicable where the metric has no
+    value (the model has no such tokens), not run where no run has the metric. For a model that the claim's `matched`
+    names, the metric there counts, if the model has such tokens.
 
     Args:
         results: the folder of all runs.
@@ -357,7 +357,7 @@ def verdicts(
 
     Returns:
         A row for each claim and model: `claim` (id), `model`, `run` and `metric` (what was judged), `value`, `low`,
-        `high`, `n`, `df`, `p`, `p_holm`, `verdict`, and `needed`, the pictures that `images_needed` asks for. Without
+        `high`, `n`, `df`, `p`, `p_holm`, `verdict`, and `needed`, the pictures that `pictures_needed` asks for. Without
         any metric there is no model and no row.
     """
     rows, numbers, ledger = [], metrics(results), ledger or load()
@@ -376,7 +376,7 @@ def verdicts(
     columns = ["claim", "model", "run", "metric", "value", "low", "high", "n", "df", "p", "verdict", "needed"]
     table = pd.DataFrame(rows, columns=columns).astype({"p": float, "needed": float})
     table.insert(10, "p_holm", table.groupby("model").p.transform(stats.holm) if len(table) else table.p)
-    table.loc[table.verdict.isin(JUDGED) & ~(table.p_holm <= LEVEL), "verdict"] = "inconclusive"
+    table.loc[table.verdict.isin(JUDGED) & ~(table.p_holm <= ALPHA), "verdict"] = "inconclusive"
     return table
 
 
@@ -392,12 +392,12 @@ def judged_metric(numbers: pd.DataFrame, claim: Mapping[str, Any], model: str) -
 def _judged(claim: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
     """Word, p and pictures needed. If the interval says nothing, p is that of the word that the estimate points to."""
     value, low, high, df = (row[key] for key in ("value", "low", "high", "df"))
-    verdict, rules = word(low, high, claim), regions(claim)
+    verdict, rules = word(low, high, claim), verdict_rules(claim)
     if verdict in rules:
         rule = rules[verdict]
     else:
         rule = next((rule for rule in rules.values() if agrees(value, value, rule)), claim["supported"])
-    needed = images_needed(claim, stats.Interval(value, low, high, int(row["n"])), df)
+    needed = pictures_needed(claim, stats.Interval(value, low, high, int(row["n"])), df)
     return {"verdict": verdict, "p": p_value(value, low, high, rule, df), "needed": needed}
 
 
@@ -428,7 +428,9 @@ def controls(results: Path = RESULTS, ledger: Mapping[str, list[dict[str, Any]]]
 # ---- the default run against the full run
 
 
-def agreement(results: Path = RESULTS, ledger: Mapping[str, list[dict[str, Any]]] | None = None) -> pd.DataFrame:
+def default_beside_full(
+    results: Path = RESULTS, ledger: Mapping[str, list[dict[str, Any]]] | None = None
+) -> pd.DataFrame:
     """The number of every claim and model in the default run beside that of the full run.
 
     Args:
@@ -463,12 +465,12 @@ def disagreements(beside: pd.DataFrame) -> list[str]:
     over the same pictures miss together, for which the first sentence leaves room); or if the full run lacks one.
 
     Args:
-        beside: of `agreement`.
+        beside: of `default_beside_full`.
     """
     named = [f"{r.claim} in {r.model}: {r.value:.3g} [{r.low:.3g}, {r.high:.3g}], in the full run {r.full:.3g}"
-             for r in beside[(beside.p_holm <= LEVEL) | beside.full.isna()].itertuples()]
+             for r in beside[(beside.p_holm <= ALPHA) | beside.full.isna()].itertuples()]
     n, outside = beside.p.notna().sum(), beside.outside.sum()
-    if n and scipy.stats.binom.sf(outside - 1, n, 0.05) <= LEVEL:
+    if n and scipy.stats.binom.sf(outside - 1, n, 0.05) <= ALPHA:
         named.append(f"{outside} of {n} numbers of the full run lie outside the default run's interval")
     return named
 
@@ -477,7 +479,7 @@ def agreed(beside: pd.DataFrame) -> str:
     """How many numbers were compared, and how many lie outside; a sentence.
 
     Args:
-        beside: of `agreement`.
+        beside: of `default_beside_full`.
     """
     if beside.empty:
         return "No full run has been made, so the default run has nothing to agree with."

@@ -14,7 +14,7 @@ from sinkstudy import stats
 from sinkstudy.book import claims, pages, report
 from sinkstudy.paths import DEFAULT_MODEL, NOTEBOOKS, RESULTS, RUNS, atomic, noted_model, slug, written
 
-OWN = "{model}"
+OWN_MODEL = "{model}"
 """Stands for the model of each run, where these differ."""
 
 _STYLE = """body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1400px; padding: 0 1rem }
@@ -36,7 +36,7 @@ def write(runs: Sequence[str], page: Path, results: Path = RESULTS, ledger: Mapp
         ledger: of `claims.load`.
 
     Returns:
-        The verdicts, of `judged`.
+        The verdicts, of `run_verdicts`.
 
     Raises:
         ValueError: in one line, what is wrong with the runs, the ledger or the page's name.
@@ -45,7 +45,7 @@ def write(runs: Sequence[str], page: Path, results: Path = RESULTS, ledger: Mapp
     if page.suffix != ".html":
         raise ValueError(f"the page is HTML: give it a name that ends in .html, not '{page.name}'")
     ledger = ledger or claims.load()
-    found, measured = judged(runs, results, ledger), numbers(runs, results)
+    found, measured = run_verdicts(runs, results, ledger), numbers(runs, results)
     with atomic(page) as target:
         target.write_text(_page(runs, found, measured, ledger), encoding="utf-8")
     with atomic(page.with_suffix(".csv")) as target:
@@ -66,7 +66,7 @@ def check(runs: Sequence[str], results: Path = RESULTS) -> None:
 
 
 def own_models(runs: Sequence[str], results: Path = RESULTS) -> dict[str, str]:
-    """Of each run the model that is compared as `OWN`, as metrics call it; nothing where all runs have the same.
+    """Of each run the model that is compared as `OWN_MODEL`, as metrics call it; nothing where all runs have the same.
 
     A run is that of the model whose name it has, or that `model.txt` in its folder notes.
     """
@@ -74,11 +74,11 @@ def own_models(runs: Sequence[str], results: Path = RESULTS) -> dict[str, str]:
     return own if len(set(own.values())) > 1 else {}
 
 
-def judged(runs: Sequence[str], results: Path, ledger: Mapping[str, list[dict]]) -> pd.DataFrame:
+def run_verdicts(runs: Sequence[str], results: Path, ledger: Mapping[str, list[dict]]) -> pd.DataFrame:
     """The verdicts of each run by its own numbers (`claims.verdicts`), of the models that two or more runs have."""
     own = own_models(runs, results)
     found = pd.concat([claims.verdicts(results, ledger, run).assign(run=run) for run in runs], ignore_index=True)
-    found["model"] = found.model.mask(found.model == found.run.map(own), OWN)
+    found["model"] = found.model.mask(found.model == found.run.map(own), OWN_MODEL)
     return found[found.groupby("model").run.transform("nunique") > 1]
 
 
@@ -87,7 +87,7 @@ def numbers(runs: Sequence[str], results: Path = RESULTS) -> pd.DataFrame:
     of, own = claims.metrics(results), own_models(runs, results)
     of = of[of.run.isin(runs)]
     prefix = [f"{own.get(run)}." for run in of.run]
-    names = [f"{OWN}.{name.removeprefix(model)}" if name.startswith(model) else name
+    names = [f"{OWN_MODEL}.{name.removeprefix(model)}" if name.startswith(model) else name
              for name, model in zip(of.name, prefix, strict=True)]
     of = of.assign(name=names)
     return of.sort_values("run", key=lambda run: run.map(list(runs).index), kind="stable", ignore_index=True)
@@ -123,7 +123,7 @@ def _page(runs: Sequence[str], found: pd.DataFrame, measured: pd.DataFrame, ledg
              f"</title><style>{_STYLE}</style><h1>{title}</h1><p>Verdicts follow from the ledger and from the numbers "
              "of each run alone; p is corrected by Holm over the claims judged in a model.</p>"]
     for model, of in found.groupby("model", sort=False):
-        name = "each run's own model" if model == OWN else model
+        name = "each run's own model" if model == OWN_MODEL else model
         parts.append(f"<h2>Claims: {html.escape(name)}</h2><div class='wide'>{_claims(of, runs, ledger)}</div>")
     parts += ["<h2>Figures</h2>", *_figures(runs, ledger)]
     table = beside(measured)
@@ -146,7 +146,7 @@ def _verdict(found: pd.Series, claim: Mapping[str, Any]) -> str:
     if not np.isfinite(found.value):
         return text
     number = report.shown(stats.Interval(found.value, found.low, found.high, int(found.n)))
-    p = "" if np.isnan(found.p_holm) else f", {html.escape(pages.shown_p(found.p_holm))}"
+    p = "" if np.isnan(found.p_holm) else f", {html.escape(pages.p_phrase(found.p_holm))}"
     return f"<b>{text}</b><br>{number} {claim['unit']}<br>n = {found.n:.0f}{p}"
 
 

@@ -1,8 +1,9 @@
 """Rules for sinks, compared: which patches each takes, and whether what is found of them depends on the rule.
 
-`read` gives what the rules judge by, `rules` their masks. Headline numbers of a mask are ratios or differences between
-its patches and the others (`compared`), changes of answers when they are replaced (`left_out`), and what probes read
-from one of them (`probed`). All give tidy rows, of which `book.chapter` makes estimates.
+`read_patches` gives what the rules judge by, `rule_masks` their masks. Headline numbers of a mask are ratios or
+differences between its patches and the others (`against_others`), changes of answers when they are replaced
+(`left_out`), and what probes read from one of them (`probed`). All give tidy rows, of which `book.chapter` makes
+estimates.
 """
 
 import re
@@ -43,12 +44,10 @@ WORDS = {"absolute": "{}× median of all pictures", "mean_sd": "mean + {} sd", "
          "φ": "φ ≥ 0.31 √width"}
 """Each rule as a figure names it."""
 
-LEAST = 50  # pictures to fit a probe on
-
 
 # ------------------------------------------------------------------------------------------------- what rules judge by
 @dataclass(frozen=True)
-class Patches:
+class PatchReadings:
     """What rules read of the patches of some pictures, on the CPU in float32."""
 
     layouts: list[ImageLayout]  # of the pictures, each within its batch
@@ -72,7 +71,7 @@ class Patches:
         return per_patch(layouts, [layout.lift(own, "any") for layout, own in zip(layouts, mask, strict=True)])
 
 
-def read(
+def read_patches(
     lvlm: LVLM,
     pictures: Sequence[Any],
     questions: Sequence[str],
@@ -80,7 +79,7 @@ def read(
     draws: int = 0,
     batch_size: int = 16,
     seed: int = 0,
-) -> Patches:
+) -> PatchReadings:
     """What rules judge by. Attention is the mean over heads and over the layers from the second to the connector's.
 
     Args:
@@ -90,7 +89,7 @@ def read(
     layouts, phi = decoder_phi(lvlm, pictures, questions, lit, draws, batch_size, seed)
     norms, received = capture.trace_tower(lvlm, pictures, batch_size)
     end = lvlm.feature_layer + 1
-    return Patches(layouts, norms[:, :end], received[:, 1:end].mean((1, 2)), phi)
+    return PatchReadings(layouts, norms[:, :end], received[:, 1:end].mean((1, 2)), phi)
 
 
 def per_patch(layouts: Sequence[ImageLayout], values: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -187,7 +186,7 @@ def decoder_phi(
 
 
 # ------------------------------------------------------------------------------------------------- rules
-def rules(patches: Patches, median: float, criterion: str, threshold: float) -> dict[str, torch.Tensor]:
+def rule_masks(patches: PatchReadings, median: float, criterion: str, threshold: float) -> dict[str, torch.Tensor]:
     """The mask of every rule, bool [pictures, patches], by its name and threshold, "above_median 3".
 
     Args:
@@ -205,7 +204,7 @@ def rules(patches: Patches, median: float, criterion: str, threshold: float) -> 
     return found | {"φ": patches.phi_of_patches >= PHI}
 
 
-def words(rule: str) -> str:
+def rule_label(rule: str) -> str:
     """A rule as a figure names it: "above_median 3" -> "3× median"."""
     name, _, threshold = rule.partition(" ")
     return WORDS[name].format(threshold)
@@ -241,8 +240,8 @@ def quantities(
             "spread": spread[:, 1 : lvlm.feature_layer + 1].nanmean((1, 2))}
 
 
-def compared(
-    patches: Patches, numbers: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tensor], seed: int = 0
+def against_others(
+    patches: PatchReadings, numbers: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tensor], seed: int = 0
 ) -> pd.DataFrame:
     """What the patches of each rule have over the other patches: ratios, and for "spread" differences.
 
@@ -250,7 +249,7 @@ def compared(
 
     Args:
         numbers: of `quantities`.
-        masks: of `rules`.
+        masks: of `rule_masks`.
 
     Returns:
         Estimates: `rule`, `headline`, `value`, `low`, `high`, `n`. A rule that finds nothing has no rows.
@@ -270,7 +269,7 @@ def left_out(
     lvlm: LVLM,
     asked: pd.DataFrame,
     images: Mapping[str, Any],
-    patches: Patches,
+    patches: PatchReadings,
     masks: Mapping[str, torch.Tensor],
     seed: int = 0,
     **how: Any,
@@ -278,16 +277,16 @@ def left_out(
     """Changes of answers when the patches of each rule, or as many random others, become the mean visual token.
 
     Args:
-        asked: questions about the first pictures, as for `changes`.
+        asked: questions about the first pictures, as for `answer_changes`.
         images: all pictures by id, over which the mean is taken.
-        masks: of `rules`; those that find the same patches share an intervention.
+        masks: of `rule_masks`; those that find the same patches share an intervention.
         how: further arguments of `evaluate`.
 
     Returns:
-        The rows of `changes`, with `rule`, and `way`: "group" or "random". A rule that finds nothing has no rows.
+        The rows of `answer_changes`, with `rule`, and `way`: "group" or "random". A rule that finds nothing has none.
     """
     n, of = asked.image_id.nunique(), {}
-    tokens = ablation.read(lvlm, images, batch_size=how.get("batch_size", 16))
+    tokens = ablation.read_tokens(lvlm, images, batch_size=how.get("batch_size", 16))
     for rule, mask in masks.items():
         if mask[:n].any():
             of.setdefault(mask[:n].numpy().tobytes(), []).append(rule)
@@ -296,13 +295,13 @@ def left_out(
         mask = masks[rule][:n]
         drawn = sinks.random_like(mask, seed, among=~patches.whole(mask))
         ways += [ablation.replace(f"{way} {rule}", tokens, by_id(m)) for way, m in (("group", mask), ("random", drawn))]
-    said = changes(lvlm, asked, ways, images=images, **how)
+    said = answer_changes(lvlm, asked, ways, images=images, **how)
     said[["way", "of"]] = said.intervention.str.split(n=1, expand=True)
     shared = pd.DataFrame([(rules[0], rule) for rules in of.values() for rule in rules], columns=["of", "rule"])
     return said.merge(shared, on="of")
 
 
-def changes(lvlm: LVLM, asked: pd.DataFrame, ways: Sequence[Intervention], **how: Any) -> pd.DataFrame:
+def answer_changes(lvlm: LVLM, asked: pd.DataFrame, ways: Sequence[Intervention], **how: Any) -> pd.DataFrame:
     """What interventions change in the answers: `accuracy` in points, and `logp` of the right answer in nats.
 
     Args:
@@ -327,15 +326,15 @@ def changes(lvlm: LVLM, asked: pd.DataFrame, ways: Sequence[Intervention], **how
 class ProbeSide:
     """Pictures on which probes are fitted, or judged."""
 
-    patches: Patches
+    patches: PatchReadings
     tokens: torch.Tensor  # [pictures, patches, width], where the connector reads them
-    masks: Mapping[str, torch.Tensor]  # of `rules`
+    masks: Mapping[str, torch.Tensor]  # of `rule_masks`
     facts: Mapping[str, torch.Tensor]  # of `content.of_pictures`
 
 
 def entering(lvlm: LVLM, images: Mapping[str, Any], batch_size: int = 16) -> torch.Tensor:
     """The vectors of patches where the connector reads them: float32 [pictures, patches, width]."""
-    read = ablation.read(lvlm, images, "input", batch_size)
+    read = ablation.read_tokens(lvlm, images, "input", batch_size)
     return torch.stack([of_layer[lvlm.feature_layer] for of_layer in read.of.values()]).float()
 
 
@@ -346,7 +345,7 @@ def probed(fit: ProbeSide, judged: ProbeSide, draws: int, seed: int = 0) -> pd.D
 
     Returns:
         Rows `rule`, `image_id`, `value`: the difference, in points, of the share of facts that are read rightly; NaN
-        where a picture has no such patch, or where fewer than `LEAST` have one to fit on.
+        where a picture has no such patch, or where fewer than `probing.LEAST` have one to fit on.
     """
     rows, same = [], {}
     for rule, mask in judged.masks.items():
@@ -365,10 +364,10 @@ def _read_rightly(
     fit: ProbeSide, judged: ProbeSide, fit_mask: torch.Tensor, mask: torch.Tensor, draw: int
 ) -> np.ndarray:
     """Share of facts, in %, that probes read from one patch of a group in each picture: [pictures judged]."""
-    to_fit, to_judge = one_of(fit.tokens, fit_mask, draw), one_of(judged.tokens, mask, draw)
+    to_fit, to_judge = one_vector(fit.tokens, fit_mask, draw), one_vector(judged.tokens, mask, draw)
     fitted, there = to_fit.isfinite().all(1), to_judge.isfinite().all(1)
     share = np.full(len(to_judge), np.nan)
-    if fitted.sum() >= LEAST and there.any():
+    if fitted.sum() >= probing.LEAST and there.any():
         probe = probing.Ridge(to_fit[fitted])
         hits = [probe.classify(fit.facts[what][fitted], to_judge[there]) == of[there]
                 for what, of in judged.facts.items()]
@@ -376,7 +375,7 @@ def _read_rightly(
     return share
 
 
-def one_of(tokens: torch.Tensor, mask: torch.Tensor, draw: int) -> torch.Tensor:
+def one_vector(tokens: torch.Tensor, mask: torch.Tensor, draw: int) -> torch.Tensor:
     """The vector of one patch of a group in each picture, drawn at random; NaN where there is none.
 
     [pictures, patches, width], bool [pictures, patches] -> [pictures, width].
@@ -403,7 +402,9 @@ def flagged(phi: torch.Tensor, thresholds: Sequence[float]) -> pd.DataFrame:
     return pd.concat(rows, ignore_index=True)
 
 
-def flagged_of(patches: Patches, groups: Mapping[str, torch.Tensor], lit: Sequence[Sequence[int]]) -> pd.DataFrame:
+def flagged_of(
+    patches: PatchReadings, groups: Mapping[str, torch.Tensor], lit: Sequence[Sequence[int]]
+) -> pd.DataFrame:
     """Share of tokens that phi takes at the threshold `PHI`, in %, of all visual tokens and of groups of patches.
 
     Args:
@@ -424,7 +425,7 @@ def flagged_of(patches: Patches, groups: Mapping[str, torch.Tensor], lit: Sequen
 
 
 # ------------------------------------------------------------------------------------------------- verdicts
-def verdicts(rows: pd.DataFrame, without_effect: Mapping[str, float]) -> pd.DataFrame:
+def with_verdicts(rows: pd.DataFrame, without_effect: Mapping[str, float]) -> pd.DataFrame:
     """Estimates with `verdict`: is the whole interval above or below the value without effect of its `headline`?"""
     verdict = [report.phrase(stats.Interval(row.value, row.low, row.high, row.n), without_effect[row.headline],
                              "above", "below", "unclear", "none") for row in rows.itertuples()]
@@ -435,7 +436,7 @@ def agreeing(rows: pd.DataFrame, rule: str) -> pd.DataFrame:
     """How many of the other rules that find any patch reach the verdict of `rule`, in %.
 
     Args:
-        rows: of `verdicts`, with `model` and `rule`.
+        rows: of `with_verdicts`, with `model` and `rule`.
 
     Returns:
         `model`, `headline`, `value`, `low`, `high` (NaN: rules are no sample), `n` (rules); without value, and `n` 0,
@@ -500,17 +501,17 @@ def to_register(name: str, own: Neurons) -> Intervention:
     return moving.intervention(name, moving.registered, neurons={layer: of.tolist() for layer, of in own.items()})
 
 
-def sizes(rows: pd.DataFrame, by: Sequence[str], seed: int = 0) -> pd.DataFrame:
+def effect_sizes(rows: pd.DataFrame, by: Sequence[str], seed: int = 0) -> pd.DataFrame:
     """Estimates of what interventions do: of "norm_ratio" the ratio of means, norm after over before; else the mean.
 
     Args:
-        rows: of `group_norms` and `changes`, with the columns `by`.
+        rows: of `group_norms` and `answer_changes`, with the columns `by`.
 
     Returns:
         `by`, `measure` ("norm_ratio", "accuracy", "logp"), `value`, `low`, `high`, `n`.
     """
     norm, by = rows.measure == "norm_ratio", [*by, "measure"]
-    left = stats.ratios(rows[norm], by, "value", "before", images="image_id", seed=seed)
+    left = chapter.ratios(rows[norm], by, "value", "before", images="image_id", seed=seed)
     return pd.concat([left, chapter.estimates(rows[~norm], by, seed=seed)], ignore_index=True)
 
 
@@ -576,16 +577,16 @@ def with_dimensions_set(
 
 
 # ------------------------------------------------------------------------------------------------- figures
-VERDICTS = {"above": ("+", "#e08214", "above no effect"), "below": ("−", "#8073ac", "below"),
-            "unclear": ("·", "#c4c4c4", "not clearly either")}
+VERDICT_LOOKS = {"above": ("+", "#e08214", "above no effect"), "below": ("−", "#8073ac", "below"),
+                 "unclear": ("·", "#c4c4c4", "not clearly either")}
 """Sign, colour and words of each verdict in the figure; none of the colours is that of a group or model."""
 
 
-def by_rule(rows: pd.DataFrame, headlines: Sequence[str], marked: str) -> mpl.figure.Figure:
+def verdict_tiles(rows: pd.DataFrame, headlines: Sequence[str], marked: str) -> mpl.figure.Figure:
     """Verdicts as tiles: a panel a model, a row a rule, a column a headline number. A rule without patches has none.
 
     Args:
-        rows: of `verdicts`. The values of the headline "patches" stand as numbers in place of tiles.
+        rows: of `with_verdicts`. The values of the headline "patches" stand as numbers in place of tiles.
         headlines: the columns, in order.
         marked: the rule whose row is framed.
     """
@@ -598,18 +599,18 @@ def by_rule(rows: pd.DataFrame, headlines: Sequence[str], marked: str) -> mpl.fi
             x, y = headlines.index(row.headline), order.index(row.rule)
             text = f"{row.value:.1f}" if 0 < row.value < 9.95 else f"{row.value:.0f}"
             if row.headline != "patches":
-                text, colour, _ = VERDICTS[row.verdict]
+                text, colour, _ = VERDICT_LOOKS[row.verdict]
                 ax.add_patch(plt.Rectangle((x - 0.45, y - 0.42), 0.9, 0.84, fc=colour))
             ax.text(x, y, text, ha="center", va="center", fontsize=9,
                     color=report.INK if row.headline == "patches" else "#1a1a1a")
         ax.add_patch(plt.Rectangle((-0.5, order.index(marked) - 0.5), len(headlines), 1, fill=False, ec=report.INK,
                                    lw=1.4, clip_on=False))
         ax.set(title=model, xlim=(-0.5, len(headlines) - 0.5), ylim=(len(order) - 0.5, -0.5),
-               yticks=range(len(order)), yticklabels=map(words, order), xticks=range(len(headlines)))
+               yticks=range(len(order)), yticklabels=map(rule_label, order), xticks=range(len(headlines)))
         ax.set_xticklabels(headlines, rotation=60, ha="right", rotation_mode="anchor")
         ax.tick_params(labelsize=9, length=0)
         ax.spines[:].set_visible(False)
-    handles = [mpl.patches.Patch(fc=colour, label=f"{sign}  {what}") for sign, colour, what in VERDICTS.values()]
+    handles = [mpl.patches.Patch(fc=colour, label=f"{sign}  {what}") for sign, colour, what in VERDICT_LOOKS.values()]
     fig.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     return fig
 

@@ -22,14 +22,14 @@ from sinkstudy.model.lvlm import LVLM
 from sinkstudy.world import drawing
 from sinkstudy.world import questions as lab
 
-Rule = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # norms, attention received in units of uniform -> bool
+SinkRule = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # norms, attention received in units of uniform -> bool
 MAPS = ("tower_norm", "tower_attention", "decoder_norm", "decoder_attention", "attribution")
 
 
-def rules(criterion: str, threshold: float) -> dict[str, tuple[Rule, str]]:
+def sink_rules(criterion: str, threshold: float) -> dict[str, tuple[SinkRule, str]]:
     """Rules for a sink at the connector's input, each with its words; the first is that of the run."""
 
-    def on_norms(criterion: str, threshold: float) -> tuple[Rule, str]:
+    def on_norms(criterion: str, threshold: float) -> tuple[SinkRule, str]:
         judge = sinks.rule(criterion, threshold)
         return lambda norms, received: judge(norms), sinks.in_words(criterion, threshold)
 
@@ -54,7 +54,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Seen:
+class Explored:
     """All that is known of a picture in a model; maps are of patches, row by row."""
 
     layout: ImageLayout
@@ -66,9 +66,9 @@ class Seen:
     top: Any  # the five likeliest first words, values and indices [questions, 5]
 
 
-def mean_tokens(lvlm: LVLM, pictures: Sequence[Any], batch_size: int = 1) -> dict[int, torch.Tensor]:
+def mean_tokens(lvlm: LVLM, pictures: Sequence[Any]) -> dict[int, torch.Tensor]:
     """The mean over all visual tokens of all pictures, where a connector puts them out: layer -> [width]."""
-    tokens = ablation.read(lvlm, {str(i): picture for i, picture in enumerate(pictures)}, "output", batch_size)
+    tokens = ablation.read_tokens(lvlm, {str(i): picture for i, picture in enumerate(pictures)}, "output", 1)
     return {layer: mean.float() for layer, mean in tokens.mean().items()}
 
 
@@ -99,7 +99,7 @@ def without(lvlm: LVLM, picture: Any, asked: pd.DataFrame, groups: Mapping[str, 
         groups: bool [patches].
 
     Returns:
-        The outcomes of `Seen`, and its `top`.
+        The outcomes of `Explored`, and its `top`.
     """
     holding = layout.lift(torch.ones(len(layout.vision)), "any")  # visual tokens without newlines
     variants: dict[tuple[str | None, int], torch.Tensor] = {(None, 0): torch.zeros_like(holding)}
@@ -127,8 +127,8 @@ def without(lvlm: LVLM, picture: Any, asked: pd.DataFrame, groups: Mapping[str, 
     return outcomes, logp[0].exp().topk(5)
 
 
-def look(lvlm: LVLM, picture: Any, asked: pd.DataFrame, marks: Sequence[Rule], known: Mapping[str, torch.Tensor],
-         means: Mapping[int, torch.Tensor], *, draws: int, seed: int, batch_size: int) -> Seen:
+def explore(lvlm: LVLM, picture: Any, asked: pd.DataFrame, marks: Sequence[SinkRule], known: Mapping[str, torch.Tensor],
+            means: Mapping[int, torch.Tensor], *, draws: int, seed: int, batch_size: int) -> Explored:
     """Follow a picture with each of its questions through a model.
 
     Args:
@@ -152,7 +152,7 @@ def look(lvlm: LVLM, picture: Any, asked: pd.DataFrame, marks: Sequence[Rule], k
         "decoder_attention": 100 * layout.lower(trace.last_attention.mean(2)),  # [questions, layers, patches]
         "attribution": slopes(lvlm, picture, texts, words, batch_size),
     }
-    return Seen(layout, uniform, maps, found, groups, outcomes, top)
+    return Explored(layout, uniform, maps, found, groups, outcomes, top)
 
 
 def slopes(lvlm: LVLM, picture: Any, questions: Sequence[str], answers: Sequence[str], batch_size: int) -> torch.Tensor:
@@ -196,7 +196,7 @@ def png(lvlm: LVLM, picture: Any) -> str:
         mean, sd = (torch.tensor(values)[:, None, None] for values in (how.image_mean, how.image_std))
         image = Image.fromarray((255 * (tile * sd + mean)).round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
     else:  # a packed tower sees the whole picture
-        image = Image.fromarray(np.asarray(picture).transpose(1, 2, 0)) if torch.is_tensor(picture) else picture.open()
+        image = attribution.as_image(picture).copy()
         image.thumbnail((448, 448))
     with io.BytesIO() as file:
         image.quantize(256).save(file, "PNG", optimize=True)
@@ -207,7 +207,7 @@ def _base64(content: bytes) -> str:
     return base64.b64encode(content).decode()
 
 
-def contents(scenes: drawing.Scenes, i: int) -> list[str]:
+def patch_words(scenes: drawing.Scenes, i: int) -> list[str]:
     """What lies on each patch of a lab scene, in words."""
     facts, share = scenes[i : i + 1], scenes.thing_share[i].flatten().tolist()
     part = drawing.patch_contents(facts)[0].flatten().tolist()
@@ -232,7 +232,7 @@ def about(scenes: drawing.Scenes, i: int) -> str:
     return f"a {f.light} {f.scene}, {lab.NUMBERS[len(f.parts)]} parts, {things}"
 
 
-def answers(lvlm: LVLM, seen: Seen, q: int) -> dict[str, Any]:
+def packed_answers(lvlm: LVLM, seen: Explored, q: int) -> dict[str, Any]:
     """What a model answers to question q of a picture, as it is and without each group of patches."""
     top = [[_word(lvlm, token) or "(blank)", round(p.item(), 4)]
            for p, token in zip(seen.top.values[q], seen.top.indices[q], strict=True)]
@@ -245,7 +245,7 @@ def answers(lvlm: LVLM, seen: Seen, q: int) -> dict[str, Any]:
 
 
 def script(run: str, lvlms: Mapping[str, LVLM], pictures: Sequence[Any], asked: Sequence[pd.DataFrame],
-           seen: Mapping[str, Sequence[Seen]], scenes: drawing.Scenes | None, known: Mapping[str, torch.Tensor],
+           seen: Mapping[str, Sequence[Explored]], scenes: drawing.Scenes | None, known: Mapping[str, torch.Tensor],
            texts: Sequence[str], draws: int) -> str:
     """The JavaScript from which the page draws.
 
@@ -261,7 +261,7 @@ def script(run: str, lvlms: Mapping[str, LVLM], pictures: Sequence[Any], asked: 
         "run": run, "rules": list(texts), "draws": draws, "opens": list(idle).index(max(idle, key=idle.get)),
         "pictures": [
             {"png": png(lvlms[run], picture), "about": about(scenes, i) if scenes is not None else f"picture {i + 1}",
-             "grid": list(seen[run][i].layout.grid), "contents": contents(scenes, i) if scenes is not None else None,
+             "grid": list(seen[run][i].layout.grid), "contents": patch_words(scenes, i) if scenes is not None else None,
              "groups": {group: bits(mask[i][None]) for group, mask in known.items()},
              "questions": [{"type": q.type, "text": q.question, "answer": q.answer} for q in asked[i].itertuples()]}
             for i, picture in enumerate(pictures)
@@ -271,12 +271,12 @@ def script(run: str, lvlms: Mapping[str, LVLM], pictures: Sequence[Any], asked: 
     return "window.sinkstudyExplorer = " + json.dumps(shown, ensure_ascii=True, separators=(",", ":")) + ";\n"
 
 
-def _model(name: str, lvlm: LVLM, seen: Sequence[Seen]) -> dict[str, Any]:
+def _model(name: str, lvlm: LVLM, seen: Sequence[Explored]) -> dict[str, Any]:
     of_pictures = []
     for one in seen:
         patches = one.layout.grid[0] * one.layout.grid[1]
         maps = {key: packed(one.maps[key][..., :patches]) for key in MAPS}
-        said = [answers(lvlm, one, q) for q in range(len(one.outcomes[None].p))]
+        said = [packed_answers(lvlm, one, q) for q in range(len(one.outcomes[None].p))]
         of_pictures.append(maps | {"rules": bits(one.rules), "answers": said})
     return {"name": name, "merge": lvlm.merge, "uniform": float(f"{100 * seen[0].uniform:.6g}"),
             "tower_layers": len(lvlm.vision_layers), "decoder_layers": len(lvlm.decoder_layers),

@@ -14,7 +14,7 @@ from matplotlib.patches import ConnectionPatch, Rectangle
 
 from sinkstudy.analyses import probing, relevance
 from sinkstudy.book import chapter, report
-from sinkstudy.book.explorer import Seen
+from sinkstudy.book.explorer import Explored
 from sinkstudy.model.lvlm import LVLM
 
 PANELS = {"norm": "norm in the tower,\n× median", "seen": "who attends to it\nin the tower, %",
@@ -33,13 +33,13 @@ class Followed:
     answers: pd.DataFrame  # `type`, `answer`, and its probability `before`, `without` the group, without `random` ones
 
 
-def follow(lvlm: LVLM, picture: Any, asked: pd.DataFrame, seen: Seen, truth: set[str]) -> Followed:
+def follow(lvlm: LVLM, picture: Any, asked: pd.DataFrame, seen: Explored, truth: set[str]) -> Followed:
     """Follow a picture through a model.
 
     Args:
         picture: as in `LVLM.inputs`.
         asked: its questions, `type` and `answer`.
-        seen: of `explorer.look`, of the picture with these questions.
+        seen: of `explorer.explore`, of the picture with these questions.
         truth: words that are true of it; empty if they are not known.
     """
     rows, columns = seen.layout.grid
@@ -57,7 +57,7 @@ def follow(lvlm: LVLM, picture: Any, asked: pd.DataFrame, seen: Seen, truth: set
     return Followed(divmod(top, columns), group.replace("_2_percent", " 2 %"), maps, said[top], answers)
 
 
-def _said(lvlm: LVLM, picture: Any, seen: Seen) -> list[str]:
+def _said(lvlm: LVLM, picture: Any, seen: Explored) -> list[str]:
     """The word that each patch's token is decoded to alone; "–" where no token stands alone (`probing.words`)."""
     if lvlm.spec.deepstack:
         return ["–"] * len(seen.layout.vision)

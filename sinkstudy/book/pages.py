@@ -16,16 +16,14 @@ import yaml
 
 from sinkstudy import stats
 from sinkstudy.book import claims, report
-from sinkstudy.paths import DATA, DEFAULT_MODEL, FULL, RUNS, atomic
+from sinkstudy.paths import DATA, DEFAULT_MODEL, FULL, POSITIVE_CONTROL, RUNS, atomic
 
-PAPER = DATA / "paper"
-COLUMNS = ("table", "row", "column", "value", "unit", "model", "source", "grade", "note")
+PAPER, CONTROLS = DATA / "paper", DATA / "controls"
+PAPER_COLUMNS = ("table", "row", "column", "value", "unit", "model", "source", "grade", "note")
 SYMBOLS = dict(zip(claims.VERDICTS, "✓◐≈✗?–○", strict=True))
 NBSP = "\N{NO-BREAK SPACE}"
-CONTROL = "lab-llava-gist"
-"""The positive control, whose sinks are there by construction."""
 HEADLINES = ("norm-draws-attention", "global-content", "sinks-used", "front-helps", "two-connectors-help")
-"""Claims whose outcome the introduction gives, in `CONTROL`."""
+"""Claims whose outcome the introduction gives, in `POSITIVE_CONTROL`."""
 THEMES = {
     "Where attention goes": ("03-propagation", "04-relevance"),
     "What sinks hold": ("05-content",),
@@ -35,7 +33,7 @@ THEMES = {
     "Two connectors, routing and gates, trained": ("11-diysink",),
 }
 """The chapters of a theme; every claim is in one."""
-STATES = {"holds": "✓", "fails": "✗", "unclear": "?", "not run": "○"}
+CONTROL_STATES = {"holds": "✓", "fails": "✗", "unclear": "?", "not run": "○"}
 
 
 def write(folder: Path) -> None:
@@ -52,7 +50,7 @@ def write(folder: Path) -> None:
     parts = {
         "intro-results": headlines(ledger, judged, numbers),
         "one-picture-numbers": five(ledger, judged),
-        "one-picture-models": counted(numbers, judged.model.unique()),
+        "one-picture-models": sinks_counted(numbers, judged.model.unique()),
         "numbers-from": numbers_from(judged),
         "verdicts-evidence": evidence(ledger, judged, numbers),
         "verdicts-summary": verdict_summary(ledger, judged),
@@ -61,7 +59,7 @@ def write(folder: Path) -> None:
         "verdicts-table": verdict_tables(ledger, judged),
         "verdicts-power": power_table(ledger, judged),
         "verdicts-controls": control_table(ledger),
-        "verdicts-agreement": agreement(),
+        "verdicts-agreement": full_run_agreement(),
     }
     parts |= {"control-gates": control_gates(), "control-answers": control_answers(), "control-norms": control_norms()}
     parts |= {f"paper-{table['table']}": paper_part(table, numbers, list(judged.model.unique())) for table in tables}
@@ -75,19 +73,19 @@ def write(folder: Path) -> None:
 # ---- the control whose sinks hold the gist
 
 
-def control_gates(folder: Path = DATA / "controls") -> str:
+def control_gates() -> str:
     """A table of the gates (`lab.control`) as `sinkstudy lab gates` last wrote them."""
     rows = [["gate", "measured", "bound", ""]]
-    for gate in pd.read_csv(folder / "gates.csv").itertuples():
+    for gate in pd.read_csv(CONTROLS / "gates.csv").itertuples():
         held = "holds" if gate.holds else "**missed**"
         rows.append([gate.gate, _number(gate.value), f"{gate.side} {gate.bound:g}".replace("-", "−"), held])
     return list_table(rows, "here")
 
 
-def control_answers(folder: Path = DATA / "controls") -> str:
-    """A table of what answers lose without sinks, by group of questions and model (`lab.gates.use`)."""
+def control_answers() -> str:
+    """A table of what answers lose without sinks, by group of questions and model (`lab.control.use`)."""
     rows = [["model", "questions", "n", "right, %", "without calm patches", "without random tokens", "difference"]]
-    answers = pd.read_csv(folder / "answers.csv")
+    answers = pd.read_csv(CONTROLS / "answers.csv")
     for r in answers[answers["of"].isin(("gist", "local"))].itertuples():
         found = report.shown(stats.Interval(r.by_sinks, r.low, r.high, 0), ".1f").replace(", ", f",{NBSP}")
         changes = (f"{value:.1f}".replace("-", "−") for value in (r.without, r.random))
@@ -95,11 +93,11 @@ def control_answers(folder: Path = DATA / "controls") -> str:
     return list_table(rows, "here")
 
 
-def control_norms(folder: Path = DATA / "controls") -> str:
+def control_norms() -> str:
     """A table of norm and content of the calm patches set apart (`lab.norms`), for questions about the gist."""
     rows = [["calm patches", "norm", "connector", "attention on them, times others", "right, %", "lost without them"]]
     holds = {"lab-llava-gist": "hold the gist", "lab-llava": "do not"}
-    cells = pd.read_csv(folder / "norms.csv")
+    cells = pd.read_csv(CONTROLS / "norms.csv")
     for r in cells[cells.about == "gist"].itertuples():
         attention, lost = (report.shown(stats.Interval(*of, 0), fmt).replace(", ", f",{NBSP}") for of, fmt in (
             ((r.attention, r.attention_low, r.attention_high), ".2f"), ((r.lost, r.low, r.high), ".1f")))
@@ -116,16 +114,16 @@ def _number(value: float) -> str:
 
 def headlines(ledger: Mapping[str, list[dict]], judged: pd.DataFrame, numbers: pd.DataFrame) -> str:
     """A list: how many sinks each model has, then each of `HEADLINES` with number, interval, n, verdict and link."""
-    sinks = counted(numbers, judged.model.unique())
+    sinks = sinks_counted(numbers, judged.model.unique())
     lines = [f"- **Sinks in a picture, by the rule:** {sinks}."] if sinks else []
     cells = _by_claim(judged)
     for claim in ledger["claims"]:
-        if claim["id"] in HEADLINES and (cell := (claim["id"], CONTROL)) in cells.index:
+        if claim["id"] in HEADLINES and (cell := (claim["id"], POSITIVE_CONTROL)) in cells.index:
             lines.append(f"- **{claim['claim']}** {_outcome(claim, cells.loc[cell])}")
     return "\n".join(lines) or "No run has been made."
 
 
-def counted(numbers: pd.DataFrame, models: Iterable[str]) -> str:
+def sinks_counted(numbers: pd.DataFrame, models: Iterable[str]) -> str:
     """How many sinks a picture has in each model, by the rule of the first chapter, and how many lie on things."""
     parts = []
     for model in models:
@@ -133,7 +131,7 @@ def counted(numbers: pd.DataFrame, models: Iterable[str]) -> str:
         if found is not None and np.isfinite(found.value):
             share = on_things(numbers, model) if found.value else np.nan
             of = [f"{share:.0f} % of them on things"] if np.isfinite(share) else []
-            of = ["there by construction", *of] if model == CONTROL else of
+            of = ["there by construction", *of] if model == POSITIVE_CONTROL else of
             parts.append(f"`{model}` {_interval(found)}" + (f" ({', '.join(of)})" if of else ""))
     return "; ".join(parts)
 
@@ -142,11 +140,11 @@ def five(ledger: Mapping[str, list[dict]], judged: pd.DataFrame) -> str:
     """A table of `HEADLINES`: claim, number with interval, n and model, verdict, chapter."""
     rows, cells = [["claim of others", "measured here", "verdict", "chapter"]], _by_claim(judged)
     for claim in ledger["claims"]:
-        if claim["id"] in HEADLINES and (cell := (claim["id"], CONTROL)) in cells.index:
+        if claim["id"] in HEADLINES and (cell := (claim["id"], POSITIVE_CONTROL)) in cells.index:
             found, title = cells.loc[cell], _chapter(claim["chapter"])[0]
             number = f"**{_interval(found)}** {claim['unit']}\\\n" if np.isfinite(found.value) else ""
             n = f"n{NBSP}={NBSP}{int(found.n)}, " if np.isfinite(found.value) else ""
-            sure = f"\\\n{shown_p(found.p_holm)} after correction" if np.isfinite(found.p_holm) else ""
+            sure = f"\\\n{p_phrase(found.p_holm)} after correction" if np.isfinite(found.p_holm) else ""
             verdict = _of_claim(claim, found)
             there = (RUNS / DEFAULT_MODEL / f"{claim['chapter']}.ipynb").is_file()
             link = f"{{doc}}`{title} </book/runs/{DEFAULT_MODEL}/{claim['chapter']}>`" if there else title
@@ -161,7 +159,7 @@ def _outcome(claim: Mapping[str, Any], found: pd.Series) -> str:
         return f"{verdict}."
     control = ", against the same patches in the matched model" if _is_matched(claim, found) else ""
     number = f"{_interval(found)} {claim['unit']}, n = {int(found.n)}{control}".replace("n = ", f"n{NBSP}={NBSP}")
-    sure = "not sure" if found.verdict == "inconclusive" else f"sure, {shown_p(found.p_holm)} after correction"
+    sure = "not sure" if found.verdict == "inconclusive" else f"sure, {p_phrase(found.p_holm)} after correction"
     return f"{number}: {verdict}, {sure}{_untestable(claim, found, '; ')}."
 
 
@@ -179,7 +177,7 @@ def evidence(ledger: Mapping[str, list[dict]], judged: pd.DataFrame, numbers: pd
     parts, natural = [], 0
     for model, n in counts.items():
         share = on_things(numbers, model)
-        what = ", which has them by construction" if model == CONTROL else ""
+        what = ", which has them by construction" if model == POSITIVE_CONTROL else ""
         if share > 50:
             what = f", where {share:.0f} % of what the rule takes for sinks lies on things and holds what is there"
         natural += 0 if what else n
@@ -191,7 +189,7 @@ def evidence(ledger: Mapping[str, list[dict]], judged: pd.DataFrame, numbers: pd
         text += (f" {len(built)} of those that are supported ({', '.join(built)}) hold because the model was made so: "
                  "they show that the instrument works.")
     lead = "**Nearly all evidence on sinks that lie on nothing comes from one model, which has them by construction.** "
-    return (lead if CONTROL in counts and natural <= counts.sum() / 5 else "") + text
+    return (lead if POSITIVE_CONTROL in counts and natural <= counts.sum() / 5 else "") + text
 
 
 def numbers_from(judged: pd.DataFrame) -> str:
@@ -206,9 +204,9 @@ def numbers_from(judged: pd.DataFrame) -> str:
             f"{rest}*")
 
 
-def agreement() -> str:
+def full_run_agreement() -> str:
     """Whether the default run agrees with the full run (`claims.disagreements`)."""
-    beside = claims.agreement()
+    beside = claims.default_beside_full()
     wrong = "".join(f"\n- {line}" for line in claims.disagreements(beside))
     if beside.empty:
         return claims.agreed(beside)
@@ -351,7 +349,7 @@ def _untestable(claim: Mapping[str, Any], found: pd.Series, before: str) -> str:
 def control_table(ledger: Mapping[str, list[dict]]) -> str:
     """What must hold if the instrument works, and whether it does."""
     states = claims.controls(ledger=ledger).set_index("control")
-    by_state = {state: [_short(of) for of in states.index[states.state == state]] for state in STATES}
+    by_state = {state: [_short(of) for of in states.index[states.state == state]] for state in CONTROL_STATES}
     held = f"{len(by_state.pop('holds'))} of {len(states)} hold."
     held += "".join(f" {state.capitalize()}: {', '.join(of)}." for state, of in by_state.items() if of)
     rows = [["what must hold", "value", "state"]]
@@ -361,14 +359,14 @@ def control_table(ledger: Mapping[str, list[dict]]) -> str:
         detail += f" {_written(control)}" if control.get("seen") else ""
         detail += f"\n\n{_note(control)}" if "note" in control else ""
         value = f"{_interval(found)}\\\nn = {int(found.n)}" if found.state != "not run" else "–"
-        state = f"[{STATES[found.state]} {found.state}]{{.verdict .v-{found.state.replace(' ', '-')}}}"
+        state = f"[{CONTROL_STATES[found.state]} {found.state}]{{.verdict .v-{found.state.replace(' ', '-')}}}"
         rows.append([f"{control['rule']}\\\n{detail}", value, state])
     return f"{held}\n\n" + list_table(rows, "verdicts", [60, 20, 20])
 
 
 def _claim(claim: Mapping[str, Any]) -> str:
     """A claim with its source and, folded, how it is judged."""
-    rules = claims.regions(claim).items()
+    rules = claims.verdict_rules(claim).items()
     how = " ".join(f"{word.capitalize()}: {_rule(rule, claim['unit'])}." for word, rule in rules)
     how += " Opposite sign: outside, on one side." if "between" in claim["supported"] else ""
     facts = f"Metric <code>{html.escape(claim['metric'])}</code>. "
@@ -403,13 +401,13 @@ def _cell(claim: Mapping[str, Any], found: pd.Series) -> str:
     text = _of_claim(claim, found)
     if np.isfinite(found.value):
         text += f"\\\n{_interval(found)}"
-        sure = [] if np.isnan(found.p_holm) else [shown_p(found.p_holm)]
+        sure = [] if np.isnan(found.p_holm) else [p_phrase(found.p_holm)]
         text += "\\\n" + ", ".join(part.replace(" ", NBSP) for part in [f"n = {int(found.n)}", *sure])
         text += _untestable(claim, found, "\\\n")
     return text
 
 
-def shown_p(p: float) -> str:
+def p_phrase(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
 
 
@@ -484,8 +482,8 @@ def paper_tables(folder: Path = PAPER) -> list[dict[str, Any]]:
         if set(table) - {"table", "title", "here", "note"} or not table.get("title"):
             raise ValueError(f"{name}: takes table, title, here and note, not {sorted(table)}")
         rows = pd.read_csv(folder / f"{table['table']}.csv", dtype=str, keep_default_na=False)
-        if tuple(rows.columns) != COLUMNS or not len(rows):
-            raise ValueError(f"{name}: needs the columns {', '.join(COLUMNS)}, and a row")
+        if tuple(rows.columns) != PAPER_COLUMNS or not len(rows):
+            raise ValueError(f"{name}: needs the columns {', '.join(PAPER_COLUMNS)}, and a row")
         if (rows.table != table["table"]).any() or (rows.row == "").any():
             raise ValueError(f"{name}: 'table' must be its name, and every line needs a 'row'")
         if bad := sorted(set(rows.grade) - set(claims.GRADES)) + sorted(set(rows.source) - known):

@@ -1,6 +1,6 @@
 """What parameters of notebooks may be: declared once, beside the default, as the type of the assignment.
 
-The cell of a notebook tagged `parameters` holds lines like `limit: AtLeast5 = 96  # pictures`. The type says which
+The cell of a notebook tagged `parameters` holds lines like `limit: AtLeast4 = 96  # pictures`. The type says which
 values there are, and whether the value names files on which the outputs depend. The command, the engine and the
 notebook itself (`check(globals())`, so that plain papermill is no way around it) go by the same declaration.
 """
@@ -103,9 +103,7 @@ Revision = Annotated[str, Field(pattern=r"^[\w./-]*$")]
 
 AtLeast0 = Annotated[int, Field(ge=0)]  # of a limit: 0 is all
 AtLeast1 = Annotated[int, Field(ge=1)]
-AtLeast2 = Annotated[int, Field(ge=2)]
 AtLeast4 = Annotated[int, Field(ge=4)]
-AtLeast5 = Annotated[int, Field(ge=5)]
 AtLeast8 = Annotated[int, Field(ge=8)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Switch = bool

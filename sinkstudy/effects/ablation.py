@@ -32,7 +32,7 @@ Site = Literal["input", "output"]  # of the connector
 Masks = Mapping[str, torch.Tensor]  # bool [patches] of each image, by its id
 Values = Mapping[str, dict[int, torch.Tensor]]  # of each image, by the layer that feeds the connector: [group, width]
 
-KINDS = ("mean", "shuffle", "noise", "zero")
+SUBSTITUTES = ("mean", "shuffle", "noise", "zero")
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def _places(layout: ImageLayout, mask: torch.Tensor, site: Site) -> torch.Tensor
 
 
 @torch.no_grad()
-def read(lvlm: LVLM, images: Mapping[str, Any], site: Site = "output", batch_size: int = 16) -> Tokens:
+def read_tokens(lvlm: LVLM, images: Mapping[str, Any], site: Site = "output", batch_size: int = 16) -> Tokens:
     """Read the tokens of all images at the connector's input ("input", [patches, vision width]) or output.
 
     In the order of patches at the input; at the output, [visual tokens before packing, decoder width], in the
@@ -110,8 +110,8 @@ def values(tokens: Tokens, masks: Masks, kind: str, seed: int = 0) -> Values:
         ValueError: an unknown kind; an image that was not read; or, for "shuffle", an image that has more than half of
             all tokens of the group.
     """
-    if kind not in KINDS:
-        raise ValueError(f"unknown replacement {kind!r}; known: {', '.join(KINDS)}")
+    if kind not in SUBSTITUTES:
+        raise ValueError(f"unknown replacement {kind!r}; known: {', '.join(SUBSTITUTES)}")
     if missing := [image for image in masks if image not in tokens.of]:
         raise ValueError(f"{len(missing)} images were not read, such as {missing[0]!r}")
     groups = {image: tokens.group(image, mask) for image, mask in masks.items()}
@@ -219,12 +219,12 @@ def hidden(
     """
     if visible_to not in ("nobody", "visual"):
         raise ValueError(f"hidden tokens are visible to 'nobody' or 'visual', not {visible_to!r}")
-    gone, visual = places(lvlm.layout(inputs), inputs, masks, others)
+    gone, visual = token_places(lvlm.layout(inputs), inputs, masks, others)
     with narrowed(lvlm, inputs, lambda: (gone, visual), visible_to):
         yield
 
 
-def places(
+def token_places(
     layouts: Sequence[ImageLayout], inputs: BatchFeature, masks: Sequence[torch.Tensor], others: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Where the visual tokens of a group stand, or all others that read patches; and all: both bool [images, tokens].

@@ -85,7 +85,7 @@ class Groups:
         return pd.DataFrame(rows, columns=["group", "image_id", "picture", "tokens", "on_things"])
 
 
-def find(
+def choose(
     tokens: Tokens,
     layer: int,
     criterion: str,
@@ -170,7 +170,7 @@ def in_order(patches: Patches, doses: Sequence[int], seed: int) -> dict[tuple[st
 
 
 # ------------------------------------------------------------------------------------------------- what is asked
-def questions(
+def draw_questions(
     lvlm: LVLM, images: Mapping[str, Any], scenes: drawing.Scenes | None, prompt: str, *, seed: int = 0, **how: Any
 ) -> pd.DataFrame:
     """What is asked about each picture, with the answer that counts as right.
@@ -220,7 +220,7 @@ def _mixes(masks: Masks) -> bool:
     return 2 * max(sizes) <= sum(sizes)
 
 
-def intervention(cut: Cut, found: Groups, read: Mapping[str, Tokens], seed: int = 0) -> Intervention:
+def removal(cut: Cut, found: Groups, read: Mapping[str, Tokens], seed: int = 0) -> Intervention:
     """A group taken away in one way; its name is the cut.
 
     Ways are "only" (all other visual tokens removed), "without" (removed), "knockout" (hidden from text), and what
@@ -257,7 +257,7 @@ def lost(
     Args:
         asked: questions with their right answers, as `ablation.scored` takes them.
         of: what is taken away, and how.
-        read: as in `intervention`.
+        read: as in `removal`.
         how: further arguments of `ablation.scored`.
 
     Returns:
@@ -266,7 +266,7 @@ def lost(
         model. A picture without such tokens says nothing about them and is left out.
     """
     made = {"|".join(cut): cut for cut in of}
-    ways = [intervention(cut, found, read, seed) for cut in made.values()]
+    ways = [removal(cut, found, read, seed) for cut in made.values()]
     rows = ablation.effects(ablation.scored(lvlm, asked, ways, **how))
     taken = {name: found.tokens(*cut[1:]) for name, cut in made.items()}
     parts = [(*made[name], taken[name][image]) for name, image in zip(rows.intervention, rows.image_id, strict=True)]
@@ -276,7 +276,7 @@ def lost(
 
 
 # ------------------------------------------------------------------------------------------------- what is compared
-def long(rows: pd.DataFrame, measures: Mapping[str, str]) -> pd.DataFrame:
+def long_by_type(rows: pd.DataFrame, measures: Mapping[str, str]) -> pd.DataFrame:
     """A row a measure: `right` and `logp` become `measure`, named as in `measures`, and `value`.
 
     Each question is counted in its `type`, and once more in the type "all".

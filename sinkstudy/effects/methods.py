@@ -33,7 +33,7 @@ Way = tuple[str, float | None]  # a method of `METHODS`, and the value of its op
 
 
 # ------------------------------------------------------------------------------------------------- what is acted on
-class Groups(NamedTuple):
+class Targets(NamedTuple):
     """Patches of each picture, bool [patches] by the picture's key."""
 
     name: Literal["sinks", "top 2 %"]  # what stands for sinks
@@ -41,9 +41,9 @@ class Groups(NamedTuple):
     random: dict[Any, torch.Tensor]  # as many others
 
 
-def groups(
+def targets(
     of: Mapping[Hashable, torch.Tensor], criterion: str = "above_median", threshold: float = 3.0, seed: int = 0
-) -> Groups:
+) -> Targets:
     """The sinks among patches of these norms, and as many random others.
 
     Where there are fewer than one in two pictures, the 2 % of highest norm of each picture stand for them.
@@ -62,11 +62,11 @@ def groups(
     name: Literal["sinks", "top 2 %"] = "sinks" if enough else "top 2 %"
     chosen = {key: masks[name] for key, masks in found.items()}
     random = {key: sinks.random_like(mask, seed=seed + i) for i, (key, mask) in enumerate(chosen.items())}
-    return Groups(name, chosen, random)
+    return Targets(name, chosen, random)
 
 
 @torch.no_grad()
-def sink_dimensions(lvlm: LVLM, pictures: Sequence[Any]) -> list[int]:
+def decoder_sink_dimensions(lvlm: LVLM, pictures: Sequence[Any]) -> list[int]:
     """The decoder's sink dimensions: lit at the first token behind the middle layer, see `sinks.sink_dimensions`."""
     middle = len(lvlm.decoder_layers) // 2
 
@@ -95,7 +95,7 @@ class Case:
         seed: of all that is random.
 
     Raises:
-        ValueError: as `neurons.norms` and `groups`.
+        ValueError: as `neurons.norms` and `targets`.
     """
 
     def __init__(
@@ -111,13 +111,13 @@ class Case:
         self.lvlm, self.pictures, self.batch_size, self.seed = lvlm, pictures, batch_size, seed
         self._all = {(name, image): picture for name, of in pictures.items() for image, picture in of.items()}
         self.norms = neurons.norms(lvlm, self._all, batch_size=batch_size)  # by benchmark and image id, like the groups
-        self.groups = groups(self.norms, criterion, threshold, seed)
+        self.targets = targets(self.norms, criterion, threshold, seed)
         self._neurons: dict[int, dict[int, torch.Tensor]] = {}
 
     @cached_property
     def dimensions(self) -> list[int]:
-        """The decoder's sink dimensions, see `sink_dimensions`."""
-        return sink_dimensions(self.lvlm, list(self._all.values())[: min(LOOKED_AT // 4, self.batch_size)])
+        """The decoder's sink dimensions, see `decoder_sink_dimensions`."""
+        return decoder_sink_dimensions(self.lvlm, list(self._all.values())[: min(LOOKED_AT // 4, self.batch_size)])
 
     def neurons(self, k: int) -> dict[int, torch.Tensor]:
         """The k neurons that write the sinks' norm, by layer, see `neurons.register_neurons`.
@@ -127,7 +127,7 @@ class Case:
         """
         neurons.check_takes_register(self.lvlm)
         if k not in self._neurons:
-            masks = torch.stack([self.groups.sinks[key] for key in self._looked_at])
+            masks = torch.stack([self.targets.sinks[key] for key in self._looked_at])
             pictures = [self._all[key] for key in self._looked_at]
             self._neurons[k] = neurons.register_neurons(self.lvlm, pictures, masks, k, self.batch_size)
         return self._neurons[k]
@@ -147,13 +147,13 @@ class Case:
         moved = Intervention("moved", lambda lvlm, inputs: neurons.moved_to_register(lvlm, self.neurons(k)))
         pictures = {key: self._all[key] for key in self._looked_at}
         after = neurons.norms(self.lvlm, pictures, moved, self.batch_size)
-        masks = {key: mask for key in after if (mask := self.groups.sinks[key]).any()}
+        masks = {key: mask for key in after if (mask := self.targets.sinks[key]).any()}
         means = [[of[key][mask].mean().item() for key, mask in masks.items()] for of in (after, self.norms)]
         return stats.ratio_interval(*means, seed=self.seed)
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ActedOn:
     """What a method acts on in the pictures of one benchmark, or, `at_random`, what its control does."""
 
     case: Case
@@ -166,7 +166,7 @@ class Chosen:
     @property
     def tokens(self) -> Masks:
         """The sinks, or as many others."""
-        return self._here(self.case.groups.random if self.at_random else self.case.groups.sinks)
+        return self._here(self.case.targets.random if self.at_random else self.case.targets.sinks)
 
     def highest(self, k: int | None) -> Masks:
         """The k patches of highest norm, a quarter without k; or as many others."""
@@ -199,7 +199,7 @@ class TrainingFree(NamedTuple):
     """A way to make a model use its sinks differently; `at_random`, the control of one."""
 
     words: str
-    act: Callable[[Chosen, Any], tuple]  # with the option's value: a context, the patches, further arguments
+    act: Callable[[ActedOn, Any], tuple]  # with the option's value: a context, the patches, further arguments
     option: Literal["", "weight", "k"] = ""
     default: float | None = None  # of the option
     check: Callable[[LVLM], None] | None = None  # raises ValueError for a model that cannot; needs no weights
@@ -249,14 +249,14 @@ METHODS = _OF_SINKS | {
 }
 
 
-def intervention(case: Case, benchmark: str, method: str, value: float | None) -> Intervention:
+def applied(case: Case, benchmark: str, method: str, value: float | None) -> Intervention:
     """A method on the pictures of a benchmark, by its name.
 
     Raises:
         ValueError: a model in which it has nothing to act on.
     """
     known = METHODS[method]
-    context, masks, how = known.act(Chosen(case, benchmark, known.at_random), value)
+    context, masks, how = known.act(ActedOn(case, benchmark, known.at_random), value)
     return moving.intervention(f"{method}|{way(method, value)}", context, masks, **how)
 
 
@@ -341,7 +341,7 @@ def effect(
         ValueError: as `evaluate`, or for a model that the method cannot work on.
     """
     case = Case(lvlm, {benchmark: pictures}, **of_case)
-    how = intervention(case, benchmark, method, value)
+    how = applied(case, benchmark, method, value)
     said = study.answers(lvlm, benchmark, table, pictures, [NONE, how], public=public, cache=cache,
                          batch_size=case.batch_size, max_new_tokens=max_new_tokens)
     if harnesses is not None:
@@ -354,16 +354,16 @@ def effect(
     rows = study.means(study.long(pd.concat([of.assign(what=what) for what, of in whole.items()])), ["what"], case.seed)
     rows = rows[(rows.benchmark == benchmark) & (rows.n > 0)].rename(columns={"n": "pictures"})
     notes = {"data": "public" if public else "lab", "method": method, "option": METHODS[method].option,
-             "option_value": value, "group": case.groups.name, "questions": len(table), "seed": case.seed}
+             "option_value": value, "group": case.targets.name, "questions": len(table), "seed": case.seed}
     return rows.assign(unit=rows.measure.map({"right": "%", "logp": "nats"}), **notes).reset_index(drop=True)
 
 
-def fitting(case: Case, ways: Iterable[Way]) -> list[Way]:
+def applicable(case: Case, ways: Iterable[Way]) -> list[Way]:
     """Those methods that have something to act on in a model. Why others have not is printed."""
     found, reasons = [], []
     for method, value in ways:
         try:
-            intervention(case, next(iter(case.pictures)), method, value)
+            applied(case, next(iter(case.pictures)), method, value)
             found.append((method, value))
         except ValueError as reason:
             reasons.append(str(reason))
@@ -372,7 +372,7 @@ def fitting(case: Case, ways: Iterable[Way]) -> list[Way]:
     return found
 
 
-def answers(
+def answers_under(
     case: Case, tables: Mapping[str, pd.DataFrame], ways: Sequence[Way], *, public: bool, **settings: Any
 ) -> pd.DataFrame:
     """Answers to some benchmarks, of the untouched model and under methods.
@@ -391,35 +391,35 @@ def answers(
     """
     found = []
     for name, table in tables.items():
-        made = [NONE, *(intervention(case, name, *of) for of in ways)]
+        made = [NONE, *(applied(case, name, *of) for of in ways)]
         found.append(study.answers(case.lvlm, name, table, case.pictures[name], made, public=public,
                                    batch_size=case.batch_size, **settings))
     said = pd.concat(found, ignore_index=True)
     said[["method", "way"]] = (said.intervention + "|").str.split("|", expand=True)[[0, 1]]
-    return said.assign(group=case.groups.name)
+    return said.assign(group=case.targets.name)
 
 
 def changes(
     case: Case, tables: Mapping[str, pd.DataFrame], ways: Sequence[Way], *, public: bool, **settings: Any
 ) -> pd.DataFrame:
-    """What methods change in the answers to some benchmarks: `answers` less those of the untouched model.
+    """What methods change in the answers to some benchmarks: `answers_under` less those of the untouched model.
 
     Returns:
-        The rows of `study.long`, in points and nats, with the columns of `answers`.
+        The rows of `study.long`, in points and nats, with the columns of `answers_under`.
 
     Raises:
-        ValueError: as `answers`.
+        ValueError: as `answers_under`.
     """
-    said = answers(case, tables, ways, public=public, **settings)
+    said = answers_under(case, tables, ways, public=public, **settings)
     found = [ablation.effects(of) for _, of in said.groupby("benchmark", sort=False)]
     return study.long(pd.concat(found, ignore_index=True))
 
 
-def as_reported(said: pd.DataFrame, by: Sequence[str], method: str, against: str, seed: int = 0) -> pd.DataFrame:
+def reported_changes(said: pd.DataFrame, by: Sequence[str], method: str, against: str, seed: int = 0) -> pd.DataFrame:
     """What a method changes in the columns of the paper's tables, against another or the untouched model, "none".
 
     Args:
-        said: as `answers` returns it, of one model or, with more columns, of several.
+        said: as `answers_under` returns it, of one model or, with more columns, of several.
         by: columns that name a model.
         method, against: of the column `method`.
         seed: of the bootstrap.
@@ -436,6 +436,6 @@ def as_reported(said: pd.DataFrame, by: Sequence[str], method: str, against: str
     for cell, of in pairs.groupby([*by, "column"], sort=False):
         scale = of.scale.iloc[0]
         before, score = scale * of.groupby("benchmark")[["right_before", "right_after"]].mean().mean()
-        change = study.mean(of.assign(right=of.right_after - of.right_before), "right", seed)
+        change = study.mean_of_benchmarks(of.assign(right=of.right_after - of.right_before), "right", seed)
         found.append((*cell, before, score, *study.scaled(change, scale)))
     return pd.DataFrame(found, columns=[*by, "column", "before", "score", "value", "low", "high", "n"])

@@ -31,7 +31,7 @@ from sinkstudy.lab import language, training
 from sinkstudy.lab import tower as tower_module
 from sinkstudy.lab.corpus import Codec, Corpus, training_pictures
 from sinkstudy.lab.families import family
-from sinkstudy.lab.train import CACHE
+from sinkstudy.lab.train import LAB_CACHE
 from sinkstudy.model import loading
 from sinkstudy.paths import ALIGNMENT, TRAINED, atomic
 from sinkstudy.trained import alignment, loop
@@ -54,9 +54,9 @@ BASES: dict[str, dict[str, Any]] = {
     "lab-llava-gist": {"criterion": "above_median", "threshold": 3.0},
     "lab-llava": {"criterion": "percentile", "threshold": 98.0},
 }
-ARMS = ("one", "two", "matched", "others", "sinks", "normed", "random", "kept")
+CONNECTOR_ARMS = ("one", "two", "matched", "others", "sinks", "normed", "random", "kept")
 RIVAL_ARMS = ("rew", "gates", "adapters")
-ALL_ARMS = (*ARMS, *RIVAL_ARMS)
+ALL_ARMS = (*CONNECTOR_ARMS, *RIVAL_ARMS)
 FOLLOWED = (0, 5, 10, 20, 40, 80, 120)  # steps of `ALIGN` at which `follow_alignment` keeps the connector
 
 
@@ -99,9 +99,9 @@ class _Training(nn.Module):
         return self.loss(rows, seed=self.n + step)[0]
 
 
-def fit(loss: Callable[..., tuple[torch.Tensor, dict]], module: nn.Module, n: int, folder: Path,
-        settings: loop.Settings, muon: float | None, about: dict | None = None,
-        watch: Callable[[int], None] | None = None) -> pd.DataFrame:
+def fit_stage(loss: Callable[..., tuple[torch.Tensor, dict]], module: nn.Module, n: int, folder: Path,
+              settings: loop.Settings, muon: float | None, about: dict | None = None,
+              watch: Callable[[int], None] | None = None) -> pd.DataFrame:
     """Train what of a module asks for gradients by `loss(rows, seed=…)` on the scenes 0 … n - 1; see `loop.fit`.
 
     `muon`: learning rate of weight matrices under Muon; None: AdamW for all.
@@ -120,7 +120,7 @@ class Workshop:
         self.lvlm, self.rule = loading.load(base), BASES[base]
         self.lvlm.model.set_attn_implementation("lab_matmul")
         self.corpus = Corpus(DENSE, simple=SIMPLE)
-        split = [training_pictures(CACHE, DENSE), training_pictures(CACHE, SIMPLE, "train simple")]
+        split = [training_pictures(LAB_CACHE, DENSE), training_pictures(LAB_CACHE, SIMPLE, "train simple")]
         self.pictures = np.concatenate(split)  # [scenes, 3, 96, 96] uint8, as in the corpus
         self.connector = copy.deepcopy(self.lvlm.connector)
         self.decoder = self._text_pretrained()
@@ -134,8 +134,8 @@ class Workshop:
         kind = family(self.lvlm.model.config)
         decoder = language.build_decoder(len(Codec(kind.special).words), kind)
         run = training.compiled(decoder.model.forward)
-        fit(lambda rows, seed: language.text_loss(decoder, run, self.corpus, rows, seed), decoder, DENSE + SIMPLE,
-            CACHE / f"trial.{kind.text}", TEXT, muon=TEXT.lr)
+        fit_stage(lambda rows, seed: language.text_loss(decoder, run, self.corpus, rows, seed), decoder, DENSE + SIMPLE,
+                  LAB_CACHE / f"trial.{kind.text}", TEXT, muon=TEXT.lr)
         return decoder.model.state_dict()
 
     def method(self, arm: str, seed: int) -> OneConnector:
@@ -160,7 +160,7 @@ class Workshop:
             case "sinks" | "others":
                 method = DIYSink(self.lvlm, show=arm, seed=seed, **self.rule)
             case _:
-                raise ValueError(f"unknown arm {arm!r}: {', '.join(ARMS)}")
+                raise ValueError(f"unknown arm {arm!r}: {', '.join(CONNECTOR_ARMS)}")
         torch.manual_seed(seed)
         for connector in connectors(method):
             language.start_connector(self.lvlm.model, connector, self.patches)
@@ -173,8 +173,8 @@ class Workshop:
         for part in trained:
             part.requires_grad_(True)
         stage, about = Stage(method, self.corpus, self.pictures, target), {"method": method.kind, **method.settings}
-        log = fit(stage.loss, method, DENSE + SIMPLE, CACHE / name, settings, muon=settings.lr, about=about,
-                  watch=watch)
+        log = fit_stage(stage.loss, method, DENSE + SIMPLE, LAB_CACHE / name, settings, muon=settings.lr, about=about,
+                        watch=watch)
         return log.assign(stage=name.rsplit(".", 1)[1])
 
     def train(self, arm: str, seed: int) -> None:
@@ -221,7 +221,7 @@ def follow_alignment(base: str, seed: int = 0) -> None:
     method, name = shop.method("one", seed), f"{base}.one-{seed}.alignment"
 
     def at(step: int) -> Path:
-        return CACHE / name / f"step-{step}.safetensors"
+        return LAB_CACHE / name / f"step-{step}.safetensors"
 
     def watch(step: int) -> None:
         if step in FOLLOWED:
@@ -239,7 +239,7 @@ def connectors(method: OneConnector) -> list[nn.Module]:
     return [method.lvlm.connector, *([method.sink] if isinstance(method, DIYSink) else [])]
 
 
-def asked(pictures, n: int, seed: int) -> pd.DataFrame:
+def rival_samples(pictures, n: int, seed: int) -> pd.DataFrame:
     """Questions about the first n training pictures, one each, every family as often: `type` and `sample`.
 
     A quarter of those that have options is asked with them.
@@ -279,10 +279,10 @@ def train_rival(base: str, arm: str, seed: int, pictures) -> None:
     method.requires_grad_(False)
     for parameter in method.changed().values():
         parameter.requires_grad_(True)
-    samples = asked(pictures, settings.steps * settings.batch_size, seed)
+    samples = rival_samples(pictures, settings.steps * settings.batch_size, seed)
     if arm == "rew":
         samples = balanced(samples, 120, seed)
-    log = loop.fit(method, samples["sample"].tolist(), CACHE / f"{base}.{folder.name}", settings, Collate(lvlm),
+    log = loop.fit(method, samples["sample"].tolist(), LAB_CACHE / f"{base}.{folder.name}", settings, Collate(lvlm),
                      about={"method": method.kind, **method.settings})
     method.save(folder, steps=settings.steps, parameters=n_parameters(method))
     with atomic(folder / "training.csv") as file:

@@ -25,21 +25,20 @@ from sinkstudy.lab.tower import LAYERS, ONSET, attentions, normalise, states
 from sinkstudy.model import loading
 from sinkstudy.model.lvlm import LVLM
 from sinkstudy.model.sinktower import CLIPVisionModelWithSinks
-from sinkstudy.paths import DATA
+from sinkstudy.paths import DATA, POSITIVE_CONTROL
 from sinkstudy.world import gist
 from sinkstudy.world import questions as q
 from sinkstudy.world.drawing import GRID, Scenes, render
 
-CONTROL = "lab-llava-gist"  # the model behind the committed tower
 USED = 256  # pictures about which a language model is asked
-FAMILIES = {  # of questions (`world.questions`): what no patch shows alone, and what one place shows
+QUESTION_FAMILIES = {  # of questions (`world.questions`): what no patch shows alone, and what one place shows
     "gist": ("things", "parts", "sum", "compare"),
     "local": ("existence", "colour", "place", "size", "mark"),
 }
 READ = LAYERS - 1  # of `states`: the residual stream that the connector reads
 FIT, JUDGE = 3072, 2048  # scenes
 LOCAL = ("texture", "colour", "kind", "thing colour", "size", "mark")  # columns of `corpus.grounding`
-THRESHOLDS = {"mean_sd": 3.0, "percentile": 98.0, "above_median": 3.0, "norm_drop": 1.5}  # those of the chapters
+GATE_THRESHOLDS = {"mean_sd": 3.0, "percentile": 98.0, "above_median": 3.0, "norm_drop": 1.5}  # those of the chapters
 BOUNDS = {  # by gate: (which side, bound)
     "gist of a sink, of that of the natural CLS": ("at least", 0.9),
     "gist of a random ordinary patch, of that of a sink": ("at most", 0.25),
@@ -69,7 +68,7 @@ class Readings:
 
 
 @torch.no_grad()
-def read(tower: PreTrainedModel, scenes: Scenes, *, seed: int = 0, hide_sinks: bool = False) -> Readings:
+def tower_readings(tower: PreTrainedModel, scenes: Scenes, *, seed: int = 0, hide_sinks: bool = False) -> Readings:
     """What the tower says of rendered scenes.
 
     `hide_sinks`: the picture's flat patches are patches like others, so that the tower with sinks becomes one that sees
@@ -178,9 +177,9 @@ def gates(natural: PreTrainedModel, control: CLIPVisionModelWithSinks, *, fit: i
         `fact`, `margin`, `variance`, with rows of shuffled labels as `token` "sink, shuffled labels".
     """
     scenes = render("val", 0, fit), render("test", 0, judge)
-    facts = gist.facts(scenes[0]), gist.facts(scenes[1])
+    facts = gist.fact_classes(scenes[0]), gist.fact_classes(scenes[1])
     towers = {"natural": (natural, False), "control": (control, False), "local": (control, True)}
-    seen = {name: (read(tower, scenes[0], hide_sinks=hide), read(tower, scenes[1], hide_sinks=hide))
+    seen = {name: (tower_readings(tower, scenes[0], hide_sinks=hide), tower_readings(tower, scenes[1], hide_sinks=hide))
             for name, (tower, hide) in towers.items()}
     wanted = {"natural": ["cls", "last cls", "sink", "ordinary", "empty", "mean"],
               "control": ["cls", "sink", "ordinary", "empty", "mean"], "local": ["mean"]}
@@ -192,7 +191,8 @@ def gates(natural: PreTrainedModel, control: CLIPVisionModelWithSinks, *, fit: i
     of = {key: overall(part) for key, part in table.groupby(["tower", "token"])}
     cls = max(of["natural", "cls"], of["natural", "last cls"])
     truth, norms = scenes[1].calm.flatten(1), seen["control"][1].norms
-    marked = {name: sinks.NORM_CRITERIA[name](norms, tau) for name, tau in THRESHOLDS.items() if name != "percentile"}
+    marked = {name: sinks.NORM_CRITERIA[name](norms, tau) for name, tau in GATE_THRESHOLDS.items()
+              if name != "percentile"}
     precision = min(((m & truth).sum() / m.sum().clamp_min(1)).item() for m in marked.values())
     recall = min(((m & truth).sum() / truth.sum()).item() for m in marked.values())
     sink = of["control", "sink"]
@@ -210,15 +210,15 @@ def _judged(bounds: dict[str, tuple[str, float]], values: list[float]) -> pd.Dat
     return pd.DataFrame(rows)
 
 
-def asked(scenes: Scenes, seed: int) -> pd.DataFrame:
-    """A question of each of `FAMILIES` about every scene that admits it: a row a question.
+def questions_by_family(scenes: Scenes, seed: int) -> pd.DataFrame:
+    """A question of each of `QUESTION_FAMILIES` about every scene that admits it: a row a question.
 
     Returns:
-        `id`, `image_id`, `question`, `answer`, `family` and `about`, the key of `FAMILIES`.
+        `id`, `image_id`, `question`, `answer`, `family` and `about`, the key of `QUESTION_FAMILIES`.
     """
     rng, rows = random.Random(seed), []
     for i, facts in enumerate(q.facts(scenes)):
-        for about, families in FAMILIES.items():
+        for about, families in QUESTION_FAMILIES.items():
             found = (q.ask(facts, family, rng) for family in families)
             rows += [{"image_id": str(i), "question": one.text, "answer": one.answer, "family": one.family,
                       "about": about} for one in found if one]
@@ -235,7 +235,7 @@ def use(lvlm: LVLM, *, n: int = USED, seed: int = 0, batch_size: int = 32) -> pd
     """What a model's answers lose when its calm patches are taken away, and when as many random ones are.
 
     A token that is taken away is seen by no later token of the decoder, in any layer (`ablation.hide`). Each of
-    `FAMILIES` is asked once about every test scene that admits it, open where it can be.
+    `QUESTION_FAMILIES` is asked once about every test scene that admits it, open where it can be.
 
     Returns:
         A row for each group of families and for each family: `of`, `untouched` (% right), and the changes `without`
@@ -244,14 +244,14 @@ def use(lvlm: LVLM, *, n: int = USED, seed: int = 0, batch_size: int = 32) -> pd
     """
     scenes = render("test", 0, n)
     pictures = {str(i): image for i, image in enumerate(scenes.images)}
-    table = asked(scenes, seed)
+    table = questions_by_family(scenes, seed)
     calm, chance = calm_and_random(scenes, seed)
     ways = [ablation.hide("calm", calm), ablation.hide("random", chance)]
     said = ablation.scored(lvlm, table, ways, images=pictures, max_new_tokens=4, batch_size=batch_size, cache=None)
     right = said.pivot(index="id", columns="intervention", values="right").join(table.set_index("id"))
     found = []
-    groups = {name: right.family.isin(families) for name, families in FAMILIES.items()}
-    groups |= {family: right.family == family for families in FAMILIES.values() for family in families}
+    groups = {name: right.family.isin(families) for name, families in QUESTION_FAMILIES.items()}
+    groups |= {family: right.family == family for families in QUESTION_FAMILIES.values() for family in families}
     for name, mask in groups.items():
         of = right[mask]
         by_sinks = stats.mean_interval((of.calm - of.random).to_numpy(), clusters=of.image_id.to_numpy(), seed=seed)
@@ -270,14 +270,14 @@ def uses(**settings: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     Returns:
         A row a gate, as `gates` has them; and the rows of `use` for the three models, with `model`.
     """
-    names = (CONTROL, "lab-llava", "lab-llava-sinks")
+    names = (POSITIVE_CONTROL, "lab-llava", "lab-llava-sinks")
     table = pd.concat([use(loading.load(name), **settings).assign(model=name) for name in names])
     of = table[table["of"] == "gist"].set_index("model")
-    control, natural = of.loc[CONTROL], of.loc["lab-llava"]
+    control, natural = of.loc[POSITIVE_CONTROL], of.loc["lab-llava"]
     return _judged(USE_BOUNDS, [control.untouched - natural.untouched, -control.by_sinks]), table
 
 
-def measured(**scenes: int) -> pd.DataFrame:
+def committed_gates(**scenes: int) -> pd.DataFrame:
     """`gates` of the committed tower beside that of lab-llava; `scenes`: `fit` and `judge`."""
     natural = loading.load("lab-llava").vision
     control = AutoModel.from_pretrained(DATA / "towers" / "gist", dtype=torch.float32, use_safetensors=True).eval()

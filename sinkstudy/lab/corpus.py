@@ -95,7 +95,7 @@ class Corpus:
         scenes = render("train", 0, n, pictures=False)
         self.calm = scenes.calm
         self.grounding = grounding(scenes)
-        self.gist = torch.stack(list(gist.facts(scenes).values()), 1)
+        self.gist = torch.stack(list(gist.fact_classes(scenes).values()), 1)
         if simple:
             scenes = Scenes.cat([scenes, render("train" + SIMPLE, 0, simple, pictures=False)])
             n += simple

@@ -17,7 +17,7 @@ from sinkstudy.lab.training import autocast, compiled
 
 QUESTIONS = tuple(SLOTS.values())
 # What the mean loss of each kind of answer counts for: a region's description has 15 words, other answers one.
-WEIGHTS = {"short": 2.0, "region": 1.0, "options": 2.0}
+LOSS_WEIGHTS = {"short": 2.0, "region": 1.0, "options": 2.0}
 DEPTH = 4
 
 
@@ -89,12 +89,12 @@ def next_word_loss(hidden: torch.Tensor, embedding: torch.Tensor, labels: torch.
 
 
 def answers_loss(hidden: torch.Tensor, embedding: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, dict]:
-    """The kinds of answers in `SLOTS`, weighted by `WEIGHTS`; hidden [n, slots' words, width], labels likewise."""
+    """The kinds of answers in `SLOTS`, weighted by `LOSS_WEIGHTS`; hidden [n, slots' words, width], labels likewise."""
     loss, right, at = 0.0, {}, 0
     for kind, (number, length) in SLOTS.items():
         part = slice(at, at + number * length)
         of_kind, right[f"{kind} words"] = next_word_loss(hidden[:, part], embedding, labels[:, part])
-        loss, at = loss + WEIGHTS[kind] * of_kind, part.stop
+        loss, at = loss + LOSS_WEIGHTS[kind] * of_kind, part.stop
     return loss, right
 
 

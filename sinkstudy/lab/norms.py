@@ -22,7 +22,7 @@ from sinkstudy.answers.evaluate import Intervention, Prefixes
 from sinkstudy.effects import ablation
 from sinkstudy.lab import arms, control, language
 from sinkstudy.lab.corpus import Corpus, training_pictures
-from sinkstudy.lab.train import CACHE
+from sinkstudy.lab.train import LAB_CACHE
 from sinkstudy.model import capture, loading
 from sinkstudy.model.lvlm import LVLM
 from sinkstudy.trained import loop
@@ -30,11 +30,11 @@ from sinkstudy.world.drawing import Scenes, render
 
 LONG = 5.1
 """Norm of a sink of `lab-llava-gist` over the median of its picture (chapter 01)."""
-CELLS = (("lab-llava-gist", "long"), ("lab-llava-gist", "median"), ("lab-llava", "long"), ("lab-llava", "median"))
+NORM_CELLS = (("lab-llava-gist", "long"), ("lab-llava-gist", "median"), ("lab-llava", "long"), ("lab-llava", "median"))
 """Models, with and without the picture's gist in the calm patches, and the norm that these have."""
 AS_TRAINED = {"lab-llava-gist": "long", "lab-llava": "median"}
-TUNE = loop.Settings(steps=200, batch_size=24, lr=1e-3, weight_decay=0.05)
-SCENES = 16_384
+RETUNE = loop.Settings(steps=200, batch_size=24, lr=1e-3, weight_decay=0.05)
+TUNE_SCENES = 16_384
 TRACED = 64  # pictures whose attention is followed
 
 
@@ -69,17 +69,16 @@ def resized(patches: torch.Tensor, mask: torch.Tensor, times: float) -> torch.Te
     return patches * factor[..., None].to(patches)
 
 
-def intervention(name: str, calm: ablation.Masks, norm: str | None, gone: ablation.Masks | None = None) -> Intervention:
+def with_norm(name: str, calm: ablation.Masks, norm: str | None, gone: ablation.Masks | None = None) -> Intervention:
     """The calm patches of a norm, "long" or "median", or None for that which they have; and a group hidden from all."""
-    parts = [] if gone is None else [ablation.hide("", gone)]
 
     def around(lvlm: LVLM, inputs: Prefixes) -> Any:
         stack = ExitStack()
         if norm is not None:
             masks = ablation.of_images(calm, inputs)
             stack.enter_context(lengthened(lvlm, inputs, masks, LONG if norm == "long" else 1.0))
-        for part in parts:
-            stack.enter_context(part.around(lvlm, inputs))
+        if gone is not None:
+            stack.enter_context(ablation.hide("", gone).around(lvlm, inputs))
         return stack
 
     return Intervention(name, around, {"norm": norm})
@@ -107,11 +106,11 @@ def retrain(name: str, norm: str) -> tuple[LVLM, pd.DataFrame]:
     """
     lvlm = loading.load(name)
     lvlm.model.set_attn_implementation("lab_matmul")
-    calm = render("train", 0, SCENES, pictures=False).calm.flatten(1)
-    stage = _Stage(lvlm, Corpus(SCENES), training_pictures(CACHE, SCENES), calm, norm)
+    calm = render("train", 0, TUNE_SCENES, pictures=False).calm.flatten(1)
+    stage = _Stage(lvlm, Corpus(TUNE_SCENES), training_pictures(LAB_CACHE, TUNE_SCENES), calm, norm)
     lvlm.model.requires_grad_(False)
     lvlm.connector.requires_grad_(True)
-    log = arms.fit(stage.loss, lvlm.model, SCENES, CACHE / f"norms.{name}.{norm}", TUNE, muon=None)
+    log = arms.fit_stage(stage.loss, lvlm.model, TUNE_SCENES, LAB_CACHE / f"norms.{name}.{norm}", RETUNE, muon=None)
     lvlm.model.eval().set_attn_implementation("sdpa")
     return lvlm, log
 
@@ -129,24 +128,25 @@ def cell(lvlm: LVLM, norm: str | None, scenes: Scenes, *, seed: int = 0, batch_s
     """
     pictures = {str(i): image for i, image in enumerate(scenes.images)}
     calm, chance = control.calm_and_random(scenes, seed)
-    table = control.asked(scenes, seed)
-    ways = {"as it is": intervention("as it is", calm, norm), "calm": intervention("calm", calm, norm, calm),
-            "random": intervention("random", calm, norm, chance)}
+    table = control.questions_by_family(scenes, seed)
+    ways = {"as it is": with_norm("as it is", calm, norm), "calm": with_norm("calm", calm, norm, calm),
+            "random": with_norm("random", calm, norm, chance)}
     said = ablation.scored(lvlm, table, list(ways.values()), images=pictures, max_new_tokens=4, batch_size=batch_size,
                            cache=None)
     right = said.pivot(index="id", columns="intervention", values="right").join(table.set_index("id"))
     rows = []
     for about, of in right.groupby("about", sort=False):
         lost = stats.mean_interval((of.calm - of.random).to_numpy(), clusters=of.image_id.to_numpy(), seed=seed)
-        drawn = attention(lvlm, table[table.about == about], pictures, calm, norm, seed=seed, batch_size=batch_size)
+        drawn = attention_on_calm(lvlm, table[table.about == about], pictures, calm, norm, seed=seed,
+                                  batch_size=batch_size)
         rows.append({"about": about, "questions": len(of), "right": of["as it is"].mean(), "lost": lost.value,
                      "low": lost.low, "high": lost.high, "attention": drawn.value, "attention_low": drawn.low,
                      "attention_high": drawn.high})
     return pd.DataFrame(rows)
 
 
-def attention(lvlm: LVLM, table: pd.DataFrame, pictures: Mapping[str, torch.Tensor], calm: ablation.Masks,
-              norm: str | None, *, seed: int, batch_size: int) -> stats.Interval:
+def attention_on_calm(lvlm: LVLM, table: pd.DataFrame, pictures: Mapping[str, torch.Tensor], calm: ablation.Masks,
+                      norm: str | None, *, seed: int, batch_size: int) -> stats.Interval:
     """Attention of the answer's tokens on a calm patch over that on another, mean over heads and layers."""
     table = table[table.image_id.astype(int) < TRACED].drop_duplicates("image_id")
     numerator, denominator = [], []
@@ -165,7 +165,7 @@ def attention(lvlm: LVLM, table: pd.DataFrame, pictures: Mapping[str, torch.Tens
     return stats.ratio_interval(numerator, denominator, seed=seed)
 
 
-def measured(n: int = control.USED) -> tuple[pd.DataFrame, pd.DataFrame]:
+def all_cells(n: int = control.USED) -> tuple[pd.DataFrame, pd.DataFrame]:
     """All cells, and the curves of the connectors that were trained on.
 
     Returns:
@@ -173,7 +173,7 @@ def measured(n: int = control.USED) -> tuple[pd.DataFrame, pd.DataFrame]:
         those of `loop.fit` with `model` and `norm`.
     """
     scenes, cells, logs = render("test", 0, n), [], []
-    for model, norm in CELLS:
+    for model, norm in NORM_CELLS:
         changed = norm != AS_TRAINED[model]
         found = cell(loading.load(model), norm if changed else None, scenes)
         cells.append(found.assign(model=model, norm=norm, connector="as it is"))

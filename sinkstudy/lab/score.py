@@ -24,12 +24,11 @@ BENCHMARKS: dict[str, Callable[[], pd.DataFrame]] = {
     "POPE": partial(benchmarks.pope, split="test"), "MME": benchmarks.mme, "MMStar": benchmarks.mmstar}
 
 
-def answers(lvlm: LVLM, images: torch.Tensor, questions: list[str], *, batch_size: int = 64,
-            max_new_tokens: int = 4) -> list[str]:
+def greedy_answers(lvlm: LVLM, images: torch.Tensor, questions: list[str], *, batch_size: int = 64) -> list[str]:
     """Greedy answers, one for each picture (uint8 [n, 3, height, width]) and question."""
     same = [hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in images]
     table = pd.DataFrame({"id": range(len(same)), "image_id": same, "question": questions, "image": list(images)})
-    return evaluate(lvlm, table, max_new_tokens=max_new_tokens, batch_size=batch_size, cache=None).prediction.tolist()
+    return evaluate(lvlm, table, max_new_tokens=4, batch_size=batch_size, cache=None).prediction.tolist()
 
 
 def question_prior(table: pd.DataFrame, scenes: int = 4096) -> list[str]:
@@ -61,13 +60,13 @@ def score(lvlm: LVLM) -> pd.DataFrame:
     out = []
     for name, make in BENCHMARKS.items():
         table = make()
-        images, place = benchmarks.pictures(table)
+        images, place = benchmarks.render_pictures(table)
         unseen = images.float().mean(0, keepdim=True).round().to(torch.uint8).expand(len(table), -1, -1, -1)
         questions = table.question.tolist()
         out.append(table.assign(
             benchmark=name,
-            right=correct(table, name, answers(lvlm, images[place], questions)),
-            blind=correct(table, name, answers(lvlm, unseen, questions)),
+            right=correct(table, name, greedy_answers(lvlm, images[place], questions)),
+            blind=correct(table, name, greedy_answers(lvlm, unseen, questions)),
             prior=correct(table, name, question_prior(table))))
     return pd.concat(out, ignore_index=True)
 

@@ -37,7 +37,7 @@ from sinkstudy.world import gist
 from sinkstudy.world.drawing import GRID, PATCH, SIDE
 
 WIDTH, LAYERS, HEADS = 128, 8, 2
-KINDS = ("plain", "sinks", "gist", "registers", "no-cls", "qwen2vl")
+TOWER_KINDS = ("plain", "sinks", "gist", "registers", "no-cls", "qwen2vl")
 MERGE, FRAMES = 2, 2  # Qwen2-VL: patches on a side of a visual token; how often a picture stands in a patch's time
 ONSET = 4            # the planted sinks have a high norm at the output of this layer (1-based) and all later ones
 NORM_RATIO = 5.0     # … at least so many times the median of the busy patches
@@ -54,8 +54,8 @@ def build(kind: str, seed: int = 0) -> PreTrainedModel:
     Raises:
         ValueError: if there is no such kind.
     """
-    if kind not in KINDS:
-        raise ValueError(f"unknown tower {kind!r}: choose from {', '.join(KINDS)}")
+    if kind not in TOWER_KINDS:
+        raise ValueError(f"unknown tower {kind!r}: choose from {', '.join(TOWER_KINDS)}")
     if kind == "qwen2vl":
         return build_qwen2vl(seed)
     shape = dict(hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS, intermediate_size=4 * WIDTH,
@@ -239,7 +239,7 @@ class Objective(nn.Module):
         self.ground_head = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, sum(GROUNDED)))
         self.captioner = CaptionDecoder(words, length, placed=kind == "qwen2vl")
         if kind == "gist":
-            self.gist_head = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, sum(gist.SIZES)))
+            self.gist_head = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, sum(gist.N_CLASSES)))
 
     def forward(self, tower, pixels, caption, ngrams, grounding, calm, facts, progress) -> tuple[torch.Tensor, dict]:
         """pixels [n, 3, 96, 96], caption [n, length] (-1 pads), ngrams [n, k] in {0, 1}, grounding
@@ -277,7 +277,7 @@ class Objective(nn.Module):
         values = {"image": image.item(), "caption": words.item(), "texture": ground[0].item(),
                   "kind": ground[2].item()}
         if which is not None:
-            asked = self.gist_head(pooled[0]).float().split(gist.SIZES, -1)
+            asked = self.gist_head(pooled[0]).float().split(gist.N_CLASSES, -1)
             wrong = [F.cross_entropy(scores, facts[which, i]) for i, scores in enumerate(asked)]
             loss = loss + sum(wrong)
             values |= {"gist": sum(wrong).item()} | {

@@ -25,7 +25,7 @@ from sinkstudy.model.sinktower import CLIPVisionModelWithSinks
 from sinkstudy.paths import DATA, MODELS, atomic
 from sinkstudy.world.drawing import PATCH
 
-CACHE = DATA / "cache" / "lab"
+LAB_CACHE = DATA / "cache" / "lab"
 TOWER_OF = {"lab-llava": "plain", "lab-llava-sinks": "sinks", "lab-llava-registers": "registers",
             "lab-qwen2vl": "qwen2vl", "lab-llava-gist": "gist"}
 TOWER: dict[str, Any] = dict(steps=900, batch=64, lr=2e-3, weight_decay=0.1)
@@ -55,8 +55,8 @@ def corpus() -> Corpus:
 
 
 @lru_cache(1)
-def pictures():
-    return training_pictures(CACHE, TRAIN_SCENES)
+def train_pictures():
+    return training_pictures(LAB_CACHE, TRAIN_SCENES)
 
 
 def train_tower(name: str, kind: str, *, steps: int, batch: int, lr: float, weight_decay: float,
@@ -64,7 +64,7 @@ def train_tower(name: str, kind: str, *, steps: int, batch: int, lr: float, weig
     """A tower of the kind, trained with captions; with `follow`, its norms and attention over training go there."""
     device = training.device()
     tower = tower_module.build(kind, seed).to(device)
-    data, images = corpus(), pictures()
+    data, images = corpus(), train_pictures()
     objective = tower_module.Objective(kind, len(data.codec.words), CAPTION, data.grams.shape[1],
                                        caption_weight=caption_weight).to(device)
     follower = Follower(kind, log_spaced(steps)) if follow else None
@@ -85,10 +85,10 @@ def train_tower(name: str, kind: str, *, steps: int, batch: int, lr: float, weig
             with atomic(follow) as file:
                 follower.table().to_csv(file, index=False)
 
-    if follow and (CACHE / name).exists() and follow.exists():
+    if follow and (LAB_CACHE / name).exists() and follow.exists():
         follower.rows = pd.read_csv(follow).to_dict("records")
     log = training.train(name, [tower, objective], loss_at, steps=steps, lr=lr, weight_decay=weight_decay,
-                       muon=muon, folder=CACHE, watch=watch if follow else None)
+                       muon=muon, folder=LAB_CACHE, watch=watch if follow else None)
     return tower, log
 
 
@@ -102,7 +102,7 @@ def train_decoder(kind: Llava, *, batch: int, seed: int = 10, **settings):
         rows = training.batch_rows(seed, step, batch, TRAIN_SCENES)
         return language.text_loss(decoder, run, data, rows, seed=step)
 
-    return decoder, training.train(kind.text, [decoder], loss_at, folder=CACHE, **settings)
+    return decoder, training.train(kind.text, [decoder], loss_at, folder=LAB_CACHE, **settings)
 
 
 def tune(name: str, model, target: str, *, batch: int, seed: int, frozen: tuple[str, ...] = (), **settings):
@@ -112,12 +112,12 @@ def tune(name: str, model, target: str, *, batch: int, seed: int, frozen: tuple[
     for part in (kind.tower, *frozen):
         model.model.get_submodule(part).requires_grad_(False)
     model.model.get_submodule(kind.connector).requires_grad_(True)  # Qwen2-VL's is a part of its tower
-    stage = language.ImageStage(model, corpus(), pictures(), target)
+    stage = language.ImageStage(model, corpus(), train_pictures(), target)
 
     def loss_at(step):
         return stage.loss(training.batch_rows(seed, step, batch, TRAIN_SCENES), seed=TRAIN_SCENES + step)
 
-    return training.train(name, [model], loss_at, folder=CACHE, **settings)
+    return training.train(name, [model], loss_at, folder=LAB_CACHE, **settings)
 
 
 def train_model(name: str):
@@ -134,7 +134,7 @@ def train_model(name: str):
         tower, log_tower = train_tower(f"{name}.tower", TOWER_OF[name], follow=follow, **TOWER)
     kind = family(tower.config)
     decoder, log_text = train_decoder(kind, **TEXT)
-    some = torch.from_numpy(pictures()[:128].copy()).to(training.device())
+    some = torch.from_numpy(train_pictures()[:128].copy()).to(training.device())
     model = language.assemble(tower, decoder, Codec(kind.special), tower_module.normalise(some)).to(training.device())
     logs = [log_tower, log_text,
             tune(f"{name}.align", model, "caption", seed=25, frozen=("language_model",), **ALIGN),
@@ -155,12 +155,12 @@ def train_gist() -> Path:
 def train_arms() -> None:
     """The short towers of chapter 02; what is kept is their logged statistics, and how they were trained."""
     for name in EMERGENCE_ARMS:
-        train_tower(f"arm.{name}", follow=DATA / "emergence" / f"{name}.csv", **followed()[name])
+        train_tower(f"arm.{name}", follow=DATA / "emergence" / f"{name}.csv", **followed_towers()[name])
     with atomic(DATA / "emergence" / "towers.csv") as file:
         recipes().to_csv(file, index=False)
 
 
-def followed() -> dict[str, dict[str, Any]]:
+def followed_towers() -> dict[str, dict[str, Any]]:
     """The settings of `train_tower` for each tower that chapter 02 follows, by the name of its log."""
     shipped = {name: TOWER | {"kind": kind} for name, kind in TOWER_OF.items() if kind != "gist"}
     return shipped | {name: TOWER | {"kind": "plain", "steps": ARM_STEPS} | changed
@@ -168,11 +168,11 @@ def followed() -> dict[str, dict[str, Any]]:
 
 
 def recipes() -> pd.DataFrame:
-    """What `followed` comes to, in words: a row a tower, `connector` being the layer that is read, counted from 1."""
+    """`followed_towers` in words: a row a tower, `connector` being the layer that is read, counted from 1."""
     beside = {"registers": f"CLS, {CLIPVisionWithRegistersConfig().num_register_tokens} registers", "no-cls": "none",
               "qwen2vl": "none"}
     rows = []
-    for name, of in followed().items():
+    for name, of in followed_towers().items():
         losses = ["image level", *(["captions"] if of.get("caption_weight", 1) else []), "grounding",
                   *(["planted sinks"] if of["kind"] == "sinks" else [])]
         muon = f"Muon {of['muon']:g}, " if "muon" in of else ""

@@ -18,7 +18,7 @@ from torch import nn
 from sinkstudy.model.checkpoints import check_values
 from sinkstudy.paths import ADAPTER, UNMERGED, model_folder
 
-WEIGHTS = "adapter_model.safetensors"
+ADAPTER_FILE = "adapter_model.safetensors"
 # what says how it was trained or is checked below; any other setting has to be off
 NEUTRAL = set(
     "peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode r target_modules "
@@ -94,7 +94,7 @@ def read(name: str) -> Adapter | None:
     try:
         of = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
         base = of["base_model_name_or_path"]
-        weights = {_path(key): weight for key, weight in load_file(folder / WEIGHTS).items()}
+        weights = {_path(key): weight for key, weight in load_file(folder / ADAPTER_FILE).items()}
     except Exception as error:  # whatever a damaged file provokes
         said = str(error).partition("\n")[0]
         raise ValueError(f"the adapter {name} cannot be read: {type(error).__name__}: {said}; {UNMERGED}") from None

@@ -130,7 +130,6 @@ def attention_rows(
 def attention_received(
     lvlm: LVLM,
     side: Side,
-    layers: Sequence[int] | None = None,
     queries: slice = slice(None),
     block: int = 256,
     relative: bool = False,
@@ -148,7 +147,7 @@ def attention_received(
     With `relative`, values are multiplied by the number of keys: in a tower 1 is then what uniform attention gives,
     in windows too, which have fewer keys than the image.
     """
-    results: dict[int, list] = {layer: [] for layer in _attending(lvlm, side, layers)}
+    results: dict[int, list] = {layer: [] for layer in _attending(lvlm, side, None)}
     chunks: dict[int, list] = {layer: [] for layer in results}
 
     def see(layer: int, attention: "_Attention") -> None:
@@ -168,7 +167,7 @@ def attention_received(
         results[layer].append(torch.cat(chunks[layer], dim=-1))
         chunks[layer].clear()
 
-    with _watching(lvlm, side, layers, see, finish):
+    with _watching(lvlm, side, None, see, finish):
         yield results
 
 

@@ -20,7 +20,7 @@ from sinkstudy.paths import UNMERGED
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-WHOLE = ("I64", "I32", "I16", "BOOL")  # buffers, such as positions
+INTEGERS = ("I64", "I32", "I16", "BOOL")  # buffers, such as positions
 UNQUANTISED = "the study needs the unquantised checkpoint"
 
 # what the names of weights that are not the model's tell
@@ -37,7 +37,7 @@ SIGNS = {
 LEFT_OVER = re.compile(r"position_ids$|rotary_emb\.inv_freq$|masked_bias$|vision\w*\.(\w+\.)*head\.")
 
 
-def files(source: str, revision: str | None = None) -> list[Path]:
+def weight_files(source: str, revision: str | None = None) -> list[Path]:
     """The safetensors files of a model that are on this machine; none for a hub model that is yet to be downloaded.
 
     Args:
@@ -95,11 +95,11 @@ def headers(source: str, revision: str | None = None) -> dict[str, torch.Tensor]
     Of a hub model that is yet to be downloaded the headers alone are fetched.
 
     Raises:
-        ValueError: as `files`; weights that the index promises and no file has; quantised weights.
+        ValueError: as `weight_files`; weights that the index promises and no file has; quantised weights.
         OSError, SafetensorError: files that are damaged or out of reach.
     """
     found: dict[str, tuple[str, list[int]]] = {}
-    if there := files(source, revision):
+    if there := weight_files(source, revision):
         for file in there:
             with safe_open(file, "pt") as opened:
                 for key in opened.keys():  # noqa: SIM118 (no dict)
@@ -114,7 +114,7 @@ def headers(source: str, revision: str | None = None) -> dict[str, torch.Tensor]
         promised = known.weight_map
     if lacking := sorted(promised.keys() - found.keys()):
         raise ValueError(f"its {INDEX} names {_list(lacking)}, which no file has")
-    if odd := [f"{key} ({dtype})" for key, (dtype, _) in found.items() if dtype not in FLOATS and dtype not in WHOLE]:
+    if odd := [f"{key} ({dtype})" for key, (dtype, _) in found.items() if dtype not in (*FLOATS, *INTEGERS)]:
         raise ValueError(f"its weights are quantised ({_list(odd)}); {UNQUANTISED}")
     return {
         key: torch.empty(shape, dtype=FLOATS.get(dtype, torch.int64), device="meta")
@@ -185,7 +185,7 @@ def check_values(name: str, weights: Iterable[tuple[str, torch.Tensor]], dtype: 
 
 def stored(source: str, revision: str | None = None) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and value of each weight in the files that are on this machine, one at a time."""
-    for file in files(source, revision):
+    for file in weight_files(source, revision):
         with safe_open(file, "pt") as opened:
             for key in opened.keys():  # noqa: SIM118 (no dict)
                 yield key, opened.get_tensor(key)

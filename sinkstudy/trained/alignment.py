@@ -17,11 +17,11 @@ from sinkstudy.model.lvlm import LVLM
 from sinkstudy.paths import ALIGNMENT, atomic, slug
 from sinkstudy.trained.loop import kept, write_weights
 
-Weights = Mapping[str, torch.Tensor]
+StateDict = Mapping[str, torch.Tensor]
 
 
 def write(
-    folder: Path, connectors: Mapping[int, Weights], decoder: Weights, log: pd.DataFrame, **about: Any
+    folder: Path, connectors: Mapping[int, StateDict], decoder: StateDict, log: pd.DataFrame, **about: Any
 ) -> None:
     """Keep a model's connectors by step in a folder, and the decoder beside it if none is there.
 
@@ -42,14 +42,14 @@ def write(
         (temporary / "stage.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
-def followed(folder: Path = ALIGNMENT) -> list[str]:
+def kept_models(folder: Path = ALIGNMENT) -> list[str]:
     """Names of the models whose alignment stage is kept."""
     return sorted(file.parent.name for file in folder.glob("*/training.csv"))
 
 
 def steps(name: str, folder: Path = ALIGNMENT) -> list[int]:
     """The steps at which a model's connector is kept, from 0 on; none where the stage was not followed."""
-    if slug(name) not in followed(folder):
+    if slug(name) not in kept_models(folder):
         return []
     return sorted({int(key.split(".", 1)[0]) for key in kept(folder / slug(name))})
 
@@ -62,7 +62,7 @@ def at(lvlm: LVLM, step: int, folder: Path = ALIGNMENT) -> Iterator[None]:
         ValueError: no connector of that step is kept for the model, or the weights do not fit it.
     """
     own, start = slug(lvlm.name), f"{step}."
-    weights_of_all = kept(folder / own) if own in followed(folder) else {}
+    weights_of_all = kept(folder / own) if own in kept_models(folder) else {}
     then = {name.removeprefix(start): of for name, of in weights_of_all.items() if name.startswith(start)}
     if not then:
         raise ValueError(f"{folder} keeps no connector of {lvlm.name} at step {step}: sinkstudy lab alignment makes it")

@@ -32,7 +32,7 @@ from sinkstudy.trained.kinds import load_method
 
 Arms = Mapping[str, Sequence[Path]]  # of one model: by arm, a folder a seed
 
-ARMS = {  # name of the folder -> what tables call it
+ARM_LABELS = {  # name of the folder -> what tables call it
     "one": "one connector",
     "matched": "one connector, as many parameters",
     "two": "two connectors",
@@ -53,12 +53,12 @@ LABELS = {
     "two both": "two connectors",
     "two sinks": "two connectors, sinks only",
     "two others": "two connectors, no sinks",
-    **{arm: label for arm, label in ARMS.items() if arm != "two"},
+    **{arm: label for arm, label in ARM_LABELS.items() if arm != "two"},
 }
 ON_TWO = ("two both", "two sinks", "two others", "rew", "true router", "two-axis router", "wrong router",
           "random router", "CoT router")
 MEASURES = ("right", "logp")
-TYPES = ("global", "local", "mixed")
+QUESTION_TYPES = ("global", "local", "mixed")
 SLACK = 1.05  # an arm that ends with more than so many times the loss of one connector is under-trained
 STEPS = 1300  # of questions, in the lab's own schedule; an arm that had fewer is under-trained
 UNDER_TRAINED = "under-trained, no verdict"
@@ -73,7 +73,7 @@ class Comparison(NamedTuple):
     figure: str
 
 
-COMPARED = (
+COMPARISONS = (
     Comparison("two_minus_one", "two both", "one", "arms"),
     Comparison("two_minus_matched", "two both", "matched", "arms"),
     Comparison("two_minus_random", "two both", "random", "arms"),
@@ -98,20 +98,20 @@ COMPARED = (
     Comparison("adapters_minus_base", "adapters", "base", "gates"),
     Comparison("gates_minus_adapters", "gates", "adapters", "gates"),
 )
-CONTROLS = ("random_minus_one", "kept_minus_one", "matched_minus_one", "random_router_minus_both",
-            "sinks_only_minus_both", "no_sinks_minus_both", "trained_on_sinks_minus_one",
-            "trained_without_sinks_minus_one")  # no methods of their own
+CONTROL_COMPARISONS = ("random_minus_one", "kept_minus_one", "matched_minus_one", "random_router_minus_both",
+                       "sinks_only_minus_both", "no_sinks_minus_both", "trained_on_sinks_minus_one",
+                       "trained_without_sinks_minus_one")  # no methods of their own
 
 
 # ------------------------------------------------------------------------------------------------- what was trained
 def folders(methods: Path) -> dict[str, list[Path]]:
-    """The folders of one model's trained methods, by arm in the order of `ARMS`, a folder a seed."""
+    """The folders of one model's trained methods, by arm in the order of `ARM_LABELS`, a folder a seed."""
     found: dict[str, list[Path]] = {}
     for folder in sorted(methods.glob("*-*")):
         arm, _, number = folder.name.rpartition("-")
-        if arm in ARMS and number.isdigit():
+        if arm in ARM_LABELS and number.isdigit():
             found.setdefault(arm, []).append(folder)
-    return {arm: found[arm] for arm in ARMS if arm in found}
+    return {arm: found[arm] for arm in ARM_LABELS if arm in found}
 
 
 def losses(models: Mapping[str, Arms]) -> pd.DataFrame:
@@ -122,8 +122,7 @@ def losses(models: Mapping[str, Arms]) -> pd.DataFrame:
             log = pd.read_csv(folder / "training.csv")
             last = log[log.stage == "tune"] if "stage" in log else log
             found.append(last[["step", "loss"]].assign(model=model, arm=arm, seed=seed))
-    there = pd.concat(found, ignore_index=True) if found else pd.DataFrame()
-    return there.reindex(columns=["model", "arm", "seed", "step", "loss"])
+    return _table(found, ["model", "arm", "seed", "step", "loss"])
 
 
 def trained(models: Mapping[str, Arms]) -> pd.DataFrame:
@@ -181,11 +180,16 @@ def unfair(comparison: Comparison, weak: Collection[str]) -> bool:
     return any(("two" if arm in ON_TWO else arm) in weak for arm in (comparison.first, comparison.second))
 
 
-def _each(arms: Arms, names: Iterable[str] = ARMS, seeds: int | None = None) -> Iterator[tuple[str, int, Path]]:
+def _each(arms: Arms, names: Iterable[str] = ARM_LABELS, seeds: int | None = None) -> Iterator[tuple[str, int, Path]]:
     """(arm, seed, folder), of each arm `seeds` at most."""
     for arm in names:
         for seed, folder in enumerate(arms.get(arm, [])[:seeds]):
             yield arm, seed, folder
+
+
+def _table(parts: Sequence[pd.DataFrame], columns: Sequence[str]) -> pd.DataFrame:
+    """The parts below each other; the columns are there even where no part is."""
+    return (pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()).reindex(columns=columns)
 
 
 def methods(arms: Arms, arm: str, seeds: int | None = None, **where: Any) -> Iterator[Any]:
@@ -211,12 +215,12 @@ def of_each(
     """
     found = [measure(method).assign(model=model, seed=seed) for model, arms in models.items()
              for seed, method in enumerate(methods(arms, arm, seeds, **where))]
-    there = pd.concat(found, ignore_index=True) if found else pd.DataFrame()
-    return there.reindex(columns=["model", "seed", *columns])
+    return _table(found, ["model", "seed", *columns])
 
 
 # ------------------------------------------------------------------------------------------------- asking
-COLUMNS = ["benchmark", "id", "image_id", "picture", "category", "type", "simple", "intervention", "right", "logp"]
+ANSWER_COLUMNS = ["benchmark", "id", "image_id", "picture", "category", "type", "simple", "intervention", "right",
+                  "logp"]
 
 
 @dataclass(frozen=True)
@@ -243,7 +247,7 @@ class Exam:
                           max_new_tokens=self.max_new_tokens, batch_size=self.batch_size, **more)
             for name in among or self.tables
         ]
-        return pd.concat([of.reindex(columns=COLUMNS) for of in parts], ignore_index=True)
+        return pd.concat([of.reindex(columns=ANSWER_COLUMNS) for of in parts], ignore_index=True)
 
     def of_arm(self, arm: str, method: Any) -> pd.DataFrame:
         """`answers` of a trained method, with `arm`: of the pair of connectors once for each choice of blocks."""
@@ -255,7 +259,7 @@ class Exam:
 
     def prompts(self, lvlm: LVLM, benchmark: str) -> list[str]:
         """The questions of a benchmark, in the words in which the model is asked."""
-        return list(benchmarks.prompts(self.tables[benchmark], benchmark, study.family(lvlm, self.public)))
+        return list(benchmarks.prompts(self.tables[benchmark], benchmark, study.prompt_family(lvlm, self.public)))
 
     def asked_itself(self, pair: Any) -> pd.DataFrame:
         """What `routers.cot` returns where the pair of connectors judges, by benchmark and id.
@@ -320,7 +324,7 @@ class Exam:
             after = said[said.intervention == intervention.name].set_index("id")
             for measure in MEASURES:
                 change = after.assign(**{measure: after[measure] - before[measure].reindex(after.index)})
-                found = study.mean(change, measure, seed)
+                found = study.mean_of_benchmarks(change, measure, seed)
                 rows.append({"block": block, "weight": weight, "measure": measure, **found._asdict()})
         return pd.DataFrame(rows)
 
@@ -343,7 +347,7 @@ class Exam:
         return {"passes": passes, "visual tokens": passes * tokens, "ms a question": 1000 * spent / len(table)}
 
 
-def answers(
+def answers_of_arms(
     exam: Exam, models: Mapping[str, Arms], bases: Mapping[str, str], *, revision: str | None = None, **where: Any
 ) -> pd.DataFrame:
     """What every model answers as it is, arm "base", and with each of its trained methods: a row an answer.
@@ -359,8 +363,7 @@ def answers(
         found.append(exam.answers(lvlm, [NONE]).assign(model=model, arm="base", seed=0))
         for arm, seed, folder in _each(arms):
             found.append(exam.of_arm(arm, load_method(folder, **where)).assign(model=model, seed=seed))
-    there = pd.concat(found, ignore_index=True) if found else pd.DataFrame()
-    return there.reindex(columns=[*COLUMNS, "model", "arm", "seed"])
+    return _table(found, [*ANSWER_COLUMNS, "model", "arm", "seed"])
 
 
 # ------------------------------------------------------------------------------------------------- routers
@@ -447,14 +450,14 @@ def with_reported(
     """`said`, and answers to the other benchmarks of an exam, of the arms that the paper's tables have.
 
     Args:
-        said, models, bases, where: as `answers` returns and takes them.
+        said, models, bases, where: as `answers_of_arms` returns and takes them.
         seed: of the routers.
     """
     rest = replace(exam, tables={name: of for name, of in exam.tables.items() if name not in set(said.benchmark)})
     if not rest.tables or not models:
         return said
     few = {model: {arm: arms[arm] for arm in ("one", "two", "rew") if arm in arms} for model, arms in models.items()}
-    more = answers(rest, few, bases, **where)
+    more = answers_of_arms(rest, few, bases, **where)
     routed = hard_routers(more, judgements(rest, few, **{key: where[key] for key in where if key != "revision"}), seed)
     return pd.concat([said, more, routed], ignore_index=True)
 
@@ -480,10 +483,10 @@ def difference(said: pd.DataFrame, first: str, second: str, measure: str) -> pd.
     return (a - b)[[seed for seed in a if seed in b]]
 
 
-def parts(rows: pd.DataFrame, names: Sequence[str]) -> dict[str, pd.DataFrame]:
+def subsets(rows: pd.DataFrame, names: Sequence[str]) -> dict[str, pd.DataFrame]:
     """Rows all together ("mean", each benchmark counting alike), of each benchmark, and of each type of question."""
     of_benchmarks = {name: rows[rows.benchmark == name] for name in names}
-    return {"mean": rows, **of_benchmarks, **{kind: rows[rows.type == kind] for kind in TYPES}}
+    return {"mean": rows, **of_benchmarks, **{kind: rows[rows.type == kind] for kind in QUESTION_TYPES}}
 
 
 def accuracy(said: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
@@ -502,10 +505,11 @@ def accuracy(said: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     for (model, arm), of in said.groupby(["model", "arm"], sort=False):
         for measure in MEASURES:
             seeds = by_seed(of, arm, measure)
-            apart = parts(seeds.reset_index(), names[:-1])
+            apart = subsets(seeds.reset_index(), names[:-1])
             for name in names:
                 if arm == "base":
-                    found, df = study.mean(apart[name].rename(columns={0: measure}), measure, seed), np.nan
+                    once = apart[name].rename(columns={0: measure})
+                    found, df = study.mean_of_benchmarks(once, measure, seed), np.nan
                 else:
                     found, df = study.mean_of_seeds(apart[name], list(seeds), measure)
                 if measure == "right":  # a share, however wide Student's interval is
@@ -533,12 +537,12 @@ def comparisons(said: pd.DataFrame, weak: Mapping[str, Collection[str]]) -> tupl
     """
     rows, seeds = [], []
     names = list(said.benchmark.unique())
-    for (model, of), comparison in product(said.groupby("model", sort=False), COMPARED):
+    for (model, of), comparison in product(said.groupby("model", sort=False), COMPARISONS):
         no_verdict = unfair(comparison, weak.get(model, ()))
         apart = {measure: difference(of, comparison.first, comparison.second, measure) for measure in MEASURES}
-        for part, measure in product(["mean", *names, *TYPES], MEASURES):
+        for part, measure in product(["mean", *names, *QUESTION_TYPES], MEASURES):
             change = apart[measure]
-            there = parts(change.reset_index(), names)[part] if len(change) else change
+            there = subsets(change.reset_index(), names)[part] if len(change) else change
             found, df = study.mean_of_seeds(there, list(change), measure) if len(there) else (stats.NOTHING, np.nan)
             if np.isfinite(found.value):
                 what = _named(model, comparison) | {"benchmark": part, "measure": measure}
@@ -549,7 +553,7 @@ def comparisons(said: pd.DataFrame, weak: Mapping[str, Collection[str]]) -> tupl
             pd.DataFrame(seeds, columns=[*WHAT, "seed", "value"]))
 
 
-def as_reported(said: pd.DataFrame, weak: Mapping[str, Collection[str]], among: Sequence[Comparison]
+def reported_comparisons(said: pd.DataFrame, weak: Mapping[str, Collection[str]], among: Sequence[Comparison]
                 ) -> pd.DataFrame:
     """Arms against each other in the columns of the paper's tables.
 
@@ -593,7 +597,7 @@ def verdict(found: stats.Interval, no_verdict: bool = False) -> str:
 
 
 # ------------------------------------------------------------------------------------------------- figure
-def dots(rows: pd.DataFrame, seeds: pd.DataFrame, colours: Mapping[str, str]) -> mpl.figure.Figure:
+def forest_plot(rows: pd.DataFrame, seeds: pd.DataFrame, colours: Mapping[str, str]) -> mpl.figure.Figure:
     """A panel a model, a row a comparison: its estimate with interval, hollow where an arm is under-trained.
 
     Args:

@@ -18,7 +18,7 @@ from torch import nn
 from sinkstudy import sinks
 from sinkstudy.answers.evaluate import Intervention, Prefixes
 from sinkstudy.effects import moving
-from sinkstudy.effects.ablation import narrowed, places
+from sinkstudy.effects.ablation import narrowed, token_places
 from sinkstudy.model import capture
 from sinkstudy.model.layout import ImageLayout
 from sinkstudy.model.lvlm import LVLM
@@ -159,7 +159,7 @@ class DIYSink(OneConnector):
 
         def out_of_sight() -> tuple[torch.Tensor, torch.Tensor]:
             """Behind the reordering, if there is one: an image's sinks are then its first visual tokens."""
-            group, visual = places(layouts, inputs, masks)
+            group, visual = token_places(layouts, inputs, masks)
             for layout in layouts:
                 of_sinks = group[layout.row, layout.visual]
                 if self.settings["front"]:

@@ -111,7 +111,7 @@ def _sample(file: Path, index: int, raw: Any, images: Path) -> Sample | None:
     return Sample(str(raw.get("id", index)), images / raw["image"], tuple(zip(questions, answers, strict=True)))
 
 
-def key(sample: Sample, images: Path) -> str:
+def sample_key(sample: Sample, images: Path) -> str:
     """What a sample is, wherever its folder of pictures lies: its id, its picture's name and content, what is said."""
     name = os.path.relpath(sample.image, images)
     return json.dumps([sample.id, name, digests.sha256(sample.image), sample.turns])

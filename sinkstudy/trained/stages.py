@@ -148,7 +148,7 @@ def run(job: Job, how: loop.Settings, out: Path, *, device: str, dtype: str, out
     lvlm = loading.load(job.model, device=device, dtype=dtype, revision=job.revision)
     samples = conversations.fitting(lvlm, samples)
     method, lora = prepared(lvlm, job, how.seed, before)
-    keys = [conversations.key(sample, job.images) for sample in samples]
+    keys = [conversations.sample_key(sample, job.images) for sample in samples]
     about = {name: value for name, value in known.items() if name not in ("data", "images")}  # the keys say more
     log = loop.fit(method, samples, work, how, conversations.Collate(lvlm, job.longest), about=about, keys=keys)
     if lora is not None:

@@ -5,8 +5,8 @@ tables are made, ask what the lab models know in the form of theirs.
 
 Tables are built from the held-out test scenes, in order, so every machine builds the same ones. The columns are
 those of `sinkstudy.benchmarks.load`, and its scorers take them. Instead of `image` there is `scene` (index in the
-split; `pictures` renders it), and further `family`, `type` (global, local or mixed) and whether the scene is `simple`,
-known by construction.
+split; `render_pictures` renders it), and further `family`, `type` (global, local or mixed) and whether the scene is
+`simple`, known by construction.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from sinkstudy.wording import with_options
 from sinkstudy.world import questions as q
 from sinkstudy.world.drawing import CHUNK, HIDDEN, KINDS, SIMPLE, render
 
@@ -206,7 +207,7 @@ def mathvista(questions: int = 48, split: str = "test") -> pd.DataFrame:
                         "question_type": "free_form", "answer_type": "integer"}
             else:
                 choices = q.four_options(asked, rng) if asked.options else ["yes", "no"]
-                query = q.with_options(asked.text, choices) if asked.options else asked.text
+                query = with_options(asked.text, choices) if asked.options else asked.text
                 form = {"answer": asked.answer, "choices": choices, "query": query, "question_type": "multi_choice",
                         "answer_type": "text"}
             rows.append({"question": asked.text, "category": category, "precision": None, "skills": [category],
@@ -243,7 +244,7 @@ def _finished(rows: list[dict], split: str | Sequence[str]) -> pd.DataFrame:
     return table.assign(type=table.family.map(q.TYPES), simple=[of.endswith(SIMPLE) for of in splits])
 
 
-def pictures(table: pd.DataFrame) -> tuple[torch.Tensor, np.ndarray]:
+def render_pictures(table: pd.DataFrame) -> tuple[torch.Tensor, np.ndarray]:
     """The table's pictures, each once: uint8 [images, 3, 96, 96], and for each row the place of its own."""
     unique, place = np.unique(table.image_id.astype(str), return_inverse=True)
     chunks: dict[tuple[str, int], list[int]] = {}

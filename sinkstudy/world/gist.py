@@ -17,11 +17,10 @@ from sinkstudy.world.drawing import COLOURS, KINDS, MAX_PARTS, MAX_THINGS, TEXTU
 PAIRS = len(TEXTURES) * (len(TEXTURES) - 1) // 2
 CLASSES = {"things": MAX_THINGS, "parts": MAX_PARTS - 1, "colours": MAX_THINGS, "twins": 2, "sides": 2, "pair": PAIRS}
 KINDS_THERE = tuple(f"{kind} there" for kind in KINDS)
-SIZES = [*CLASSES.values(), *[2] * len(KINDS_THERE)]
-DO_NOT_ADD_UP = ("colours", "twins", "sides")
+N_CLASSES = [*CLASSES.values(), *[2] * len(KINDS_THERE)]
 
 
-def facts(s: Scenes) -> dict[str, torch.Tensor]:
+def fact_classes(s: Scenes) -> dict[str, torch.Tensor]:
     """The class of each scene by each fact, long [n], of `CLASSES` and then of `KINDS_THERE` (0 or 1)."""
     n_things, n_parts = (s.kind >= 0).sum(1), (s.texture >= 0).sum(1)
     tints = torch.stack([(s.thing_colour == c).sum(1) for c in range(len(COLOURS))], 1)  # [n, colours], things of each

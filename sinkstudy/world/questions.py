@@ -10,11 +10,11 @@ Types, known by construction (the paper had to ask a language model for them):
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from functools import cache
 from itertools import product
 from typing import NamedTuple
 
+from sinkstudy.wording import with_options
 from sinkstudy.world.drawing import CELLS, COLOURS, KINDS, LIGHTS, SCENES, SIZES, TEXTURES, Scenes
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -288,12 +288,6 @@ def four_options(q: Question, rng: random.Random) -> list[str]:
     return options
 
 
-def with_options(text: str, options: Sequence[str]) -> str:
-    """A question with four options, in the only words that the lab models know for it."""
-    listed = " , ".join(f"{letter} {option}" for letter, option in zip("ABCD", options, strict=True))
-    return f"{text} options : {listed} . answer with the letter ."
-
-
 # Questions about questions: does the answer need the whole picture (global), or one place of it (local)?
 WHOLE = ("the scene", "things and parts together", "parts together")
 PLACE = ("one thing", "a thing", "one part")
@@ -303,8 +297,7 @@ _ROUTABLE = tuple(family for family, kind in TYPES.items() if kind != "mixed")
 
 def routing_form(question: str, wording: tuple[str, str], swapped: bool) -> str:
     """The question with two options about it: what it needs is the whole (A), or a place (B); `swapped`: (B), (A)."""
-    a, b = reversed(wording) if swapped else wording
-    return f"{question} options : A {a} , B {b} . answer with the letter ."
+    return with_options(question, wording[::-1] if swapped else wording)
 
 
 def routing(f: Facts, rng: random.Random) -> tuple[str, str]:

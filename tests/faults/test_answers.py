@@ -419,7 +419,7 @@ def attributed(llava, pictures):
 READERS = {  # of the tower
     "relevance": lambda llava, pictures: relevance.measure(llava, pictures),
     "norms of a method": lambda llava, pictures: neurons.norms(llava, dict(enumerate(pictures))),
-    "tokens": lambda llava, pictures: ablation.read(llava, dict(enumerate(pictures))),
+    "tokens": lambda llava, pictures: ablation.read_tokens(llava, dict(enumerate(pictures))),
     "attribution": attributed,
     "log-probability": lambda llava, pictures: attribution.answer_log_prob(
         llava, pictures, ["how many"] * 3, ["red"] * 3).values(),

@@ -40,7 +40,7 @@ def answers(sizes: list[int], means: list[float], spread: float, questions: int 
 def test_mean_over_benchmarks_has_the_width_of_a_stratified_mean(sizes, means, questions):
     """Its variance: those of the benchmarks' means, over their number squared. What lies between benchmarks is none."""
     level = [50.0] * len(sizes) if means == "alike" else [20.0 + 60.0 * i / len(sizes) for i in range(len(sizes))]
-    found = study.mean(answers(sizes, level, 8.0, questions), "right")
+    found = study.mean_of_benchmarks(answers(sizes, level, 8.0, questions), "right")
     half = 1.96 * np.sqrt(sum(8.0**2 / n for n in sizes)) / len(sizes)
     assert found.value == pytest.approx(np.mean(level))
     assert found.high - found.low == pytest.approx(2 * half, rel=0.08)
@@ -53,7 +53,7 @@ def test_interval_of_the_mean_covers_the_truth_as_often_as_it_says():
         name = np.repeat(["A", "B", "C"], 50)
         right = 100.0 * (rng.random(150) < np.repeat([0.2, 0.5, 0.95], 50))
         rows = pd.DataFrame({"benchmark": name, "picture": range(150), "right": right})
-        found = study.mean(rows, "right", seed=trial)
+        found = study.mean_of_benchmarks(rows, "right", seed=trial)
         hits += found.low <= 55.0 <= found.high
         widths.append(found.high - found.low)
     assert 0.88 <= hits / 120 <= 0.985  # intervals that are too wide cover always
@@ -63,7 +63,7 @@ def test_interval_of_the_mean_covers_the_truth_as_often_as_it_says():
 @pytest.mark.parametrize("sizes", [[12, 144, 72], [9, 90], [30, 30, 30]], ids=str)
 def test_where_nothing_changed_the_smallest_benchmark_says_how_much_may_have(sizes):
     """A change of the smallest benchmark alone that none of its n pictures shows, with 5 %, moves the mean so far."""
-    found = study.mean(answers(sizes, [0.0] * len(sizes), 0.0).fillna(0.0), "right")
+    found = study.mean_of_benchmarks(answers(sizes, [0.0] * len(sizes), 0.0).fillna(0.0), "right")
     low, high = claims.widen(found.low, found.high, found.n, "points")
     hidden = 100 * (1 - 0.05 ** (1 / min(sizes))) / len(sizes)
     assert low <= -hidden and high >= hidden and high < 1.2 * hidden

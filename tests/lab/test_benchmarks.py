@@ -65,7 +65,7 @@ def test_only_the_test_split_is_asked_about(tables):
     assert tables["MMStar"].image_id.str.startswith("test-").all()
     for name, table in tables.items():
         first = int(table.scene.iloc[0])
-        images, _ = benchmarks.pictures(table[table.scene == first])
+        images, _ = benchmarks.render_pictures(table[table.scene == first])
         drawn = render("test hidden" if name == "POPE" else "test", first, 1)
         assert torch.equal(images, drawn.images)
         assert drawing.signature(drawn) % 100 >= drawing.SPLITS["test"][0]
@@ -73,7 +73,7 @@ def test_only_the_test_split_is_asked_about(tables):
 
 def test_pictures_of_scattered_scenes():
     wanted = [("test", 300), ("test", 3), ("test simple", 258), ("test", 3), ("test simple", 3)]
-    images, place = benchmarks.pictures(pd.DataFrame({"image_id": [f"{split}-{i:06d}" for split, i in wanted]}))
+    images, place = benchmarks.render_pictures(pd.DataFrame({"image_id": [f"{split}-{i:06d}" for split, i in wanted]}))
     assert len(images) == 4
     for (split, scene), at in zip(wanted, place, strict=True):
         assert torch.equal(images[at], render(split, scene, 1).images[0])

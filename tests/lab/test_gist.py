@@ -9,13 +9,13 @@ from safetensors.torch import load_file
 
 from sinkstudy.lab import control, train
 from sinkstudy.model import loading
-from sinkstudy.paths import DATA, MODELS
+from sinkstudy.paths import DATA, MODELS, POSITIVE_CONTROL
 from sinkstudy.world import gist
 from sinkstudy.world.drawing import render
 
 
 def test_the_committed_tower_holds_the_gist_in_its_sinks_and_nowhere_else():
-    table = control.measured(fit=512, judge=384).set_index("gate")
+    table = control.committed_gates(fit=512, judge=384).set_index("gate")
     assert list(table.index) == list(control.BOUNDS)
     # a difference of two equal things is as often above 0 as below on few scenes: the command has enough of them
     noisy = "gist of the mean of ordinary patches, minus that of a local tower"
@@ -25,7 +25,7 @@ def test_the_committed_tower_holds_the_gist_in_its_sinks_and_nowhere_else():
 
 def test_facts_of_the_gist_are_those_of_the_scene():
     scenes = render("val", 0, 64)
-    facts = gist.facts(scenes)
+    facts = gist.fact_classes(scenes)
     assert set(facts) == {*gist.CLASSES, *gist.KINDS_THERE}
     for name, k in gist.CLASSES.items():
         assert facts[name].min() >= 0 and facts[name].max() < k
@@ -55,10 +55,11 @@ def test_a_probe_reads_what_is_there_and_nothing_else():
 def test_what_is_taken_away_is_counted():
     """Groups are made of their families, and the difference is that of the two changes."""
     found = control.use(loading.load("lab-llava"), n=24).set_index("of")
-    assert set(found.index) == {*control.FAMILIES, *(f for of in control.FAMILIES.values() for f in of)}
-    scores = [found.questions[f] for f in control.FAMILIES["gist"]]
+    families = control.QUESTION_FAMILIES
+    assert set(found.index) == {*families, *(f for of in families.values() for f in of)}
+    scores = [found.questions[f] for f in control.QUESTION_FAMILIES["gist"]]
     assert found.questions["gist"] == sum(scores) and found.questions["local"] <= 24 * 5
-    weighted = sum(found.untouched[f] * found.questions[f] for f in control.FAMILIES["gist"]) / sum(scores)
+    weighted = sum(found.untouched[f] * found.questions[f] for f in control.QUESTION_FAMILIES["gist"]) / sum(scores)
     assert found.untouched["gist"] == pytest.approx(weighted) and found.untouched["gist"] > 80
     assert (found.without - found.random - found.by_sinks).abs().max() < 1e-9
     assert (found.low <= found.by_sinks).all() and (found.by_sinks <= found.high).all()
@@ -75,18 +76,18 @@ def test_the_language_model_behind_it_uses_them():
     shown = pd.read_csv(DATA / "controls" / "answers.csv").set_index(["model", "of"])
     assert list(shown.index) == list(answers.set_index(["model", "of"]).index)
     fewer = answers.set_index(["model", "of"])
-    for model in ("lab-llava", control.CONTROL):
+    for model in ("lab-llava", POSITIVE_CONTROL):
         assert fewer.by_sinks[model, "gist"] == pytest.approx(shown.by_sinks[model, "gist"], abs=12)
 
 
 def test_the_folder_of_the_control_is_whole():
-    files = {path.name for path in (MODELS / control.CONTROL).iterdir()}
+    files = {path.name for path in (MODELS / POSITIVE_CONTROL).iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "README.md", "training.csv", "scores.csv"} <= files
-    for file in (MODELS / control.CONTROL).glob("*.json"):
+    for file in (MODELS / POSITIVE_CONTROL).glob("*.json"):
         assert not re.search(r'"/(?!\S*\s)|/home/|/tmp/', file.read_text(encoding="utf-8")), file
-    curve = pd.read_csv(MODELS / control.CONTROL / "training.csv")
+    curve = pd.read_csv(MODELS / POSITIVE_CONTROL / "training.csv")
     assert list(curve.stage.unique()) == ["gist.tower", "text", "lab-llava-gist.align", "lab-llava-gist.instruct"]
-    model = loading.load(control.CONTROL)
+    model = loading.load(POSITIVE_CONTROL)
     tower = load_file(train.TOWERS / "gist" / "model.safetensors")
     own = {name.removeprefix("vision_tower."): p for name, p in model.vision.state_dict().items()}
     assert tower.keys() == own.keys() and all(torch.equal(own[name], p.float()) for name, p in tower.items())

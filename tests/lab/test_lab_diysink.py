@@ -81,7 +81,7 @@ def test_arms_differ_only_in_what_they_should(corpus, pictures, monkeypatch):
     monkeypatch.setattr(arms.Workshop, "_text_pretrained", lambda self: text)
     shop = arms.Workshop("lab-llava-gist")
     sizes, decoders = {}, []
-    for arm in arms.ARMS:
+    for arm in arms.CONNECTOR_ARMS:
         method = shop.method(arm, seed=1)
         sizes[arm] = sum(p.numel() for p in method.changed().values())
         decoders.append({k: v.clone() for k, v in method.lvlm.decoder.state_dict().items()})

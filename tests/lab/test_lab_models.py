@@ -86,8 +86,8 @@ def test_a_part_scored_again_is_what_the_card_says(name, benchmark, part):
              "MMStar": lambda: benchmarks.mmstar(16)}[benchmark]()
     chosen = {"POPE": "category", "MME": "group"}.get(benchmark)
     table = (table if chosen is None else table[table[chosen] == part]).reset_index(drop=True)
-    images, place = benchmarks.pictures(table)
-    right = score.correct(table, benchmark, score.answers(loaded(name), images[place], table.question.tolist()))
+    images, place = benchmarks.render_pictures(table)
+    right = score.correct(table, benchmark, score.greedy_answers(loaded(name), images[place], table.question.tolist()))
     row = scores(name).loc[(benchmark, part, "model")]
     share = row.accuracy / 100
     slack = 100 * 3 * (max(share * (1 - share), 0.02) / len(table)) ** 0.5  # fewer images than the card's interval
@@ -100,8 +100,8 @@ def test_answers_are_answers(name):
     """Yes/no questions get yes or no, four options get a letter, open questions one of the known words."""
     lvlm = loaded(name)
     images = scenes().images[:12]
-    assert {yes_no_strict(a) for a in score.answers(lvlm, images, ["is there a ball ?"] * 12)} <= {"yes", "no"}
-    colours = score.answers(lvlm, images, ["what is the light ?"] * 12)
+    assert {yes_no_strict(a) for a in score.greedy_answers(lvlm, images, ["is there a ball ?"] * 12)} <= {"yes", "no"}
+    colours = score.greedy_answers(lvlm, images, ["what is the light ?"] * 12)
     assert set(colours) <= {"bright", "dim", "warm", "cold"}
     assert len(set(colours)) > 1  # not the same answer whatever the picture
 
@@ -111,7 +111,7 @@ def test_the_batch_does_not_change_an_answer(name):
     questions = ["is there a ball ?", "how many things and parts are there together ?", "what is the light ?"] * 4
     images = scenes().images[:12]
     lvlm = loaded(name)
-    assert score.answers(lvlm, images, questions) == score.answers(lvlm, images, questions, batch_size=1)
+    assert score.greedy_answers(lvlm, images, questions) == score.greedy_answers(lvlm, images, questions, batch_size=1)
 
 
 # ------------------------------------------------------------------------------------ files and cards
@@ -133,7 +133,7 @@ def test_lab_llava_loads_without_this_package():
     inputs = processor(images=[picture], text=[prompt], add_special_tokens=False, return_tensors="pt")
     out = model.generate(**inputs, max_new_tokens=4, do_sample=False)
     said = processor.decode(out[0, inputs.input_ids.shape[1]:], skip_special_tokens=True).strip()
-    assert said == score.answers(loaded("lab-llava"), picture[None], ["what is the light ?"])[0]
+    assert said == score.greedy_answers(loaded("lab-llava"), picture[None], ["what is the light ?"])[0]
 
 
 def test_the_folder_is_whole(name):

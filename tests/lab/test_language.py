@@ -132,7 +132,7 @@ def test_the_loss_is_that_of_plain_forward_passes(assembled, made, pictures, tar
             logits = loaded.model(**inputs).logits[0, -len(answer) - 1:-1]
         entropies[kind] += F.cross_entropy(logits, answer, reduction="none").tolist()
         right[kind] += (logits.argmax(-1) == answer).tolist()
-    wanted = sum(language.WEIGHTS.get(kind, 1) * sum(e) / len(e) for kind, e in entropies.items())
+    wanted = sum(language.LOSS_WEIGHTS.get(kind, 1) * sum(e) / len(e) for kind, e in entropies.items())
     assert loss.item() == pytest.approx(wanted, rel=1e-4)
     assert values == {f"{kind} words": pytest.approx(sum(r) / len(r), abs=1e-6) for kind, r in right.items()}
     assert len(values) == (1 if target == "caption" else 4)
@@ -185,6 +185,6 @@ def test_text_loss_is_that_of_plain_forward_passes(made, kind, monkeypatch):
             for kind, ids, labels in slots(made, i):
                 words = ids[ids > 0].tolist()
                 passed(kind, prefix, words, [*hidden, *labels[: len(words)].tolist()])
-    wanted = sum(language.WEIGHTS.get(kind, 1) * sum(e) / len(e) for kind, e in entropies.items())
+    wanted = sum(language.LOSS_WEIGHTS.get(kind, 1) * sum(e) / len(e) for kind, e in entropies.items())
     assert loss.item() == pytest.approx(wanted, rel=1e-4)
     assert values == {f"{kind} words": pytest.approx(sum(r) / len(r), abs=1e-6) for kind, r in right.items()}

@@ -46,9 +46,9 @@ def test_inside_the_context_the_connector_reads_the_new_norms():
 def test_attention_is_that_of_a_trace():
     lvlm, (shown, scenes) = loading.load("lab-llava-gist"), pictures("", 4)
     calm = {str(i): mask for i, mask in enumerate(scenes.calm.flatten(1))}
-    table = control.asked(scenes, 0)
+    table = control.questions_by_family(scenes, 0)
     table = table[table.about == "gist"]
-    found = norms.attention(lvlm, table, dict(zip(calm, shown, strict=True)), calm, None, seed=0, batch_size=4)
+    found = norms.attention_on_calm(lvlm, table, dict(zip(calm, shown, strict=True)), calm, None, seed=0, batch_size=4)
     first = table.drop_duplicates("image_id")
     seen = capture.trace(lvlm, shown, list(first.question), 4).output_attention.mean((1, 2))  # [pictures, patches]
     on_calm = sum(row[mask].mean() for row, mask in zip(seen, calm.values(), strict=True))
@@ -59,13 +59,13 @@ def test_attention_is_that_of_a_trace():
 def test_the_committed_cells_are_two_by_two():
     cells = pd.read_csv(DATA / "controls" / "norms.csv")
     as_it_is = cells[cells.connector == "as it is"]
-    assert set(zip(as_it_is.model, as_it_is.norm, strict=True)) == set(norms.CELLS)
+    assert set(zip(as_it_is.model, as_it_is.norm, strict=True)) == set(norms.NORM_CELLS)
     trained = cells[cells.connector == "trained on"]
     assert set(zip(trained.model, trained.norm, strict=True)) == {
-        cell for cell in norms.CELLS if norms.AS_TRAINED[cell[0]] != cell[1]}
+        cell for cell in norms.NORM_CELLS if norms.AS_TRAINED[cell[0]] != cell[1]}
     assert set(cells.about) == {"gist", "local"} and cells.lost.between(cells.low, cells.high).all()
     curves = pd.read_csv(DATA / "controls" / "norms-training.csv")
-    assert curves.groupby(["model", "norm"]).step.max().eq(norms.TUNE.steps).all()
+    assert curves.groupby(["model", "norm"]).step.max().eq(norms.RETUNE.steps).all()
 
 
 def test_a_cell_of_the_committed_table_is_measured_again():

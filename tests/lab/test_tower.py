@@ -156,7 +156,7 @@ def test_planting_begins_at_the_onset(calm):
     assert norm > 0 and attention > 0
 
 
-@pytest.mark.parametrize("kind", t.KINDS)
+@pytest.mark.parametrize("kind", t.TOWER_KINDS)
 def test_objective_is_finite_and_reaches_the_tower(kind):
     torch.manual_seed(0)
     scenes = render("train", 0, 4)
@@ -164,7 +164,7 @@ def test_objective_is_finite_and_reaches_the_tower(kind):
     caption = torch.randint(0, 30, (4, 12))
     caption[:, 9:] = -1
     grounding = torch.randint(-1, 2, (4, 12, 12, 6))
-    facts = torch.stack(list(gist.facts(scenes).values()), 1)
+    facts = torch.stack(list(gist.fact_classes(scenes).values()), 1)
     args = (t.normalise(scenes.images), caption, torch.randint(0, 2, (4, 9)).float(), grounding, scenes.calm, facts)
     loss, values = objective(tower, *args, 0.0)
     loss.backward()

@@ -33,9 +33,9 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(score, "BENCHMARKS", {
         "POPE": lambda: benchmarks.pope(1), "MME": lambda: benchmarks.mme(1), "MMStar": lambda: benchmarks.mmstar(1)})
     monkeypatch.setattr(score, "question_prior", partial(score.question_prior, scenes=SCENES))
-    train.corpus.cache_clear(), train.pictures.cache_clear()
+    train.corpus.cache_clear(), train.train_pictures.cache_clear()
     yield tmp_path
-    train.corpus.cache_clear(), train.pictures.cache_clear()
+    train.corpus.cache_clear(), train.train_pictures.cache_clear()
 
 
 def test_a_model_is_made_from_nothing(small, capsys):

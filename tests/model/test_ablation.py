@@ -78,7 +78,7 @@ def entering(lvlm, inputs) -> torch.Tensor:
 def test_the_decoder_reads_the_replacement_there_and_nothing_else_elsewhere(lvlm, images):
     inputs = lvlm.inputs(list(images.values()), TEXTS)  # of different length: padded
     layouts, masks = lvlm.layout(inputs), groups(lvlm, images)
-    tokens = ablation.read(lvlm, images)
+    tokens = ablation.read_tokens(lvlm, images)
     before = entering(lvlm, inputs)
     new = ablation.values(tokens, masks, "noise")
     with ablation.replaced(lvlm, inputs, list(masks.values()), list(new.values())):
@@ -96,7 +96,7 @@ def test_the_decoder_reads_the_replacement_there_and_nothing_else_elsewhere(lvlm
 @pytest.mark.parametrize("site", ["input", "output"])
 def test_a_token_in_its_own_place_changes_no_bit(lvlm, images, site):
     masks = groups(lvlm, images)
-    tokens = ablation.read(lvlm, images, site)
+    tokens = ablation.read_tokens(lvlm, images, site)
     own = [tokens.group(name, mask) for name, mask in masks.items()]
     inputs = lvlm.inputs(list(images.values()), [""] * 3)
     with ablation.replaced(lvlm, inputs, list(masks.values()), own, site):
@@ -110,7 +110,7 @@ def test_replacing_every_patch_by_those_of_another_picture_shows_that_picture(lv
     inputs, other = lvlm.inputs([a], [""]), lvlm.inputs([b], [""])
     everything = torch.ones_like(groups(lvlm, {"a": a})["a"])
     for site in ("input", "output"):
-        new = ablation.read(lvlm, {"b": b}, site).group("b", everything)
+        new = ablation.read_tokens(lvlm, {"b": b}, site).group("b", everything)
         with ablation.replaced(lvlm, inputs, [everything], [new], site):
             found = entering(lvlm, inputs)
         torch.testing.assert_close(found, entering(lvlm, other), atol=1e-6, rtol=1e-5)
@@ -118,7 +118,7 @@ def test_replacing_every_patch_by_those_of_another_picture_shows_that_picture(lv
 
 def test_replacements_are_what_they_are_called(llava, images):
     masks = groups(llava, images) | {"c": groups(llava, images, k=2)["c"]}
-    tokens = ablation.read(llava, images)
+    tokens = ablation.read_tokens(llava, images)
     layer = llava.feature_layer
     every = torch.cat([tokens.of[name][layer] for name in images])
     group = torch.cat([tokens.group(name, mask)[layer] for name, mask in masks.items()])
@@ -260,7 +260,7 @@ def test_answers_are_those_of_one_generate_each(name, images, table, tmp_path_fa
     """Several images in a batch, prefixes shared, keys kept from one pass to the next."""
     lvlm = load(name, tmp_path_factory)
     masks = groups(lvlm, images)
-    tokens = {site: ablation.read(lvlm, images, site) for site in ("input", "output")}
+    tokens = {site: ablation.read_tokens(lvlm, images, site) for site in ("input", "output")}
     new = {site: ablation.values(tokens[site], masks, "shuffle") for site in tokens}
     contexts = {
         "input": lambda lvlm, inputs, image: ablation.replaced(
@@ -326,7 +326,7 @@ def test_an_answer_whose_words_the_tokenizer_lacks_has_no_probability(llava, ima
 
 
 def test_interventions_differ_in_the_cache_where_they_differ(llava, images):
-    masks, tokens = groups(llava, images), ablation.read(llava, images)
+    masks, tokens = groups(llava, images), ablation.read_tokens(llava, images)
     made = [
         ablation.hide("x", masks),
         ablation.hide("x", groups(llava, images, seed=1)),
@@ -344,16 +344,16 @@ def test_interventions_differ_in_the_cache_where_they_differ(llava, images):
 
 # ------------------------------------------------------------------------------------------------- bad input
 def test_bad_input_is_named(llava, images, table):
-    masks, tokens = groups(llava, images), ablation.read(llava, images)
+    masks, tokens = groups(llava, images), ablation.read_tokens(llava, images)
     inputs = llava.inputs([images["a"]], [""])
     with pytest.raises(ValueError, match="unknown replacement 'median'; known: mean"):
         ablation.values(tokens, masks, "median")
     with pytest.raises(ValueError, match="1 images were not read, such as 'd'"):
         ablation.values(tokens, {"d": masks["a"]}, "mean")
     with pytest.raises(ValueError, match="a site is"):
-        ablation.read(llava, images, "middle")
+        ablation.read_tokens(llava, images, "middle")
     with pytest.raises(ValueError, match="no images"):
-        ablation.read(llava, {})
+        ablation.read_tokens(llava, {})
     with pytest.raises(ValueError, match=r"a group is bool \[16\] here, not torch.bool \[4\]"):
         ablation.values(tokens, {"a": torch.ones(4, dtype=torch.bool)}, "mean")
     with pytest.raises(ValueError, match="visible to"):

@@ -65,7 +65,7 @@ def test_over_steps_of_planted_dimensions():
     mask = torch.zeros(8, 12, dtype=torch.bool)
     mask[:6, 4] = True  # two pictures have none
     masks = {"sinks": mask, "others": ~mask, "random": mask.roll(1, 1)}
-    groups = propagation.Groups(torch.ones(8, 12), masks, None)
+    groups = propagation.TokenGroups(torch.ones(8, 12), masks, None)
     lights = {step: noise + 10 * mask[:, None, :, None] * torch.eye(10)[at] for step, at in ((0, 1), (9, 6))}
     phi, profiles = propagation.over_steps(lights, groups, k=1)
     assert profiles.lit.tolist() == ["1", "1", "6", "6"]

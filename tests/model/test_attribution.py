@@ -171,9 +171,9 @@ def test_deletion_and_insertion_replace_the_tokens_of_highest_score(tokens):
     f = toy(lambda x, rows: x[..., 0].sum(1), tokens)
     scores = tokens[..., 0]
     ordered = scores.sort(dim=1, descending=True).values
-    found = attribution.replaced(f, scores, torch.zeros(4), [0, 1, 4, 6], batch_size=2)
+    found = attribution.perturbed(f, scores, torch.zeros(4), [0, 1, 4, 6], batch_size=2)
     torch.testing.assert_close(found, torch.stack([ordered[:, k:].sum(1) for k in (0, 1, 4, 6)], dim=1))
-    found = attribution.replaced(f, scores, torch.zeros(4), [0, 1, 4, 6], keep=True)
+    found = attribution.perturbed(f, scores, torch.zeros(4), [0, 1, 4, 6], keep=True)
     torch.testing.assert_close(found, torch.stack([ordered[:, :k].sum(1) for k in (0, 1, 4, 6)], dim=1))
 
 
@@ -199,7 +199,7 @@ def test_the_one_token_that_the_decoder_can_see_gets_everything(loaded, pictures
         baseline = f.tokens.mean((0, 1))
         integrated, _ = attribution.integrated_gradients(f, baseline, steps=8)
         ablated = attribution.group_ablation(f, baseline, torch.arange(16).expand(3, -1))
-        curve = attribution.replaced(f, integrated.abs(), baseline, [0, 1, 16])
+        curve = attribution.perturbed(f, integrated.abs(), baseline, [0, 1, 16])
     finally:
         for hook in hooks:
             hook.remove()

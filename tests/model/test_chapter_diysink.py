@@ -55,7 +55,7 @@ def test_own_model(tmp_path: Path, name: str):
     of_seeds = []
     for seed in (0, 1):
         method = load_method(methods / f"two-{seed}")
-        asked = table.assign(question=benchmarks.prompts(table, "POPE", study.family(method.lvlm, True)))
+        asked = table.assign(question=benchmarks.prompts(table, "POPE", study.prompt_family(method.lvlm, True)))
         with torch.no_grad():
             answers = evaluate.evaluate(method.lvlm, asked, [method.intervention("x", show="others")], images=shown,
                                         max_new_tokens=2, cache=None, batch_size=1)

@@ -28,12 +28,12 @@ def images() -> dict[str, Image.Image]:
 
 @pytest.fixture(scope="module")
 def read(lvlm, images) -> dict[str, ablation.Tokens]:
-    return {site: ablation.read(lvlm, images, site) for site in ("input", "output")}
+    return {site: ablation.read_tokens(lvlm, images, site) for site in ("input", "output")}
 
 
 @pytest.fixture(scope="module")
 def found(lvlm, read) -> groups.Groups:
-    return groups.find(read["input"], lvlm.feature_layer, "percentile", 70.0, doses=[1])
+    return groups.choose(read["input"], lvlm.feature_layer, "percentile", 70.0, doses=[1])
 
 
 def asked() -> pd.DataFrame:
@@ -72,6 +72,6 @@ def test_a_picture_without_such_tokens_says_nothing(lvlm, images, found, read):
 
 def test_without_answers_the_models_own_has_to_stay(lvlm, images):
     images = {str(number): image for number, image in enumerate(images.values())}
-    rows = groups.questions(lvlm, images, None, "what is the texture", max_new_tokens=2, cache=None)
+    rows = groups.draw_questions(lvlm, images, None, "what is the texture", max_new_tokens=2, cache=None)
     said = ablation.scored(lvlm, rows, [], images=images, max_new_tokens=2, cache=None)
     assert (rows.answer != "").all() and (said.right == 100).all()

@@ -24,7 +24,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from sinkstudy.answers.evaluate import Prefixes
 from sinkstudy.effects import moving
-from sinkstudy.effects.methods import METHODS, Case, Groups, intervention
+from sinkstudy.effects.methods import METHODS, Case, Targets, applied
 from sinkstudy.model import measure
 from sinkstudy.model.capture import trace
 from sinkstudy.model.lvlm import LVLM
@@ -152,7 +152,7 @@ def methods(lvlm: Bare) -> list[str]:
         case = Case(lvlm, {"": {"a": (8, 8)}}, criterion="percentile", threshold=98.0)
         n = len(case.norms["", "a"])
         sink = torch.arange(n) == n // 2
-        case.groups = Groups("sinks", {("", "a"): sink}, {("", "a"): sink.roll(3)})  # planted
+        case.targets = Targets("sinks", {("", "a"): sink}, {("", "a"): sink.roll(3)})  # planted
     except Exception as error:
         return [f"{name} ({said(error)})" for name in OF_SINKS]
     with torch.no_grad():
@@ -162,7 +162,7 @@ def methods(lvlm: Bare) -> list[str]:
         try:
             if METHODS[name].check:
                 METHODS[name].check(lvlm)
-            change = VAR if name == "var" else intervention(case, "", name, METHODS[name].default)
+            change = VAR if name == "var" else applied(case, "", name, METHODS[name].default)
             with torch.no_grad(), change.around(lvlm, Prefixes(inputs, ["a"])):
                 changed = lvlm.model(**inputs).logits[:, -1]
             if torch.equal(changed, plain):

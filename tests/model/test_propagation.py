@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 import torch
 
-from sinkstudy import sinks, stats
+from sinkstudy import sinks
 from sinkstudy.analyses import propagation
+from sinkstudy.book import chapter
 from sinkstudy.model.layout import ImageLayout
 from tests.model import architectures, chapters
 
@@ -27,12 +28,12 @@ def test_groups_leave_tokens_without_a_patch_out():
     """Six patches, and a newline after each row of three: no control takes it, even where there are too few others."""
     norms = torch.tensor([[1.0, 9.0, 1.0, 9.0, 9.0, 9.0], [1.0, 1.0, 9.0, 2.0, 1.0, 1.0]])
     layouts = [layout([5, 6, 7, 9, 10, 11], list(range(5, 13)))] * 2
-    groups = propagation.groups(norms, layouts, None, criterion="absolute", threshold=5.0)
+    groups = propagation.token_groups(norms, layouts, None, criterion="absolute", threshold=5.0)
     newline = torch.tensor([False, False, False, True] * 2)
     assert torch.equal(~groups.patches, newline.expand(2, -1)) and groups.things is None
     assert groups.masks["sinks"].tolist() == [[False, True, False, False, True, True, True, False],
                                               [False, False, True] + [False] * 5]
-    for control in propagation.CONTROLS:
+    for control in propagation.SINK_CONTROLS:
         assert not (groups.masks[control] & (groups.masks["sinks"] | newline)).any()
         assert groups.masks[control].sum(1).tolist() == [2, 1]  # of four sinks there are two others only
     assert groups.masks["next in norm"][1].nonzero().item() == 4
@@ -44,12 +45,13 @@ def test_groups_leave_tokens_without_a_patch_out():
     seen = propagation.contrast(values, groups, pd.DataFrame({"image": [0, 0]}))
     of = seen[(seen.group == "sinks")]
     assert of.layer.tolist() == [1, 2, 1, 2] and set(of.inside) == {5} and set(of.outside) == {1}
-    assert stats.ratios(seen, ["group"]).set_index("group").value["sinks"] == 5
+    assert chapter.ratios(seen, ["group"]).set_index("group").value["sinks"] == 5
 
 
 def test_controls_are_set_against_patches_that_are_no_sinks():
     norms = torch.tensor([[9.0, 3.0, 2.0, 1.0]])
-    groups = propagation.groups(norms, [layout([0, 1, 2, 3], [0, 1, 2, 3])], None, criterion="absolute", threshold=5.0)
+    whole = layout([0, 1, 2, 3], [0, 1, 2, 3])
+    groups = propagation.token_groups(norms, [whole], None, criterion="absolute", threshold=5.0)
     seen = propagation.contrast(torch.tensor([[[8.0, 4.0, 1.0, 1.0]]]), groups, pd.DataFrame({"image": [0]}))
     of = seen.set_index("group")
     assert of.outside["sinks"] == 2 and of.inside["next in norm"] == 4 and of.outside["next in norm"] == 1
@@ -58,7 +60,7 @@ def test_controls_are_set_against_patches_that_are_no_sinks():
 def test_ratios_without_a_value():
     seen = pd.DataFrame({"group": ["none", "none", "some", "some"], "image": [0, 1, 0, 1],
                          "inside": [np.nan, np.nan, 2.0, np.nan], "outside": [1.0, 1.0, 1.0, 5.0]})
-    none, some = stats.ratios(seen, ["group"]).itertuples(index=False)
+    none, some = chapter.ratios(seen, ["group"]).itertuples(index=False)
     assert none.n == 0 and np.isnan(none.value)
     assert some.value == 2 and some.n == 1
 
@@ -108,7 +110,7 @@ def test_lit_dimensions_of_planted_profiles():
     sink, first = flat.clone(), flat.clone()
     sink[1, [2, 7]], first[1, 7] = 8.0, 9.0
     profiles = {"sinks": sink, "others": flat, "first token": first, "top 2 %": torch.full((2, 10), float("nan"))}
-    found = propagation.lit_dimensions(profiles).set_index(["group", "layer"])
+    found = propagation.lit_table(profiles).set_index(["group", "layer"])
     assert found.dimensions["sinks", 2] == "2 7" and found.largest_over_median["sinks", 2] == 8
     assert found.dimensions["sinks", 1] == "" and np.isnan(found.largest_over_median["top 2 %", 1])
     assert propagation.sharpest(profiles, "sinks") == 1

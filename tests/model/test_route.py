@@ -159,15 +159,15 @@ def test_var_is_about_the_dimension_that_the_first_token_lights(benchmark, tmp_p
     first = lvlm.inputs([benchmark[1]["a"]], [""])["input_ids"][0, 0]
     lvlm.model.get_input_embeddings().weight.data[first, 3] = 1000
     case = methods.Case(lvlm, {"POPE": benchmark[1]})
-    made = methods.intervention(case, "POPE", "var", None)
+    made = methods.applied(case, "POPE", "var", None)
     assert made.parameters["dimensions"][0] == 3
     assert made.parameters["tau"] == pytest.approx(20 * (32 / 4096) ** 0.5)
     asked = [("var", None), ("keys", 0.5)]
-    assert methods.fitting(case, asked) == asked and not capsys.readouterr().out
+    assert methods.applicable(case, asked) == asked and not capsys.readouterr().out
     monkeypatch.setattr(case, "dimensions", [])
     with pytest.raises(ValueError, match="VAR has nothing to move"):
-        methods.intervention(case, "POPE", "var", None)
-    assert methods.fitting(case, asked) == asked[1:]
+        methods.applied(case, "POPE", "var", None)
+    assert methods.applicable(case, asked) == asked[1:]
     assert capsys.readouterr().out.count("VAR has nothing to move") == 1
 
 
@@ -202,12 +202,12 @@ def test_without_sinks_the_tail_stands_for_them(llava, benchmark):
     of = neurons.norms(llava, benchmark[1], batch_size=3)
     for name, picture in benchmark[1].items():
         torch.testing.assert_close(of[name], hand_norms(llava, picture))
-    name, own, random = methods.groups(of, "absolute", 1e9)
+    name, own, random = methods.targets(of, "absolute", 1e9)
     assert name == "top 2 %" and all(mask.sum() == 1 and of[key][mask] == of[key].max() for key, mask in own.items())
     assert all(mask.sum() == 1 and not (mask & own[key]).any() for key, mask in random.items())
     half = sorted(of[key].max().item() for key in of)[1:]
-    assert methods.groups(of, "absolute", half[1]).name == "sinks"  # one in two pictures
-    assert methods.groups(of, "absolute", half[2]).name == "top 2 %"  # one in four
+    assert methods.targets(of, "absolute", half[1]).name == "sinks"  # one in two pictures
+    assert methods.targets(of, "absolute", half[2]).name == "top 2 %"  # one in four
 
 
 # ------------------------------------------------------------------------------------------------- the command

@@ -375,7 +375,7 @@ def test_an_arm_tells_simple_pictures_apart():
     arm = load_method(folder)
     table = pd.concat([benchmarks.mmstar(questions=4, split=split) for split in ("test", "test simple")])
     table = table.assign(id=table.image_id)
-    drawn, place = benchmarks.pictures(table)
+    drawn, place = benchmarks.render_pictures(table)
     shown = {image: drawn[at].numpy() for image, at in zip(table.image_id, place, strict=True)}
     found = routers.cot(arm.lvlm, table, arm.intervention("one"), wording=routers.LAB, images=shown, cache=None)
     assert ((found.simple > 0) == table.set_index("id").simple).mean() >= 0.9

@@ -86,6 +86,6 @@ def test_phi_of_a_visual_token_is_that_of_its_state(lvlm, pictures):
 
 def test_unknown_answers_give_rows_without_value(lvlm):
     asked = pd.DataFrame({"id": ["0-0"], "image_id": ["0"], "question": ["how many"], "answer": [None]})
-    said = criteria.changes(lvlm, asked, [neurons.silence("silent", {})])
+    said = criteria.answer_changes(lvlm, asked, [neurons.silence("silent", {})])
     assert said[["intervention", "measure"]].values.tolist() == [["silent", "accuracy"], ["silent", "logp"]]
     assert said.value.isna().all()

@@ -92,13 +92,13 @@ def test_mean_of_benchmarks():
     rows = pd.DataFrame({
         "benchmark": ["POPE"] * 4 + ["MME"] * 2, "picture": list("aabbcd"),
         "right": [100.0, 0.0, 100.0, 100.0, 0.0, np.nan]})
-    found = study.mean(rows, "right")
+    found = study.mean_of_benchmarks(rows, "right")
     assert found.value == pytest.approx((75 + 0) / 2) and found.n == 3
     assert found.low < found.value < found.high
-    one = study.mean(rows[rows.benchmark == "POPE"], "right", seed=3)
+    one = study.mean_of_benchmarks(rows[rows.benchmark == "POPE"], "right", seed=3)
     own = stats.mean_interval([50.0, 100.0], method="percentile", seed=3)
     assert one.value == own.value and (one.low, one.high) == (own.low, own.high)
-    assert np.isnan(study.mean(rows.iloc[5:], "right").value)
+    assert np.isnan(study.mean_of_benchmarks(rows.iloc[5:], "right").value)
 
 
 def test_means_of_each_benchmark_and_of_all():
@@ -111,7 +111,7 @@ def test_means_of_each_benchmark_and_of_all():
               ("y", "POPE", "logp"): -3, ("y", "mean", "logp"): -3}
     assert found.value.to_dict() == values
     assert found.n["x", "mean", "right"] == 4 and found.n["x", "mean", "logp"] == 3
-    own = study.mean(rows[rows.way == "x"], "right")
+    own = study.mean_of_benchmarks(rows[rows.way == "x"], "right")
     assert tuple(found.loc[("x", "mean", "right"), ["low", "high"]]) == (own.low, own.high)
 
 
@@ -124,7 +124,7 @@ def test_columns_of_the_papers_tables():
     found = study.reported(pd.concat([four, mme]).assign(way="x"), ["way"])
     assert set(found.column) == {"LLaVA-eval average", "MME all"}
     assert not found.duplicated(["column", "benchmark", "id"]).any()
-    score = {column: study.scaled(study.mean(of, "right"), of.scale.iloc[0]).value
+    score = {column: study.scaled(study.mean_of_benchmarks(of, "right"), of.scale.iloc[0]).value
              for column, of in found.groupby("column")}
     assert score == pytest.approx({"LLaVA-eval average": (50 + 100 + 30 + 0) / 4, "MME all": 75 + 50 + 50 + 0})
     assert study.reported(four[four.id != "e"].assign(way="x"), ["way"]).empty
@@ -136,10 +136,10 @@ def test_what_a_method_changes_in_these_columns():
     said = pd.concat([pd.DataFrame({"benchmark": "MathVista", "id": list("abc"), "picture": list("abc"),
                                     "category": "x", "method": way, "right": right}) for way, right in of.items()])
     for against, change in (("none", 100 / 3), ("random-front", 100 / 3)):
-        (row,) = methods.as_reported(said.assign(model="m"), ["model"], "front", against).itertuples()
+        (row,) = methods.reported_changes(said.assign(model="m"), ["model"], "front", against).itertuples()
         assert (row.column, row.n) == ("MathVista", 3) and row.low < row.value < row.high
         assert (row.before, row.score, row.value) == pytest.approx((100 / 3, 200 / 3, change))
-    assert methods.as_reported(said[:0].assign(model="m"), ["model"], "front", "none").empty
+    assert methods.reported_changes(said[:0].assign(model="m"), ["model"], "front", "none").empty
 
 
 def test_mean_of_several_trainings_counts_benchmarks_alike():
@@ -163,7 +163,7 @@ def test_few_pictures_that_differ_make_no_surer_than_none(differ):
     half = 100 * (1 - 0.05 ** (1 / 80))  # the rule of three, over both benchmarks
     alone = stats.mean_interval(rows.right, clusters=rows.picture, strata=rows.benchmark, method="percentile")
     of_seeds, _ = study.mean_of_seeds(rows.assign(**{"0": rows.right, "1": rows.right}), ["0", "1"], "right")
-    found = study.mean(rows, "right")
+    found = study.mean_of_benchmarks(rows, "right")
     if differ == study.FEW:
         assert (found.low, found.high) == (alone.low, alone.high)
     else:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from sinkstudy import sinks, stats
+from sinkstudy import sinks
 from sinkstudy.analyses import attribution
+from sinkstudy.book import chapter
 from sinkstudy.model.layout import ImageLayout
 
 
@@ -34,8 +35,8 @@ def scene() -> dict:
     return {"norms": norms, "patches": {"sinks": sink, "things": things}, "things": things}
 
 
-def grouped(scene, **how) -> attribution.Groups:
-    return attribution.groups([layout(newline=True)] * 2, **(scene | how), draws=3, seed=1)
+def grouped(scene, **how) -> attribution.MatchedGroups:
+    return attribution.matched_groups([layout(newline=True)] * 2, **(scene | how), draws=3, seed=1)
 
 
 def test_controls_are_as_many_other_tokens_of_the_picture(scene):
@@ -75,14 +76,14 @@ def test_ratios_are_of_means_over_questions_that_have_both(scene, said):
     of = grouped(scene)
     values = torch.full((4, 17), 2.0)
     values[0, of.members["sinks"][0]], values[1, of.members["sinks"][0]] = 10.0, 6.0
-    seen = attribution.compared({"m": values}, {"m": of}, said)
+    seen = attribution.against_controls({"m": values}, {"m": of}, said)
     own = seen[(seen.group == "sinks") & (seen.control == "random")]
     assert own.inside.tolist()[:2] == [10.0, 6.0] and own.outside.tolist()[:2] == [2.0, 2.0]
     assert own.inside[2:].isna().all()  # the second picture has no sinks
-    ratio = stats.ratios(seen, ["model", "group", "control"]).set_index(["group", "control"])
+    ratio = chapter.ratios(seen, ["model", "group", "control"]).set_index(["group", "control"])
     assert ratio.loc[("sinks", "random"), "value"] == 4 and ratio.loc[("sinks", "random"), "n"] == 1
     assert ratio.loc[("things", "random"), "n"] == 2
-    by_type = stats.ratios(own, ["type"]).set_index("type").value
+    by_type = chapter.ratios(own, ["type"]).set_index("type").value
     assert by_type["global"] == 5 and by_type["local"] == 3
     between = attribution.ratios_between(own, ["group"])
     assert between.value[0] == pytest.approx(5 / 3) and between.n[0] == 1
@@ -91,7 +92,7 @@ def test_ratios_are_of_means_over_questions_that_have_both(scene, said):
 
 def test_ratios_keep_a_cell_that_has_nothing():
     seen = pd.DataFrame({"model": ["a", "b"], "image": 0, "inside": [2.0, np.nan], "outside": 1.0})
-    found = stats.ratios(seen, ["model"])
+    found = chapter.ratios(seen, ["model"])
     assert found.n.tolist() == [1, 0] and found.value[0] == 2 and np.isnan(found.value[1])
 
 
@@ -158,7 +159,7 @@ def test_the_order_of_the_attributions_beats_a_random_one(explained, said):
 
 def test_agreement_is_by_rank_within_a_picture(said):
     first = torch.tensor([[1.0, 2, 3, 4]] * 4)
-    found = attribution.agreement({"m": {"a": first, "b": first**3, "c": -first}}, said)
+    found = attribution.rank_correlations({"m": {"a": first, "b": first**3, "c": -first}}, said)
     means = found.groupby(["first", "second"]).value.mean()
     assert means.round(6).to_dict() == {("b", "a"): 1, ("c", "a"): -1, ("c", "b"): -1}
 

@@ -11,7 +11,7 @@ import yaml
 from sinkstudy import stats
 from sinkstudy.book import claims
 from sinkstudy.paths import TRAINED
-from sinkstudy.trained.compared import ARMS, COMPARED
+from sinkstudy.trained.compared import ARM_LABELS, COMPARISONS
 
 LEDGER = {
     "claims": [
@@ -63,7 +63,7 @@ def test_header_of_the_ledger_says_what_the_code_does():
     """Its words are those of the code, in the order in which an interval is held against them; its keys are read."""
     header = claims.LEDGER.read_text(encoding="utf-8").partition("claims:\n")[0]
     named = [line[4:34].strip() for line in header.splitlines() if line.startswith("#   ")]
-    assert named == [*claims.regions(claim({"above": 5})), "inconclusive"]
+    assert named == [*claims.verdict_rules(claim({"above": 5})), "inconclusive"]
     assert set(named) == set(claims.JUDGED)
     for key in (*claims._MEASURE, *claims._OPTIONAL):
         assert f"`{key}" in header, key
@@ -211,11 +211,12 @@ def test_p_value_of_students_interval_is_that_of_the_t_test():
 def test_pictures_needed_count_from_the_published_effect_to_the_bound():
     interval = stats.Interval(0.0, -0.98, 0.98, 400)  # a standard deviation of 10
     above = claim({"above": 1}, published=2)
-    assert claims.images_needed(above, interval) == pytest.approx(7.849 * 100, rel=0.01)  # (1.96 + 0.84)^2 sd^2
-    assert claims.images_needed(claim({"below": -1}, published=-2), interval) == claims.images_needed(above, interval)
+    assert claims.pictures_needed(above, interval) == pytest.approx(7.849 * 100, rel=0.01)  # (1.96 + 0.84)^2 sd^2
+    below = claim({"below": -1}, published=-2)
+    assert claims.pictures_needed(below, interval) == claims.pictures_needed(above, interval)
     within = claim({"between": [-1.5, 1.5]}, published=-0.5)
-    assert claims.images_needed(within, interval) == claims.images_needed(above, interval)
-    assert np.isnan(claims.images_needed(claim({"above": 1}), interval))
+    assert claims.pictures_needed(within, interval) == claims.pictures_needed(above, interval)
+    assert np.isnan(claims.pictures_needed(claim({"above": 1}), interval))
 
 
 def test_equivalence_is_two_one_sided_tests():
@@ -372,8 +373,8 @@ def test_chapters_write_the_metrics_that_the_ledger_names():
     """For one model at least: what is trained is not there for all. What waits for an arm is excused until then."""
     table = claims.verdicts()
     absent = (table.verdict == "not run").groupby(table.claim).all()
-    untrained = ARMS.keys() - {path.name.rpartition("-")[0] for path in TRAINED.glob("*/*-*")}
-    wait = {of.key for of in COMPARED if untrained & {of.first, of.second}}
+    untrained = ARM_LABELS.keys() - {path.name.rpartition("-")[0] for path in TRAINED.glob("*/*-*")}
+    wait = {of.key for of in COMPARISONS if untrained & {of.first, of.second}}
     metrics = {claim["id"]: claim["metric"].split(".")[1] for claim in claims.load()["claims"]}
     not_run = [claim for claim in absent.index[absent] if metrics[claim] not in wait]
     chapters = {claim["id"]: claim["chapter"] for claim in claims.load()["claims"]}

@@ -33,10 +33,10 @@ def results(tmp_path, monkeypatch):
 
 
 def test_verdicts_of_each_run_by_its_own_numbers(results):
-    found = compare.judged(["a-model", "second"], results, LEDGER)
+    found = compare.run_verdicts(["a-model", "second"], results, LEDGER)
     words = found.set_index(["model", "claim", "run"]).verdict
-    assert words[compare.OWN, "up", "a-model"] == "supported"
-    assert words[compare.OWN, "up", "second"] == "opposite sign"
+    assert words[compare.OWN_MODEL, "up", "a-model"] == "supported"
+    assert words[compare.OWN_MODEL, "up", "second"] == "opposite sign"
     assert words["gist", "up", "a-model"] == words["gist", "up", "second"] == "supported"
     assert len(words) == 8 and (words[:, "same"] == "not run").all()
 
@@ -45,7 +45,7 @@ def test_models_keep_their_names_where_both_runs_have_the_same(results):
     (results / "second" / "model.txt").write_text("a-model\n")
     text = (results / "second" / "90-toy" / "metrics.json").read_text().replace("b-model", "a-model")
     (results / "second" / "90-toy" / "metrics.json").write_text(text)
-    assert set(compare.judged(["a-model", "second"], results, LEDGER).model) == {"a-model", "gist"}
+    assert set(compare.run_verdicts(["a-model", "second"], results, LEDGER).model) == {"a-model", "gist"}
 
 
 def test_numbers_beside_each_other(results):

@@ -89,7 +89,7 @@ def test_arms_of_fewer_steps_than_the_schedule_have_no_verdict(tmp_path: Path):
 
 
 def test_which_comparisons_are_fair():
-    of = {comparison.key: comparison for comparison in compared.COMPARED}
+    of = {comparison.key: comparison for comparison in compared.COMPARISONS}
     pair = {key for key, one in of.items() if compared.unfair(one, {"two"})}
     on_pair = {key for key, one in of.items() if one.figure == "routers"}
     assert pair - on_pair == {"two_minus_one", "two_minus_matched", "two_minus_random", "two_minus_kept",
@@ -167,7 +167,7 @@ def test_accuracy_of_arms(said: pd.DataFrame):
     one = said[said.arm == "one"]
     assert table.value["one", "POPE"] == pytest.approx(one[one.benchmark == "POPE"].right.mean())
     assert np.isnan(table.df["base", "mean"]) and table.df["one", "mean"] > 1
-    assert table.value["base", "mean"] == study.mean(said[said.arm == "base"], "right").value == 100
+    assert table.value["base", "mean"] == study.mean_of_benchmarks(said[said.arm == "base"], "right").value == 100
     assert table.low.min() >= 0 and table.high.max() == 100  # shares, of two seeds that differ
 
 
@@ -182,7 +182,7 @@ def test_verdicts(low: float, high: float, words: str):
 def test_the_figure_marks_what_is_under_trained(said: pd.DataFrame):
     effects, seeds = compared.comparisons(said, {"m": {"two"}})
     chosen = [of[(of.benchmark == "mean") & (of.measure == "right")] for of in (effects, seeds)]
-    fig = compared.dots(*chosen, {"m": "#123456"})
+    fig = compared.forest_plot(*chosen, {"m": "#123456"})
     assert fig.axes[0].get_title() == "m"
     dots = [line for line in fig.axes[0].lines if line.get_marker() == "o"]
     assert len(dots) == len(chosen[0]) and all(line.get_markerfacecolor() == "none" for line in dots)
@@ -191,10 +191,10 @@ def test_the_figure_marks_what_is_under_trained(said: pd.DataFrame):
 
 def test_without_any_method():
     assert compared.trained({}).empty and compared.against_one(compared.trained({})) == {}
-    said = compared.answers(None, {}, {})
+    said = compared.answers_of_arms(None, {}, {})
     assert compared.hard_routers(said, {}).empty and compared.accuracy(said).empty
     effects, seeds = compared.comparisons(said, {})
-    assert effects.empty and seeds.empty and len(compared.dots(effects, seeds, {}).axes) == 1
+    assert effects.empty and seeds.empty and len(compared.forest_plot(effects, seeds, {}).axes) == 1
 
 
 # ------------------------------------------------------------------------------------------- the paper's tables
@@ -206,8 +206,8 @@ def test_arms_in_the_columns_of_the_papers_tables():
                              "right": right})
     said = pd.concat([of_arm("one", 0, [100.0, 0, 0, 0]), of_arm("two both", 0, [100.0, 100, 0, 0]),
                       of_arm("one", 1, [100.0, 0, 100, 0]), of_arm("two both", 1, [100.0, 0, 100, 100])])
-    two_minus_one, soft = compared.COMPARED[0], compared.COMPARED[7]
-    (row,) = compared.as_reported(said, {"m": {"two"}}, [two_minus_one, soft]).itertuples()
+    two_minus_one, soft = compared.COMPARISONS[0], compared.COMPARISONS[7]
+    (row,) = compared.reported_comparisons(said, {"m": {"two"}}, [two_minus_one, soft]).itertuples()
     assert (row.model, row.key, row.column) == ("m", "two_minus_one", "MME all")
     assert (row.before, row.score) == ((50 + 100) / 2, (200 + 250) / 2)
     assert row.value == 150 and row.low <= row.value <= row.high and row.verdict == compared.UNDER_TRAINED

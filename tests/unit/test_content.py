@@ -34,42 +34,42 @@ def scenes() -> drawing.Scenes:
 
 
 @pytest.fixture(scope="module")
-def groups(scenes) -> content.Groups:
-    asked = content.asked(scenes, 6, 4, 1, GRID, seed=3)
-    return content.Groups(sinks.rule("above_median", 3.0), asked, draws=2, most=3, seed=1)
+def groups(scenes) -> content.PatchSampler:
+    known = content.known(scenes, 6, 4, 1, GRID, seed=3)
+    return content.PatchSampler(sinks.rule("above_median", 3.0), known, draws=2, most=3, seed=1)
 
 
 def test_facts_are_those_of_the_scenes(scenes, groups):
-    asked = groups.asked
+    known = groups.known
     facts = questions.facts(scenes)
     for i, of in enumerate(facts):
-        assert drawing.SCENES[asked.true["scene"][i, 0]] == of.scene
-        assert drawing.TEXTURES[asked.true["main texture"][i, 0]] == of.parts[0][0]
-        assert (asked.true["number of things"][i] == len(of.things)).all()
-    assert asked.true["cell"][0].view(GRID)[::4, ::4].tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
-    assert torch.equal(asked.calm.view(-1, *GRID), scenes.calm)
-    assert asked.kinds["local"] == ["texture there", "colour there"]
-    assert asked.of_patch() == ["cell", "texture there", "colour there", "thing there"]
+        assert drawing.SCENES[known.true["scene"][i, 0]] == of.scene
+        assert drawing.TEXTURES[known.true["main texture"][i, 0]] == of.parts[0][0]
+        assert (known.true["number of things"][i] == len(of.things)).all()
+    assert known.true["cell"][0].view(GRID)[::4, ::4].tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    assert torch.equal(known.calm.view(-1, *GRID), scenes.calm)
+    assert known.kinds["local"] == ["texture there", "colour there"]
+    assert known.of_patch() == ["cell", "texture there", "colour there", "thing there"]
     assert decoding.true_words(scenes)[0] >= {facts[0].scene, facts[0].light, facts[0].things[0].kind}
 
 
 def test_of_other_pictures_and_of_tiles_the_facts_of_a_patch_are_not_known(scenes):
-    other, tiled = content.asked(None, 6, 4, 1, GRID), content.asked(scenes, 6, 4, 2, GRID)
+    other, tiled = content.known(None, 6, 4, 1, GRID), content.known(scenes, 6, 4, 2, GRID)
     assert list(other.true) == ["cell"] and not other.kinds["global"] and decoding.true_words(None) == []
     assert tiled.calm is None and tiled.kinds["global"] and not tiled.kinds["local"] and len(tiled.places) == 288
 
 
 def test_in_the_control_task_a_picture_has_the_labels_of_another_of_its_half(groups):
-    true, dealt = groups.asked.true["texture there"], groups.asked.dealt["texture there"]
+    true, dealt = groups.known.true["texture there"], groups.known.dealt["texture there"]
     for half in (slice(0, 4), slice(4, 6)):
         rows = sorted(map(tuple, true[half].tolist()))
         assert rows == sorted(map(tuple, dealt[half].tolist()))
-    cells = groups.asked.dealt["cell"]
+    cells = groups.known.dealt["cell"]
     assert (cells == cells[0]).all() and cells[0].bincount().tolist() == [16] * 9
 
 
 def test_groups_and_their_controls(groups):
-    high, things = (3, 77), groups.asked.things[2]
+    high, things = (3, 77), groups.known.things[2]
     masks = groups.masks(2, layout(), norms(*high))
     assert masks["sinks"].nonzero()[:, 0].tolist() == list(high) and masks["top 2 %"].sum() == 3
     assert not (masks["sinks on things"] & ~(masks["sinks"] & things)).any()
@@ -107,9 +107,9 @@ def test_what_a_token_says_is_read_and_what_is_not_there_is_nan():
     tokens = torch.randn(160, 1, 5, generator=torch.Generator().manual_seed(0))
     tokens[:, 0, 2] += 20 * labels[:, 0]
     tokens[150] = float("nan")
-    found = probing.right(tokens, {"label": labels}, 120)["label"]
+    found = probing.hit_rates(tokens, {"label": labels}, 120)["label"]
     assert np.isnan(found[30]) and np.nanmean(found) == 1 and len(found) == 40
-    assert np.isnan(probing.right(tokens, {"label": labels}, 120, 40)["label"]).all()  # too few to fit on
+    assert np.isnan(probing.hit_rates(tokens, {"label": labels}, 120, 40)["label"]).all()  # too few to fit on
     numbers = tokens[:, :, 2:3].nan_to_num() * 3
     told = probing.explained(tokens, numbers, 120)
     assert np.isnan(told[30]) and np.nanmean(told) == pytest.approx(1, abs=1e-3)

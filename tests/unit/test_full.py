@@ -33,7 +33,7 @@ def planted(root, seed, change=lambda default: default):
     pictures = np.repeat(rng.normal(size=(10, 400)), 6, axis=0) + rng.normal(size=(60, 400))
     write(root, DEFAULT_MODEL, numbers(change(pictures[:, :100])))
     write(root, FULL, numbers(pictures))
-    return claims.agreement(root, MANY)
+    return claims.default_beside_full(root, MANY)
 
 
 # ---- what it is
@@ -146,33 +146,34 @@ def test_a_small_shift_of_all_numbers_is_seen(tmp_path):
 
 
 def test_what_is_compared(tmp_path):
-    assert claims.agreed(claims.agreement(tmp_path, LEDGER)).startswith("No full run")
+    assert claims.agreed(claims.default_beside_full(tmp_path, LEDGER)).startswith("No full run")
     same = "lab-llava.same.effect"
     write(tmp_path, DEFAULT_MODEL, [(UP, 2.0, 1.0, 4.0, 20, ""), (same, 0.0, 0.0, 0.0, 100, "points")])
-    assert claims.agreement(tmp_path, LEDGER).empty and not claims.disagreements(claims.agreement(tmp_path, LEDGER))
+    beside = claims.default_beside_full(tmp_path, LEDGER)
+    assert beside.empty and not claims.disagreements(beside)
     write(tmp_path, FULL, [(UP, 1.2, 1.1, 1.3, 80, "")], chapter="91-other")
-    assert claims.agreement(tmp_path, LEDGER).empty  # the full run lacks the chapter: it was killed, say
+    assert claims.default_beside_full(tmp_path, LEDGER).empty  # the full run lacks the chapter: it was killed, say
     write(tmp_path, FULL, [(UP, 1.2, 1.1, 1.3, 80, ""), (same, 2.0, 1.0, 3.0, 400, "points")])
-    beside = claims.agreement(tmp_path, LEDGER).set_index("claim")
+    beside = claims.default_beside_full(tmp_path, LEDGER).set_index("claim")
     # by hand: z = 0.8 / (1 / 1.96), the half of the interval on the full run's side
     assert beside.p["up"] == pytest.approx(0.1169, abs=1e-4) and not beside.outside.any()
     assert beside.high["same"] == pytest.approx(2.95, abs=0.01)  # where nothing varies, the rule of three
     write(tmp_path, FULL, [(UP, 1.2, 1.1, 1.3, 80, "")])
-    (line,) = claims.disagreements(claims.agreement(tmp_path, LEDGER))
+    (line,) = claims.disagreements(claims.default_beside_full(tmp_path, LEDGER))
     assert line.startswith("same in lab-llava: 0 [-2.95, 2.95], in the full run nan")
-    assert "1 have no interval there, or no number" in claims.agreed(claims.agreement(tmp_path, LEDGER))
+    assert "1 have no interval there, or no number" in claims.agreed(claims.default_beside_full(tmp_path, LEDGER))
 
 
 def test_number_without_an_interval_is_not_compared(tmp_path):
     ledger = copy.deepcopy(LEDGER)
     write(tmp_path, DEFAULT_MODEL, [(UP, 2.0, None, None, 1, "")])
     write(tmp_path, FULL, [(UP, 9.0, 8.0, 10.0, 1, "")])
-    beside = claims.agreement(tmp_path, ledger)
+    beside = claims.default_beside_full(tmp_path, ledger)
     assert not claims.disagreements(beside) and claims.agreed(beside).startswith("Of 0 numbers")
 
 
 def test_default_run_of_the_study_agrees_with_its_full_run():
-    beside = claims.agreement()
+    beside = claims.default_beside_full()
     if beside.empty:
         pytest.skip("results/ has no full run")
     assert not claims.disagreements(beside), claims.agreed(beside)

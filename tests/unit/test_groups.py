@@ -34,7 +34,7 @@ def tokens(scenes: drawing.Scenes, per_token: int, on_things: bool = True) -> To
 
 @pytest.fixture(scope="module", params=[1, 4])
 def found(request, scenes) -> groups.Groups:
-    return groups.find(tokens(scenes, request.param), LAYER, "above_median", 3.0, scenes, doses=[1, 5, 500])
+    return groups.choose(tokens(scenes, request.param), LAYER, "above_median", 3.0, scenes, doses=[1, 5, 500])
 
 
 def test_where_several_patches_make_a_token():
@@ -88,7 +88,7 @@ def test_alike_are_as_many_and_on_things(found):
 
 
 def test_nothing_is_alike_where_no_sink_lies_on_a_thing(scenes):
-    found = groups.find(tokens(scenes, 1, on_things=False), LAYER, "above_median", 3.0, scenes)
+    found = groups.choose(tokens(scenes, 1, on_things=False), LAYER, "above_median", 3.0, scenes)
     assert (found.tokens("alike", groups.ALIKE[0]) == 0).all() and groups.pairs(found, 1) == []
 
 
@@ -107,7 +107,7 @@ def test_doses(found):
 
 def test_draws_follow_the_seed(scenes):
     def masks(seed: int) -> list:
-        of = groups.find(tokens(scenes, 1), LAYER, "above_median", 3.0, scenes, seed=seed)
+        of = groups.choose(tokens(scenes, 1), LAYER, "above_median", 3.0, scenes, seed=seed)
         return [of.masks["sinks", "random 1"][image].tolist() for image in of.patches]
 
     assert masks(0) == masks(0) != masks(1)
@@ -115,7 +115,7 @@ def test_draws_follow_the_seed(scenes):
 
 def test_patches_that_are_not_the_labs(scenes):
     """Nothing is known about calm patches and things."""
-    found = groups.find(tokens(scenes, 1), LAYER, "percentile", 90.0)
+    found = groups.choose(tokens(scenes, 1), LAYER, "percentile", 90.0)
     assert {group for group, _ in found.masks} == {"sinks", "top 2 %", *groups.ORDERS}
     assert found.tokens("calm").empty and found.sizes().on_things.isna().all()
 
@@ -141,7 +141,7 @@ def test_what_is_taken_away():
 
 def test_questions_of_the_lab(scenes):
     """Two draws; what is drawn twice counts once."""
-    asked = groups.questions(None, dict.fromkeys("0123"), scenes, "", seed=3)
+    asked = groups.draw_questions(None, dict.fromkeys("0123"), scenes, "", seed=3)
     assert asked.id.is_unique and not asked.duplicated(["image_id", "question"]).any()
     assert set(asked.type) == {"global", "local", "mixed"} and asked.answer.notna().all()
     assert len(asked[asked.draw == 0]) == 12 and 0 < len(asked[asked.draw == 1]) <= 12
@@ -166,7 +166,7 @@ def test_worst_family(rows):
 
 def test_a_row_a_measure_and_every_question_once_more():
     seen = pd.DataFrame({"id": ["1", "2"], "type": ["local", "global"], "right": [100.0, 0.0], "logp": [-1.0, -2.0]})
-    long = groups.long(seen, {"right": "accuracy", "logp": "logp"})
+    long = groups.long_by_type(seen, {"right": "accuracy", "logp": "logp"})
     assert len(long) == 8 and list(long.columns) == ["id", "type", "measure", "value"]
     assert long[(long.type == "all") & (long.measure == "accuracy")].value.tolist() == [100.0, 0.0]
     assert long[(long.type == "global") & (long.measure == "logp")].value.tolist() == [-2.0]

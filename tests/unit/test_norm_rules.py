@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 import torch
 
-from sinkstudy import stats
 from sinkstudy.analyses import norms
+from sinkstudy.book import chapter
 from sinkstudy.world import drawing
 
 
@@ -27,8 +27,8 @@ def masks(seen):
 
 
 def test_every_rule_judges_the_connectors_input(seen, masks):
-    assert list(masks) == [norms.OWN, *norms.RULES]
-    for rule in (norms.OWN, "absolute", "mean + 3 sd", "× median", "norm drop"):
+    assert list(masks) == [norms.RUN_RULE, *norms.COMPARED_RULES]
+    for rule in (norms.RUN_RULE, "absolute", "mean + 3 sd", "× median", "norm drop"):
         assert masks[rule].nonzero().tolist()[:2] == [[0, 5], [0, 40]], rule
     assert masks["attention"].nonzero().tolist() == [[0, 5]]
     assert masks["top 2 %"].sum(1).tolist() == [3, 3]
@@ -39,14 +39,14 @@ def test_every_rule_judges_the_connectors_input(seen, masks):
 
 def test_counts_and_the_pictures_that_have_some(masks):
     table = norms.counts(masks)
-    of = table[table.rule == norms.OWN]
+    of = table[table.rule == norms.RUN_RULE]
     assert of.value.tolist() == [2, 0]
     some = norms.with_some(table, ["rule"]).set_index("rule")
-    assert some.loc[norms.OWN, "value"] == 0.5 and some.loc["top 2 %", "value"] == 1
-    assert 0 < some.loc[norms.OWN, "low"] < 0.5 < some.loc[norms.OWN, "high"] < 1
-    share = norms.spread(table, most=2)
-    assert list(share.index) == [norms.OWN, *norms.RULES]
-    assert share.loc[norms.OWN].tolist() == [50, 0, 50]
+    assert some.loc[norms.RUN_RULE, "value"] == 0.5 and some.loc["top 2 %", "value"] == 1
+    assert 0 < some.loc[norms.RUN_RULE, "low"] < 0.5 < some.loc[norms.RUN_RULE, "high"] < 1
+    share = norms.histogram(table, most=2)
+    assert list(share.index) == [norms.RUN_RULE, *norms.COMPARED_RULES]
+    assert share.loc[norms.RUN_RULE].tolist() == [50, 0, 50]
     assert share.loc["top 2 %"].tolist() == [0, 0, 100]  # three sinks: the last column holds all above
 
 
@@ -78,11 +78,11 @@ def test_marks_against_a_known_answer():
 
 
 def test_attention_of_sinks_against_that_of_others(seen, masks):
-    table = norms.attention(seen, {norms.OWN: masks[norms.OWN]})
+    table = norms.attention(seen, {norms.RUN_RULE: masks[norms.RUN_RULE]})
     first = table[(table.image == 0) & (table.layer == 2)].iloc[0]
     assert (first.inside, first.outside) == (5, 1)  # 9 and 1, of two sinks
     assert table[table.image == 1].inside.isna().all()
-    ratio = stats.ratios(table, ["rule", "layer"])
+    ratio = chapter.ratios(table, ["rule", "layer"])
     assert ratio.value.tolist() == [5, 5] and ratio.n.tolist() == [1, 1]
 
 

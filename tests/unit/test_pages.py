@@ -12,7 +12,7 @@ import pytest
 from nbformat.v4 import new_markdown_cell, new_notebook
 
 from sinkstudy.book import claims, pages
-from sinkstudy.paths import BOOK
+from sinkstudy.paths import BOOK, POSITIVE_CONTROL
 from tests.unit.test_claims import LEDGER, write
 
 
@@ -140,7 +140,7 @@ def test_power_table_and_what_was_not_testable(results):
 
 
 def test_five_numbers(results):
-    write(results, "lab-llava", [(f"{pages.CONTROL}.up.effect", 3.0, 2.5, 3.5, 99, "")])
+    write(results, "lab-llava", [(f"{POSITIVE_CONTROL}.up.effect", 3.0, 2.5, 3.5, 99, "")])
     ledger = copy.deepcopy(LEDGER)
     ledger["claims"][0]["id"] = pages.HEADLINES[0]
     text = pages.five(ledger, claims.verdicts(results, ledger)).replace(pages.NBSP, " ")
@@ -153,7 +153,7 @@ def test_five_numbers(results):
 
 def headline_of(results, row, **more):
     """The introduction's line on a toy claim in the planted model."""
-    write(results, "lab-llava", [(f"{pages.CONTROL}.up.effect", *row)])
+    write(results, "lab-llava", [(f"{POSITIVE_CONTROL}.up.effect", *row)])
     ledger = copy.deepcopy(LEDGER)
     ledger["claims"][0] |= {"id": pages.HEADLINES[0], **more}
     return pages.headlines(ledger, claims.verdicts(results, ledger), claims.metrics(results)).replace(pages.NBSP, " ")
@@ -192,7 +192,7 @@ def test_introduction_has_five_or_six_lines_of_the_studys_results():
     cells = judged.set_index(["claim", "model"])
     in_order = [claim["id"] for claim in ledger["claims"] if claim["id"] in pages.HEADLINES]
     for line, name in zip(lines[1:], in_order, strict=True):
-        assert f" {cells.verdict[name, pages.CONTROL]}" in line, "the line says what the verdict says"
+        assert f" {cells.verdict[name, POSITIVE_CONTROL]}" in line, "the line says what the verdict says"
     assert "_build/pages/intro-results.md" in (BOOK / "intro.md").read_text(encoding="utf-8")
 
 
@@ -244,7 +244,7 @@ def test_numbers_of_the_paper_are_in_order_and_agree_with_one_another():
 
 
 def change(row, column, value):
-    return lambda lines: lines[row].__setitem__(pages.COLUMNS.index(column), value)
+    return lambda lines: lines[row].__setitem__(pages.PAPER_COLUMNS.index(column), value)
 
 
 @pytest.mark.parametrize(
@@ -296,7 +296,7 @@ def test_published_and_own_numbers_are_marked_and_apart(results):
             ("t", "first", "score", "1.50", "%", "big", "luo2026sink", "A", ""),
             ("t", "second", "score", "-2", "%", "big", "luo2026sink", "B", "about"),
         ],
-        columns=pages.COLUMNS,
+        columns=pages.PAPER_COLUMNS,
     )
     here = {"label": "effect", "chapter": "90-toy", "figure": "fig-toy", "metric": "{model}.up.effect", "unit": "times"}
     table = {"table": "t", "title": "Toys", "rows": rows, "here": [here], "note": ""}

@@ -99,7 +99,7 @@ def test_shapes():
 
 def test_spread_by_layer():
     maps, groups = some_maps(), some_groups()
-    found = relevance.by_layer(maps, groups).set_index(["side", "group", "layer", "image_id"]).value
+    found = relevance.spread_by_layer(maps, groups).set_index(["side", "group", "layer", "image_id"]).value
     others = groups.masks["others"]
     assert found["columns", "sinks", 3, 1] == pytest.approx(maps.columns["spread"][1, 2, :, :2].mean().item())
     assert found["rows", "others", 1, 4] == pytest.approx(maps.rows["spread"][4, 0][:, others[4]].mean().item())

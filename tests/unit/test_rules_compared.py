@@ -14,27 +14,27 @@ from sinkstudy.paths import DATA
 N = 12
 
 
-def patches(norms: torch.Tensor, merged: int = 1) -> criteria.Patches:
+def patches(norms: torch.Tensor, merged: int = 1) -> criteria.PatchReadings:
     """Patches of which `merged` in a row make one visual token; tokens stand from position 3 on."""
     n = norms.shape[-1]
     place = torch.arange(n)
     layout = ImageLayout(row=0, grid=(1, n), tiles=1, visual=3 + torch.arange(n // merged), vision=place,
                          connector=place, output=place // merged, positions=3 + place[:, None] // merged)
     phi = torch.linspace(0, 0.6, n // merged).expand(3, len(norms), -1)
-    return criteria.Patches([layout] * len(norms), norms[:, None], torch.ones_like(norms), phi)
+    return criteria.PatchReadings([layout] * len(norms), norms[:, None], torch.ones_like(norms), phi)
 
 
 def test_rules_are_those_of_sinks_and_the_run_s_own_is_among_them():
     norms = torch.rand(4, N, generator=torch.Generator().manual_seed(0)) + torch.tensor([9.0] + [0.5] * (N - 1))
     of = patches(norms)
-    found = criteria.rules(of, 0.5, "above_median", 4)
+    found = criteria.rule_masks(of, 0.5, "above_median", 4)
     assert len(found) == 18 and list(found)[-1] == "φ"
     assert torch.equal(found["above_median 4"], sinks.above_median(norms, 4))
     assert torch.equal(found["absolute 3"], norms >= 1.5)
     assert torch.equal(found["φ"], of.phi_of_patches >= criteria.PHI)
     assert not found["attended 3"].any()
-    assert len(criteria.rules(of, 0.5, "above_median", 3)) == 17
-    assert len({criteria.words(rule) for rule in found}) == 18
+    assert len(criteria.rule_masks(of, 0.5, "above_median", 3)) == 17
+    assert len({criteria.rule_label(rule) for rule in found}) == 18
 
 
 def test_values_of_tokens_reach_their_patches_and_masks_whole_tokens():
@@ -48,7 +48,7 @@ def test_ratio_and_difference_are_over_whole_tokens_and_patches():
     of = patches(torch.ones(5, N), merged=4)
     mask = (torch.arange(N) == 5).expand(5, -1)
     numbers = {"attention": torch.where(of.whole(mask), 6.0, 2.0), "spread": torch.where(mask, 6.0, 2.0)}
-    found = criteria.compared(of, numbers, {"own": mask, "nothing": mask & False}).set_index("headline")
+    found = criteria.against_others(of, numbers, {"own": mask, "nothing": mask & False}).set_index("headline")
     assert found.rule.tolist() == ["own", "own"]
     assert found.value.to_dict() == {"attention": 3.0, "spread": 4.0}
 
@@ -72,7 +72,7 @@ def test_a_probe_reads_what_only_the_group_holds():
 def test_verdicts_and_how_many_rules_agree():
     rows = pd.DataFrame({"model": "m", "rule": list("abcd"), "headline": "h", "value": [2.0, 3, 0.5, np.nan],
                          "low": [1.5, 1.1, 0.2, np.nan], "high": [2.5, 5, 0.8, np.nan], "n": [9, 9, 9, 0]})
-    judged = criteria.verdicts(rows, {"h": 1})
+    judged = criteria.with_verdicts(rows, {"h": 1})
     assert judged.verdict.tolist() == ["above", "above", "below", "none"]
     assert criteria.agreeing(judged, "a")[["value", "n"]].values.tolist() == [[50, 2]]
     silent = criteria.agreeing(judged, "d")
@@ -84,7 +84,7 @@ def test_sizes_are_ratios_of_norms_and_means_of_changes():
     norms = {"none": torch.tensor([[4.0, 9], [8, 9], [1, 1]]), "half": torch.tensor([[1.0, 9], [5, 9], [1, 1]])}
     rows = criteria.group_norms(norms, mask)
     said = pd.DataFrame({"intervention": "half", "image_id": ["0", "1"], "measure": "accuracy", "value": [0.0, -100]})
-    found = criteria.sizes(pd.concat([rows, said]), ["intervention"]).set_index("measure")
+    found = criteria.effect_sizes(pd.concat([rows, said]), ["intervention"]).set_index("measure")
     assert found.value.to_dict() == {"norm_ratio": 0.5, "accuracy": -50}
     assert found.n.tolist() == [2, 2]
 

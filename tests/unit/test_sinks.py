@@ -172,14 +172,14 @@ def test_jaccard():
 def test_agreement():
     some, none = torch.tensor([[True, False], [True, True]]), torch.zeros(2, 2, dtype=torch.bool)
     first = torch.tensor([[True, False], [True, False]])
-    table = sinks.agreement({"a": some, "b": first, "c": none})
+    table = sinks.pairwise_jaccard({"a": some, "b": first, "c": none})
     assert list(table.columns) == ["image", "first", "second", "jaccard", "both_empty"]
     means = table.groupby(["first", "second"]).jaccard.mean().to_dict()
     assert means == pytest.approx({("a", "b"): 0.75, ("a", "c"): 0, ("b", "c"): 0})
     assert len(table) == 6 and not table.both_empty.any()
-    assert sinks.agreement({"a": none, "b": none}).both_empty.all()
+    assert sinks.pairwise_jaccard({"a": none, "b": none}).both_empty.all()
     with pytest.raises(ValueError, match="two criteria"):
-        sinks.agreement({"a": none})
+        sinks.pairwise_jaccard({"a": none})
 
 
 def test_random_like_takes_as_many_others_and_every_other_alike():

@@ -288,15 +288,13 @@ def test_strata_of_one_label_change_nothing_and_questions_of_an_image_stay_toget
     assert whole == pytest.approx(mean_interval(values, strata=strata)) and whole.n == 90
 
 
-def test_ratio_difference_and_pooled_statistics_draw_within_strata_too():
+def test_ratio_and_difference_draw_within_strata_too():
     values, strata = strata_of([40, 80], [5.0, 50.0], [1.0, 1.0])
     half = 1.96 * np.sqrt(1 / 40 + 1 / 80) / 2
     ratio = ratio_interval(values, np.ones(120), strata=strata)
     assert ratio.value == pytest.approx(27.5) and ratio.high - ratio.low == pytest.approx(2 * half, rel=0.1)
     difference = difference_interval(values + 3, np.full(120, 3.0), strata=strata)
     assert difference == pytest.approx(mean_interval(values, strata=strata))
-    pooled = pooled_interval(lambda drawn: (drawn[:, :40].mean(-1) + drawn[:, 40:].mean(-1)) / 2, values, strata=strata)
-    assert pooled.value == pytest.approx(27.5) and pooled.high - pooled.low == pytest.approx(2 * half, rel=0.1)
 
 
 def test_strata_without_spread_and_of_one_image():
