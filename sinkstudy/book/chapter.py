@@ -24,7 +24,7 @@ GROUP_COLOURS = {"sinks": RED, "top 2 %": ORANGE, "calm": GREEN, "calm patches":
                  "blind": report.INK}
 """The colour of each group of tokens, the same in every chapter."""
 
-MODEL_COLOURS = {"lab-llava": "#5661c9", "lab-llava-gist": "#a8432f", "lab-llava-registers": "#2b8f8a",
+MODEL_COLOURS = {"lab-llava": "#5661c9", "lab-llava-gist": "#6f8f1a", "lab-llava-registers": "#2b8f8a",
                  "lab-qwen2vl": "#8d6a1f", "lab-llava-sinks": "#93459c"}
 """The colour of each lab model where models share a panel; none is that of a group."""
 
