@@ -107,7 +107,7 @@ def test_evidence_says_first_what_its_sinks_are(results):
     judged = claims.verdicts(results, LEDGER)
     counts = "4 judgements of a claim in a model: 2 on `lab-llava`; 1 on `bare`; 1 on `other`."
     assert pages.evidence(LEDGER, judged, claims.metrics(results)) == counts
-    planted = judged.replace({"model": {"lab-llava": pages.CONTROL}})
+    planted = judged.replace({"model": {"lab-llava": POSITIVE_CONTROL}})
     write(results, "other", [("other.on_things.sinks", 81.0, 80.0, 82.0, 20, "%")], chapter="04-relevance")
     write(results, "bare", [("bare.on_things.sinks", 60.0, 50.0, 70.0, 20, "%")], chapter="04-relevance")
     text = pages.evidence(LEDGER, planted, claims.metrics(results))
