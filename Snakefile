@@ -20,6 +20,7 @@
 import json
 import os
 import sys
+from functools import cache
 
 from filelock import FileLock, Timeout
 
@@ -38,8 +39,14 @@ def digest(kind):
     return lambda w: f"{kind} {engine.KINDS[kind](w.notebook, given(w))}"
 
 
+@cache
+def asks(run, notebook):
+    of = PLAN[run][notebook]
+    return engine.asks(notebook, of, config.get("memory_mb", {}).get(of.get("model"), 0))
+
+
 def asked(what):
-    return lambda w: engine.asks(w.notebook, given(w), config.get("memory_mb", {}).get(given(w).get("model"), 0))[what]
+    return lambda w: asks(w.run, w.notebook)[what]
 
 
 if workflow.is_main_process:  # not in a job of its own, on a cluster

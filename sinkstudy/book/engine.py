@@ -92,6 +92,11 @@ def _package(notebook: str) -> str:
     return files_sha256(modules(notebook))
 
 
+def _data(notebook: str, values: dict[str, Any]) -> str:
+    data, results = (of(notebook, values) for of in (parameters.data_files, parameters.result_files))
+    return _combined([*map(_line_once, data), *map(_line, results)])
+
+
 # A process reads notebooks, modules, models and data once, however many runs it plans; results may change meanwhile.
 KINDS: dict[str, Callable[[str, dict[str, Any]], str]] = {
     "source_sha256": lambda notebook, given: _source(notebook),
@@ -100,10 +105,7 @@ KINDS: dict[str, Callable[[str, dict[str, Any]], str]] = {
     "model_sha256": lambda notebook, given: _combined(
         map(_line_once, parameters.model_files(notebook, defaults(notebook) | given))
     ),
-    "data_sha256": lambda notebook, given: _combined(
-        _line(path) if RESULTS in path.parents else _line_once(path)
-        for path in parameters.data_files(notebook, defaults(notebook) | given)
-    ),
+    "data_sha256": lambda notebook, given: _data(notebook, defaults(notebook) | given),
 }
 
 
