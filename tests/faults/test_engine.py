@@ -263,7 +263,7 @@ def execute(source, copy, given, **_):  # in place of a kernel
     page.cells[-1].outputs = [new_output("stream", name="stdout", text=text)]
     nbformat.write(page, copy)
 
-def one_after_another(plan, jobs, profile):  # in place of Snakemake, which calls the same in processes
+def one_after_another(plan, *_):  # in place of Snakemake, which calls the same in processes
     for run, notebooks in plan["runs"].items():
         for name, given in notebooks.items():
             engine.execute(name, run, given)
