@@ -22,13 +22,11 @@ import os
 import sys
 from functools import cache
 
-from filelock import FileLock, Timeout
-
 from sinkstudy.book import engine
 
 PLAN = config.get("runs") or {engine.DEFAULT_MODEL: {name: {} for name in engine.notebooks()}}
 STAMP = ".snakemake/executed/{run}/{notebook}"
-ALONE = {run: FileLock(engine.WORK / f"{run}.plan.lock") for run in PLAN}
+TAKEN = []
 
 
 def given(w):
@@ -61,12 +59,10 @@ if started_by := os.environ.pop("SINKSTUDY_ENGINE", ""):
 
 
 onstart:
-    for run, lock in ALONE.items():
-        try:
-            lock.acquire(timeout=5)  # what a killed command has started takes two seconds to end
-        except Timeout:
-            busy = f"another process executes the run {run}: wait for it, or give this one another name (--name)"
-            sys.exit(f"sinkstudy: {busy}")
+    try:
+        TAKEN.extend(map(engine.taken, PLAN))
+    except engine.UserError as problem:
+        sys.exit(f"sinkstudy: {problem}")
 
 
 rule all:

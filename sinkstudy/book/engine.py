@@ -565,12 +565,12 @@ def _writable(folder: Path) -> None:
         raise UserError(f"{free / 1e6:.0f} MB are free on the disk of {folder}, and {LEAST_FREE / 1e6:.0f} are needed")
 
 
-def _snakemake(
-    plan: dict[str, dict], jobs: int | None, profile: Path | None, chapters: progress.Chapters
-) -> None:
+def _snakemake(plan: dict[str, dict], jobs: int | None, profile: Path | None, chapters: progress.Chapters) -> None:
     """Have Snakemake bring runs up to date, in processes that end when this one does. Raises if one fails."""
     names = list(plan["runs"])
     called = names[0] if len(names) == 1 else f"{len(names)}-runs-{digests.of_values(names)[:12]}"
+    for run_name in names:  # whose plan would be replaced while its jobs read it
+        taken(run_name).release()
     given = WORK / f"{called}.plan.json"
     with atomic(given) as target:
         target.write_text(json.dumps(plan, indent=1), encoding="utf-8")
@@ -599,6 +599,17 @@ def _snakemake(
         sys.exit(1)
     if process.returncode:
         raise UserError(f"the run {called} did not end well: see the last file in {ROOT / '.snakemake' / 'log'}")
+
+
+def taken(run: str) -> FileLock:
+    """Take a run for this process, until it ends, however that happens. Raises UserError if another one has it."""
+    lock = FileLock(WORK / f"{run}.plan.lock")
+    try:
+        lock.acquire(timeout=5)  # what a killed command has started takes two seconds to end
+    except Timeout:
+        busy = f"another process executes the run {run}: wait for it, or give this one another name (--name)"
+        raise UserError(busy) from None
+    return lock
 
 
 def _counted(said: bytes, chapters: progress.Chapters) -> bytes:

@@ -87,8 +87,11 @@ def test_two_runs_of_one_name(project: Project):
     project.write("pause", "600")
     first = project.start("run", "--only", "01")
     wait_for(lambda: half_way(project.root))
+    plan = project.root / "book/runs/.work/lab-llava.plan.json"
+    before = plan.read_text()
     printed = project.call("run", "--only", "01", "--limit", "5", code=1)
     assert printed.startswith("sinkstudy: another process executes the run lab-llava: wait for it, or give this one")
+    assert plan.read_text() == before  # which jobs on a cluster read
     project.write("pause", "0")
     project.call("run", "--only", "01", "--limit", "5", "--name", "other")  # another name goes beside it
     assert (project.root / "results/other/01-first/a.csv").read_text() == "value\n10\n"
