@@ -20,14 +20,13 @@
 import json
 import os
 import sys
-
-from filelock import FileLock, Timeout
+from functools import cache
 
 from sinkstudy.book import engine
 
 PLAN = config.get("runs") or {engine.DEFAULT_MODEL: {name: {} for name in engine.notebooks()}}
 STAMP = ".snakemake/executed/{run}/{notebook}"
-ALONE = {run: FileLock(engine.WORK / f"{run}.plan.lock") for run in PLAN}
+TAKEN = []
 
 
 def given(w):
@@ -38,8 +37,14 @@ def digest(kind):
     return lambda w: f"{kind} {engine.KINDS[kind](w.notebook, given(w))}"
 
 
+@cache
+def asks(run, notebook):
+    of = PLAN[run][notebook]
+    return engine.asks(notebook, of, config.get("memory_mb", {}).get(of.get("model"), 0))
+
+
 def asked(what):
-    return lambda w: engine.asks(w.notebook, given(w), config.get("memory_mb", {}).get(given(w).get("model"), 0))[what]
+    return lambda w: asks(w.run, w.notebook)[what]
 
 
 if workflow.is_main_process:  # not in a job of its own, on a cluster
@@ -54,12 +59,10 @@ if started_by := os.environ.pop("SINKSTUDY_ENGINE", ""):
 
 
 onstart:
-    for run, lock in ALONE.items():
-        try:
-            lock.acquire(timeout=5)  # what a killed command has started takes two seconds to end
-        except Timeout:
-            busy = f"another process executes the run {run}: wait for it, or give this one another name (--name)"
-            sys.exit(f"sinkstudy: {busy}")
+    try:
+        TAKEN.extend(map(engine.taken, PLAN))
+    except engine.UserError as problem:
+        sys.exit(f"sinkstudy: {problem}")
 
 
 rule all:

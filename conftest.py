@@ -5,11 +5,10 @@ It stands at the root because collection hooks reach only what lies below them, 
 
 import os
 import tempfile
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent
+from sinkstudy.paths import DEFAULT_MODEL, FULL, RESULTS, ROOT
 
 # HTML repeats the text beside it with generated ids; stderr holds progress bars and warnings with paths.
 # Pictures are not compared either (nbval leaves PNG and JPEG out); the numbers behind them are printed or in results/.
@@ -47,7 +46,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     With another, a chapter of that kind rightly shows more than the outputs that are stored.
     """
-    others = sorted({path.parent.name for path in ROOT.glob("results/*/*/")} - {"lab-llava", "lab-llava-full"})
+    others = sorted({path.parent.name for path in RESULTS.glob("*/*/")} - {DEFAULT_MODEL, FULL})
     reason = f"it shows all runs, and its stored outputs are those of the default run; here is also {', '.join(others)}"
     for item in items if others else ():
         if item.path.suffix == ".ipynb" and "results/*/" in item.path.read_text(encoding="utf-8"):

@@ -162,6 +162,7 @@ def _route(
     rows = methods.effect(lvlm, method, value, *found, public=public, cache=evaluate.ANSWERS, harnesses=beside, **of)
     rows = rows.assign(model=run, revision=lvlm.revision or "", dtype=values["dtype"],
                        limit=values["limit"])
+    paths.claimed(run, model)
     with paths.atomic(target) as temporary:
         rows.to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")
     first = rows.iloc[0]

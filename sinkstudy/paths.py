@@ -60,18 +60,26 @@ def check_name(run: str) -> None:
         )
 
 
-def claimed(run: str, model: str) -> None:
-    """Note in `results/<run>` whose results they are, where the name does not say it, or find it noted.
+def check_claim(run: str, model: str) -> None:
+    """Make sure that `results/<run>` may take results of a model.
 
     Raises:
-        ValueError: they are those of another model, or `run` is no name.
+        ValueError: it has those of another model, or `run` is no name.
     """
     check_name(run)
-    noted = noted_model(RESULTS / run)
-    of = noted or (run if run in lab_models() else model)
+    of = noted_model(RESULTS / run) or (run if run in lab_models() else model)
     if of != model:
         raise ValueError(f"the run {run} holds results of {of}: give those of {model} another name (--name)")
-    if run != model and not noted:
+
+
+def claimed(run: str, model: str) -> None:
+    """Note in `results/<run>` whose results they are, where the name does not say it: before the first is put there.
+
+    Raises:
+        ValueError: as `check_claim`.
+    """
+    check_claim(run, model)
+    if run != model and not noted_model(RESULTS / run):
         with atomic(RESULTS / run / "model.txt") as temporary:
             temporary.write_text(f"{model}\n", encoding="utf-8")
 
@@ -156,12 +164,15 @@ def results_dir(run: str, notebook: str) -> Path:
     return folder
 
 
-def check_writable(folder: Path) -> None:
-    """Make a folder and see that files can be written there. Raises ValueError."""
+def check_writable(folder: Path) -> Path:
+    """See that files can be written to a folder or, where there is none, to the nearest above it, which is returned.
+
+    Nothing is made. Raises ValueError.
+    """
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        with tempfile.TemporaryFile(dir=there):
+            return there
     except OSError as error:
         raise ValueError(f"nothing can be written to {folder}: {error.strerror}") from None
 

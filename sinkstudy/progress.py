@@ -5,6 +5,8 @@ Work that ends sooner says nothing, so that logs and executed notebooks stay sho
 
 import os
 import sys
+import time
+from collections.abc import Mapping
 from typing import Any
 
 from tqdm import tqdm
@@ -24,6 +26,40 @@ def of_cells(notebook: str) -> dict[str, Any]:
     if on_terminal():
         return bar
     return bar | {"file": Lines(), "mininterval": SECONDS, "delay": SECONDS, "miniters": 1, "leave": False}
+
+
+def minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+class Chapters:
+    """How far runs are: how many of their chapters are up to date, and about how long those that are left take.
+
+    The pace is that of the chapters executed so far, which weigh what they took earlier, so that neither notebooks
+    executed at the same time nor another machine or limit lead astray. Before the first has ended nothing is known.
+
+    Args:
+        n: number of chapters.
+        took: seconds that an earlier execution took of each that is to be executed; None where that is not known,
+            which weighs as much as the mean of the others.
+    """
+
+    def __init__(self, n: int, took: Mapping[str, float | None]) -> None:
+        known = [seconds for seconds in took.values() if seconds] or [1.0]
+        self.n, self.fresh, self.done = n, n - len(took), 0.0
+        self.left = {name: seconds or sum(known) / len(known) for name, seconds in took.items()}
+        self.started = time.monotonic()
+
+    def ended(self, name: str, well: bool) -> str:
+        """What to say once one has been executed: "3 of 14 chapters are up to date, about 5 min left"; else nothing."""
+        weight = self.left.pop(name, None)
+        if not well or self.n == 1:
+            return ""
+        if weight is not None:
+            self.fresh, self.done = self.fresh + 1, self.done + weight
+        left = sum(self.left.values())
+        about = (time.monotonic() - self.started) * left / self.done if self.done else 0
+        return f"{self.fresh} of {self.n} chapters are up to date" + (f", about {minutes(about)} left" if about else "")
 
 
 class Lines:

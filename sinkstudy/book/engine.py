@@ -48,7 +48,7 @@ from sinkstudy.paths import (
     ROOT,
     RUNS,
     atomic,
-    check_name,
+    check_claim,
     check_writable,
     claimed,
     hub_commit,
@@ -92,6 +92,11 @@ def _package(notebook: str) -> str:
     return files_sha256(modules(notebook))
 
 
+def _data(notebook: str, values: dict[str, Any]) -> str:
+    data, results = (of(notebook, values) for of in (parameters.data_files, parameters.result_files))
+    return _combined([*map(_line_once, data), *map(_line, results)])
+
+
 # A process reads notebooks, modules, models and data once, however many runs it plans; results may change meanwhile.
 KINDS: dict[str, Callable[[str, dict[str, Any]], str]] = {
     "source_sha256": lambda notebook, given: _source(notebook),
@@ -100,10 +105,7 @@ KINDS: dict[str, Callable[[str, dict[str, Any]], str]] = {
     "model_sha256": lambda notebook, given: _combined(
         map(_line_once, parameters.model_files(notebook, defaults(notebook) | given))
     ),
-    "data_sha256": lambda notebook, given: _combined(
-        _line(path) if RESULTS in path.parents else _line_once(path)
-        for path in parameters.data_files(notebook, defaults(notebook) | given)
-    ),
+    "data_sha256": lambda notebook, given: _data(notebook, defaults(notebook) | given),
 }
 
 
@@ -179,13 +181,18 @@ def asks(notebook: str, given: dict[str, Any], model_mb: int = 0) -> dict[str, i
     much memory again, and room for the job's own processes; five times the time, and half an hour. A model that is not
     the lab's gets `model_mb` more, of `check_memory`, and a day. `--set-resources notebook:runtime=600` says otherwise.
     """
-    took = source(notebook)["metadata"].get("sinkstudy", {})
+    took = _stored(notebook)
     lab = (defaults(notebook) | given).get("model", DEFAULT_MODEL) in lab_models()
     return {
         "mem_mb": 1000 + int(1.5 * took.get("memory_mb", 1200)) + model_mb,  # 1200: two at a time took 2.4 GB
         "runtime": 30 + int(5 * took.get("seconds", 300) / 60) if lab else 24 * 60,
         "gpu": int(given.get("device", "cpu") != "cpu"),
     }
+
+
+def _stored(notebook: str) -> dict[str, Any]:
+    """What the execution took whose outputs are stored in `notebooks/`: seconds and memory_mb, if known."""
+    return source(notebook)["metadata"].get("sinkstudy", {})
 
 
 # ---- executed notebooks
@@ -307,6 +314,8 @@ def _execute(notebook: str, run: str, given: dict[str, Any], failed: Path) -> No
             raise UserError(problem) from None
         made = work / "results" / slug(values.get("model", run)) / notebook
         made.mkdir(parents=True, exist_ok=True)
+        if "model" in values:
+            claimed(run, values["model"])
         _put(made, RESULTS / run / notebook)
         noted["results_sha256"] = files_sha256(files(RESULTS / run / notebook))
         noted["started"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started))
@@ -318,10 +327,7 @@ def _execute(notebook: str, run: str, given: dict[str, Any], failed: Path) -> No
         page.metadata["sinkstudy"] = noted
         with atomic(RUNS / run / f"{notebook}.ipynb") as target:
             nbformat.write(page, target)
-    fresh = sum(is_fresh(run, name) for name in executed(run))
-    done = f"{notebook}: executed on {run} in {_minutes(noted['seconds'])}"
-    of = len(full_parameters() if run == FULL else notebooks())
-    print(f"{done}; {fresh} of {of} chapters are up to date", file=sys.stderr)
+    print(f"{notebook}: executed on {run} in {progress.minutes(noted['seconds'])}", file=sys.stderr)
 
 
 class _Progress:
@@ -338,10 +344,6 @@ class _Progress:
 
     def flush(self) -> None:
         sys.stderr.flush()
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 @contextmanager
@@ -491,7 +493,7 @@ def run(
         raise UserError(f"--name is for the run of one model, and there are {len(models)}")
     there = {"device": given.pop("device")} if profile and "device" in given else {}  # not for this machine to judge
     plans: dict[str, dict[str, dict]] = {}
-    outdated = []
+    outdated: dict[tuple[str, str], dict[str, Any]] = {}
     for model in models:
         suited = _suited(wanted, model, given)
         plan = {
@@ -502,24 +504,28 @@ def run(
         if run_name in plans:
             raise UserError(f"two of the models have runs of the same name, {run_name}")
         plans[run_name] = plan
-        try:
-            check_name(run_name)
-        except ValueError as problem:
-            raise UserError(str(problem)) from None
+        claim(run_name, check_model(model))
         for folder in (WORK, RUNS / run_name, RESULTS / run_name):
             _writable(folder)
-            sweep(folder)
-        claim(run_name, check_model(model))
-        outdated += [(nb, defaults(nb) | plan[nb]) for nb in plan if not is_fresh(run_name, nb, plan[nb])]
-    if len(outdated) > 1:
-        took = [record(run_name, nb).get("seconds") for run_name, plan in plans.items() for nb in plan
-                if (nb, defaults(nb) | plan[nb]) in outdated]
-        about = "" if None in took else f"; the last time they took {_minutes(sum(took))}, one after the other"
-        of = sum(map(len, plans.values()))
-        print(f"{len(outdated)} of {of} chapters are out of date{about}", file=sys.stderr, flush=True)
-    needed = check_memory(outdated, elsewhere=bool(profile))
-    _snakemake({"runs": plans, "memory_mb": needed}, jobs, profile)
+        outdated |= {(run_name, nb): defaults(nb) | plan[nb] for nb in plan if not is_fresh(run_name, nb, plan[nb])}
+    chapters = _how_far(sum(map(len, plans.values())), list(outdated))
+    needed = check_memory([(nb, values) for (_, nb), values in outdated.items()], elsewhere=bool(profile))
+    for folder in (WORK, *(of / run_name for run_name in plans for of in (RUNS, RESULTS))):
+        sweep(folder)
+    _snakemake({"runs": plans, "memory_mb": needed}, jobs, profile, chapters)
     return list(plans)
+
+
+def _how_far(n: int, outdated: Sequence[tuple[str, str]]) -> progress.Chapters:
+    """Say how many of n chapters, (run, notebook), are out of date and, if known, how long they took the last time."""
+    took = [record(*of).get("seconds") for of in outdated]
+    known = None not in took
+    if len(outdated) > 1:
+        last = f"; the last time they took {progress.minutes(sum(took))}, one after the other" if known else ""
+        print(f"{len(outdated)} of {n} chapters are out of date{last}", file=sys.stderr, flush=True)
+    if not known:  # then those stored in notebooks/, beside one another
+        took = [_stored(notebook).get("seconds") for _, notebook in outdated]
+    return progress.Chapters(n, dict(zip(map(" ".join, outdated), took, strict=True)))
 
 
 def full_parameters() -> dict[str, dict[str, Any]]:
@@ -550,20 +556,21 @@ def _suited(wanted: Sequence[str], model: str, given: dict[str, Any]) -> list[st
 
 
 def _writable(folder: Path) -> None:
-    """Make a folder and see that files, and enough of them, can be written there. Raises UserError."""
+    """See that files, and enough of them, can be written to a folder that is or will be made. Raises UserError."""
     try:
-        check_writable(folder)
+        free = shutil.disk_usage(check_writable(folder)).free
     except ValueError as problem:
         raise UserError(str(problem)) from None
-    free = shutil.disk_usage(folder).free
     if free < LEAST_FREE:
         raise UserError(f"{free / 1e6:.0f} MB are free on the disk of {folder}, and {LEAST_FREE / 1e6:.0f} are needed")
 
 
-def _snakemake(plan: dict[str, dict], jobs: int | None, profile: Path | None) -> None:
+def _snakemake(plan: dict[str, dict], jobs: int | None, profile: Path | None, chapters: progress.Chapters) -> None:
     """Have Snakemake bring runs up to date, in processes that end when this one does. Raises if one fails."""
     names = list(plan["runs"])
     called = names[0] if len(names) == 1 else f"{len(names)}-runs-{digests.of_values(names)[:12]}"
+    for run_name in names:  # whose plan would be replaced while its jobs read it
+        taken(run_name).release()
     given = WORK / f"{called}.plan.json"
     with atomic(given) as target:
         target.write_text(json.dumps(plan, indent=1), encoding="utf-8")
@@ -580,8 +587,9 @@ def _snakemake(plan: dict[str, dict], jobs: int | None, profile: Path | None) ->
         [str(part) for part in command], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE
     ) as process:
         try:
-            while said := process.stderr.read1():
-                sys.stderr.buffer.write(re.sub(rb"Using workflow specific profile .*\n", b"", said))
+            while said := process.stderr.read1(1 << 16):  # all that is there, so lines are whole
+                said = re.sub(rb"Using workflow specific profile .*\n", b"", said)
+                sys.stderr.buffer.write(_counted(said, chapters))
                 sys.stderr.flush()
                 told |= b"sinkstudy: " in said
         except BaseException:  # interrupted, or nobody reads what is said any more
@@ -591,6 +599,28 @@ def _snakemake(plan: dict[str, dict], jobs: int | None, profile: Path | None) ->
         sys.exit(1)
     if process.returncode:
         raise UserError(f"the run {called} did not end well: see the last file in {ROOT / '.snakemake' / 'log'}")
+
+
+def taken(run: str) -> FileLock:
+    """Take a run for this process, until it ends, however that happens. Raises UserError if another one has it."""
+    lock = FileLock(WORK / f"{run}.plan.lock")
+    try:
+        lock.acquire(timeout=5)  # what a killed command has started takes two seconds to end
+    except Timeout:
+        busy = f"another process executes the run {run}: wait for it, or give this one another name (--name)"
+        raise UserError(busy) from None
+    return lock
+
+
+def _counted(said: bytes, chapters: progress.Chapters) -> bytes:
+    """What processes said, with how far the run is behind each line of a chapter that was executed."""
+
+    def counted(line: re.Match[bytes]) -> bytes:
+        notebook, how, run = (part.decode() for part in line.groups())
+        far = chapters.ended(f"{run} {notebook}", well=how == "executed")
+        return line[0] + (f"; {far}".encode() if far else b"")
+
+    return re.sub(rb"([\w.-]+):? (executed|failed) on ([\w.-]+).*", counted, said)
 
 
 def _end_children(patience: float = 3) -> None:
@@ -617,13 +647,13 @@ def end_with(parent: int) -> None:
 
 
 def claim(run: str, model: str) -> None:
-    """Make sure that the results of a run are of this model, or that there are none yet.
+    """Make sure that the results of a run are of this model, or that there are none yet. Nothing is written.
 
     Raises:
         UserError: the run is that of another model, or its name is none.
     """
     try:
-        claimed(run, model)
+        check_claim(run, model)
         noted = (record(run, name).get("values", {}) for name in executed(run))
         of = next((values["model"] for values in noted if "model" in values), model)
     except ValueError as problem:

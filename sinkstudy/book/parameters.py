@@ -345,22 +345,33 @@ def check(namespace: dict[str, Any]) -> None:
 
 def model_files(notebook: str, values: dict[str, Any]) -> list[Path]:
     """Files of models of this machine that parameter values name."""
-    named = [name for name, declared in declarations(notebook).items() if declared.names in ("model", "lab model")]
-    return [path for value in map(values.get, named) for text in _texts(value) for path in _of_model(text)]
+    return [path for text in _named(notebook, values, "model", "lab model") for path in _of_model(text)]
 
 
 def data_files(notebook: str, values: dict[str, Any]) -> list[Path]:
-    """Other files of this machine that parameter values name."""
-    data: list[Path] = []
-    for name, declared in declarations(notebook).items():
-        for text in _texts(values[name]):
-            if declared.names in ("files", "methods") and text:
-                data += files(place(text))
-            elif declared.names == "pictures" and text:
-                data += [file.path for file in pictures.folder(place(text), _shown(values))[0]]
-            elif declared.names == "results":
-                data += [file for path in ROOT.glob(text) for file in files(path)]
-    return data
+    """Other files of this machine that parameter values name, but results."""
+    folders = [(text, 0) for text in _named(notebook, values, "files", "methods") if text]
+    folders += [(text, _shown(values)) for text in _named(notebook, values, "pictures") if text]
+    return [path for of in folders for path in _listed(*of)]
+
+
+def result_files(notebook: str, values: dict[str, Any]) -> list[Path]:
+    """Files of results that are there now and that parameter values name."""
+    return [file for text in _named(notebook, values, "results") for path in ROOT.glob(text) for file in files(path)]
+
+
+def _named(notebook: str, values: dict[str, Any], *kinds: str) -> list[str]:
+    """What parameters of some kinds name."""
+    return [
+        text for name, declared in declarations(notebook).items() if declared.names in kinds
+        for text in _texts(values[name])
+    ]  # fmt: skip
+
+
+@cache
+def _listed(name: str, shown: int) -> list[Path]:
+    """Files or so many pictures, if any, that a name stands for. A process lists them once."""
+    return [file.path for file in pictures.folder(place(name), shown)[0]] if shown else files(place(name))
 
 
 @cache
@@ -378,12 +389,8 @@ def _of_model(name: str) -> list[Path]:
 
 def reads(notebook: str, run: str, values: dict[str, Any], others: list[str]) -> list[str]:
     """Those of the other notebooks whose results in `run` the parameters name: they have to be executed before it."""
-    named = [
-        Path(text).parts
-        for name, declared in declarations(notebook).items() if declared.names == "results"
-        for text in _texts(values[name])
-    ]  # fmt: skip
-    folders = [parts[:3] for parts in named if parts[:1] == (RESULTS.name,) and len(parts) > 2]
+    patterns = [Path(text).parts for text in _named(notebook, values, "results")]
+    folders = [parts[:3] for parts in patterns if parts[:1] == (RESULTS.name,) and len(parts) > 2]
     return [name for name in others if any(fnmatch(run, of) and fnmatch(name, what) for _, of, what in folders)]
 
 

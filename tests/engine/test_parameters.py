@@ -36,7 +36,32 @@ def test_bad_parameter_is_one_line(project: Project, case: str):
     printed = project.call("run", *arguments, code=1)
     assert printed.startswith(f"sinkstudy: {message}")
     assert len(printed.splitlines()) == 1
-    assert not (project.root / "book/runs/lab-llava").exists()
+    assert not (project.root / "book").exists() and not (project.root / "results").exists()
+
+
+REFUSED = {
+    "a second model that there is not": ["owner/name", "lab-lava"],
+    "two runs of one name": ["owner/name", "owner/name"],
+    "results of another model": ["owner/name", "--name", "taken"],
+    "a value that a later notebook does not take": ["owner/name", "-p", "scale=x"],
+    "a model that does not fit into memory": ["lab-llava", "owner/name"],
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_refused_run_leaves_nothing(project: Project, case: str):
+    project.write("results/taken/model.txt", "other/name\n")
+    project.write("sinkstudy/model/loading.py", "")
+    project.write("sinkstudy/book/memory.py", "import sys\nsys.exit('it does not fit')\n")
+    project.notebook("01-first", "from sinkstudy.model import loading")
+
+    def there() -> dict:
+        files = [path for path in project.root.rglob("*") if "__pycache__" not in path.parts and path.suffix != ".pyc"]
+        return {path: path.stat().st_mtime_ns for path in files if path.name not in ("book", "sinkstudy", "model")}
+
+    before = there()
+    project.call("run", *REFUSED[case], code=1)
+    assert there() == before
 
 
 def test_absent_cuda(project: Project, monkeypatch: pytest.MonkeyPatch):

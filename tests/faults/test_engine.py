@@ -87,8 +87,11 @@ def test_two_runs_of_one_name(project: Project):
     project.write("pause", "600")
     first = project.start("run", "--only", "01")
     wait_for(lambda: half_way(project.root))
+    plan = project.root / "book/runs/.work/lab-llava.plan.json"
+    before = plan.read_text()
     printed = project.call("run", "--only", "01", "--limit", "5", code=1)
     assert printed.startswith("sinkstudy: another process executes the run lab-llava: wait for it, or give this one")
+    assert plan.read_text() == before  # which jobs on a cluster read
     project.write("pause", "0")
     project.call("run", "--only", "01", "--limit", "5", "--name", "other")  # another name goes beside it
     assert (project.root / "results/other/01-first/a.csv").read_text() == "value\n10\n"
@@ -263,7 +266,7 @@ def execute(source, copy, given, **_):  # in place of a kernel
     page.cells[-1].outputs = [new_output("stream", name="stdout", text=text)]
     nbformat.write(page, copy)
 
-def one_after_another(plan, jobs, profile):  # in place of Snakemake, which calls the same in processes
+def one_after_another(plan, *_):  # in place of Snakemake, which calls the same in processes
     for run, notebooks in plan["runs"].items():
         for name, given in notebooks.items():
             engine.execute(name, run, given)

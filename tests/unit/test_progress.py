@@ -76,3 +76,37 @@ def test_a_terminal_has_a_bar(monkeypatch):
         bar.update(1)
         bar.refresh()
     assert "answers:  25%|" in sys.stderr.getvalue() and "\n" not in sys.stderr.getvalue()
+
+
+@pytest.fixture
+def monotonic(monkeypatch):
+    made = Clock()
+    monkeypatch.setattr(progress.time, "monotonic", made)
+    return made
+
+
+def test_the_time_left_of_a_run_is_by_the_pace_of_the_chapters_so_far(monotonic):
+    """Two of six are up to date; the others once took 100, 300, 100 and nobody knows how long, here twice as long."""
+    run = progress.Chapters(6, {"a": 100, "b": 300, "c": 100, "d": None})
+    monotonic.now = 200
+    assert run.ended("a", well=True) == "3 of 6 chapters are up to date, about 19 min left"  # 2 x (300 + 100 + 167) s
+    monotonic.now = 800
+    assert run.ended("b", well=True) == "4 of 6 chapters are up to date, about 9 min left"  # 2 x (100 + 167) s
+    assert run.ended("d", well=False) == ""
+    assert run.ended("e", well=True) == "4 of 6 chapters are up to date, about 3 min left"  # another, made once more
+    monotonic.now = 1000
+    assert run.ended("c", well=True) == "5 of 6 chapters are up to date"
+
+
+def test_of_chapters_at_the_same_time_each_takes_a_share(monotonic):
+    run = progress.Chapters(4, dict.fromkeys("abcd"))
+    monotonic.now = 60
+    run.ended("a", well=True)
+    assert run.ended("b", well=True) == "2 of 4 chapters are up to date, about 60 s left"
+
+
+def test_of_the_time_left_nothing_is_said_before_it_is_known(monotonic):
+    run = progress.Chapters(3, {"a": 10, "b": 10})
+    monotonic.now = 5
+    assert run.ended("other", well=True) == "1 of 3 chapters are up to date"
+    assert progress.Chapters(1, {"a": None}).ended("a", well=True) == ""
