@@ -21,7 +21,6 @@ from statsmodels.stats.multitest import multipletests
 RESAMPLES = 2000
 LEVEL = 0.95
 """Coverage of every interval."""
-POWER = 0.8
 _CELLS = 4_000_000  # resampled values held in memory at once
 
 
@@ -246,8 +245,8 @@ def rule_of_three(n: float) -> float:
     return 1 - (1 - LEVEL) ** (1 / n)
 
 
-def images_needed(interval: Interval, effect: float) -> float:
-    """How many images would show an effect with a power of `POWER`, at the standard deviation that was measured.
+def images_needed(interval: Interval, effect: float, *, power: float = 0.8) -> float:
+    """How many images would show an effect as surely as `power`, at the standard deviation that was measured.
 
     Normal approximation: the interval's half is 1.96 standard errors, and these fall with the root of the number of
     images. Where seeds are in the interval, so many times the seeds are needed too.
@@ -255,6 +254,7 @@ def images_needed(interval: Interval, effect: float) -> float:
     Args:
         interval: of this run.
         effect: the distance between the true value and the bound that the whole interval has to clear, above zero.
+        power: chance that it does, 0–1.
 
     Returns:
         A number of images, rounded up; NaN if the interval has no width or there is no effect.
@@ -263,7 +263,7 @@ def images_needed(interval: Interval, effect: float) -> float:
     if not half > 0 or not effect > 0:
         return float("nan")
     z = float(scipy.stats.norm.ppf((1 + LEVEL) / 2))
-    needed = interval.n * ((z + float(scipy.stats.norm.ppf(POWER))) * (half / z) / effect) ** 2
+    needed = interval.n * ((z + float(scipy.stats.norm.ppf(power))) * (half / z) / effect) ** 2
     return float(np.ceil(needed))
 
 
