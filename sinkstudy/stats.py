@@ -21,7 +21,6 @@ from statsmodels.stats.multitest import multipletests
 RESAMPLES = 2000
 LEVEL = 0.95
 """Coverage of every interval."""
-POWER = 0.8
 _CELLS = 4_000_000  # resampled values held in memory at once
 
 
@@ -246,8 +245,8 @@ def rule_of_three(n: float) -> float:
     return 1 - (1 - LEVEL) ** (1 / n)
 
 
-def images_needed(interval: Interval, effect: float, df: float = np.inf) -> float:
-    """How many images would show an effect with a power of `POWER`, at the standard deviation that was measured.
+def images_needed(interval: Interval, effect: float, df: float = np.inf, *, power: float = 0.8) -> float:
+    """How many images would show an effect as surely as `power`, at the standard deviation that was measured.
 
     Normal approximation: the interval's half is 1.96 standard errors, or as many as Student's t has, and these fall
     with the root of the number of images. Where seeds are in the interval, so many times the seeds are needed too.
@@ -256,6 +255,7 @@ def images_needed(interval: Interval, effect: float, df: float = np.inf) -> floa
         interval: of this run.
         effect: the distance between the true value and the bound that the whole interval has to clear, above zero.
         df: degrees of freedom behind the interval, if it is Student's; infinite or NaN: taken as normal.
+        power: chance that it does, 0–1.
 
     Returns:
         A number of images, rounded up; NaN if the interval has no width, there is no effect, or the seeds are too few
@@ -264,7 +264,7 @@ def images_needed(interval: Interval, effect: float, df: float = np.inf) -> floa
     error = standard_error(interval, df)
     if not error > 0 or not effect > 0 or df < 2:
         return float("nan")
-    z = float(scipy.stats.norm.ppf((1 + LEVEL) / 2) + scipy.stats.norm.ppf(POWER))
+    z = float(scipy.stats.norm.ppf((1 + LEVEL) / 2) + scipy.stats.norm.ppf(power))
     needed = interval.n * (z * error / effect) ** 2
     return float(np.ceil(needed))
 
