@@ -791,10 +791,9 @@ def _lead_to_what_is_there() -> None:
         pages = {name: RUNS / run_name / f"{name}.ipynb" for name in executed(run_name)}
         read = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in pages.items()}
         defined = r"^(?:\((?=[\w.:-]+\)=)|:name: *)"
-        own: set[str] = set()
-        for page in read.values():
-            own.update(label for cell in _prose(page) for label in re.findall(rf"(?m){defined}([\w.:-]+)", _text(cell)))
-        own = {label.removesuffix(f"--{run_name}") for label in own}
+        texts = [_text(cell) for page in read.values() for cell in _prose(page)]
+        found = {label for text in texts for label in re.findall(rf"(?m){defined}([\w.:-]+)", text)}
+        own = {label.removesuffix(f"--{run_name}") for label in found}
         anywhere = rf"(?m)({defined}|\]\(#?|\{{(?:numref|ref|eq)\}}`(?:[^`<]*<)?)([\w.:-]+)(?=[)`>\s]|$)"
 
         def label(found: re.Match, own: set[str] = own, run_name: str = run_name) -> str:
@@ -829,10 +828,8 @@ def _with_runs(toc: dict) -> dict:
     ]
     if not parts:
         return toc
-    if "parts" in toc:
-        return toc | {"parts": toc["parts"] + parts}
     rest = {key: value for key, value in toc.items() if key != "chapters"}
-    return rest | {"parts": [{"chapters": toc.get("chapters", [])}, *parts]}
+    return rest | {"parts": toc.get("parts", [{"chapters": toc.get("chapters", [])}]) + parts}
 
 
 def write_provenance() -> None:
