@@ -185,7 +185,7 @@ def test_alignment_is_followed(corpus, pictures, monkeypatch, tmp_path):
     monkeypatch.setattr(language, "compiled", lambda function: function)
     monkeypatch.setattr(arms, "DENSE", SCENES)
     monkeypatch.setattr(arms, "SIMPLE", 4)
-    monkeypatch.setattr(arms, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(arms, "LAB_CACHE", tmp_path / "cache")
     monkeypatch.setattr(arms, "ALIGNMENT", tmp_path / "alignment")
     monkeypatch.setattr(arms, "ALIGN", replace(arms.ALIGN, steps=3, batch_size=2))
     monkeypatch.setattr(arms, "FOLLOWED", (0, 2, 3))

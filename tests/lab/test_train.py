@@ -22,7 +22,7 @@ STAGES = [f"{NAME}.tower", QWEN2VL.text, f"{NAME}.align", f"{NAME}.instruct"]
 @pytest.fixture
 def small(monkeypatch, tmp_path):
     """`train` on few scenes, with few steps, writing to `tmp_path` only."""
-    for name, folder in (("CACHE", "cache"), ("DATA", "data"), ("MODELS", "models")):
+    for name, folder in (("LAB_CACHE", "cache"), ("DATA", "data"), ("MODELS", "models")):
         monkeypatch.setattr(train, name, tmp_path / folder)
     monkeypatch.setattr(train, "TRAIN_SCENES", SCENES)
     for name in ("TOWER", "TEXT", "ALIGN", "INSTRUCT"):
