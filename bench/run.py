@@ -368,6 +368,36 @@ def peak_memory(action: Callable[[], object]) -> int:
     return int(np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]).max())
 
 
+def batches(pictures: int = 64) -> None:
+    """Questions that go through the positive control at once, under one method: 10, the chapters' 64, four times as many.
+
+    If larger batches win nothing, neither would one that several interventions share.
+    """
+    import pandas as pd
+
+    from sinkstudy.answers.evaluate import Intervention
+    from sinkstudy.answers.evaluate import evaluate as answered
+    from sinkstudy.effects import moving
+    from sinkstudy.model import loading
+    from sinkstudy.world.drawing import render
+
+    lvlm = loading.load("lab-llava-gist", device=DEVICE, dtype=str(DTYPE).removeprefix("torch."))
+    images = {str(i): picture for i, picture in enumerate(render("test", 0, pictures).images)}
+    asked = ["what is the scene ?", "how many things are there ?", "how many parts are there ?", "what is the light ?",
+             "is there a star ?", "is there a heart ?"]
+    table = pd.DataFrame([{"id": f"{image} {text}", "image_id": image, "question": text, "answer": "yes"}
+                          for image in images for text in asked])
+    front = Intervention("front", lambda lvlm, inputs: moving.reordered(lvlm, inputs, lambda n: n >= 3 * n.median()))
+
+    def by(size: int) -> Callable[[], object]:
+        return lambda: answered(lvlm, table, [front], images=images, max_new_tokens=4, batch_size=size, cache=None)
+
+    seconds = rounds({size: by(size) for size in (10, 64, 256)}, 4)
+    of = {size: ratio(taken, seconds[64]) for size, taken in seconds.items()}
+    print(f"batches: {len(table)} questions of {pictures} pictures: {np.median(seconds[64]):.2f} s by 64; by 10, "
+          f"{of[10]:.2f} times that; by 256, {of[256]:.2f}")
+
+
 def chapter(limit: int = 64) -> None:
     """Chapter 10 on lab-llava from the start of its kernel, no answer kept from before: seconds."""
     from sinkstudy.paths import NOTEBOOKS, ROOT
@@ -383,7 +413,8 @@ def chapter(limit: int = 64) -> None:
           f"{of_children() - before:.0f} s of a processor")
 
 
-CASES = {"world": world, "plan": plan, "trace": trace, "evaluate": evaluate, "chapter": chapter}
+CASES = {"world": world, "plan": plan, "trace": trace, "evaluate": evaluate, "batches": batches,
+         "chapter": chapter}
 WITHOUT_MODEL = {"world", "plan"}
 
 if __name__ == "__main__":
