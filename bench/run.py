@@ -369,7 +369,7 @@ def peak_memory(action: Callable[[], object]) -> int:
 
 
 def batches(pictures: int = 64) -> None:
-    """Questions that go through the positive control at once, under one method: 10, the chapters' 64, four times as many.
+    """Questions that go through the positive control at once under one method: 10, the chapters' 64, 256.
 
     If larger batches win nothing, neither would one that several interventions share.
     """
