@@ -151,6 +151,7 @@ def _route(
     if check is not None:
         check(loading.outline(model, revision=values["revision"]))
     engine.claim(run, model)
+    paths.check_writable(paths.RESULTS / run / "route")
     lvlm = loading.load(model, **{key: values[key] for key in ("device", "dtype", "revision")})
     typer.echo(f"{found[0]}: {len(found[1])} questions about {len(found[2])} pictures, twice", err=True)
     of = {key: values[key] for key in methods.DEFAULTS}

@@ -120,11 +120,17 @@ def test_a_lab_model_is_not_there(python, pictures):
 
 
 def test_what_fails_leaves_its_traceback_in_the_users_cache(python, model, pictures, tmp_path):
-    (tmp_path / "empty" / "results").write_text("a file where a folder should be")
-    options = ["--benchmark", "own", "--data-dir", pictures.parent, "--method", "front"]
-    _, told, folder = python("-m", "sinkstudy.cli", "route", model, *options, code=1)
+    results, options = tmp_path / "empty" / "results", ["--data-dir", pictures.parent, "--method", "front"]
+    results.write_text("a file where a folder should be")
     log = tmp_path / "home" / "sinkstudy" / "failed" / "command.log"
-    assert told.startswith("sinkstudy: route: ") and f"(see {log})" in told and len(told.splitlines()) == 1
+    _, told, _ = python("-m", "sinkstudy.cli", "route", model, "--benchmark", "own", *options, code=1)
+    assert told.startswith("sinkstudy: nothing can be written to ") and len(told.splitlines()) == 1  # before any work
+    assert not log.exists()
+    results.unlink()
+    (results / "tiny" / "route" / "public-own-front.csv").mkdir(parents=True)  # a folder where the table should be
+    _, told, folder = python("-m", "sinkstudy.cli", "route", model, "--benchmark", "own", *options, code=1)
+    *_, last = told.splitlines()
+    assert last.startswith("sinkstudy: route: ") and f"(see {log})" in last
     assert "Traceback" in log.read_text() and [path.name for path in folder.iterdir()] == ["results"]
 
 

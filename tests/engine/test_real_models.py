@@ -58,12 +58,13 @@ def test_chapters_run_on_a_folder(checkout: Commands, model: Path, tmp_path: Pat
     results = checkout.root / "results" / "tiny-qwen"
     assert sorted(path.parent.name for path in results.glob("*/metrics.json")) == ["03-propagation", "09-benchmarks"]
     assert set(pd.read_csv(results / "09-benchmarks" / "data.csv").data) == {"public"}
-    kinds = pd.read_csv(results / "03-propagation" / "kinds.csv")
+    kinds = pd.read_csv(results / "03-propagation" / "kinds.csv").query("model == 'tiny-qwen'")
     assert set(kinds.layer) == {1, 2, 3}
     ordinary = kinds[["ordinary", "stopped", "propagated", "emerged"]].sum(axis=1)
     assert (ordinary == 3 * 4).all()  # visual tokens: four patches each of 6 x 8
     page = checkout.page("03-propagation", "tiny-qwen")
-    assert printed(page).startswith("4 pictures; models: tiny-qwen\nnot run: lab-llava-gist, lab-llava-registers\n")
+    assert printed(page).startswith(
+        "4 pictures; models: tiny-qwen, lab-qwen2vl\nnot run: lab-llava-gist, lab-llava-registers\n")  # of other sizes
     assert page.metadata["sinkstudy"]["params"]["batch_size"] == 3
     assert "none: a local folder" in json.dumps(page.cells[-1].outputs)
     assert "cell" not in checkout.call("run", str(model), *options)  # nothing is executed again
@@ -92,7 +93,7 @@ def test_a_chapter_runs_on_a_revision_of_a_hub_model(checkout: Commands, model: 
     pictures = draw(tmp_path / "pictures", [(64, 48)] * 2)
     checkout.call("run", "owner/tiny", "--revision", "v1", "--only", "01", "-p", f"images_dir={pictures}")
     page = checkout.page("01-norms", "owner--tiny")
-    assert printed(page).startswith("2 pictures, 6 x 8 patches; models: owner--tiny\n")
+    assert printed(page).startswith("2 pictures, 6 x 8 patches; models: owner--tiny, lab-qwen2vl\n")
     assert page.metadata["sinkstudy"]["revision"] == COMMITS["v1"]
     assert COMMITS["v1"] in json.dumps(page.cells[-1].outputs)
 

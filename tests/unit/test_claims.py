@@ -370,7 +370,8 @@ def test_controls_of_the_study_hold_in_the_committed_results(number):
 
 
 def test_chapters_write_the_metrics_that_the_ledger_names():
-    """For one model at least: what is trained is not there for all. What waits for an arm is excused until then."""
+    """For one model at least: what is trained is not there for all. What waits for an arm, or has one that is
+    under-trained only, is excused until then."""
     table = claims.verdicts()
     absent = (table.verdict == "not run").groupby(table.claim).all()
     untrained = ARM_LABELS.keys() - {path.name.rpartition("-")[0] for path in TRAINED.glob("*/*-*")}
@@ -378,5 +379,8 @@ def test_chapters_write_the_metrics_that_the_ledger_names():
     metrics = {claim["id"]: claim["metric"].split(".")[1] for claim in claims.load()["claims"]}
     not_run = [claim for claim in absent.index[absent] if metrics[claim] not in wait]
     chapters = {claim["id"]: claim["chapter"] for claim in claims.load()["claims"]}
+    names = claims.metrics().name
+    weak = {name.split(".under_trained.")[1].split(".")[0] for name in names if ".under_trained." in name}
+    not_run = [claim for claim in not_run if metrics[claim] not in weak]
     late = [claim for claim in not_run if (claims.RESULTS / "lab-llava" / chapters[claim]).is_dir()]
     assert not late, "the chapter has results, but not the metric of these claims"
