@@ -261,7 +261,7 @@ def images_needed(interval: Interval, effect: float, df: float = np.inf, *, powe
         A number of images, rounded up; NaN if the interval has no width, there is no effect, or the seeds are too few
         (`df` below 2) to say how much they differ.
     """
-    error = standard_error(interval, df)
+    error = standard_error((interval.high - interval.low) / 2, df)
     if not error > 0 or not effect > 0 or df < 2:
         return float("nan")
     z = float(scipy.stats.norm.ppf((1 + LEVEL) / 2) + scipy.stats.norm.ppf(power))
@@ -269,10 +269,14 @@ def images_needed(interval: Interval, effect: float, df: float = np.inf, *, powe
     return float(np.ceil(needed))
 
 
-def standard_error(interval: Interval, df: float = np.inf) -> float:
+def standard_error(half: float, df: float = np.inf) -> float:
     """The standard error that half a 95 % interval implies, by Student's t with `df` (infinite or NaN: normal)."""
-    student = scipy.stats.t(df if np.isfinite(df) else np.inf)
-    return float((interval.high - interval.low) / 2 / student.ppf((1 + LEVEL) / 2))
+    return float(half / t_or_normal(df).ppf((1 + LEVEL) / 2))
+
+
+def t_or_normal(df: float) -> Any:
+    """Student's t as scipy has it; the normal distribution where `df` is infinite or NaN, as behind a bootstrap."""
+    return scipy.stats.t(df if np.isfinite(df) else np.inf)
 
 
 def wilson(successes: int, n: int) -> Interval:

@@ -231,12 +231,11 @@ def p_value(value: float, low: float, high: float, rule: Mapping[str, Any], df: 
     lower, upper = _region(rule)
     if not np.isfinite([value, low, high]).all() or high <= low:
         return float("nan")
-    student = scipy.stats.t(df if np.isfinite(df) else np.inf)
 
     def one_sided(bound: float) -> float:
         near, far = (value - low, high - value) if value > bound else (high - value, value - low)
         half = near if near > 0 else far  # a skewed interval may leave its estimate outside
-        return float(student.sf(abs(value - bound) / (half / student.ppf(0.975))))
+        return float(stats.t_or_normal(df).sf(abs(value - bound) / stats.standard_error(half, df)))
 
     bounds = [bound for bound in (lower, upper) if np.isfinite(bound)]
     if len(bounds) == 2 and lower <= value <= upper:

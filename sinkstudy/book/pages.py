@@ -322,7 +322,7 @@ def _power(found: pd.Series | None) -> str:
     """Pictures needed, pictures here, standard deviation; "–" where nothing was measured."""
     if found is None:
         return "–"
-    sd = stats.standard_error(stats.Interval(*found[["value", "low", "high", "n"]]), found.df) * found.n**0.5
+    sd = stats.standard_error((found.high - found.low) / 2, found.df) * found.n**0.5
     needed = f"**{_round(found.needed)}**" if found.needed > found.n else _round(found.needed)
     return f"{needed}\\\n{int(found.n)} here, sd{NBSP}{sd:.2g}"
 
@@ -338,7 +338,7 @@ def _untestable(claim: Mapping[str, Any], found: pd.Series, before: str) -> str:
         return ""
     if found.low > claim["published"] or found.high < claim["published"]:
         return f"{before}the published {claim['published']:+g} lies outside".replace("-", "−")
-    if np.isfinite(found.df) and found.df < 2:
+    if np.isfinite(found.df) and np.isnan(found.needed):
         return f"{before}too few seeds to say what it would take"
     if not found.needed > found.n:
         return ""

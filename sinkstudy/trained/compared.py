@@ -589,6 +589,11 @@ def _named(model: str, comparison: Comparison) -> dict[str, str]:
             "way": f"against {second}"}
 
 
+def metric_of(row: Any) -> str:
+    """How a metric's name begins, of a row with `model`, `key`, `verdict`: no claim reads those without a verdict."""
+    return f"{row.model}.{'under_trained.' * (row.verdict == UNDER_TRAINED)}{row.key}"
+
+
 def verdict(found: stats.Interval, no_verdict: bool = False) -> str:
     """What an interval of a difference says, if training was fair."""
     if no_verdict:
