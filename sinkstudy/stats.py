@@ -4,7 +4,8 @@ The unit that is drawn again, or flipped, is the *image*. Tokens, heads or quest
 so a function that gets several rows an image needs `clusters`, the image of each row, and keeps images whole. Images
 of several benchmarks are no sample of one population: `strata`, the benchmark of each row, has every benchmark count
 alike and draws images within each. What was trained several times has seeds as a further level (`seeds_interval`).
-Every function is seeded: the same data give the same interval and the same p-value.
+A ratio of two quantities is skewed, and few images rule it: its interval is Student's, of its logarithm
+(`ratio_interval`). Every bootstrap is seeded: the same data give the same interval and the same p-value.
 """
 
 from collections.abc import Callable
@@ -45,6 +46,7 @@ NOTHING = Interval(float("nan"), float("nan"), float("nan"), 0)
 def mean_interval(
     values: ArrayLike,
     *,
+    over: ArrayLike | None = None,
     clusters: ArrayLike | None = None,
     strata: ArrayLike | None = None,
     method: str = "BCa",
@@ -56,6 +58,8 @@ def mean_interval(
 
     Args:
         values: [rows], one number a row; one row an image unless `clusters` says otherwise.
+        over: [rows], of how much each value is a part (points that can be had, tokens that there are): the mean is then
+            the share, the sum of `values` over that of `over`.
         clusters: [rows], the image of each row. With it the mean is still the mean of the rows, but whole images
             are drawn (cluster bootstrap; Davison & Hinkley 1997, section 3.8).
         strata: [rows], the benchmark of each row, if there are several. With it the mean is that of the benchmarks'
@@ -71,47 +75,89 @@ def mean_interval(
 
     Raises:
         ValueError: no rows, rows that are not finite, lengths that differ, an image in two strata, an unknown method
-            or `missing`.
+            or `missing`, or an `over` whose sum is not above zero.
     """
-    (sums,), sizes, strata = _per_image([values], clusters, strata, missing)
-    left_out = _leave_one_out(sums, sizes)
-    return _bootstrap(_ratio, [sums, sizes], left_out, method, resamples, seed, strata=strata)
+    columns = [values] if over is None else [values, over]
+    sums, sizes, strata = _per_image(columns, clusters, strata, missing)
+    parts, wholes = sums if over is not None else (*sums, sizes)
+    if len(wholes) and wholes.sum() <= 0:
+        raise ValueError("the sum of `over` must be above zero")
+    left_out = _leave_one_out(parts, wholes)
+    return _bootstrap(_ratio, [parts, wholes], left_out, method, resamples, seed, strata=strata)
 
 
 def ratio_interval(
-    numerator: ArrayLike,
-    denominator: ArrayLike,
-    *,
-    clusters: ArrayLike | None = None,
-    strata: ArrayLike | None = None,
-    method: str = "BCa",
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-    missing: str = "raise",
+    numerator: ArrayLike, denominator: ArrayLike, *, clusters: ArrayLike | None = None, missing: str = "raise"
 ) -> Interval:
-    """Ratio of two means, mean(numerator) / mean(denominator), with a paired bootstrap interval over images.
+    """Ratio of the means of two quantities, mean(numerator) / mean(denominator), with an interval over images.
 
-    Both quantities are seen on the same images (say, attention received by sinks and by other tokens), so they are
-    drawn together. This is the ratio of the means, not the mean of ratios, which one small denominator can rule.
+    Both are seen on the same images (say, attention received by sinks and by other tokens). This is the ratio of the
+    means, not the mean of ratios, which one small denominator can rule. The interval is Student's, with a degree of
+    freedom less than there are images, of the *logarithm* of the ratio, with the jackknife's standard error (Efron &
+    Tibshirani 1993, chapter 11): a ratio is skewed, and a bootstrap (BCa) of 28 images covered it in 84 to 91 of 100
+    cases, this in 91 to 95 (log-normal values; the tests repeat it). Where the ratio without one of the images has no
+    logarithm, as its numerator is zero or negative, the interval is that of the ratio itself.
 
     Args:
         numerator: [rows].
         denominator: [rows], of the same images in the same order.
         clusters: [rows], the image of each row, if there are several rows an image.
-        strata: [rows], as in `mean_interval`: both means are then those of the benchmarks' means.
-        method, resamples, seed, missing: as in `mean_interval`; a row is dropped where either is missing.
+        missing: as in `mean_interval`; a row is dropped where either is missing.
 
     Returns:
-        The ratio (no unit); `n` is the number of images.
+        The ratio (no unit); `n` is the number of images. Low and high are NaN for one image, or if a single image has
+        all of the denominator.
 
     Raises:
         ValueError: as `mean_interval`, or a denominator whose mean is not above zero.
     """
-    (above, below), _, strata = _per_image([numerator, denominator], clusters, strata, missing)
-    if len(below) and below.sum() <= 0:
+    sums, *_ = _per_image([numerator, denominator], clusters, None, missing)
+    return _of_ratio(sums[:1], sums[1:])
+
+
+def ratio_of_ratios_interval(
+    numerator: ArrayLike, denominator: ArrayLike, other_numerator: ArrayLike, other_denominator: ArrayLike
+) -> Interval:
+    """How many times a ratio of means is another, all four seen on the same images.
+
+    Args:
+        numerator, denominator, other_numerator, other_denominator: [images] each, in the same order.
+
+    Returns:
+        The ratio of `ratio_interval`'s values, with an interval as there. Without images all is NaN and `n` is 0.
+
+    Raises:
+        ValueError: as `ratio_interval`, or another numerator whose mean is not above zero.
+    """
+    columns = [numerator, other_denominator, denominator, other_numerator]
+    if not any(len(np.asarray(column)) for column in columns):
+        return NOTHING
+    sums, *_ = _per_image(columns, None, None, "raise")
+    return _of_ratio(sums[:2], sums[2:])
+
+
+def _of_ratio(above: list[np.ndarray], below: list[np.ndarray]) -> Interval:
+    """The product of sums over that of other sums, each of [images], with the jackknife's interval of its logarithm."""
+    n = len(above[0])
+    if n == 0:
+        return NOTHING
+    if any(column.sum() <= 0 for column in below):
         raise ValueError("the mean of the denominator must be above zero")
-    left_out = _leave_one_out(above, below)
-    return _bootstrap(_ratio, [above, below], left_out, method, resamples, seed, strata=strata)
+    value = float(np.prod([column.sum() for column in above]) / np.prod([column.sum() for column in below]))
+    if n == 1:
+        return Interval(value, float("nan"), float("nan"), n)
+    rest = [np.prod([column.sum() - column for column in side], axis=0) for side in (above, below)]  # [images] each
+    if not rest[1].all():  # an image has all of a denominator
+        return Interval(value, float("nan"), float("nan"), n)
+    left_out = rest[0] / rest[1]
+    if np.ptp(left_out) <= 1e-12 * abs(value):  # no image moves the estimate
+        return Interval(value, value, value, n)
+    logarithm = value > 0 and (left_out > 0).all()
+    centre, moved = (np.log(value), np.log(left_out)) if logarithm else (value, left_out)
+    error = np.sqrt((n - 1) ** 2 / n * np.var(moved, ddof=1))
+    ends = centre + scipy.stats.t.ppf((1 + LEVEL) / 2, n - 1) * error * np.array([-1, 1])
+    low, high = np.exp(ends) if logarithm else ends
+    return Interval(value, float(low), float(high), n)
 
 
 def difference_interval(first: ArrayLike, second: ArrayLike, **how: Any) -> Interval:

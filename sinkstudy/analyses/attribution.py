@@ -526,14 +526,14 @@ def shares(values: Mapping[str, torch.Tensor], groups: Mapping[str, MatchedGroup
     return pd.concat(rows, ignore_index=True)
 
 
-def ratios_between(seen: pd.DataFrame, by: Sequence[str], seed: int = 0) -> pd.DataFrame:
+def ratios_between(seen: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """How many times the ratio of `chapter.ratios` in global questions is that in local ones.
 
-    Both are taken over the images that have all four means, and these are drawn together.
+    Both are taken over the images that have all four means.
 
     Args:
         seen: of `against_controls`, with `type`.
-        by, seed: as in `chapter.ratios`.
+        by: as in `chapter.ratios`.
 
     Returns:
         As `chapter.ratios`; NaN and `n` 0 where no image has both.
@@ -542,15 +542,9 @@ def ratios_between(seen: pd.DataFrame, by: Sequence[str], seed: int = 0) -> pd.D
     rows = []
     for cell, of in seen.groupby(list(by), sort=False):
         means = of.groupby(["image", "type"])[["inside", "outside"]].mean().unstack().reindex(columns=wanted).dropna()
-        found = stats.pooled_interval(_ratio_of_ratios, *means.to_numpy().T, seed=seed)
+        found = stats.ratio_of_ratios_interval(*means.to_numpy().T)
         rows.append((*cell, *found))
     return pd.DataFrame(rows, columns=[*by, "value", "low", "high", "n"])
-
-
-def _ratio_of_ratios(*columns: np.ndarray) -> np.ndarray:
-    """From inside and outside of one type and of another, each [draws, images] -> [draws]."""
-    inside, outside, other_inside, other_outside = (column.sum(1) for column in columns)
-    return (inside / outside) / (other_inside / other_outside)
 
 
 def whole_groups(

@@ -450,7 +450,7 @@ def things_by_head(found: Relevance, groups: PatchGroups, names: Sequence[str], 
         some = groups.masks[group].any(1)
         sums, counts = (of[some] for of in _sums(found.columns["share_on"], groups.masks[group]))
         for layer, head in np.ndindex(*sums.shape[1:]):
-            share = stats.ratio_interval(sums[:, layer, head], counts, seed=seed)
+            share = stats.mean_interval(sums[:, layer, head], over=counts, seed=seed)
             rows.append({"group": group, "layer": layer + 1, "head": head + 1, **share._asdict()})
     return pd.DataFrame(rows, columns=["group", "layer", "head", "value", "low", "high", "n"])
 

@@ -57,7 +57,8 @@ def estimates(
         observations: a row a value; rows in which it, or what it is divided by, is not finite are left out.
         by: columns that name a cell. Cells stand in the order of their first row.
         value: the column that is averaged.
-        over: a column by whose mean that of `value` is divided; a cell where it is nothing has no estimate, and `n` 0.
+        over: a column that says of how much `value` is a part, as in `stats.mean_interval`; a cell where that is
+            nothing has no estimate, and `n` 0.
         images: the column that says which rows belong together.
         strata: a column, say the benchmark, within whose values images are drawn; see `stats.mean_interval`.
         least: cells that fewer images have get no estimate, and `n` 0.
@@ -69,11 +70,11 @@ def estimates(
     rows = []
     for cell, of in observations.groupby(list(by), sort=False, observed=True):
         there = of[np.isfinite(of[[value] if over is None else [value, over]].astype(float)).all(axis=1)]
-        found, below = stats.NOTHING, np.ones(len(there)) if over is None else there[over].to_numpy(float)
-        if there[images].nunique() >= least and below.sum() > 0:
+        found, whole = stats.NOTHING, None if over is None else there[over].to_numpy(float)
+        if there[images].nunique() >= least and (whole is None or whole.sum() > 0):
             within = None if strata is None else there[strata].to_numpy()
-            found = stats.ratio_interval(there[value].to_numpy(float), below, clusters=there[images].to_numpy(),
-                                         strata=within, method=method, seed=seed)
+            found = stats.mean_interval(there[value].to_numpy(float), over=whole, clusters=there[images].to_numpy(),
+                                        strata=within, method=method, seed=seed)
         rows.append((*cell, *found))
     return pd.DataFrame(rows, columns=[*by, "value", "low", "high", "n"])
 
@@ -85,10 +86,23 @@ def ratios(
     below: str = "outside",
     *,
     images: str = "image",
-    seed: int = 0,
 ) -> pd.DataFrame:
-    """`estimates` of how many times the mean of one column is that of another, named as in tables of `analyses`."""
-    return estimates(observations, by, above, over=below, images=images, seed=seed)
+    """How many times the mean of one column is that of another, named as in tables of `analyses`, in each cell.
+
+    Args:
+        observations, by, images: as in `estimates`.
+        above, below: the columns. A cell where `below` is nothing has no estimate, and `n` 0.
+
+    Returns:
+        As `estimates`; the intervals are those of `stats.ratio_interval`.
+    """
+    rows = []
+    for cell, of in observations.groupby(list(by), sort=False, observed=True):
+        there, found = of[np.isfinite(of[[above, below]].astype(float)).all(axis=1)], stats.NOTHING
+        if len(there) and there[below].sum() > 0:
+            found = stats.ratio_interval(there[above], there[below], clusters=there[images].to_numpy())
+        rows.append((*cell, *found))
+    return pd.DataFrame(rows, columns=[*by, "value", "low", "high", "n"])
 
 
 def paired(

@@ -6,7 +6,7 @@ matter. A verdict is computed from the `metrics.json` files under `results/` and
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pandas as pd
 import pybtex.database
 import scipy.stats
 import yaml
+from numpy.typing import ArrayLike
 
 from sinkstudy import stats
 from sinkstudy.paths import BOOK, DATA, DEFAULT_MODEL, FULL, NOTEBOOKS, RESULTS, written
@@ -210,7 +211,17 @@ def agrees(low: float, high: float, rule: Mapping[str, Any]) -> bool | None:
     return False if high < lower or low > upper else None
 
 
-def p_value(value: float, low: float, high: float, rule: Mapping[str, Any], df: float = np.inf) -> float:
+def symmetric(unit: str, interval: stats.Interval) -> Callable[[ArrayLike], np.ndarray]:
+    """The scale on which an interval has equal halves: logarithms for a ratio ("times"), else the numbers as they are.
+
+    An interval of a ratio that reaches zero is not one of `stats.ratio_interval`'s logarithms, and stays as it is.
+    """
+    return np.log if unit == "times" and interval.low > 0 else np.asarray
+
+
+def p_value(
+    value: float, low: float, high: float, rule: Mapping[str, Any], df: float = np.inf, *, unit: str = ""
+) -> float:
     """How surely an estimate lies on its side of a rule's bound: a p-value by the normal approximation, or by t.
 
     The half of the 95 % interval on the bound's side implies a standard error: with normal quantiles, z = (value −
@@ -221,6 +232,7 @@ def p_value(value: float, low: float, high: float, rule: Mapping[str, Any], df: 
         value, low, high: an estimate and its 95 % interval.
         rule: as in `agrees`.
         df: degrees of freedom behind the interval, if it is Student's; infinite or NaN: a bootstrap's, taken as normal.
+        unit: of the estimate; with "times" all of this is done with logarithms (`symmetric`).
 
     Returns:
         p, 0–1; NaN where the interval is missing or has no width: then nothing says how sure it is.
@@ -231,14 +243,18 @@ def p_value(value: float, low: float, high: float, rule: Mapping[str, Any], df: 
     lower, upper = _region(rule)
     if not np.isfinite([value, low, high]).all() or high <= low:
         return float("nan")
+    bounds = [bound for bound in (lower, upper) if np.isfinite(bound)]
+    if min(bounds) > 0:
+        scale = symmetric(unit, stats.Interval(value, low, high, 0))
+        value, low, high = scale([value, low, high])
+        bounds = list(scale(bounds))
 
     def one_sided(bound: float) -> float:
         near, far = (value - low, high - value) if value > bound else (high - value, value - low)
         half = near if near > 0 else far  # a skewed interval may leave its estimate outside
         return float(stats.t_or_normal(df).sf(abs(value - bound) / stats.standard_error(half, df)))
 
-    bounds = [bound for bound in (lower, upper) if np.isfinite(bound)]
-    if len(bounds) == 2 and lower <= value <= upper:
+    if len(bounds) == 2 and bounds[0] <= value <= bounds[1]:
         return max(map(one_sided, bounds))
     return 2 * one_sided(min(bounds, key=lambda bound: abs(value - bound)))
 
@@ -257,8 +273,11 @@ def pictures_needed(claim: Mapping[str, Any], interval: stats.Interval, df: floa
     """
     if "published" not in claim:
         return float("nan")
-    bounds = np.array(_region(claim["supported"]))
-    return stats.images_needed(interval, np.abs(bounds - claim["published"]).min(), df=df)
+    scale = symmetric(claim["unit"], interval)
+    bounds = scale([bound for bound in _region(claim["supported"]) if np.isfinite(bound)])
+    effect = np.abs(bounds - scale(claim["published"])).min()
+    value, low, high = scale(interval[:3])
+    return stats.images_needed(stats.Interval(value, low, high, interval.n), effect, df=df)
 
 
 def widen(low: float, high: float, n: float, unit: str) -> tuple[float, float]:
@@ -397,7 +416,7 @@ def _judged(claim: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
     else:
         rule = next((rule for rule in rules.values() if agrees(value, value, rule)), claim["supported"])
     needed = pictures_needed(claim, stats.Interval(value, low, high, int(row["n"])), df)
-    return {"verdict": verdict, "p": p_value(value, low, high, rule, df), "needed": needed}
+    return {"verdict": verdict, "p": p_value(value, low, high, rule, df, unit=claim["unit"]), "needed": needed}
 
 
 def controls(results: Path = RESULTS, ledger: Mapping[str, list[dict[str, Any]]] | None = None) -> pd.DataFrame:
@@ -444,12 +463,13 @@ def default_beside_full(
     ledger = ledger or load()
     keys, there = ["claim", "model"], {path.parent.name for path in results.glob(f"{FULL}/*/metrics.json")}
     chapters = {claim["id"]: claim["chapter"] for claim in ledger["claims"]}
+    units = {claim["id"]: claim["unit"] for claim in ledger["claims"]}
     default, full = (verdicts(results, ledger, run) for run in (DEFAULT_MODEL, FULL))
     rows = default[np.isfinite(default.value.astype(float)) & default.claim.map(chapters).isin(there)]
     rows = rows.merge(full[[*keys, "value"]].rename(columns={"value": "full"}), how="left", on=keys)
     rows = rows[[*keys, "value", "low", "high", "df", "full"]].astype(dict.fromkeys(("full", "df"), float))
-    rows["p"] = [p_value(r.value, r.low, r.high, {"above": r.full}, r.df) if np.isfinite(r.full) else np.nan
-                 for r in rows.itertuples()]
+    rows["p"] = [p_value(r.value, r.low, r.high, {"above": r.full}, r.df, unit=units[r.claim])
+                 if np.isfinite(r.full) else np.nan for r in rows.itertuples()]
     outside = (rows.low > rows.full) | (rows.full > rows.high)
     return rows.drop(columns="df").assign(p_holm=stats.holm(rows.p), outside=outside & rows.p.notna())
 

@@ -260,8 +260,9 @@ def against_others(
             continue
         own = mask if headline == "spread" else patches.whole(mask)
         inside, outside = (mean(numbers[headline], m) for m in (own, ~own))
-        compare = stats.difference_interval if headline == "spread" else stats.ratio_interval
-        rows.append((rule, headline, *compare(inside, outside, missing="drop", seed=seed)))
+        found = (stats.difference_interval(inside, outside, missing="drop", seed=seed) if headline == "spread"
+                 else stats.ratio_interval(inside, outside, missing="drop"))
+        rows.append((rule, headline, *found))
     return pd.DataFrame(rows, columns=["rule", "headline", "value", "low", "high", "n"])
 
 
@@ -511,7 +512,7 @@ def effect_sizes(rows: pd.DataFrame, by: Sequence[str], seed: int = 0) -> pd.Dat
         `by`, `measure` ("norm_ratio", "accuracy", "logp"), `value`, `low`, `high`, `n`.
     """
     norm, by = rows.measure == "norm_ratio", [*by, "measure"]
-    left = chapter.ratios(rows[norm], by, "value", "before", images="image_id", seed=seed)
+    left = chapter.ratios(rows[norm], by, "value", "before", images="image_id")
     return pd.concat([left, chapter.estimates(rows[~norm], by, seed=seed)], ignore_index=True)
 
 

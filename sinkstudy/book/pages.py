@@ -314,15 +314,18 @@ def power_table(ledger: Mapping[str, list[dict]], judged: pd.DataFrame) -> str:
         found = [cells.loc[(claim["id"], m)] if (claim["id"], m) in cells.index else None for m in models]
         if any(of is not None for of in found):
             published = f"{claim['published']:g} {claim['unit']}".replace("-", "−")
-            rows.append([_short(claim["id"]), published, _rule(claim["supported"]), *map(_power, found)])
+            powers = [_power(claim, of) for of in found]
+            rows.append([_short(claim["id"]), published, _rule(claim["supported"]), *powers])
     return list_table(rows, "power") if len(rows) > 1 else "No run has been made."
 
 
-def _power(found: pd.Series | None) -> str:
+def _power(claim: Mapping[str, Any], found: pd.Series | None) -> str:
     """Pictures needed, pictures here, standard deviation; "–" where nothing was measured."""
     if found is None:
         return "–"
-    sd = stats.standard_error((found.high - found.low) / 2, found.df) * found.n**0.5
+    low, high = claims.symmetric(claim["unit"], stats.Interval(found.value, found.low, found.high, 0))(
+        [found.low, found.high])
+    sd = stats.standard_error((high - low) / 2, found.df) * found.n**0.5
     needed = f"**{_round(found.needed)}**" if found.needed > found.n else _round(found.needed)
     return f"{needed}\\\n{int(found.n)} here, sd{NBSP}{sd:.2g}"
 

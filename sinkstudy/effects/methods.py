@@ -149,7 +149,7 @@ class Case:
         after = neurons.norms(self.lvlm, pictures, moved, self.batch_size)
         masks = {key: mask for key in after if (mask := self.targets.sinks[key]).any()}
         means = [[of[key][mask].mean().item() for key, mask in masks.items()] for of in (after, self.norms)]
-        return stats.ratio_interval(*means, seed=self.seed)
+        return stats.ratio_interval(*means)
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,7 @@ def attention_on_calm(lvlm: LVLM, table: pd.DataFrame, pictures: Mapping[str, to
         for attention, mask in zip(seen.output_attention.mean((1, 2)), masks, strict=True):  # [patches]
             numerator.append(attention[mask].mean().item())
             denominator.append(attention[~mask].mean().item())
-    return stats.ratio_interval(numerator, denominator, seed=seed)
+    return stats.ratio_interval(numerator, denominator)
 
 
 def all_cells(n: int = control.USED) -> tuple[pd.DataFrame, pd.DataFrame]:

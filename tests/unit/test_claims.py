@@ -199,6 +199,23 @@ def test_p_value_takes_the_half_of_the_interval_that_faces_the_bound():
     assert claims.p_value(1.0, 0.5, 2.0, {"above": 1.0}) == 1.0
 
 
+def test_p_value_of_a_ratio_is_that_of_its_logarithm():
+    low, high = np.exp(np.log(3) + 1.959964 * 0.4 * np.array([-1, 1]))
+    expected = 2 * scipy.stats.norm.sf((np.log(3) - np.log(1.5)) / 0.4)
+    of, inverse = (3.0, low, high), (1 / 3, 1 / high, 1 / low)
+    assert claims.p_value(*of, {"above": 1.5}, unit="times") == pytest.approx(expected)
+    assert claims.p_value(*inverse, {"below": 1 / 1.5}, unit="times") == pytest.approx(expected)
+    assert claims.p_value(*of, {"above": 1.5}) != pytest.approx(expected)
+    for not_logarithms in ((3.0, -1.0, 7.0, {"above": 1.5}), (3.0, 1.0, 5.0, {"above": 0.0})):
+        assert claims.p_value(*not_logarithms, unit="times") == claims.p_value(*not_logarithms)
+
+
+def test_pictures_needed_for_a_ratio_are_those_for_its_logarithm():
+    claim = {"unit": "times", "supported": {"above": 1.5}, "published": 7}
+    found = claims.pictures_needed(claim, stats.Interval(3.0, 3.0 / 2, 3.0 * 2, 28))
+    assert found == stats.images_needed(stats.Interval(0.0, -np.log(2), np.log(2), 28), np.log(7 / 1.5))
+
+
 def test_p_value_of_students_interval_is_that_of_the_t_test():
     sample = np.random.default_rng(2).normal(1.0, 1.0, 4)
     low, high = scipy.stats.t.interval(0.95, 3, sample.mean(), scipy.stats.sem(sample))
@@ -299,7 +316,7 @@ def test_matched_metric_counts_where_the_model_has_such_tokens(tmp_path):
 
 
 def test_holm_runs_over_the_claims_of_one_model(tmp_path):
-    barely = (2.0, 1.51, 2.49, 99, "")  # supported at p = 0.0455 if it stands alone
+    barely = (2.0, 1.5087, 2.65, 99, "")  # supported at p = 0.0455 if it stands alone
     write(tmp_path, "lab-llava", [("lab-llava.up.effect", *barely), ("lab-llava.same.effect", 1.0, -5.0, 7.0, 99, "")])
     write(tmp_path, "alone", [("alone.up.effect", *barely)])
     table = claims.verdicts(tmp_path, LEDGER).set_index(["claim", "model"])

@@ -155,8 +155,8 @@ def test_what_is_compared(tmp_path):
     assert claims.default_beside_full(tmp_path, LEDGER).empty  # the full run lacks the chapter: it was killed, say
     write(tmp_path, FULL, [(UP, 1.2, 1.1, 1.3, 80, ""), (same, 2.0, 1.0, 3.0, 400, "points")])
     beside = claims.default_beside_full(tmp_path, LEDGER).set_index("claim")
-    # by hand: z = 0.8 / (1 / 1.96), the half of the interval on the full run's side
-    assert beside.p["up"] == pytest.approx(0.1169, abs=1e-4) and not beside.outside.any()
+    # by hand, a ratio: z = log(2 / 1.2) / (log(2) / 1.96), the half of the interval on the full run's side
+    assert beside.p["up"] == pytest.approx(0.1486, abs=1e-4) and not beside.outside.any()
     assert beside.high["same"] == pytest.approx(2.95, abs=0.01)  # where nothing varies, the rule of three
     write(tmp_path, FULL, [(UP, 1.2, 1.1, 1.3, 80, "")])
     (line,) = claims.disagreements(claims.default_beside_full(tmp_path, LEDGER))

@@ -128,15 +128,15 @@ def test_what_a_model_was_made_for_is_marked_and_counted_apart(results):
 
 def test_power_table_and_what_was_not_testable(results):
     ledger = copy.deepcopy(LEDGER)
-    ledger["claims"][0]["published"] = 1.7  # 0.2 above the bound; half the interval of `bare` is 0.4, of 20 pictures
+    ledger["claims"][0]["published"] = 1.7  # `bare` is 1.6 [1.2, 2] times, of 20 pictures; the bound is 1.5
     judged = claims.verdicts(results, ledger)
-    needed = 20 * (2.8016 * 0.4 / 1.96 / 0.2) ** 2  # 163.5
+    needed = 20 * (2.8016 * np.log(2 / 1.2) / 2 / 1.96 / np.log(1.7 / 1.5)) ** 2  # 170.2
     assert judged.set_index(["model", "claim"]).needed["bare", "up"] == np.ceil(needed)
     text = pages.power_table(ledger, judged).replace(pages.NBSP, " ")
-    assert "  - **160**\\\n    20 here, sd 0.91" in text and "* - up\n  - 1.7 times\n  - above 1.5\n" in text
+    assert "  - **170**\\\n    20 here, sd 0.58" in text and "* - up\n  - 1.7 times\n  - above 1.5\n" in text
     assert "same" not in text  # nothing published in its unit
     cells = pages.verdict_tables(ledger, judged).replace(pages.NBSP, " ")
-    assert cells.count("not testable here: n = 160 would be needed") == 1  # where it is inconclusive, and nowhere else
+    assert cells.count("not testable here: n = 170 would be needed") == 1  # where it is inconclusive, and nowhere else
 
 
 def test_five_numbers(results):
@@ -172,7 +172,7 @@ def headline_of(results, row, **more):
             (1.6, 1.2, 2.0, 20, ""),
             "1.60 [1.20, 2.00] times, n = 20: ",
             "? inconclusive",
-            ", not sure; not testable here: n = 160 would be needed",
+            ", not sure; not testable here: n = 170 would be needed",
         ),
         ((None, None, None, 0, ""), "", "– not applicable", ""),
     ],

@@ -18,6 +18,7 @@ from sinkstudy.stats import (
     mean_interval,
     pooled_interval,
     ratio_interval,
+    ratio_of_ratios_interval,
     rule_of_three,
     seeds_interval,
     sign_flip_test,
@@ -90,18 +91,85 @@ def test_ratio_is_of_means_and_its_interval_matches_the_delta_method():
     rng = np.random.default_rng(6)
     below = rng.gamma(20.0, 0.05, 1000)
     above = 7.0 * below + rng.normal(0.0, 1.0, 1000)
-    interval = ratio_interval(above, below, resamples=6000)
-    half = 1.96 * np.std(above - interval.value * below, ddof=1) / np.sqrt(1000) / below.mean()
+    interval = ratio_interval(above, below)
+    half = 1.96 * np.std(above - interval.value * below, ddof=1) / np.sqrt(1000) / below.mean() / interval.value
     assert interval.value == pytest.approx(above.mean() / below.mean())
-    assert interval.low == pytest.approx(interval.value - half, abs=0.12 * half)
-    assert interval.high == pytest.approx(interval.value + half, abs=0.12 * half)
+    assert np.log(interval[:3]) == pytest.approx(np.log(interval.value) + half * np.array([0, -1, 1]), abs=0.01 * half)
+
+
+def test_interval_of_a_ratio_is_students_of_the_jackknifes_logarithms():
+    above, below = np.array([3.0, 1.0, 8.0, 2.0]), np.array([1.0, 2.0, 2.0, 5.0])
+    left_out = [np.log(np.delete(above, i).mean() / np.delete(below, i).mean()) for i in range(4)]
+    error = np.sqrt(3 / 4 * np.sum((left_out - np.mean(left_out)) ** 2))  # Efron & Tibshirani, equation 11.5
+    low, high = scipy.stats.t.interval(0.95, 3, np.log(14 / 10), error)
+    assert ratio_interval(above, below) == pytest.approx((1.4, np.exp(low), np.exp(high), 4))
+    rows = ratio_interval(np.repeat(above, 2), np.repeat(below, 2), clusters=np.repeat(range(4), 2))
+    assert rows == pytest.approx(ratio_interval(above, below))
+
+
+def test_intervals_of_ratios_are_each_others_inverse():
+    above, below, other, another = np.random.default_rng(5).gamma(1.0, 1.0, (4, 20))
+    there, back = ratio_interval(above, below), ratio_interval(below, above)
+    assert (1 / back.value, 1 / back.high, 1 / back.low) == pytest.approx(there[:3])
+    whole = ratio_of_ratios_interval(above, below, other, another)
+    back = ratio_of_ratios_interval(other, another, above, below)
+    assert whole.value == pytest.approx(above.mean() / below.mean() * another.mean() / other.mean())
+    assert (1 / back.value, 1 / back.high, 1 / back.low) == pytest.approx(whole[:3])
+    one = np.ones(20)
+    assert ratio_of_ratios_interval(above, below, one, one) == pytest.approx(there)
+    assert ratio_of_ratios_interval(above, one, below, one) == pytest.approx(there)
+
+
+def ratio(above, below, other=np.ones((1, 1)), another=np.ones((1, 1))):
+    return above.sum(1) / below.sum(1) / (other.sum(1) / another.sum(1))
+
+
+@pytest.mark.parametrize(("columns", "correlation"), [(2, 0.5), (4, 0.3), (4, 0.7)])
+def test_interval_of_a_skewed_ratio_of_few_images_covers_it_where_a_bootstrap_does_not(columns, correlation):
+    """Log-normal values, 28 images, all means alike: both ratios are 1."""
+    rng, trials = np.random.default_rng(28), 300
+    spread = np.linalg.cholesky(np.full((columns, columns), correlation) + (1 - correlation) * np.eye(columns))
+    of = ratio_interval if columns == 2 else ratio_of_ratios_interval
+    covered, by_bootstrap = 0, 0
+    for trial in range(trials):
+        values = np.exp(1.5 * spread @ rng.standard_normal((columns, 28)))
+        interval, drawn = of(*values), pooled_interval(ratio, *values, resamples=500, seed=trial)
+        covered += interval.low <= 1 <= interval.high
+        by_bootstrap += drawn.low <= 1 <= drawn.high
+    assert covered / trials >= 0.9 and covered - by_bootstrap >= 0.04 * trials
+
+
+def test_ratio_without_logarithm_has_the_interval_of_the_ratio_itself():
+    below = np.array([1.0, 1.0, 1.0, 1.0])
+    for above in ([0.0, 0.0, 0.0, 4.0], [-3.0, 1.0, 2.0, 8.0], [-5.0, 1.0, 1.0, 1.0]):
+        low, high = scipy.stats.t.interval(0.95, 3, np.mean(above), scipy.stats.sem(above))  # a mean, as below is 1
+        assert ratio_interval(above, below) == pytest.approx((np.mean(above), low, high, 4))
 
 
 def test_ratio_without_spread_is_a_point_and_refuses_a_denominator_of_zero():
     below = np.array([1.0, 2.0, 3.0])
     assert ratio_interval(7 * below, below)[:3] == pytest.approx((7.0, 7.0, 7.0))
+    assert ratio_interval(0 * below, below)[:3] == (0.0, 0.0, 0.0)
     with pytest.raises(ValueError, match="denominator"):
         ratio_interval(below, 0 * below)
+    with pytest.raises(ValueError, match="denominator"):
+        ratio_of_ratios_interval(below, below, 0 * below, below)
+
+
+def test_ratio_of_one_image_or_whose_denominator_one_image_has_is_not_known_surely():
+    for above, below in (([3.0], [2.0]), ([1.0, 2.0, 3.0], [0.0, 4.0, 0.0])):
+        interval = ratio_interval(above, below)
+        assert interval.value == 1.5 and np.isnan(interval[1:3]).all() and interval.n == len(above)
+    assert np.isnan(ratio_of_ratios_interval([], [], [], []).value)
+
+
+def test_mean_of_parts_is_their_share_of_the_whole():
+    parts, wholes, images = [2.0, 0.0, 6.0, 1.0], [4.0, 1.0, 6.0, 4.0], [0, 0, 1, 2]
+    found = mean_interval(parts, over=wholes, clusters=images)
+    assert found.value == 9 / 15 and found.n == 3 and 0.25 <= found.low < found.high <= 1
+    assert mean_interval(parts, over=np.ones(4)) == mean_interval(parts)
+    with pytest.raises(ValueError, match="over"):
+        mean_interval(parts, over=np.zeros(4))
 
 
 def test_difference_is_paired():
@@ -288,11 +356,11 @@ def test_strata_of_one_label_change_nothing_and_questions_of_an_image_stay_toget
     assert whole == pytest.approx(mean_interval(values, strata=strata)) and whole.n == 90
 
 
-def test_ratio_and_difference_draw_within_strata_too():
+def test_shares_and_differences_draw_within_strata_too():
     values, strata = strata_of([40, 80], [5.0, 50.0], [1.0, 1.0])
     half = 1.96 * np.sqrt(1 / 40 + 1 / 80) / 2
-    ratio = ratio_interval(values, np.ones(120), strata=strata)
-    assert ratio.value == pytest.approx(27.5) and ratio.high - ratio.low == pytest.approx(2 * half, rel=0.1)
+    share = mean_interval(values, over=np.ones(120), strata=strata)
+    assert share.value == pytest.approx(27.5) and share.high - share.low == pytest.approx(2 * half, rel=0.1)
     difference = difference_interval(values + 3, np.full(120, 3.0), strata=strata)
     assert difference == pytest.approx(mean_interval(values, strata=strata))
 
