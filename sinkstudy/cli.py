@@ -188,7 +188,9 @@ def book(
 ) -> None:
     """Render _build/html from the pages and the executed notebooks, if anything shown has changed."""
     _in_checkout()
-    engine.render(stored=stored)
+    from sinkstudy.book import render
+
+    render.book(stored=stored)
 
 
 @app.command()
@@ -210,7 +212,7 @@ def compare(
     _in_checkout()
     from sinkstudy.book import compare as of
 
-    page = out or engine.BUILD / "compare" / f"{'--'.join(runs)[:200]}.html"
+    page = out or paths.BUILD / "compare" / f"{'--'.join(runs)[:200]}.html"
     try:
         found = of.write(runs, page)
     except ValueError as problem:

@@ -28,6 +28,7 @@ PLAIN = CACHE / "plain"
 NOTEBOOKS = ROOT / "notebooks"
 BOOK = ROOT / "book"
 RUNS = BOOK / "runs"
+BUILD = ROOT / "_build"
 DEFAULT_MODEL = "lab-llava"
 FULL = f"{DEFAULT_MODEL}-full"  # the run with more pictures, from which verdicts come: data/full.yml
 POSITIVE_CONTROL = "lab-llava-gist"  # the lab model whose sinks are there by construction

@@ -1,6 +1,6 @@
 """The parts of the book that follow from all runs: results, verdicts, and the paper's numbers beside ours.
 
-`engine.render` has them written as MyST Markdown before each rendering; `book/intro.md`, `book/verdicts.md` and
+`render.book` has them written as MyST Markdown before each rendering; `book/intro.md`, `book/verdicts.md` and
 `book/paper.md` include them. So the pages cannot fall behind `results/`, whichever run changed last.
 """
 
@@ -448,7 +448,7 @@ def _chapter(chapter: str) -> tuple[str, str]:
 
 
 def figure(run: str, chapter: str, label: str) -> str | None:
-    """The label of a figure as the book has it for a run (`engine.render`); None if the book does not show it."""
+    """The label of a figure as the book has it for a run (`render.book`); None if the book does not show it."""
     if run == FULL and not (RUNS / run / f"{chapter}.ipynb").is_file():
         run = DEFAULT_MODEL  # the full run's numbers are in git, its pages are not
     page = RUNS / run / f"{chapter}.ipynb"
