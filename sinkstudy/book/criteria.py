@@ -315,9 +315,8 @@ def answer_changes(lvlm: LVLM, asked: pd.DataFrame, ways: Sequence[Intervention]
     if asked.answer.notna().all() and ways:
         said = ablation.effects(ablation.scored(lvlm, asked, ways, **how))
     else:
-        nothing = {"right": float("nan"), "logp": float("nan")}
-        rows = [asked.assign(intervention=way.name, **nothing) for way in ways]
-        said = pd.concat(rows) if rows else asked.head(0).assign(intervention="", **nothing)
+        named = pd.DataFrame({"intervention": [way.name for way in ways]}, dtype=str)
+        said = named.merge(asked, how="cross").assign(right=float("nan"), logp=float("nan"))
     said = said.rename(columns={"right": "accuracy"})
     return said.melt(["intervention", "id", "image_id"], ["accuracy", "logp"], "measure")
 
@@ -415,14 +414,13 @@ def flagged_of(
     Returns:
         Rows `group` ("all", "all, by random dimensions", and those of `groups`), `image_id`, `value`.
     """
-    object_ = 1.0 if any(lit[1:]) else float("nan")
     named = {"lit by the first token": "all", "random": "all, by random dimensions"}
     whole = flagged(patches.phi, [PHI])
     rows = [pd.DataFrame({"group": whole.dimensions.map(named), "image_id": whole.image_id, "value": whole.value})]
     there = (patches.phi_of_patches >= PHI).float()
     rows += [per_picture(100 * mean(there, mask), group=group) for group, mask in groups.items()]
     found = pd.concat(rows, ignore_index=True)
-    return found.assign(value=object_ * found.value)
+    return found if any(lit[1:]) else found.assign(value=float("nan"))
 
 
 # ------------------------------------------------------------------------------------------------- verdicts

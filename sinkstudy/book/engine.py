@@ -33,27 +33,10 @@ from typing import Any
 import psutil
 from filelock import FileLock, Timeout
 
-from sinkstudy import digests, progress
+from sinkstudy import digests, paths, progress
 from sinkstudy.book import parameters
 from sinkstudy.book.parameters import UserError, cells, check_model, defaults, files, source
-from sinkstudy.paths import (
-    DATA,
-    DEFAULT_MODEL,
-    FULL,
-    NOTEBOOKS,
-    PACKAGE,
-    RESULTS,
-    ROOT,
-    RUNS,
-    atomic,
-    check_claim,
-    check_writable,
-    claimed,
-    hub_commit,
-    lab_models,
-    slug,
-    sweep,
-)
+from sinkstudy.paths import DATA, DEFAULT_MODEL, FULL, NOTEBOOKS, PACKAGE, RESULTS, ROOT, RUNS, atomic, slug
 
 WORK = RUNS / ".work"  # half-made things, never read by the book
 LEAST_FREE = 50_000_000  # bytes: a run's notebooks and tables take less
@@ -109,11 +92,7 @@ KINDS: dict[str, Callable[[str, dict[str, Any]], str]] = {
 def modules(notebook: str) -> list[Path]:
     """The files of `sinkstudy` that a notebook imports, directly or through one another (static, by syntax tree)."""
     code = "\n".join(_text(cell) for cell in cells(notebook) if cell["cell_type"] == "code")
-    return _imported(re.sub(r"(?m)^\s*[%!].*$", "", code))
-
-
-def _imported(code: str) -> list[Path]:
-    waiting = set(_imports(code, ""))
+    waiting = set(_imports(re.sub(r"(?m)^\s*[%!].*$", "", code), ""))
     found: set[Path] = set()
     while waiting:
         name = waiting.pop()
@@ -179,7 +158,7 @@ def asks(notebook: str, given: dict[str, Any], model_mb: int = 0) -> dict[str, i
     the lab's gets `model_mb` more, of `check_memory`, and a day. `--set-resources notebook:runtime=600` says otherwise.
     """
     took = _stored(notebook)
-    lab = (defaults(notebook) | given).get("model", DEFAULT_MODEL) in lab_models()
+    lab = (defaults(notebook) | given).get("model", DEFAULT_MODEL) in paths.lab_models()
     return {
         "mem_mb": 1000 + int(1.5 * took.get("memory_mb", 1200)) + model_mb,  # 1200: two at a time took 2.4 GB
         "runtime": 30 + int(5 * took.get("seconds", 300) / 60) if lab else 24 * 60,
@@ -230,8 +209,8 @@ def executed(run: str) -> list[str]:
 
 def runs() -> list[str]:
     """Names of the runs that have an executed notebook, the default model's first."""
-    found = sorted({path.parent.name for path in RUNS.glob("[!.]*/[0-9]*.ipynb")})
-    return sorted(found, key=lambda run: run != DEFAULT_MODEL)
+    found = {path.parent.name for path in RUNS.glob("[!.]*/[0-9]*.ipynb")}
+    return sorted(found, key=lambda run: (run != DEFAULT_MODEL, run))
 
 
 def stale() -> list[str]:
@@ -312,14 +291,14 @@ def _execute(notebook: str, run: str, given: dict[str, Any], failed: Path) -> No
         made = work / "results" / slug(values.get("model", run)) / notebook
         made.mkdir(parents=True, exist_ok=True)
         if "model" in values:
-            claimed(run, values["model"])
+            paths.claimed(run, values["model"])
         _put(made, RESULTS / run / notebook)
         noted["results_sha256"] = files_sha256(files(RESULTS / run / notebook))
         noted["started"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started))
         noted["seconds"] = round(time.time() - started, 1)
         largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # the kernel's: KiB, on macOS bytes
         noted["memory_mb"] = largest // (1 << 20 if sys.platform == "darwin" else 1 << 10)
-        noted["revision"] = hub_commit(values.get("model", ""), values.get("revision")) or ""
+        noted["revision"] = paths.hub_commit(values.get("model", ""), values.get("revision")) or ""
         page = tidy(nbformat.read(copy, as_version=4))
         page.metadata["sinkstudy"] = noted
         with atomic(RUNS / run / f"{notebook}.ipynb") as target:
@@ -346,9 +325,7 @@ class _Progress:
 @contextmanager
 def _sockets() -> Iterator[str]:
     """A folder for a kernel's sockets, whose paths must be short; those that killed processes left are removed."""
-    for left in Path(tempfile.gettempdir()).glob("sinkstudy-[0-9]*-*"):
-        if (pid := left.name.split("-")[1]).isdigit() and not psutil.pid_exists(int(pid)):
-            shutil.rmtree(left, ignore_errors=True)
+    paths.sweep(Path(tempfile.gettempdir()), "sinkstudy-[0-9]*-*")
     with tempfile.TemporaryDirectory(prefix=f"sinkstudy-{os.getpid()}-") as folder:
         # the longest address of a socket is about 100 characters; below a longer TMPDIR there is /tmp
         if len(folder) < 70 or not os.access("/tmp", os.W_OK):
@@ -360,13 +337,11 @@ def _sockets() -> Iterator[str]:
 
 def _kernel_environment(work: Path, notebook: str, values: dict[str, Any]) -> None:
     """Settings that the kernel inherits: tables go to `work`, this checkout is imported, nothing is random."""
-    os.environ["SINKSTUDY_RESULTS"] = str(work / "results")
-    os.environ[progress.CHAPTER] = notebook
-    os.environ["PYTHONPATH"] = str(ROOT)
-    os.environ["PYTHONHASHSEED"] = "0"
+    os.environ |= {"SINKSTUDY_RESULTS": str(work / "results"), progress.CHAPTER: notebook}
+    os.environ |= {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "0"}
     # threads that wait for one another sleep: on a shared machine spinning takes several times as long as the work
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if values.get("model") in lab_models():
+    if values.get("model") in paths.lab_models():
         os.environ["HF_HUB_OFFLINE"] = "1"  # the embedded models need no network
 
 
@@ -418,12 +393,7 @@ def surroundings() -> dict[str, Any]:
         except (OSError, subprocess.CalledProcessError):
             return ""
 
-    versions = {"python": sys.version.split()[0]}
-    for name in VERSIONS:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
+    versions = {"python": sys.version.split()[0], **{name: metadata.version(name) for name in VERSIONS}}
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "sinkstudy", "notebooks", "data")
     return {"git_commit": git("rev-parse", "HEAD"), "dirty": bool(changed), "versions": versions}
 
@@ -508,7 +478,7 @@ def run(
     chapters = _how_far(sum(map(len, plans.values())), list(outdated))
     needed = check_memory([(nb, values) for (_, nb), values in outdated.items()], elsewhere=bool(profile))
     for folder in (WORK, *(of / run_name for run_name in plans for of in (RUNS, RESULTS))):
-        sweep(folder)
+        paths.sweep(folder)
     _snakemake({"runs": plans, "memory_mb": needed}, jobs, profile, chapters)
     return list(plans)
 
@@ -555,7 +525,7 @@ def _suited(wanted: Sequence[str], model: str, given: dict[str, Any]) -> list[st
 def _writable(folder: Path) -> None:
     """See that files, and enough of them, can be written to a folder that is or will be made. Raises UserError."""
     try:
-        free = shutil.disk_usage(check_writable(folder)).free
+        free = shutil.disk_usage(paths.check_writable(folder)).free
     except ValueError as problem:
         raise UserError(str(problem)) from None
     if free < LEAST_FREE:
@@ -650,7 +620,7 @@ def claim(run: str, model: str) -> None:
         UserError: the run is that of another model, or its name is none.
     """
     try:
-        check_claim(run, model)
+        paths.check_claim(run, model)
         noted = (record(run, name).get("values", {}) for name in executed(run))
         of = next((values["model"] for values in noted if "model" in values), model)
     except ValueError as problem:
@@ -680,7 +650,7 @@ def check_memory(asked: Sequence[tuple[str, dict[str, Any]]], *, elsewhere: bool
         json.dumps({key: of[key] for key in keys if key in of})
         for notebook, of in asked
         if (not notebook or loader in modules(notebook))
-        and (of.get("model") not in lab_models() or any(map(of.get, pictures)))
+        and (of.get("model") not in paths.lab_models() or any(map(of.get, pictures)))
     }
     if not settings:
         return {}

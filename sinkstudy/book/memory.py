@@ -129,11 +129,7 @@ def check(
 
 
 def asked_about(
-    *,
-    images_dir: str = "",
-    data_dir: str = "",
-    benchmarks: Sequence[str] = (),
-    limit: int = 0,
+    *, images_dir: str = "", data_dir: str = "", benchmarks: Sequence[str] = (), limit: int = 0
 ) -> dict[str, tuple[int, int]]:
     """The pictures that a notebook asks about and their sizes (width, height), from their headers alone.
 

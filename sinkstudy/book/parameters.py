@@ -16,19 +16,8 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
-from sinkstudy import pictures
-from sinkstudy.paths import (
-    ADAPTER,
-    DEFAULT_MODEL,
-    MODELS,
-    NOTEBOOKS,
-    RESULTS,
-    ROOT,
-    lab_models,
-    model_folder,
-    place,
-    slug,
-)
+from sinkstudy import paths, pictures
+from sinkstudy.paths import DEFAULT_MODEL, MODELS, NOTEBOOKS, RESULTS, ROOT, lab_models, model_folder, place, slug
 
 
 class UserError(Exception):
@@ -189,9 +178,9 @@ def declarations(notebook: str) -> Mapping[str, Declared]:
         if "parameters" not in cell["metadata"].get("tags", []):
             continue
         for node in ast.parse("".join(cell["source"])).body:
-            if isinstance(node, ast.ImportFrom):
-                continue
             match node:
+                case ast.ImportFrom():
+                    continue
                 case ast.AnnAssign(target=ast.Name(name), annotation=ast.Name(of_type), value=ast.expr() as value):
                     pass
                 case _:
@@ -381,9 +370,9 @@ def _of_model(name: str) -> list[Path]:
     found = [path for path in files(folder) if path.name != "README.md"]
     if (folder / "config.json").is_file():
         return found
-    if not (folder / ADAPTER).is_file():
+    if not (folder / paths.ADAPTER).is_file():
         return []
-    of = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
+    of = json.loads((folder / paths.ADAPTER).read_text(encoding="utf-8"))
     return found + _of_model(str(of.get("base_model_name_or_path")))
 
 

@@ -135,16 +135,17 @@ def _with_runs(toc: dict) -> dict:
 def write_provenance() -> None:
     """Write `book/runs/{provenance,versions,checksums}.csv` for the provenance page, from the executed notebooks."""
     columns = ("run", "notebook", "model", "device", "dtype", "seed", "git_commit", "dirty", "started", "seconds")
-    rows, versions, checksums = [columns], [("run", "package", "version")], [("file", "sha256")]
+    tables: dict[str, list[tuple]] = {
+        "provenance": [columns], "versions": [("run", "package", "version")], "checksums": [("file", "sha256")]
+    }  # fmt: skip
     for run in engine.runs():
         for name in engine.executed(run):
             noted = engine.record(run, name) | {"notebook": name, "run": run}
             if noted.get("revision"):
                 noted["model"] += f"@{noted['revision'][:12]}"
-            rows.append(tuple(noted.get(column, "") for column in columns))
-        versions += [(run, *of) for of in noted.get("versions", {}).items()]
-    checksums += [(str(path.relative_to(ROOT)), digests.sha256(path)) for path in sorted(files(DATA))]
-    tables: dict[str, list[tuple]] = {"provenance": rows, "versions": versions, "checksums": checksums}
+            tables["provenance"].append(tuple(noted.get(column, "") for column in columns))
+        tables["versions"] += [(run, *of) for of in noted.get("versions", {}).items()]
+    tables["checksums"] += [(str(path.relative_to(ROOT)), digests.sha256(path)) for path in sorted(files(DATA))]
     for stem, table in tables.items():
         if len(table) == 1:  # Sphinx refuses a table without a row; the pages show stored outputs, say
             table.append(("no notebook was executed here", *[""] * (len(table[0]) - 1)))
