@@ -134,9 +134,7 @@ def route(
         raise engine.UserError(str(problem)) from problem
 
 
-def _route(
-    method: str, benchmark: str, values: dict, weight: float | None, k: int | None, name: str | None
-) -> None:
+def _route(method: str, benchmark: str, values: dict, weight: float | None, k: int | None, name: str | None) -> None:
     from sinkstudy import stats
     from sinkstudy.answers import evaluate
     from sinkstudy.book import report
@@ -161,8 +159,7 @@ def _route(
     target = paths.RESULTS / run / "route" / f"{stem}.csv"
     beside = target.with_suffix("") if public else None
     rows = methods.effect(lvlm, method, value, *found, public=public, cache=evaluate.ANSWERS, harnesses=beside, **of)
-    rows = rows.assign(model=run, revision=lvlm.revision or "", dtype=values["dtype"],
-                       limit=values["limit"])
+    rows = rows.assign(model=run, revision=lvlm.revision or "", dtype=values["dtype"], limit=values["limit"])
     paths.claimed(run, model)
     with paths.atomic(target) as temporary:
         rows.to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")

@@ -337,7 +337,7 @@ def wilson(successes: int, n: int) -> Interval:
 def sign_flip_test(
     first: ArrayLike, second: ArrayLike, *, clusters: ArrayLike | None = None, resamples: int = 9999, seed: int = 0
 ) -> float:
-    """Two-sided p-value of a paired permutation test: do two conditions differ in their mean?
+    """Two-sided p-value, 0–1, of a paired permutation test: do two conditions differ in their mean?
 
     Under the hypothesis that the labels of the conditions mean nothing, each image's difference has either sign with
     equal chance. All 2^images patterns of signs are tried where `resamples` allows as many, else so many random ones,
@@ -348,9 +348,6 @@ def sign_flip_test(
         clusters: [rows], the image of each row. The differences of one image change sign together.
         resamples: the number of random patterns of signs.
         seed: of the random patterns.
-
-    Returns:
-        p, 0–1.
 
     Raises:
         ValueError: as `difference_interval`.

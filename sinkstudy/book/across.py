@@ -115,7 +115,7 @@ def sure(of: pd.DataFrame, state: str) -> pd.Series:
 
 
 def beside_controls(effects: pd.DataFrame) -> pd.DataFrame:
-    """`METHODS_SHOWN` in the effects of `read` beside their controls: the mean over benchmarks if there is one, else each.
+    """Of `read`'s effects `METHODS_SHOWN` and their controls: the mean over benchmarks where there is one, else each.
 
     Returns:
         Estimates with `model`, `label` (which names the benchmark, unless it is the mean), `which` ("itself" or

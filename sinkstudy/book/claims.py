@@ -38,9 +38,7 @@ _SHARES = ("%", "points")  # units in which one picture cannot move a mean of n 
 # ---- the ledger
 
 
-def load(
-    path: Path = LEDGER, *, notebooks: Path = NOTEBOOKS, references: Path = BOOK / "references.bib"
-) -> Ledger:
+def load(path: Path = LEDGER, *, notebooks: Path = NOTEBOOKS, references: Path = BOOK / "references.bib") -> Ledger:
     """Read and check the ledger.
 
     Args:

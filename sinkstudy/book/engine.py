@@ -306,7 +306,7 @@ def _execute(notebook: str, run: str, given: dict[str, Any], failed: Path) -> No
     print(f"{notebook}: executed on {run} in {progress.minutes(noted['seconds'])}", file=sys.stderr)
 
 
-class _Progress:
+class _Progress(progress.Lines):
     """A file for what a kernel writes to stderr: passes on how far its work is, and nothing else."""
 
     def __init__(self, notebook: str) -> None:
@@ -317,9 +317,6 @@ class _Progress:
             if line.startswith(self.beginning):
                 over = progress.on_terminal()  # behind a bar, whose next state is drawn over what stands last
                 print(f"\n{line}" if over else line, end="" if over else "\n", file=sys.stderr)
-
-    def flush(self) -> None:
-        sys.stderr.flush()
 
 
 @contextmanager
@@ -387,11 +384,10 @@ def surroundings() -> dict[str, Any]:
 
     def git(*arguments: str) -> str:
         try:
-            return subprocess.run(
-                ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
-            ).stdout.strip()
+            ended = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
         except (OSError, subprocess.CalledProcessError):
             return ""
+        return ended.stdout.strip()
 
     versions = {"python": sys.version.split()[0], **{name: metadata.version(name) for name in VERSIONS}}
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "sinkstudy", "notebooks", "data")

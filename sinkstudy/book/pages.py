@@ -75,7 +75,8 @@ def control_gates() -> str:
     rows = [["gate", "measured", "bound", ""]]
     for gate in pd.read_csv(CONTROLS / "gates.csv").itertuples():
         held = "holds" if gate.holds else "**missed**"
-        rows.append([gate.gate, _number(gate.value), f"{gate.side} {gate.bound:g}".replace("-", "−"), held])
+        measured, bound = f"{gate.value:{'.1f' if abs(gate.value) >= 9.5 else '.3g'}}", f"{gate.side} {gate.bound:g}"
+        rows.append([gate.gate, measured.replace("-", "−"), bound.replace("-", "−"), held])
     return list_table(rows, "here")
 
 
@@ -100,10 +101,6 @@ def control_norms() -> str:
             ((r.attention, r.attention_low, r.attention_high), ".2f"), ((r.lost, r.low, r.high), ".1f")))
         rows.append([f"{holds[r.model]} (`{r.model}`)", r.norm, r.connector, attention, f"{r.right:.1f}", lost])
     return list_table(rows, "here")
-
-
-def _number(value: float) -> str:
-    return (f"{value:.1f}" if abs(value) >= 9.5 else f"{value:.3g}").replace("-", "−")
 
 
 # ---- what came out, in sentences

@@ -351,10 +351,9 @@ def result_files(notebook: str, values: dict[str, Any]) -> list[Path]:
 
 def _named(notebook: str, values: dict[str, Any], *kinds: str) -> list[str]:
     """What parameters of some kinds name."""
-    return [
-        text for name, declared in declarations(notebook).items() if declared.names in kinds
-        for text in _texts(values[name])
-    ]  # fmt: skip
+    named = [values[name] for name, declared in declarations(notebook).items() if declared.names in kinds]
+    each = [value if isinstance(value, (list, tuple)) else [value] for value in named]
+    return [text for of in each for text in of if isinstance(text, str)]
 
 
 @cache
@@ -389,8 +388,3 @@ def files(path: Path) -> list[Path]:
         return [path]
     inner: Iterator[Path] = (p for p in path.rglob("*") if p.is_file())
     return [p for p in inner if not any(x.startswith(".") or x == "cache" for x in p.relative_to(path).parts)]
-
-
-def _texts(value: Any) -> list[str]:
-    """The texts in a parameter's value: itself, or the items of a list."""
-    return [text for text in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(text, str)]
