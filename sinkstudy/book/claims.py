@@ -249,7 +249,6 @@ def pictures_needed(claim: Mapping[str, Any], interval: stats.Interval, df: floa
     """How many pictures would support the claim with a chance of 80 %, if the effect is the published one.
 
     Args:
-        claim: a row of the ledger.
         interval: of this run; its width and `n` say how much pictures differ.
         df: as in `stats.images_needed`.
 

@@ -79,7 +79,6 @@ def answering(lvlm: LVLM, picture: Any, questions: Sequence[str], masks: Sequenc
 
     Args:
         masks: of each question, the patches that are replaced at the connector's output, bool [patches].
-        means: as `mean_tokens` gives them.
     """
     inputs = lvlm.inputs([picture] * len(questions), list(questions))
     sizes = [int(layout.lift(mask, "any").sum()) for layout, mask in zip(lvlm.layout(inputs), masks, strict=True)]

@@ -312,10 +312,7 @@ def _shown(values: dict[str, Any]) -> int:
 
 
 def check(namespace: dict[str, Any]) -> None:
-    """Check the parameters of the notebook that calls this, by the types of its own assignments.
-
-    Args:
-        namespace: `globals()` of the notebook.
+    """Check the parameters of the notebook whose `globals()` these are, by the types of its own assignments.
 
     Raises:
         ValueError: one that does not fit, however it came there.
