@@ -73,12 +73,12 @@ def run_command(
         if not equals:
             raise engine.UserError(f"-p takes NAME=VALUE, not '{item}'")
         given[key] = value
-    models = models or [engine.DEFAULT_MODEL]
+    models = models or [paths.DEFAULT_MODEL]
     if profile and not (profile / "config.yaml").is_file():
         raise engine.UserError(f"{profile} is no folder of a Snakemake profile: it has no config.yaml")
-    if update_notebooks and (given or name or models != [engine.DEFAULT_MODEL]):
+    if update_notebooks and (given or name or models != [paths.DEFAULT_MODEL]):
         raise engine.UserError("--update-notebooks is for the default run: no other model, parameter or name")
-    if full and (name or update_notebooks or models != [engine.DEFAULT_MODEL]):
+    if full and (name or update_notebooks or models != [paths.DEFAULT_MODEL]):
         raise engine.UserError("--full is a run of its own, of the default model: no other model or name")
     for run in engine.run(models, only=only or [], given=given, name=name, full=full, jobs=jobs, profile=profile):
         if update_notebooks:
@@ -114,7 +114,7 @@ def route(
             typer.echo(f"{name}: {known.words}" + (f" (--{known.option})" if known.option else ""))
         return
     declared = {
-        "model": parameters.Declared(parameters.Model, engine.DEFAULT_MODEL),
+        "model": parameters.Declared(parameters.Model, paths.DEFAULT_MODEL),
         "limit": parameters.Declared(parameters.AtLeast0, 0),
         "device": parameters.Declared(parameters.Device, "cpu"),
         "dtype": parameters.Declared(parameters.Dtype, "float32"),
@@ -134,9 +134,7 @@ def route(
         raise engine.UserError(str(problem)) from problem
 
 
-def _route(
-    method: str, benchmark: str, values: dict, weight: float | None, k: int | None, name: str | None
-) -> None:
+def _route(method: str, benchmark: str, values: dict, weight: float | None, k: int | None, name: str | None) -> None:
     from sinkstudy import stats
     from sinkstudy.answers import evaluate
     from sinkstudy.book import report
@@ -161,8 +159,7 @@ def _route(
     target = paths.RESULTS / run / "route" / f"{stem}.csv"
     beside = target.with_suffix("") if public else None
     rows = methods.effect(lvlm, method, value, *found, public=public, cache=evaluate.ANSWERS, harnesses=beside, **of)
-    rows = rows.assign(model=run, revision=lvlm.revision or "", dtype=values["dtype"],
-                       limit=values["limit"])
+    rows = rows.assign(model=run, revision=lvlm.revision or "", dtype=values["dtype"], limit=values["limit"])
     paths.claimed(run, model)
     with paths.atomic(target) as temporary:
         rows.to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")
@@ -188,14 +185,16 @@ def book(
 ) -> None:
     """Render _build/html from the pages and the executed notebooks, if anything shown has changed."""
     _in_checkout()
-    engine.render(stored=stored)
+    from sinkstudy.book import render
+
+    render.book(stored=stored)
 
 
 @app.command()
 def models() -> None:
     """List the lab models and the runs made so far."""
     _in_checkout()
-    typer.echo("lab models: " + (", ".join(engine.lab_models()) or "none ('sinkstudy lab train' makes them)"))
+    typer.echo("lab models: " + (", ".join(paths.lab_models()) or "none ('sinkstudy lab train' makes them)"))
     for run in engine.runs():
         names = [name + ("" if engine.is_fresh(run, name) else " (out of date)") for name in engine.executed(run)]
         typer.echo(f"run {run}: {', '.join(names)}")
@@ -210,7 +209,7 @@ def compare(
     _in_checkout()
     from sinkstudy.book import compare as of
 
-    page = out or engine.BUILD / "compare" / f"{'--'.join(runs)[:200]}.html"
+    page = out or paths.BUILD / "compare" / f"{'--'.join(runs)[:200]}.html"
     try:
         found = of.write(runs, page)
     except ValueError as problem:
@@ -239,8 +238,7 @@ def check_full() -> None:
 def check_fresh() -> None:
     """Fail if an executed notebook no longer follows from its sources."""
     _in_checkout()
-    stale = engine.stale()
-    if stale:
+    if stale := engine.stale():
         raise engine.UserError(f"out of date: {', '.join(stale)}")
     typer.echo("every executed notebook is up to date")
 
@@ -300,7 +298,7 @@ def diysink(
     dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
     if device == "auto" or dtype not in ("float32", "bfloat16"):
         raise engine.UserError(f"training is on one device and in float32 or bfloat16, not on {device} in {dtype}")
-    model = str(Path(model).resolve()) if model not in engine.lab_models() and Path(model).is_dir() else model
+    model = str(Path(model).resolve()) if model not in paths.lab_models() and Path(model).is_dir() else model
     try:
         job = stages.Job(
             model, method, stage, data, images, tuple(connectors or ()), criterion, threshold,

@@ -28,6 +28,7 @@ PLAIN = CACHE / "plain"
 NOTEBOOKS = ROOT / "notebooks"
 BOOK = ROOT / "book"
 RUNS = BOOK / "runs"
+BUILD = ROOT / "_build"
 DEFAULT_MODEL = "lab-llava"
 FULL = f"{DEFAULT_MODEL}-full"  # the run with more pictures, from which verdicts come: data/full.yml
 POSITIVE_CONTROL = "lab-llava-gist"  # the lab model whose sinks are there by construction
@@ -220,9 +221,12 @@ def _exchanged(one: Path, other: Path) -> bool:
     return renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
-def sweep(folder: Path) -> None:
-    """Remove half-made things of this machine whose process is gone; those of others in a shared folder are theirs."""
-    for left in folder.glob(f".partial-[0-9]*-{HOST}-*"):
+def sweep(folder: Path, pattern: str = f".partial-[0-9]*-{HOST}-*") -> None:
+    """Remove half-made things of this machine whose process is gone; those of others in a shared folder are theirs.
+
+    `pattern` is that of their names, in which the process stands behind the first dash.
+    """
+    for left in folder.glob(pattern):
         if (pid := left.name.split("-")[1]).isdigit() and not _lives(int(pid)):
             shutil.rmtree(left, ignore_errors=True)
 

@@ -180,10 +180,7 @@ def difference_interval(first: ArrayLike, second: ArrayLike, **how: Any) -> Inte
 
 
 def pooled_interval(
-    statistic: Callable[..., np.ndarray],
-    *columns: ArrayLike,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
+    statistic: Callable[..., np.ndarray], *columns: ArrayLike, resamples: int = RESAMPLES, seed: int = 0
 ) -> Interval:
     """Any statistic of what images give together, with a paired bootstrap interval over images.
 
@@ -219,10 +216,7 @@ def pooled_interval(
 
 
 def seeds_interval(
-    values: ArrayLike,
-    *,
-    clusters: ArrayLike | None = None,
-    strata: ArrayLike | None = None,
+    values: ArrayLike, *, clusters: ArrayLike | None = None, strata: ArrayLike | None = None
 ) -> tuple[Interval, float]:
     """Mean over rows and seeds of what was trained several times, with a t interval over seeds *and* images.
 
@@ -279,20 +273,19 @@ def seeds_interval(
 
 
 def rule_of_three(n: float) -> float:
-    """The largest share that n images without an exception leave possible, about 3 / n (Hanley & Lippman-Hand 1983).
+    """The largest share, 0–1, that n images without an exception leave possible, about 3 / n.
+
+    Hanley & Lippman-Hand 1983.
 
     Args:
         n: number of independent images, at least 1. For a mean over strata that count alike: their number times the
             images of the *smallest*, which is exact where all have as many, and never too small a share.
-
-    Returns:
-        The share, 0–1.
     """
     return 1 - (1 - LEVEL) ** (1 / n)
 
 
-def images_needed(interval: Interval, effect: float, df: float = np.inf, *, power: float = 0.8) -> float:
-    """How many images would show an effect as surely as `power`, at the standard deviation that was measured.
+def images_needed(interval: Interval, effect: float, df: float = np.inf) -> float:
+    """How many images would show an effect with a chance of 80 %, at the standard deviation that was measured.
 
     Normal approximation: the interval's half is 1.96 standard errors, or as many as Student's t has, and these fall
     with the root of the number of images. Where seeds are in the interval, so many times the seeds are needed too.
@@ -301,7 +294,6 @@ def images_needed(interval: Interval, effect: float, df: float = np.inf, *, powe
         interval: of this run.
         effect: the distance between the true value and the bound that the whole interval has to clear, above zero.
         df: degrees of freedom behind the interval, if it is Student's; infinite or NaN: taken as normal.
-        power: chance that it does, 0–1.
 
     Returns:
         A number of images, rounded up; NaN if the interval has no width, there is no effect, or the seeds are too few
@@ -310,7 +302,7 @@ def images_needed(interval: Interval, effect: float, df: float = np.inf, *, powe
     error = standard_error((interval.high - interval.low) / 2, df)
     if not error > 0 or not effect > 0 or df < 2:
         return float("nan")
-    z = float(scipy.stats.norm.ppf((1 + LEVEL) / 2) + scipy.stats.norm.ppf(power))
+    z = float(scipy.stats.norm.ppf((1 + LEVEL) / 2) + scipy.stats.norm.ppf(0.8))
     needed = interval.n * (z * error / effect) ** 2
     return float(np.ceil(needed))
 
@@ -333,9 +325,6 @@ def wilson(successes: int, n: int) -> Interval:
         n: number of independent trials. Several questions about one image are not independent: give their
             hits to `mean_interval(..., clusters=image)` instead.
 
-    Returns:
-        The share, 0–1.
-
     Raises:
         ValueError: n < 1, or successes outside 0–n.
     """
@@ -346,14 +335,9 @@ def wilson(successes: int, n: int) -> Interval:
 
 
 def sign_flip_test(
-    first: ArrayLike,
-    second: ArrayLike,
-    *,
-    clusters: ArrayLike | None = None,
-    resamples: int = 9999,
-    seed: int = 0,
+    first: ArrayLike, second: ArrayLike, *, clusters: ArrayLike | None = None, resamples: int = 9999, seed: int = 0
 ) -> float:
-    """Two-sided p-value of a paired permutation test: do two conditions differ in their mean?
+    """Two-sided p-value, 0–1, of a paired permutation test: do two conditions differ in their mean?
 
     Under the hypothesis that the labels of the conditions mean nothing, each image's difference has either sign with
     equal chance. All 2^images patterns of signs are tried where `resamples` allows as many, else so many random ones,
@@ -364,9 +348,6 @@ def sign_flip_test(
         clusters: [rows], the image of each row. The differences of one image change sign together.
         resamples: the number of random patterns of signs.
         seed: of the random patterns.
-
-    Returns:
-        p, 0–1.
 
     Raises:
         ValueError: as `difference_interval`.

@@ -74,10 +74,7 @@ def _tidied(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def effect_cells(effects: pd.DataFrame) -> pd.DataFrame:
-    """Every combination of a method, a model and a benchmark, run or not; of what several runs have, the first.
-
-    Args:
-        effects: of `read`.
+    """Every combination in `read`'s effects of a method, a model and a benchmark; of what several runs have, the first.
 
     Returns:
         `CELL`, the other columns of `effects`, `state` (of `OUTCOMES`, by the 95 % interval), and `p` and `p_holm`,
@@ -98,10 +95,7 @@ def effect_cells(effects: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_model(of: pd.DataFrame) -> pd.DataFrame:
-    """How many cells of each model came out how.
-
-    Args:
-        of: of `effect_cells`.
+    """How many cells, of `effect_cells`, came out how in each model.
 
     Returns:
         A row a model: `model`, `tokens` (those that methods act on), a column for each of `OUTCOMES`, and "better,
@@ -121,10 +115,7 @@ def sure(of: pd.DataFrame, state: str) -> pd.Series:
 
 
 def beside_controls(effects: pd.DataFrame) -> pd.DataFrame:
-    """The methods of `METHODS_SHOWN` beside their controls: the mean over benchmarks where there is one, else each.
-
-    Args:
-        effects: of `read`.
+    """Of `read`'s effects `METHODS_SHOWN` and their controls: the mean over benchmarks where there is one, else each.
 
     Returns:
         Estimates with `model`, `label` (which names the benchmark, unless it is the mean), `which` ("itself" or

@@ -56,7 +56,6 @@ def estimates(
     Args:
         observations: a row a value; rows in which it, or what it is divided by, is not finite are left out.
         by: columns that name a cell. Cells stand in the order of their first row.
-        value: the column that is averaged.
         over: a column that says of how much `value` is a part, as in `stats.mean_interval`; a cell where that is
             nothing has no estimate, and `n` 0.
         images: the column that says which rows belong together.
@@ -79,14 +78,8 @@ def estimates(
     return pd.DataFrame(rows, columns=[*by, "value", "low", "high", "n"])
 
 
-def ratios(
-    observations: pd.DataFrame,
-    by: Sequence[str],
-    above: str = "inside",
-    below: str = "outside",
-    *,
-    images: str = "image",
-) -> pd.DataFrame:
+def ratios(observations: pd.DataFrame, by: Sequence[str], above: str = "inside", below: str = "outside", *,
+           images: str = "image") -> pd.DataFrame:
     """How many times the mean of one column is that of another, named as in tables of `analyses`, in each cell.
 
     Args:
@@ -111,11 +104,9 @@ def paired(
     """Differences between two ways on the same rows: the mean of `own` less the mean of `control`.
 
     Args:
-        observations: a row a value.
         on: columns that name what is paired, the image among them (model, image_id, question, ..). Several rows of
             one way, such as draws of random tokens, are averaged first.
         which: the column that says `own` or `control`.
-        value: the column that is subtracted.
 
     Returns:
         `on` and the difference in the column `value`, for what has both, in the order of the first rows of `own`.
@@ -142,7 +133,6 @@ def keep(results: report.Results, rows: pd.DataFrame, name: str, unit: str | Map
     """Every estimate becomes a metric.
 
     Args:
-        rows: estimates.
         name: with the columns of a row in braces, "{model}.{way}.{group}.accuracy"; see `report.key`.
         unit: of all rows, or by the row's `measure`.
     """
@@ -195,7 +185,6 @@ def told(
     """Estimates in a sentence: "lab-llava −1.2 [−2.0, −0.4] points (loss); ..". What has no value is left out.
 
     Args:
-        rows: estimates.
         above, below, unclear: words where the whole interval lies above `reference`, below it, or on neither side.
         fmt, unit: of the numbers.
         label: what names a row, with its columns in braces.
@@ -225,7 +214,6 @@ def dots(
     """Dots with intervals: a column of panels for each model, a row of dots for each type, a colour for each group.
 
     Args:
-        rows: estimates.
         y, hue, panels, lines: columns whose values become rows of dots, colours (`colour`), columns and rows of panels.
         hollow: a column; where it is "random", dots are hollow and thin: the control beside its group.
         unit: label of the x axis.

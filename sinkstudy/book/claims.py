@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike
 from sinkstudy import stats
 from sinkstudy.paths import BOOK, DATA, DEFAULT_MODEL, FULL, NOTEBOOKS, RESULTS, written
 
+Ledger = Mapping[str, list[dict[str, Any]]]
 LEDGER = DATA / "claims.yml"
 JUDGED = ("supported", "right sign, below the bound", "no effect", "opposite sign", "inconclusive")
 VERDICTS = (*JUDGED, "not applicable", "not run")
@@ -37,9 +38,7 @@ _SHARES = ("%", "points")  # units in which one picture cannot move a mean of n 
 # ---- the ledger
 
 
-def load(
-    path: Path = LEDGER, *, notebooks: Path = NOTEBOOKS, references: Path = BOOK / "references.bib"
-) -> dict[str, list[dict[str, Any]]]:
+def load(path: Path = LEDGER, *, notebooks: Path = NOTEBOOKS, references: Path = BOOK / "references.bib") -> Ledger:
     """Read and check the ledger.
 
     Args:
@@ -182,12 +181,7 @@ def verdict_rules(claim: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def word(low: float, high: float, claim: Mapping[str, Any]) -> str:
-    """What a 95 % interval says to a claim, before any correction for the number of claims: one of `JUDGED`.
-
-    Args:
-        low, high: the interval; NaN where there is none.
-        claim: a row of the ledger: `supported`, `unit` and, unless a range is claimed, `matters`.
-    """
+    """What a 95 % interval, NaN where there is none, says to a claim before any correction: one of `JUDGED`."""
     for verdict, rule in verdict_rules(claim).items():
         if agrees(low, high, rule):
             return verdict
@@ -196,14 +190,9 @@ def word(low: float, high: float, claim: Mapping[str, Any]) -> str:
 
 
 def agrees(low: float, high: float, rule: Mapping[str, Any]) -> bool | None:
-    """Whether a whole interval agrees with a rule; False if it lies wholly on one side of what does, else None.
+    """Whether a whole interval, NaN where there is none, agrees with {above: x}, {below: x} or {between: [x, y]}.
 
-    Args:
-        low, high: the interval; NaN where there is none.
-        rule: {above: x}, {below: x} or {between: [x, y]}.
-
-    Raises:
-        ValueError: no such rule.
+    False if it lies wholly on one side of what does, else None. Raises ValueError if the rule is none of these.
     """
     lower, upper = _region(rule)
     if lower < low and high < upper:
@@ -230,15 +219,12 @@ def p_value(
 
     Args:
         value, low, high: an estimate and its 95 % interval.
-        rule: as in `agrees`.
+        rule: as in `agrees`, which says what is none.
         df: degrees of freedom behind the interval, if it is Student's; infinite or NaN: a bootstrap's, taken as normal.
         unit: of the estimate; with "times" all of this is done with logarithms (`symmetric`).
 
     Returns:
         p, 0–1; NaN where the interval is missing or has no width: then nothing says how sure it is.
-
-    Raises:
-        ValueError: no such rule.
     """
     lower, upper = _region(rule)
     if not np.isfinite([value, low, high]).all() or high <= low:
@@ -263,7 +249,6 @@ def pictures_needed(claim: Mapping[str, Any], interval: stats.Interval, df: floa
     """How many pictures would support the claim with a chance of 80 %, if the effect is the published one.
 
     Args:
-        claim: a row of the ledger.
         interval: of this run; its width and `n` say how much pictures differ.
         df: as in `stats.images_needed`.
 
@@ -284,16 +269,9 @@ def widen(low: float, high: float, n: float, unit: str) -> tuple[float, float]:
     """The interval of a share or of a difference of shares; where no two pictures differ, the rule of three.
 
     A bootstrap of n equal values is a point, whatever n. If n of n pictures agree, up to 1 − 0.05^(1/n) ≈ 3/n of all
-    may be otherwise, with 95 % confidence (`stats.rule_of_three`), and each can move the mean by 100 at most. A mean
-    over benchmarks comes widened, from `study.mean_of_benchmarks`, which knows how many pictures each has.
-
-    Args:
-        low, high: in `unit`.
-        n: the number of pictures.
-        unit: "%" or "points"; in other units, which have no largest value, nothing changes.
-
-    Returns:
-        low, high.
+    may be otherwise, with 95 % confidence (`stats.rule_of_three`), and each can move the mean by 100 at most: in "%" or
+    "points". In other units, which have no largest value, nothing changes. A mean over benchmarks comes widened, from
+    `study.mean_of_benchmarks`, which knows how many pictures each has.
     """
     if low == high and unit in _SHARES and n >= 1:
         half = 100 * stats.rule_of_three(n)
@@ -321,9 +299,7 @@ def metrics(results: Path = RESULTS) -> pd.DataFrame:
 def models(numbers: pd.DataFrame, patterns: Iterable[tuple[str, str]]) -> list[str]:
     """The models that any of the metrics speaks of, in the order of `numbers`, those with a run of their own first.
 
-    Args:
-        numbers: of `metrics`.
-        patterns: (chapter, name of a metric with "{model}" for the model).
+    `patterns` are (chapter, name of a metric with "{model}" for the model).
     """
     found = {}
     for chapter, pattern in patterns:
@@ -344,23 +320,14 @@ def plain(run: str) -> str:
 def look_up(numbers: pd.DataFrame, chapter: str, pattern: str, model: str = "") -> pd.Series | None:
     """The number of a metric for a model: from the model's own run, else as a control, first of the full run.
 
-    Args:
-        numbers: of `metrics`.
-        chapter: the notebook that wrote it.
-        pattern: its name, "{model}" standing for the model.
-        model: as `models` gives it.
-
-    Returns:
-        A row of `numbers`; None if no run has it.
+    `pattern` is its name, "{model}" standing for the model; what comes is a row of `numbers`, None if no run has it.
     """
     rows = numbers[(numbers.chapter == chapter) & (numbers.name == pattern.replace("{model}", model))]
     own = rows[rows.run.map(plain) == model]
     return next((found.iloc[0] for found in (own, rows) if len(found)), None)
 
 
-def verdicts(
-    results: Path = RESULTS, ledger: Mapping[str, list[dict[str, Any]]] | None = None, run: str = ""
-) -> pd.DataFrame:
+def verdicts(results: Path = RESULTS, ledger: Ledger | None = None, run: str = "") -> pd.DataFrame:
     """The verdict on every claim in every model.
 
     The word is that of `word`, if the p of its rule (`verdict_rules`, `p_value`), corrected by Holm over the claims
@@ -411,19 +378,14 @@ def _judged(claim: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
     """Word, p and pictures needed. If the interval says nothing, p is that of the word that the estimate points to."""
     value, low, high, df = (row[key] for key in ("value", "low", "high", "df"))
     verdict, rules = word(low, high, claim), verdict_rules(claim)
-    if verdict in rules:
-        rule = rules[verdict]
-    else:
-        rule = next((rule for rule in rules.values() if agrees(value, value, rule)), claim["supported"])
+    towards = next((rule for rule in rules.values() if agrees(value, value, rule)), claim["supported"])
+    p = p_value(value, low, high, rules.get(verdict, towards), df, unit=claim["unit"])
     needed = pictures_needed(claim, stats.Interval(value, low, high, int(row["n"])), df)
-    return {"verdict": verdict, "p": p_value(value, low, high, rule, df, unit=claim["unit"]), "needed": needed}
+    return {"verdict": verdict, "p": p, "needed": needed}
 
 
-def controls(results: Path = RESULTS, ledger: Mapping[str, list[dict[str, Any]]] | None = None) -> pd.DataFrame:
+def controls(results: Path = RESULTS, ledger: Ledger | None = None) -> pd.DataFrame:
     """Whether what must hold, if the instrument works, does hold in the full run, or else in the default run.
-
-    Args:
-        results, ledger: as in `verdicts`.
 
     Returns:
         A row for each control: `control` (id), `value`, `low`, `high`, `n`, `state`: "holds" if the whole 95 %
@@ -446,13 +408,8 @@ def controls(results: Path = RESULTS, ledger: Mapping[str, list[dict[str, Any]]]
 # ---- the default run against the full run
 
 
-def default_beside_full(
-    results: Path = RESULTS, ledger: Mapping[str, list[dict[str, Any]]] | None = None
-) -> pd.DataFrame:
+def default_beside_full(results: Path = RESULTS, ledger: Ledger | None = None) -> pd.DataFrame:
     """The number of every claim and model in the default run beside that of the full run.
-
-    Args:
-        results, ledger: as in `verdicts`.
 
     Returns:
         A row for each that has a value in the default run, of the chapters that the full run has: `claim`, `model`,
@@ -462,8 +419,7 @@ def default_beside_full(
     """
     ledger = ledger or load()
     keys, there = ["claim", "model"], {path.parent.name for path in results.glob(f"{FULL}/*/metrics.json")}
-    chapters = {claim["id"]: claim["chapter"] for claim in ledger["claims"]}
-    units = {claim["id"]: claim["unit"] for claim in ledger["claims"]}
+    chapters, units = ({claim["id"]: claim[key] for claim in ledger["claims"]} for key in ("chapter", "unit"))
     default, full = (verdicts(results, ledger, run) for run in (DEFAULT_MODEL, FULL))
     rows = default[np.isfinite(default.value.astype(float)) & default.claim.map(chapters).isin(there)]
     rows = rows.merge(full[[*keys, "value"]].rename(columns={"value": "full"}), how="left", on=keys)
@@ -475,16 +431,13 @@ def default_beside_full(
 
 
 def disagreements(beside: pd.DataFrame) -> list[str]:
-    """Why the default run does not agree with the full run, a line each; none if it does.
+    """Why, by `default_beside_full`, the default run does not agree with the full run, a line each; none if it does.
 
     The default run's pictures are the first of the full run's, so its 95 % interval misses the full run's number less
     often than in one case of twenty: the difference of the two means has 1 - n/N of the variance of the default run's.
     The runs disagree if one number lies so far outside that it does not survive Holm's correction over all, which holds
     however they depend on one another; if more lie outside than a binomial of 5 % has with a chance of 5 % (numbers
     over the same pictures miss together, for which the first sentence leaves room); or if the full run lacks one.
-
-    Args:
-        beside: of `default_beside_full`.
     """
     named = [f"{r.claim} in {r.model}: {r.value:.3g} [{r.low:.3g}, {r.high:.3g}], in the full run {r.full:.3g}"
              for r in beside[(beside.p_holm <= ALPHA) | beside.full.isna()].itertuples()]
@@ -495,11 +448,7 @@ def disagreements(beside: pd.DataFrame) -> list[str]:
 
 
 def agreed(beside: pd.DataFrame) -> str:
-    """How many numbers were compared, and how many lie outside; a sentence.
-
-    Args:
-        beside: of `default_beside_full`.
-    """
+    """How many numbers were compared (`default_beside_full`), and how many lie outside; a sentence."""
     if beside.empty:
         return "No full run has been made, so the default run has nothing to agree with."
     n, lacking = beside.p.notna().sum(), beside.p.isna().sum()

@@ -26,14 +26,14 @@ td, th { border-bottom: 1px solid #8885; padding: .3rem .7rem; text-align: left;
 figure { margin: 0 } img { max-width: 100% } .wide { overflow-x: auto }"""
 
 
-def write(runs: Sequence[str], page: Path, results: Path = RESULTS, ledger: Mapping[str, list[dict]] | None = None
-          ) -> pd.DataFrame:
+def write(
+    runs: Sequence[str], page: Path, results: Path = RESULTS, ledger: claims.Ledger | None = None
+) -> pd.DataFrame:
     """Compare runs: write the page and, beside it with the suffix .csv, all their headline numbers.
 
     Args:
         runs: names of folders under `results`.
         page: an HTML file.
-        ledger: of `claims.load`.
 
     Returns:
         The verdicts, of `run_verdicts`.
@@ -74,7 +74,7 @@ def own_models(runs: Sequence[str], results: Path = RESULTS) -> dict[str, str]:
     return own if len(set(own.values())) > 1 else {}
 
 
-def run_verdicts(runs: Sequence[str], results: Path, ledger: Mapping[str, list[dict]]) -> pd.DataFrame:
+def run_verdicts(runs: Sequence[str], results: Path, ledger: claims.Ledger) -> pd.DataFrame:
     """The verdicts of each run by its own numbers (`claims.verdicts`), of the models that two or more runs have."""
     own = own_models(runs, results)
     found = pd.concat([claims.verdicts(results, ledger, run).assign(run=run) for run in runs], ignore_index=True)
@@ -117,7 +117,7 @@ def figures(run: str, chapter: str) -> dict[str, str]:
     return {label.removesuffix(f"--{run}"): "".join(named[name]) for name, label in labels.items() if name in named}
 
 
-def _page(runs: Sequence[str], found: pd.DataFrame, measured: pd.DataFrame, ledger: Mapping[str, list[dict]]) -> str:
+def _page(runs: Sequence[str], found: pd.DataFrame, measured: pd.DataFrame, ledger: claims.Ledger) -> str:
     title = html.escape(" · ".join(runs))
     parts = [f"<!doctype html><meta charset='utf-8'><meta name='viewport' content='width=device-width'><title>{title}"
              f"</title><style>{_STYLE}</style><h1>{title}</h1><p>Verdicts follow from the ledger and from the numbers "
@@ -132,7 +132,7 @@ def _page(runs: Sequence[str], found: pd.DataFrame, measured: pd.DataFrame, ledg
     return "\n".join(parts) + "\n"
 
 
-def _claims(of: pd.DataFrame, runs: Sequence[str], ledger: Mapping[str, list[dict]]) -> str:
+def _claims(of: pd.DataFrame, runs: Sequence[str], ledger: claims.Ledger) -> str:
     cells, rows = of.set_index(["claim", "run"]), []
     for claim in ledger["claims"]:
         texts = [_verdict(cells.loc[(claim["id"], run)], claim) if (claim["id"], run) in cells.index else "–"
@@ -150,7 +150,7 @@ def _verdict(found: pd.Series, claim: Mapping[str, Any]) -> str:
     return f"<b>{text}</b><br>{number} {claim['unit']}<br>n = {found.n:.0f}{p}"
 
 
-def _figures(runs: Sequence[str], ledger: Mapping[str, list[dict]]) -> list[str]:
+def _figures(runs: Sequence[str], ledger: claims.Ledger) -> list[str]:
     """The figures that claims name, each with what every run has of it."""
     of = {chapter: {run: figures(run, chapter) for run in runs}
           for chapter in dict.fromkeys(claim["chapter"] for claim in ledger["claims"])}

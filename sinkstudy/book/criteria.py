@@ -161,8 +161,7 @@ def decoder_phi(
 
     Args:
         lit: the dimensions of each decoder layer, of `lit_dimensions`.
-        draws: how often as many dimensions are drawn at random, for comparison.
-        seed: of these draws.
+        draws, seed: how often as many dimensions are drawn at random, for comparison.
 
     Returns:
         The pictures' layouts; and float32 [1 + draws, pictures, visual tokens], by the lit dimensions and then by the
@@ -243,13 +242,9 @@ def quantities(
 def against_others(
     patches: PatchReadings, numbers: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tensor], seed: int = 0
 ) -> pd.DataFrame:
-    """What the patches of each rule have over the other patches: ratios, and for "spread" differences.
+    """What the patches of each rule (`rule_masks`) have over others in `quantities`: ratios; of "spread" differences.
 
     What the decoder does, it does to visual tokens: "attention" and "attribution" are over whole tokens.
-
-    Args:
-        numbers: of `quantities`.
-        masks: of `rule_masks`.
 
     Returns:
         Estimates: `rule`, `headline`, `value`, `low`, `high`, `n`. A rule that finds nothing has no rows.
@@ -315,9 +310,8 @@ def answer_changes(lvlm: LVLM, asked: pd.DataFrame, ways: Sequence[Intervention]
     if asked.answer.notna().all() and ways:
         said = ablation.effects(ablation.scored(lvlm, asked, ways, **how))
     else:
-        nothing = {"right": float("nan"), "logp": float("nan")}
-        rows = [asked.assign(intervention=way.name, **nothing) for way in ways]
-        said = pd.concat(rows) if rows else asked.head(0).assign(intervention="", **nothing)
+        named = pd.DataFrame({"intervention": [way.name for way in ways]}, dtype=str)
+        said = named.merge(asked, how="cross").assign(right=float("nan"), logp=float("nan"))
     said = said.rename(columns={"right": "accuracy"})
     return said.melt(["intervention", "id", "image_id"], ["accuracy", "logp"], "measure")
 
@@ -415,14 +409,13 @@ def flagged_of(
     Returns:
         Rows `group` ("all", "all, by random dimensions", and those of `groups`), `image_id`, `value`.
     """
-    object_ = 1.0 if any(lit[1:]) else float("nan")
     named = {"lit by the first token": "all", "random": "all, by random dimensions"}
     whole = flagged(patches.phi, [PHI])
     rows = [pd.DataFrame({"group": whole.dimensions.map(named), "image_id": whole.image_id, "value": whole.value})]
     there = (patches.phi_of_patches >= PHI).float()
     rows += [per_picture(100 * mean(there, mask), group=group) for group, mask in groups.items()]
     found = pd.concat(rows, ignore_index=True)
-    return found.assign(value=object_ * found.value)
+    return found if any(lit[1:]) else found.assign(value=float("nan"))
 
 
 # ------------------------------------------------------------------------------------------------- verdicts
@@ -486,12 +479,8 @@ def group_norms(norms: Mapping[str, torch.Tensor], mask: torch.Tensor) -> pd.Dat
 def silencing(
     lvlm: LVLM, found: Mapping[int, Neurons], drawn: Mapping[int, Neurons], moved: Sequence[int]
 ) -> list[Intervention]:
-    """The first neurons of a group silenced ("found 10"), as many random ones ("random 10"), and the first moved to a
-    register ("moved 10") where the tower takes one.
-
-    Args:
-        found, drawn: neurons by their number.
-        moved: the numbers that are moved.
+    """Neurons, by their number, silenced ("found 10"), as many random ones ("random 10"), and those of some numbers
+    moved to a register ("moved 10") where the tower takes one.
     """
     ways = [neurons.silence(f"{way} {n}", of[n]) for way, of in (("found", found), ("random", drawn)) for n in of]
     return ways + [to_register(f"moved {n}", found[n]) for n in moved if neurons.takes_register(lvlm)]
@@ -503,10 +492,7 @@ def to_register(name: str, own: Neurons) -> Intervention:
 
 
 def effect_sizes(rows: pd.DataFrame, by: Sequence[str], seed: int = 0) -> pd.DataFrame:
-    """Estimates of what interventions do: of "norm_ratio" the ratio of means, norm after over before; else the mean.
-
-    Args:
-        rows: of `group_norms` and `answer_changes`, with the columns `by`.
+    """Estimates from `group_norms`, ratios of means, after over before, and from `answer_changes`, means.
 
     Returns:
         `by`, `measure` ("norm_ratio", "accuracy", "logp"), `value`, `low`, `high`, `n`.

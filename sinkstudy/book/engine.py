@@ -1,4 +1,4 @@
-"""What a notebook follows from, how one is executed, how the book is rendered.
+"""What a notebook follows from, and how one is executed.
 
 Snakemake (see the `Snakefile`) decides what runs, by a notebook's *fingerprint*: SHA-256 digests of its own text, of
 its parameters, of the `sinkstudy` modules that it imports, and of the model, data and result files that its parameters
@@ -10,7 +10,6 @@ pictures, or a pattern of results of other notebooks, after which it is then exe
 
 import ast
 import contextlib
-import csv
 import errno
 import hashlib
 import json
@@ -34,31 +33,12 @@ from typing import Any
 import psutil
 from filelock import FileLock, Timeout
 
-from sinkstudy import digests, progress
+from sinkstudy import digests, paths, progress
 from sinkstudy.book import parameters
 from sinkstudy.book.parameters import UserError, cells, check_model, defaults, files, source
-from sinkstudy.paths import (
-    BOOK,
-    DATA,
-    DEFAULT_MODEL,
-    FULL,
-    NOTEBOOKS,
-    PACKAGE,
-    RESULTS,
-    ROOT,
-    RUNS,
-    atomic,
-    check_claim,
-    check_writable,
-    claimed,
-    hub_commit,
-    lab_models,
-    slug,
-    sweep,
-)
+from sinkstudy.paths import DATA, DEFAULT_MODEL, FULL, NOTEBOOKS, PACKAGE, RESULTS, ROOT, RUNS, atomic, slug
 
 WORK = RUNS / ".work"  # half-made things, never read by the book
-BUILD = ROOT / "_build"
 LEAST_FREE = 50_000_000  # bytes: a run's notebooks and tables take less
 VERSIONS = ("torch", "transformers", "captum", "numpy", "pandas", "scipy", "seaborn", "papermill", "jupyter-book")
 
@@ -112,11 +92,7 @@ KINDS: dict[str, Callable[[str, dict[str, Any]], str]] = {
 def modules(notebook: str) -> list[Path]:
     """The files of `sinkstudy` that a notebook imports, directly or through one another (static, by syntax tree)."""
     code = "\n".join(_text(cell) for cell in cells(notebook) if cell["cell_type"] == "code")
-    return _imported(re.sub(r"(?m)^\s*[%!].*$", "", code))
-
-
-def _imported(code: str) -> list[Path]:
-    waiting = set(_imports(code, ""))
+    waiting = set(_imports(re.sub(r"(?m)^\s*[%!].*$", "", code), ""))
     found: set[Path] = set()
     while waiting:
         name = waiting.pop()
@@ -182,7 +158,7 @@ def asks(notebook: str, given: dict[str, Any], model_mb: int = 0) -> dict[str, i
     the lab's gets `model_mb` more, of `check_memory`, and a day. `--set-resources notebook:runtime=600` says otherwise.
     """
     took = _stored(notebook)
-    lab = (defaults(notebook) | given).get("model", DEFAULT_MODEL) in lab_models()
+    lab = (defaults(notebook) | given).get("model", DEFAULT_MODEL) in paths.lab_models()
     return {
         "mem_mb": 1000 + int(1.5 * took.get("memory_mb", 1200)) + model_mb,  # 1200: two at a time took 2.4 GB
         "runtime": 30 + int(5 * took.get("seconds", 300) / 60) if lab else 24 * 60,
@@ -233,8 +209,8 @@ def executed(run: str) -> list[str]:
 
 def runs() -> list[str]:
     """Names of the runs that have an executed notebook, the default model's first."""
-    found = sorted({path.parent.name for path in RUNS.glob("[!.]*/[0-9]*.ipynb")})
-    return sorted(found, key=lambda run: run != DEFAULT_MODEL)
+    found = {path.parent.name for path in RUNS.glob("[!.]*/[0-9]*.ipynb")}
+    return sorted(found, key=lambda run: (run != DEFAULT_MODEL, run))
 
 
 def stale() -> list[str]:
@@ -315,14 +291,14 @@ def _execute(notebook: str, run: str, given: dict[str, Any], failed: Path) -> No
         made = work / "results" / slug(values.get("model", run)) / notebook
         made.mkdir(parents=True, exist_ok=True)
         if "model" in values:
-            claimed(run, values["model"])
+            paths.claimed(run, values["model"])
         _put(made, RESULTS / run / notebook)
         noted["results_sha256"] = files_sha256(files(RESULTS / run / notebook))
         noted["started"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started))
         noted["seconds"] = round(time.time() - started, 1)
         largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # the kernel's: KiB, on macOS bytes
         noted["memory_mb"] = largest // (1 << 20 if sys.platform == "darwin" else 1 << 10)
-        noted["revision"] = hub_commit(values.get("model", ""), values.get("revision")) or ""
+        noted["revision"] = paths.hub_commit(values.get("model", ""), values.get("revision")) or ""
         page = tidy(nbformat.read(copy, as_version=4))
         page.metadata["sinkstudy"] = noted
         with atomic(RUNS / run / f"{notebook}.ipynb") as target:
@@ -330,7 +306,7 @@ def _execute(notebook: str, run: str, given: dict[str, Any], failed: Path) -> No
     print(f"{notebook}: executed on {run} in {progress.minutes(noted['seconds'])}", file=sys.stderr)
 
 
-class _Progress:
+class _Progress(progress.Lines):
     """A file for what a kernel writes to stderr: passes on how far its work is, and nothing else."""
 
     def __init__(self, notebook: str) -> None:
@@ -342,16 +318,11 @@ class _Progress:
                 over = progress.on_terminal()  # behind a bar, whose next state is drawn over what stands last
                 print(f"\n{line}" if over else line, end="" if over else "\n", file=sys.stderr)
 
-    def flush(self) -> None:
-        sys.stderr.flush()
-
 
 @contextmanager
 def _sockets() -> Iterator[str]:
     """A folder for a kernel's sockets, whose paths must be short; those that killed processes left are removed."""
-    for left in Path(tempfile.gettempdir()).glob("sinkstudy-[0-9]*-*"):
-        if (pid := left.name.split("-")[1]).isdigit() and not psutil.pid_exists(int(pid)):
-            shutil.rmtree(left, ignore_errors=True)
+    paths.sweep(Path(tempfile.gettempdir()), "sinkstudy-[0-9]*-*")
     with tempfile.TemporaryDirectory(prefix=f"sinkstudy-{os.getpid()}-") as folder:
         # the longest address of a socket is about 100 characters; below a longer TMPDIR there is /tmp
         if len(folder) < 70 or not os.access("/tmp", os.W_OK):
@@ -363,13 +334,11 @@ def _sockets() -> Iterator[str]:
 
 def _kernel_environment(work: Path, notebook: str, values: dict[str, Any]) -> None:
     """Settings that the kernel inherits: tables go to `work`, this checkout is imported, nothing is random."""
-    os.environ["SINKSTUDY_RESULTS"] = str(work / "results")
-    os.environ[progress.CHAPTER] = notebook
-    os.environ["PYTHONPATH"] = str(ROOT)
-    os.environ["PYTHONHASHSEED"] = "0"
+    os.environ |= {"SINKSTUDY_RESULTS": str(work / "results"), progress.CHAPTER: notebook}
+    os.environ |= {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "0"}
     # threads that wait for one another sleep: on a shared machine spinning takes several times as long as the work
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if values.get("model") in lab_models():
+    if values.get("model") in paths.lab_models():
         os.environ["HF_HUB_OFFLINE"] = "1"  # the embedded models need no network
 
 
@@ -415,18 +384,12 @@ def surroundings() -> dict[str, Any]:
 
     def git(*arguments: str) -> str:
         try:
-            return subprocess.run(
-                ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
-            ).stdout.strip()
+            ended = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
         except (OSError, subprocess.CalledProcessError):
             return ""
+        return ended.stdout.strip()
 
-    versions = {"python": sys.version.split()[0]}
-    for name in VERSIONS:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
+    versions = {"python": sys.version.split()[0], **{name: metadata.version(name) for name in VERSIONS}}
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "sinkstudy", "notebooks", "data")
     return {"git_commit": git("rev-parse", "HEAD"), "dirty": bool(changed), "versions": versions}
 
@@ -511,7 +474,7 @@ def run(
     chapters = _how_far(sum(map(len, plans.values())), list(outdated))
     needed = check_memory([(nb, values) for (_, nb), values in outdated.items()], elsewhere=bool(profile))
     for folder in (WORK, *(of / run_name for run_name in plans for of in (RUNS, RESULTS))):
-        sweep(folder)
+        paths.sweep(folder)
     _snakemake({"runs": plans, "memory_mb": needed}, jobs, profile, chapters)
     return list(plans)
 
@@ -558,7 +521,7 @@ def _suited(wanted: Sequence[str], model: str, given: dict[str, Any]) -> list[st
 def _writable(folder: Path) -> None:
     """See that files, and enough of them, can be written to a folder that is or will be made. Raises UserError."""
     try:
-        free = shutil.disk_usage(check_writable(folder)).free
+        free = shutil.disk_usage(paths.check_writable(folder)).free
     except ValueError as problem:
         raise UserError(str(problem)) from None
     if free < LEAST_FREE:
@@ -653,7 +616,7 @@ def claim(run: str, model: str) -> None:
         UserError: the run is that of another model, or its name is none.
     """
     try:
-        check_claim(run, model)
+        paths.check_claim(run, model)
         noted = (record(run, name).get("values", {}) for name in executed(run))
         of = next((values["model"] for values in noted if "model" in values), model)
     except ValueError as problem:
@@ -683,7 +646,7 @@ def check_memory(asked: Sequence[tuple[str, dict[str, Any]]], *, elsewhere: bool
         json.dumps({key: of[key] for key in keys if key in of})
         for notebook, of in asked
         if (not notebook or loader in modules(notebook))
-        and (of.get("model") not in lab_models() or any(map(of.get, pictures)))
+        and (of.get("model") not in paths.lab_models() or any(map(of.get, pictures)))
     }
     if not settings:
         return {}
@@ -708,150 +671,6 @@ def update_notebooks(only: Iterable[str] = ()) -> None:
         stored.metadata["sinkstudy"] = {key: page.metadata["sinkstudy"][key] for key in ("seconds", "memory_mb")}
         with atomic(NOTEBOOKS / f"{name}.ipynb") as target:
             nbformat.write(tidy(stored), target)
-
-
-# ---- the book
-
-
-def render(*, stored: bool = False) -> bool:
-    """Render `_build/html` if a page, an executed notebook or anything else shown has changed; say whether it did.
-
-    Chapters that the default run lacks are shown with the outputs stored in `notebooks/`, and named. Executed pages of
-    that run whose notebook is gone, renamed say, are deleted: other pages have their labels.
-
-    `stored`: show stored outputs where the default run is out of date, too (for tests of the pages). Raises UserError
-    if a page is missing or Jupyter Book warns.
-    """
-    import yaml
-
-    for name in set(executed(DEFAULT_MODEL)) - set(notebooks()):
-        (RUNS / DEFAULT_MODEL / f"{name}.ipynb").unlink()
-    there = executed(DEFAULT_MODEL)
-    if lacking := [name for name in notebooks() if name not in there]:
-        print(f"not executed here, so shown as stored in {NOTEBOOKS.name}/: {', '.join(lacking)}")
-    for name in notebooks():
-        if name in lacking or stored and not is_fresh(DEFAULT_MODEL, name, {}):
-            with atomic(RUNS / DEFAULT_MODEL / f"{name}.ipynb") as target:
-                shutil.copyfile(NOTEBOOKS / f"{name}.ipynb", target)
-    _lead_to_what_is_there()
-    toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
-    for page in _toc_pages(toc):
-        if page.startswith("book/runs/") and not (ROOT / f"{page}.ipynb").is_file():
-            raise UserError(f"{page}.ipynb is missing: 'sinkstudy run' makes it")
-    write_provenance()
-    shown = [path for folder in (BOOK, DATA, RESULTS) for path in files(folder)]
-    shown += (ROOT / "sinkstudy").rglob("*.py")  # the pages of the API, and pages that are computed
-    shown += [path for path in (ROOT / "_config.yml", ROOT / "_toc.yml", ROOT / "CITATION.cff") if path.is_file()]
-    computed = (DATA / "claims.yml").is_file()  # pages that follow from the ledger and from the results of all runs
-    content = files_sha256(path for path in shown if WORK not in path.parents)
-    stamp = BUILD / "rendered-from"
-    index = BUILD / "html" / "index.html"
-    if index.is_file() and stamp.is_file() and stamp.read_text(encoding="utf-8") == content:
-        print(f"the book is up to date: {index.relative_to(ROOT)}")
-        return False
-    stamp.unlink(missing_ok=True)
-    BUILD.mkdir(exist_ok=True)
-    if computed:
-        from sinkstudy.book import pages  # only now: pandas and seaborn take seconds
-
-        try:
-            pages.write(BUILD / "pages")
-        except ValueError as problem:
-            raise UserError(str(problem)) from None
-    (BUILD / "toc.yml").write_text(yaml.safe_dump(_with_runs(toc), sort_keys=False))
-    command = [str(Path(sys.executable).with_name("jupyter-book")), "build", ".", "--toc", str(BUILD / "toc.yml")]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    ended = subprocess.run([*command, "--all", "-W", "-n", "--keep-going"], cwd=ROOT, env=environment, check=False)
-    if ended.returncode or not index.is_file():
-        raise UserError("the book was not rendered without a warning: Jupyter Book's messages stand above")
-    with atomic(stamp) as target:
-        target.write_text(content, encoding="utf-8")
-    print(f"the book is rendered: {index.relative_to(ROOT)}")
-    return True
-
-
-def _toc_pages(toc: Any) -> Iterator[str]:
-    if isinstance(toc, dict):
-        yield from (toc[key] for key in ("root", "file") if key in toc)
-        toc = list(toc.values())
-    if isinstance(toc, list):
-        for item in toc:
-            yield from _toc_pages(item)
-
-
-def _lead_to_what_is_there() -> None:
-    """Give the labels in the pages of every run but the default one names of that run, and lead references to them.
-
-    The book shows one copy of a notebook for each run, and Sphinx wants every label once. Where a run lacks the page
-    that one of its pages refers to, the default run's is meant.
-    """
-    for run_name in runs():
-        if run_name == DEFAULT_MODEL:
-            continue
-        pages = {name: RUNS / run_name / f"{name}.ipynb" for name in executed(run_name)}
-        read = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in pages.items()}
-        defined = r"^(?:\((?=[\w.:-]+\)=)|:name: *)"
-        texts = [_text(cell) for page in read.values() for cell in _prose(page)]
-        found = {label for text in texts for label in re.findall(rf"(?m){defined}([\w.:-]+)", text)}
-        own = {label.removesuffix(f"--{run_name}") for label in found}
-        anywhere = rf"(?m)({defined}|\]\(#?|\{{(?:numref|ref|eq)\}}`(?:[^`<]*<)?)([\w.:-]+)(?=[)`>\s]|$)"
-
-        def label(found: re.Match, own: set[str] = own, run_name: str = run_name) -> str:
-            plain = found[2].removesuffix(f"--{run_name}")
-            return found[1] + (f"{plain}--{run_name}" if plain in own else plain)
-
-        def link(found: re.Match, there: dict[str, Path] = pages) -> str:
-            return f"]({'' if found[1] in there else f'../{DEFAULT_MODEL}/'}{found[1]}.ipynb"
-
-        for name, page in read.items():
-            before = json.dumps(page)
-            for cell in _prose(page):
-                text = re.sub(anywhere, label, _text(cell))
-                text = re.sub(rf"\]\((?:\.\./{DEFAULT_MODEL}/)?(\d\d-[\w-]+)\.ipynb", link, text)
-                cell["source"] = text.splitlines(keepends=True)
-            if json.dumps(page) != before:
-                with atomic(pages[name]) as target:
-                    target.write_text(json.dumps(page, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _prose(page: dict) -> list[dict]:
-    return [cell for cell in page["cells"] if cell["cell_type"] == "markdown"]
-
-
-def _with_runs(toc: dict) -> dict:
-    """The table of contents with one part for each run of another model that `_toc.yml` does not name."""
-    named = set(_toc_pages(toc))
-    parts = [
-        {"caption": "The full run" if run == FULL else f"On {run}", "chapters": [{"file": page} for page in pages]}
-        for run in runs()
-        if (pages := [p for name in executed(run) if (p := f"book/runs/{run}/{name}") not in named])
-    ]
-    if not parts:
-        return toc
-    rest = {key: value for key, value in toc.items() if key != "chapters"}
-    return rest | {"parts": toc.get("parts", [{"chapters": toc.get("chapters", [])}]) + parts}
-
-
-def write_provenance() -> None:
-    """Write `book/runs/{provenance,versions,checksums}.csv` for the provenance page, from the executed notebooks."""
-    columns = ("run", "notebook", "model", "device", "dtype", "seed", "git_commit", "dirty", "started", "seconds")
-    rows, versions = [columns], [("run", "package", "version")]
-    for run_name in runs():
-        for name in executed(run_name):
-            noted = record(run_name, name) | {"notebook": name, "run": run_name}
-            if noted.get("revision"):
-                noted["model"] += f"@{noted['revision'][:12]}"
-            rows.append(tuple(noted.get(column, "") for column in columns))
-        packages = noted.get("versions", {})
-        versions += [(run_name, package, version) for package, version in packages.items()]
-    checksums = [("file", "sha256")]
-    for path in sorted(files(DATA)) if DATA.is_dir() else ():
-        checksums.append((str(path.relative_to(ROOT)), digests.sha256(path)))
-    for stem, table in (("provenance", rows), ("versions", versions), ("checksums", checksums)):
-        if len(table) == 1:  # Sphinx refuses a table without a row; the pages show stored outputs, say
-            table.append(("no notebook was executed here", *[""] * (len(table[0]) - 1)))
-        with atomic(RUNS / f"{stem}.csv") as target, target.open("w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows(table)
 
 
 if __name__ == "__main__":  # called by the Snakefile: run, notebook, parameters as JSON

@@ -79,7 +79,6 @@ def answering(lvlm: LVLM, picture: Any, questions: Sequence[str], masks: Sequenc
 
     Args:
         masks: of each question, the patches that are replaced at the connector's output, bool [patches].
-        means: as `mean_tokens` gives them.
     """
     inputs = lvlm.inputs([picture] * len(questions), list(questions))
     sizes = [int(layout.lift(mask, "any").sum()) for layout, mask in zip(lvlm.layout(inputs), masks, strict=True)]
@@ -102,28 +101,25 @@ def without(lvlm: LVLM, picture: Any, asked: pd.DataFrame, groups: Mapping[str, 
         The outcomes of `Explored`, and its `top`.
     """
     holding = layout.lift(torch.ones(len(layout.vision)), "any")  # visual tokens without newlines
-    variants: dict[tuple[str | None, int], torch.Tensor] = {(None, 0): torch.zeros_like(holding)}
+    gone: dict[str | None, list[torch.Tensor]] = {None: [torch.zeros_like(holding)]}  # a group, then random ones
     for group, mask in groups.items():
         if (tokens := layout.lift(mask, "any")).any():
-            variants[group, 0] = tokens
-            for draw in range(1, draws + 1):
-                variants[group, draw] = sinks.random_like(tokens, seed + draw, among=holding)
-    rows = [(text, layout.lower(tokens)) for tokens in variants.values() for text in asked.question]
+            random = [sinks.random_like(tokens, seed + draw, among=holding) for draw in range(1, draws + 1)]
+            gone[group] = [tokens, *random]
+    sizes = [len(of) for of in gone.values()]
+    rows = [(text, layout.lower(tokens)) for of in gone.values() for tokens in of for text in asked.question]
     logp = torch.cat([
         answering(lvlm, picture, *zip(*rows[start : start + batch_size], strict=True), means)
         for start in range(0, len(rows), batch_size)
-    ]).unflatten(0, (len(variants), len(asked)))  # [variants, questions, vocabulary]
+    ]).unflatten(0, (sum(sizes), len(asked)))  # [variants, questions, vocabulary]
     own = logp[0].argmax(-1).tolist()
     ids = [first_tokens(lvlm, [truth]).get(truth, []) if truth else [word]
            for truth, word in zip(asked.answer, own, strict=True)]
     p = torch.stack([logp[:, q, of].exp().sum(-1) for q, of in enumerate(ids)], 1)  # [variants, questions]
     p_word, word = logp.exp().max(-1)
-    place = {key: v for v, key in enumerate(variants)}
-    outcomes: dict[str | None, Outcome] = {}
-    for (group, draw), v in place.items():
-        if draw == 0:
-            random = torch.stack([p[place[group, d]] for d in range(1, draws + 1)]) if group else None
-            outcomes[group] = Outcome(int(variants[group, 0].sum()), p[v], word[v], p_word[v], random)
+    said = zip(gone.items(), *(of.split(sizes) for of in (p, word, p_word)), strict=True)
+    outcomes = {group: Outcome(int(tokens[0].sum()), of[0], likeliest[0], its[0], of[1:] if group else None)
+                for (group, tokens), of, likeliest, its in said}
     return outcomes, logp[0].exp().topk(5)
 
 

@@ -129,22 +129,12 @@ def check(
 
 
 def asked_about(
-    *,
-    images_dir: str = "",
-    data_dir: str = "",
-    benchmarks: Sequence[str] = (),
-    limit: int = 0,
+    *, images_dir: str = "", data_dir: str = "", benchmarks: Sequence[str] = (), limit: int = 0
 ) -> dict[str, tuple[int, int]]:
     """The pictures that a notebook asks about and their sizes (width, height), from their headers alone.
 
-    Pictures of the hub are not fetched for it: of them nothing is known.
-
-    Args:
-        images_dir, limit: as `study.pictures` takes them, or
-        data_dir, benchmarks, limit: as `study.load_benchmarks` takes them.
-
-    Raises:
-        ValueError: as these functions.
+    Pictures of the hub are not fetched for it: of them nothing is known. Takes and raises what `study.pictures` does,
+    for `images_dir`, or else `study.load_benchmarks`.
     """
     found: dict[str, Any] = {}
     if images_dir:

@@ -77,11 +77,7 @@ def table(followed: Mapping[str, Followed]) -> pd.DataFrame:
 
 
 def draw(picture: np.ndarray, followed: Mapping[str, Followed]) -> mpl.figure.Figure:
-    """A row a model: the picture, the maps with the same patch outlined and linked, and the answers.
-
-    Args:
-        picture: [height, width, 3].
-    """
+    """A row a model: the picture, [height, width, 3], maps with the same patch outlined and linked, and the answers."""
     ratios = [1] * (1 + len(PANELS)) + [1.1]
     fig, axes = plt.subplots(len(followed), len(ratios), figsize=(10.5, 1.9 * len(followed) + 0.8), squeeze=False,
                              width_ratios=ratios)

@@ -1,6 +1,6 @@
 """The parts of the book that follow from all runs: results, verdicts, and the paper's numbers beside ours.
 
-`engine.render` has them written as MyST Markdown before each rendering; `book/intro.md`, `book/verdicts.md` and
+`render.book` has them written as MyST Markdown before each rendering; `book/intro.md`, `book/verdicts.md` and
 `book/paper.md` include them. So the pages cannot fall behind `results/`, whichever run changed last.
 """
 
@@ -39,9 +39,6 @@ CONTROL_STATES = {"holds": "✓", "fails": "✗", "unclear": "?", "not run": "�
 def write(folder: Path) -> None:
     """Write all parts: `<name>.md` to be included, and `verdicts.csv` with a row for each claim and model.
 
-    Args:
-        folder: takes them; made if missing.
-
     Raises:
         ValueError: the ledger or the paper's tables have a mistake, in one line.
     """
@@ -78,7 +75,8 @@ def control_gates() -> str:
     rows = [["gate", "measured", "bound", ""]]
     for gate in pd.read_csv(CONTROLS / "gates.csv").itertuples():
         held = "holds" if gate.holds else "**missed**"
-        rows.append([gate.gate, _number(gate.value), f"{gate.side} {gate.bound:g}".replace("-", "−"), held])
+        measured, bound = f"{gate.value:{'.1f' if abs(gate.value) >= 9.5 else '.3g'}}", f"{gate.side} {gate.bound:g}"
+        rows.append([gate.gate, measured.replace("-", "−"), bound.replace("-", "−"), held])
     return list_table(rows, "here")
 
 
@@ -105,14 +103,10 @@ def control_norms() -> str:
     return list_table(rows, "here")
 
 
-def _number(value: float) -> str:
-    return (f"{value:.1f}" if abs(value) >= 9.5 else f"{value:.3g}").replace("-", "−")
-
-
 # ---- what came out, in sentences
 
 
-def headlines(ledger: Mapping[str, list[dict]], judged: pd.DataFrame, numbers: pd.DataFrame) -> str:
+def headlines(ledger: claims.Ledger, judged: pd.DataFrame, numbers: pd.DataFrame) -> str:
     """A list: how many sinks each model has, then each of `HEADLINES` with number, interval, n, verdict and link."""
     sinks = sinks_counted(numbers, judged.model.unique())
     lines = [f"- **Sinks in a picture, by the rule:** {sinks}."] if sinks else []
@@ -136,7 +130,7 @@ def sinks_counted(numbers: pd.DataFrame, models: Iterable[str]) -> str:
     return "; ".join(parts)
 
 
-def five(ledger: Mapping[str, list[dict]], judged: pd.DataFrame) -> str:
+def five(ledger: claims.Ledger, judged: pd.DataFrame) -> str:
     """A table of `HEADLINES`: claim, number with interval, n and model, verdict, chapter."""
     rows, cells = [["claim of others", "measured here", "verdict", "chapter"]], _by_claim(judged)
     for claim in ledger["claims"]:
@@ -157,20 +151,15 @@ def _outcome(claim: Mapping[str, Any], found: pd.Series) -> str:
     verdict = _of_claim(claim, found)
     if not np.isfinite(found.value):
         return f"{verdict}."
-    control = ", against the same patches in the matched model" if _is_matched(claim, found) else ""
+    matched = str(found.metric).endswith(tuple(f".{name}" for name in claim.get("matched", {}).values()))
+    control = ", against the same patches in the matched model" if matched else ""
     number = f"{_interval(found)} {claim['unit']}, n = {int(found.n)}{control}".replace("n = ", f"n{NBSP}={NBSP}")
     sure = "not sure" if found.verdict == "inconclusive" else f"sure, {p_phrase(found.p_holm)} after correction"
     return f"{number}: {verdict}, {sure}{_untestable(claim, found, '; ')}."
 
 
-def _is_matched(claim: Mapping[str, Any], found: pd.Series) -> bool:
-    """Was the claim judged by its metric for this model, whose control is that model's own?"""
-    return any(str(found.metric).endswith(f".{name}") for name in claim.get("matched", {}).values())
-
-
-def evidence(ledger: Mapping[str, list[dict]], judged: pd.DataFrame, numbers: pd.DataFrame) -> str:
-    """Whose tokens the verdicts speak of: of how many judgements each model has, what its sinks are, what is built in.
-    """
+def evidence(ledger: claims.Ledger, judged: pd.DataFrame, numbers: pd.DataFrame) -> str:
+    """Whose tokens the verdicts speak of: how many judgements each model has, what its sinks are, what is built in."""
     counts = judged[judged.verdict.isin(claims.JUDGED)].model.value_counts(sort=False)
     if counts.empty:
         return "No run has been made."
@@ -219,7 +208,7 @@ def on_things(numbers: pd.DataFrame, model: str) -> float:
     return float("nan") if found is None else float(found.value)
 
 
-def themes(ledger: Mapping[str, list[dict]], judged: pd.DataFrame) -> str:
+def themes(ledger: claims.Ledger, judged: pd.DataFrame) -> str:
     """A sentence for each theme: which claims came out how in each model, and how many did not."""
     lines = []
     for theme, of in _by_theme(ledger).items():
@@ -235,7 +224,7 @@ def themes(ledger: Mapping[str, list[dict]], judged: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def _by_theme(ledger: Mapping[str, list[dict]]) -> dict[str, list[dict]]:
+def _by_theme(ledger: claims.Ledger) -> dict[str, list[dict]]:
     """The claims of each theme that has any; a chapter that is in none stands for itself."""
     found = {theme: [c for c in ledger["claims"] if c["chapter"] in chapters] for theme, chapters in THEMES.items()}
     for claim in ledger["claims"]:
@@ -252,7 +241,7 @@ def _short(name: str) -> str:
     return name.replace("-", " ")
 
 
-def matrix(ledger: Mapping[str, list[dict]], judged: pd.DataFrame) -> str:
+def matrix(ledger: claims.Ledger, judged: pd.DataFrame) -> str:
     """A row for each claim, a column for each model in which any was judged: the word, linked to its figure.
 
     Where a claim was not judged stands the sign alone, so that what was judged is seen.
@@ -274,7 +263,7 @@ def matrix(ledger: Mapping[str, list[dict]], judged: pd.DataFrame) -> str:
 # ---- verdicts, one by one
 
 
-def verdict_summary(ledger: Mapping[str, list[dict]], judged: pd.DataFrame) -> str:
+def verdict_summary(ledger: claims.Ledger, judged: pd.DataFrame) -> str:
     """How many claims came out how: a sentence, and a table with a row for each word."""
     works = {claim["source"] for claim in ledger["claims"]}
     settled = judged[judged.verdict.isin(claims.JUDGED)].claim.nunique()
@@ -290,7 +279,7 @@ def verdict_summary(ledger: Mapping[str, list[dict]], judged: pd.DataFrame) -> s
     return text + (list_table(rows, "verdict-counts") if models else "No run has been made.")
 
 
-def verdict_tables(ledger: Mapping[str, list[dict]], judged: pd.DataFrame) -> str:
+def verdict_tables(ledger: claims.Ledger, judged: pd.DataFrame) -> str:
     """For each chapter a table: a row for each claim, a column for each model."""
     models, parts = list(judged.model.unique()), []
     cells = _by_claim(judged)
@@ -298,14 +287,13 @@ def verdict_tables(ledger: Mapping[str, list[dict]], judged: pd.DataFrame) -> st
         rows = [["claim", *(f"`{model}`" for model in models)]]
         for claim in ledger["claims"]:
             if claim["chapter"] == chapter:
-                found = [cells.loc[(claim["id"], model)] for model in models]
-                rows.append([_claim(claim), *(_cell(claim, cell) for cell in found)])
+                rows.append([_claim(claim), *(_cell(claim, cells.loc[(claim["id"], model)]) for model in models)])
         title, line = _chapter(chapter)
         parts.append(f"### {title}\n\n{line}\n\n" + list_table(rows, "verdicts", [40] + [20] * len(models)))
     return "\n\n".join(parts)
 
 
-def power_table(ledger: Mapping[str, list[dict]], judged: pd.DataFrame) -> str:
+def power_table(ledger: claims.Ledger, judged: pd.DataFrame) -> str:
     """Of claims whose source gives its effect in the unit of the metric: how many pictures would show it, by model."""
     cells = judged[judged.needed.notna()].set_index(["claim", "model"])
     models = list(judged.model[judged.needed.notna()].unique())
@@ -349,7 +337,7 @@ def _untestable(claim: Mapping[str, Any], found: pd.Series, before: str) -> str:
     return f"{before}not testable here: n{NBSP}={NBSP}{_round(found.needed)}{seeds} would be needed"
 
 
-def control_table(ledger: Mapping[str, list[dict]]) -> str:
+def control_table(ledger: claims.Ledger) -> str:
     """What must hold if the instrument works, and whether it does."""
     states = claims.controls(ledger=ledger).set_index("control")
     by_state = {state: [_short(of) for of in states.index[states.state == state]] for state in CONTROL_STATES}
@@ -448,7 +436,7 @@ def _chapter(chapter: str) -> tuple[str, str]:
 
 
 def figure(run: str, chapter: str, label: str) -> str | None:
-    """The label of a figure as the book has it for a run (`engine.render`); None if the book does not show it."""
+    """The label of a figure as the book has it for a run (`render.book`); None if the book does not show it."""
     if run == FULL and not (RUNS / run / f"{chapter}.ipynb").is_file():
         run = DEFAULT_MODEL  # the full run's numbers are in git, its pages are not
     page = RUNS / run / f"{chapter}.ipynb"

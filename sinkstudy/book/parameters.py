@@ -16,19 +16,8 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
-from sinkstudy import pictures
-from sinkstudy.paths import (
-    ADAPTER,
-    DEFAULT_MODEL,
-    MODELS,
-    NOTEBOOKS,
-    RESULTS,
-    ROOT,
-    lab_models,
-    model_folder,
-    place,
-    slug,
-)
+from sinkstudy import paths, pictures
+from sinkstudy.paths import DEFAULT_MODEL, MODELS, NOTEBOOKS, RESULTS, ROOT, lab_models, model_folder, place, slug
 
 
 class UserError(Exception):
@@ -189,9 +178,9 @@ def declarations(notebook: str) -> Mapping[str, Declared]:
         if "parameters" not in cell["metadata"].get("tags", []):
             continue
         for node in ast.parse("".join(cell["source"])).body:
-            if isinstance(node, ast.ImportFrom):
-                continue
             match node:
+                case ast.ImportFrom():
+                    continue
                 case ast.AnnAssign(target=ast.Name(name), annotation=ast.Name(of_type), value=ast.expr() as value):
                     pass
                 case _:
@@ -323,10 +312,7 @@ def _shown(values: dict[str, Any]) -> int:
 
 
 def check(namespace: dict[str, Any]) -> None:
-    """Check the parameters of the notebook that calls this, by the types of its own assignments.
-
-    Args:
-        namespace: `globals()` of the notebook.
+    """Check the parameters of the notebook whose `globals()` these are, by the types of its own assignments.
 
     Raises:
         ValueError: one that does not fit, however it came there.
@@ -362,10 +348,9 @@ def result_files(notebook: str, values: dict[str, Any]) -> list[Path]:
 
 def _named(notebook: str, values: dict[str, Any], *kinds: str) -> list[str]:
     """What parameters of some kinds name."""
-    return [
-        text for name, declared in declarations(notebook).items() if declared.names in kinds
-        for text in _texts(values[name])
-    ]  # fmt: skip
+    named = [values[name] for name, declared in declarations(notebook).items() if declared.names in kinds]
+    each = [value if isinstance(value, (list, tuple)) else [value] for value in named]
+    return [text for of in each for text in of if isinstance(text, str)]
 
 
 @cache
@@ -381,9 +366,9 @@ def _of_model(name: str) -> list[Path]:
     found = [path for path in files(folder) if path.name != "README.md"]
     if (folder / "config.json").is_file():
         return found
-    if not (folder / ADAPTER).is_file():
+    if not (folder / paths.ADAPTER).is_file():
         return []
-    of = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
+    of = json.loads((folder / paths.ADAPTER).read_text(encoding="utf-8"))
     return found + _of_model(str(of.get("base_model_name_or_path")))
 
 
@@ -400,8 +385,3 @@ def files(path: Path) -> list[Path]:
         return [path]
     inner: Iterator[Path] = (p for p in path.rglob("*") if p.is_file())
     return [p for p in inner if not any(x.startswith(".") or x == "cache" for x in p.relative_to(path).parts)]
-
-
-def _texts(value: Any) -> list[str]:
-    """The texts in a parameter's value: itself, or the items of a list."""
-    return [text for text in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(text, str)]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -145,10 +146,6 @@ class Results:
         free = {} if _six(df) is None else {"df": _six(df)}
         self._metrics[name] = row | {"n": None if n is None else int(n), "unit": unit} | free
 
-    def metrics(self) -> pd.DataFrame:
-        """The metrics so far, one a row: name, value, low, high, n, unit."""
-        return pd.DataFrame(list(self._metrics.values()), columns=["name", "value", "low", "high", "n", "unit"])
-
     def write(self) -> None:
         """Put the folder in place, whole: what an earlier run left there is gone."""
         with atomic(self.folder) as folder:
@@ -193,20 +190,17 @@ def glue(name: str, value: float | str, fmt: str = ".3g") -> None:
     """Give a number a name for the prose: ``{glue:text}`name``` on a page shows it.
 
     The number is formatted here, so that the notebook stores few digits and reads the same on every processor.
-    Outside a Jupyter kernel, or without myst_nb, nothing is stored.
+    Outside a Jupyter kernel nothing is stored.
 
     Args:
         name: unique within the notebook.
-        value: a number, or text that was computed.
         fmt: format specification, ".1f", ".1%", "d" (numbers only).
     """
     if not isinstance(value, str):
         value = format(int(value) if fmt.endswith("d") else float(value), fmt)
     if get_ipython() is not None:
-        try:
-            import myst_nb
-        except ImportError:
-            return
+        import myst_nb
+
         myst_nb.glue(name, value, display=False)
 
 
@@ -216,17 +210,10 @@ def glue_figure(name: str, figure: mpl.figure.Figure) -> None:
     Tag the cell `remove-output`: Jupyter shows the figure below the cell, the book where the directive stands.
     `Results.write` puts `<name>.pdf` and `<name>.svg` beside the tables.
     """
-    import matplotlib.pyplot as plt
-
     if get_ipython() is not None:
-        try:
-            import myst_nb
-        except ImportError:
-            from IPython.display import display
+        import myst_nb
 
-            display(figure)
-        else:
-            myst_nb.glue(name, figure, display=True)
+        myst_nb.glue(name, figure, display=True)
     for suffix, without in WITHOUT.items():
         file = io.BytesIO()
         figure.savefig(file, format=suffix, metadata=dict.fromkeys(without), bbox_inches="tight", dpi=200)
@@ -317,10 +304,6 @@ def provenance(lvlm: Any, parameters: Mapping[str, Any]) -> HTML:
 
     It holds no times, so two runs on one machine agree; versions and device differ between machines, hence the
     tag `nbval-ignore-output` on its cell.
-
-    Args:
-        lvlm: what `loading.load` returned.
-        parameters: the notebook's parameters, name → value.
     """
     weights = lvlm.model
     one = next(weights.parameters())
@@ -342,10 +325,8 @@ def provenance(lvlm: Any, parameters: Mapping[str, Any]) -> HTML:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that the numbers depend on."""
-    found = {"Python": platform.python_version()}
-    for name in ("torch", "transformers", "numpy", "scipy", "pandas"):
-        found[name] = metadata.version(name)
-    return found
+    libraries = ("torch", "transformers", "numpy", "scipy", "pandas")
+    return {"Python": platform.python_version(), **{name: metadata.version(name) for name in libraries}}
 
 
 def _weights_sha256(name: str) -> str | None:

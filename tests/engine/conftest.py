@@ -103,7 +103,7 @@ class Project(Commands):
         super().__init__(root)
         (root / "sinkstudy" / "book").mkdir(parents=True)
         base = ("__init__.py", "paths.py", "pictures.py", "digests.py", "devices.py", "progress.py", "cli.py")
-        for name in (*base, "book/__init__.py", "book/parameters.py", "book/engine.py"):
+        for name in (*base, "book/__init__.py", "book/parameters.py", "book/engine.py", "book/render.py"):
             shutil.copy(REPOSITORY / "sinkstudy" / name, root / "sinkstudy" / name)
         copy_snakemake(root)
         self.write("sinkstudy/alpha.py", "from .beta import TWO\n\n\ndef double(x):\n    return TWO * x\n")
