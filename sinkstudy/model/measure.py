@@ -21,7 +21,7 @@ from sinkstudy.model.narrow import VOCABULARY, WIDTH, narrow, token_numbers
 from sinkstudy.model.specs import Spec
 
 
-def parts(model: PreTrainedModel) -> dict[str, str | None]:
+def parts(model: PreTrainedModel) -> dict[str, Any]:
     """Find tower and decoder, their layers, and in these attention and the last map of the MLP: the paths of a `Spec`.
 
     Raises:
