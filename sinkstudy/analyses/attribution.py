@@ -210,12 +210,10 @@ def _finite(f: AnswerLogProb, found: torch.Tensor) -> torch.Tensor:
 def integrated_gradients(
     f: AnswerLogProb, baseline: torch.Tensor, *, steps: int = 16, batch_size: int = 64
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Integrated gradients (Sundararajan et al. 2017, eq. 1), summed over a token's entries.
+    """Integrated gradients (Sundararajan et al. 2017, eq. 1) by Gauss-Legendre steps, summed over a token's entries.
 
     Args:
         baseline: the tokens that say nothing, broadcast to [rows, visual tokens, decoder width].
-        steps: of the Gauss-Legendre quadrature between baseline and tokens.
-        batch_size: forward passes at once.
 
     Returns:
         Attributions, float [rows, visual tokens], in nats with sign; and the convergence delta [rows], the sum of a
@@ -294,7 +292,6 @@ def explain(
 
     Args:
         baseline: broadcast to [rows, visual tokens, decoder width]; by default the mean over all tokens of all rows.
-        steps, batch_size: as in `integrated_gradients`.
     """
     baseline = (f.tokens.mean((0, 1)) if baseline is None else baseline).expand_as(f.tokens)
     logp = f.values(batch_size=batch_size)
@@ -371,8 +368,6 @@ def perturbed(
 
     Args:
         scores: float [rows, visual tokens]; among equal scores, the earlier token is first.
-        baseline: as in `integrated_gradients`.
-        counts: how many tokens.
     """
     rank = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1).to(f.tokens.device)
     baseline = baseline.expand_as(f.tokens)
@@ -450,15 +445,12 @@ def matched_groups(
 
     Controls have as many tokens of the same picture, all from outside the group: for every group "random" ones; for
     the sinks also those "next in norm", and random ones of "like place", as many of them on things as of the sinks.
-    Where a picture has too few, all are taken.
+    Random ones are drawn `draws` times. Where a picture has too few, all are taken.
 
     Args:
-        layouts: of the images.
         norms: [images, patches], in the tower.
         patches: bool [images, patches] of each group; "sinks" is one.
         things: bool [images, patches], what lies on things; if it is not known, no token is of like place.
-        draws: how many times random tokens are drawn.
-        seed: of the first draw.
     """
     members = {name: lifted(layouts, masks) for name, masks in patches.items()}
     real = lifted(layouts, torch.ones_like(norms))  # all but newline tokens
@@ -563,7 +555,6 @@ def whole_groups(
         explained, groups: of each model; rows of `explained` as those of `said`.
         said: as in `against_controls`.
         parts: names of groups. A token is in the first that it fits, and in "rest" if it fits none.
-        samples, seed, batch_size: as in `shapley`.
 
     Returns:
         `said` for each group and method ("ablation", "shapley"), with `group`, `method`, `tokens` (how many) and
@@ -573,10 +564,9 @@ def whole_groups(
     for name, of in explained.items():
         asked = said[said.model == name]
         member = groups[name].split(parts)[torch.tensor(asked.image.to_numpy())]
-        how = {"batch_size": batch_size}
         found = {
-            "ablation": group_ablation(of.f, of.baseline, member, **how),
-            "shapley": shapley(of.f, of.baseline, member, samples=samples, seed=seed, **how),
+            "ablation": group_ablation(of.f, of.baseline, member, batch_size=batch_size),
+            "shapley": shapley(of.f, of.baseline, member, samples=samples, seed=seed, batch_size=batch_size),
         }
         for index, part in enumerate([*parts, "rest"]):
             tokens = (member == index).sum(1).numpy()
@@ -651,7 +641,6 @@ def curves(
         scores: of each model and order of tokens, [questions, visual tokens]; a random order joins them.
         said: as in `against_controls`.
         at: shares of the tokens, from 0 to 1; of those between, one token at least.
-        seed: of the random order.
 
     Returns:
         `said` for each order, way and share, with `order`, `kept` (bool), `share`, `value` and `random`, the value of

@@ -131,8 +131,7 @@ def places(scenes: drawing.Scenes | None, tiles: int, grid: tuple[int, int], n: 
 
     Args:
         scenes: the lab's; None for other pictures.
-        tiles: that a picture is cut into.
-        grid: rows and columns of patches of a tile.
+        tiles, grid: how a picture is cut, see `ImageLayout`.
         n: the number of pictures.
     """
     ring = torch.ones(grid, dtype=torch.bool)

@@ -65,10 +65,8 @@ def token_groups(
 
     Args:
         norms: [images, patches], at the connector's input.
-        layouts: of these images.
         scenes: the lab's, which know calm patches and things; used where the model cuts them into the same patches.
         criterion, threshold: what makes a patch a sink; see `sinks.rule`. A token is one if any of its patches is.
-        seed: of the random tokens.
 
     Raises:
         ValueError: as `sinks.rule`.
@@ -170,7 +168,6 @@ def look_inside(
     """One prefill a picture: what the decoder's layers hold of groups of visual tokens, and whom they attend to.
 
     Args:
-        questions: one for each picture.
         masks: bool [images, visual tokens] by group.
 
     Raises:
@@ -289,10 +286,7 @@ def lit_by(profiles: Mapping[str, torch.Tensor], group: str, layer: int) -> dict
 def light(lvlm: LVLM, images: Sequence[Any], questions: Sequence[str], batch_size: int = 16) -> torch.Tensor:
     """`|RMSNorm(x)|` of visual tokens after every decoder layer, on the CPU: [images, layers, visual tokens, width].
 
-    For models of the lab's size: it keeps all of them.
-
-    Args:
-        questions: one for each picture.
+    For models of the lab's size: it keeps all of them. There is one question for each picture.
     """
 
     def of_visual(hidden: torch.Tensor, layer: int) -> torch.Tensor:

@@ -144,23 +144,21 @@ def measure(
         ValueError: no images, images of different numbers of patches, a `cover` that does not fit, or values that are
             not finite.
     """
-    if len(images) == 0:
-        raise ValueError("relevance needs at least one image")
-    parts = []
+    parts, sizes = [], set()
     for of, inputs in lvlm.batches(images, batch_size):
         layouts = lvlm.layout(inputs)
-        sizes = {(layout.tiles, *layout.grid) for layout in layouts} | {shape for _, shape in parts[:1]}
+        sizes |= {(layout.tiles, *layout.grid) for layout in layouts}
         if len(sizes) > 1:
             raise ValueError(f"images need one size; these have (tiles, rows, columns) of patches {sorted(sizes)}")
         if cover is not None and (len(cover), cover[0].numel()) != (len(images), len(layouts[0].vision)):
             raise ValueError(f"cover needs [images, patches], here [{len(images)}, {len(layouts[0].vision)}]")
         covered = None if cover is None else cover[of].flatten(1).to(lvlm.device)
-        parts.append((_measure_batch(lvlm, inputs, layouts, covered), sizes.pop()))
-        norms = parts[-1][0][-1]  # what is not finite in a layer is not in those behind it either
+        parts.append(_measure_batch(lvlm, inputs, layouts, covered))
+        norms = parts[-1][-1]  # what is not finite in a layer is not in those behind it either
         if (bad := ~norms.isfinite().all(1)).any():
             where = f"up to layer {lvlm.feature_layer} of the tower"
             raise capture.not_finite(lvlm, where, of.start + int(bad.nonzero()[0]))
-    columns, rows, uniform, norms = zip(*(part for part, _ in parts), strict=True)
+    columns, rows, uniform, norms = zip(*parts, strict=True)
 
     def joined(dicts: Sequence[dict]) -> dict[str, torch.Tensor]:
         return {name: torch.cat([d[name] for d in dicts]) for name in dicts[0]}
@@ -180,7 +178,9 @@ def _measure_batch(
             found.setdefault(name, empty)[image, layer][:, patches] = values.cpu()
 
     def see(layer: int, image: int, patches: torch.Tensor, weights: torch.Tensor) -> None:
-        distance = distances(places_in_tile(layouts[image])[patches]).to(weights.device)
+        layout = layouts[image]
+        places = torch.cartesian_prod(*map(torch.arange, layout.grid)).repeat(layout.tiles, 1)  # [patches, 2]
+        distance = distances(places[patches]).to(weights.device)
         region = None if cover is None else cover[image, patches.to(cover.device)].to(weights.device)
 
         def shapes(maps: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -197,12 +197,6 @@ def _measure_batch(
         _each_map(lvlm, inputs, layouts, range(n_layers), see)
     flat = norms[lvlm.feature_layer][0].cpu().flatten()  # [tokens of the batch]
     return columns, rows, uniform, torch.stack([flat[layout.vision] for layout in layouts])
-
-
-def places_in_tile(layout: ImageLayout) -> torch.Tensor:
-    """(row, column) of each patch within its tile, long [patches, 2]."""
-    patch = torch.arange(len(layout.vision)) % (layout.grid[0] * layout.grid[1])
-    return torch.stack([patch // layout.grid[1], patch % layout.grid[1]], -1)
 
 
 @torch.no_grad()
@@ -280,7 +274,6 @@ def patch_groups(
         rule: what a sink is, of `sinks.rule`.
         scenes: see `model.groups.of_patches`.
         draws: random groups beside each of these.
-        seed: of the first draw.
 
     Returns:
         With "others", all patches that are no sinks, and "next in norm", as many as there are sinks.
@@ -416,20 +409,17 @@ def _specialisations(
     def of_draws(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:  # [.., images, draws, layers, heads], [.., draws]
         return specialisation(sums.swapaxes(1, 2), counts.swapaxes(1, 2)).mean(-1)
 
-    def less_draws(sums: np.ndarray, counts: np.ndarray, *random: np.ndarray) -> np.ndarray:
-        return specialisation(sums, counts) - of_draws(*random)
-
-    def less_things(sums: np.ndarray, counts: np.ndarray, *things: np.ndarray) -> np.ndarray:
-        return specialisation(sums, counts) - specialisation(*things)
+    def less(sums: np.ndarray, counts: np.ndarray, *draws: np.ndarray) -> np.ndarray:
+        return specialisation(sums, counts) - of_draws(*draws)
 
     some = groups.masks[group].any(1)
-    own, things = pooled(groups.masks[group]), pooled(groups.masks["things"])
+    own, things = pooled(groups.masks[group]), [of[:, None] for of in pooled(groups.masks["things"])]  # one draw
     random = [np.stack(of, 1) for of in zip(*map(pooled, groups.random[group]), strict=True)]
     return {
         "": stats.pooled_interval(specialisation, *own, seed=seed),
         "random": stats.pooled_interval(of_draws, *random, seed=seed),
-        "_minus_random": stats.pooled_interval(less_draws, *own, *random, seed=seed),
-        "_minus_things": stats.pooled_interval(less_things, *own, *things, seed=seed),
+        "_minus_random": stats.pooled_interval(less, *own, *random, seed=seed),
+        "_minus_things": stats.pooled_interval(less, *own, *things, seed=seed),
     }
 
 
@@ -522,8 +512,6 @@ def draw_examples(
         axes: one for the picture, then as many for each patch as the model with most heads needs. What is not needed is
             taken out.
         picture: [height, width, 3].
-        examples: of `examples`.
-        colours: of the outline of each patch.
     """
     rows, columns = examples[0][0].map.shape
     axes[0].imshow(picture, extent=(-0.5, columns - 0.5, rows - 0.5, -0.5))  # a patch is a square of side 1

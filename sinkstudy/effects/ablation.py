@@ -14,7 +14,7 @@ The first two work on visual tokens: where several patches make one of them, it 
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -59,7 +59,8 @@ def _places(layout: ImageLayout, mask: torch.Tensor, site: Site) -> torch.Tensor
     """Where the tokens of a group stand in what the connector reads or puts out: long [group]."""
     if mask.dtype != torch.bool or mask.shape != layout.vision.shape:
         raise ValueError(f"a group is bool [{len(layout.vision)}] here, not {mask.dtype} {list(mask.shape)}")
-    return layout.connector[mask] if site == "input" else layout.output[mask].unique()
+    places = layout.at(site)[mask]
+    return places if site == "input" else places.unique()
 
 
 @torch.no_grad()
@@ -73,9 +74,6 @@ def read_tokens(lvlm: LVLM, images: Mapping[str, Any], site: Site = "output", ba
     Raises:
         ValueError: an unknown site, no images, or values that are not finite.
     """
-    _check_site(site)
-    if not images:
-        raise ValueError("there are no images to read")
     ids, of, layouts = list(images), {}, {}
     for batch, inputs in lvlm.batches(list(images.values()), batch_size):
         seen: dict[int, torch.Tensor] = {}
@@ -84,7 +82,7 @@ def read_tokens(lvlm: LVLM, images: Mapping[str, Any], site: Site = "output", ba
             seen[layer] = tokens.detach().cpu().clone()
             return tokens
 
-        with lvlm.editing(**{"before" if site == "input" else "after": keep}):
+        with _editing(lvlm, site, keep):
             lvlm.model(**inputs, logits_to_keep=1)
         for image, layout in zip(ids[batch], lvlm.layout(inputs), strict=True):
             own = _places(layout, torch.ones(len(layout.vision), dtype=torch.bool), site)
@@ -173,12 +171,10 @@ def replaced(
         inputs: of n images, as `lvlm.inputs` makes them, in every pass of the tower inside the context.
         masks: the group of each image, bool [patches].
         new: for each image, layer that feeds the connector -> [group, width], as `values` gives it.
-        site: "input" or "output".
 
     Raises:
         ValueError: an unknown site, a mask that does not fit its image, or values that do not fit the group.
     """
-    _check_site(site)
     at = [_places(layout, mask, site) for layout, mask in zip(lvlm.layout(inputs), masks, strict=True)]
     for places, own in zip(at, new, strict=True):
         if wrong := [x for x in own.values() if len(x) != len(places)]:
@@ -190,8 +186,14 @@ def replaced(
             tokens[places.to(tokens.device)] = own[layer].to(tokens)
         return tokens
 
-    with lvlm.editing(**{"before" if site == "input" else "after": put}):
+    with _editing(lvlm, site, put):
         yield
+
+
+def _editing(lvlm: LVLM, site: str, change: Callable[[torch.Tensor, int], torch.Tensor]) -> AbstractContextManager:
+    if site not in ("input", "output"):
+        raise ValueError(f"a site is the connector's 'input' or 'output', not {site!r}")
+    return lvlm.editing(**{"before" if site == "input" else "after": change})
 
 
 @contextmanager
@@ -324,11 +326,6 @@ def of_images(masks: Masks, inputs: Prefixes) -> list[torch.Tensor]:
     return [masks[image] for image in inputs.image_ids]
 
 
-def _check_site(site: str) -> None:
-    if site not in ("input", "output"):
-        raise ValueError(f"a site is the connector's 'input' or 'output', not {site!r}")
-
-
 # ------------------------------------------------------------------------------------------------- effects
 def scored(
     lvlm: LVLM, asked: pd.DataFrame, interventions: Sequence[Intervention], *, benchmark: str = "", **how: Any
@@ -338,7 +335,6 @@ def scored(
     Args:
         asked: as `evaluate` takes it, with `answer`, the right one.
         interventions: beside `NONE`, which is added.
-        benchmark: as in `judged`.
         how: further arguments of `evaluate`, but candidates.
 
     Returns:
@@ -353,10 +349,8 @@ def scored(
     return judged(said, benchmark).drop(columns=[c for c in said if c.startswith("logp_") or c == "first"])
 
 
-def effects(said: pd.DataFrame, measures: Sequence[str] = ("right", "logp")) -> pd.DataFrame:
+def effects(said: pd.DataFrame) -> pd.DataFrame:
     """What each intervention changes in each answer: the rows of `scored` but those of `NONE`, less those of `NONE`.
-
-    The measures of a row become its difference to the same question under the untouched model.
 
     Raises:
         ValueError: if a question was not asked without intervention.
@@ -365,4 +359,4 @@ def effects(said: pd.DataFrame, measures: Sequence[str] = ("right", "logp")) -> 
     after = said[said.intervention != NONE.name]
     if not after.id.isin(before.index).all():
         raise ValueError(f"a question was not asked under {NONE.name!r}")
-    return after.assign(**{m: after[m].to_numpy() - before[m].reindex(after.id).to_numpy() for m in measures})
+    return after.assign(**{m: after[m].to_numpy() - before[m].reindex(after.id).to_numpy() for m in ("right", "logp")})

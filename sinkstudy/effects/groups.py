@@ -93,7 +93,6 @@ def choose(
     scenes: drawing.Scenes | None = None,
     *,
     doses: Sequence[int] = (),
-    draws: int = 2,
     seed: int = 0,
 ) -> Groups:
     """The groups of all pictures, with their controls.
@@ -105,10 +104,8 @@ def choose(
         scenes: of the lab, in the order of the pictures. Where patches are not the lab's, nothing is taken from them.
         doses: numbers of visual tokens to take in the order of norms, and in random order. Those that a picture does
             not have are left out.
-        draws: of random tokens for each group, "random 1" and on.
-        seed: of all draws.
     """
-    known = {image: Patches(tokens.of[image][layer].float().norm(dim=-1), layout.output - layout.output.min())
+    known = {image: Patches(tokens.of[image][layer].float().norm(dim=-1), layout.at("output") - layout.output.min())
              for image, layout in tokens.layouts.items()}
     fewest = min(len(patches.highest) for patches in known.values())
     masks: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
@@ -116,12 +113,12 @@ def choose(
         marked = _marked(patches, criterion, threshold, scenes, i)
         chosen = in_order(patches, [dose for dose in doses if dose < fewest], 7919 * seed + i)
         for group, inside in marked.items():
-            chosen |= {(group, "itself"): inside} | matched(patches, group, inside, draws, seed, i)
+            chosen |= {(group, "itself"): inside} | matched(patches, group, inside, seed, i)
         if "things" in marked:
             chosen |= alike(marked["sinks"], marked["things"], 7919 * seed + i)
         for name, inside in chosen.items():
             masks.setdefault(name, {})[image] = inside[patches.token]
-    return Groups(known, dict(masks.items()))
+    return Groups(known, {**masks})
 
 
 def _marked(
@@ -134,14 +131,13 @@ def _marked(
 
 
 def matched(
-    patches: Patches, group: str, inside: torch.Tensor, draws: int, seed: int, i: int
+    patches: Patches, group: str, inside: torch.Tensor, seed: int, i: int
 ) -> dict[tuple[str, str], torch.Tensor]:
     """As many other visual tokens of picture number i: (group, which) -> bool [visual tokens].
 
     `inside` is the group, bool [visual tokens]. The picture's number and the draw's give the seed.
     """
-    of = {f"random {draw}": sinks.random_like(inside[None], seed=7919 * (seed + draw) + i)[0]
-          for draw in range(1, draws + 1)}
+    of = {f"random {draw}": sinks.random_like(inside[None], seed=7919 * (seed + draw) + i)[0] for draw in (1, 2)}
     if group == "sinks":
         of["next in norm"] = sinks.next_in_norm(patches.highest[None], inside[None])[0]
     return {(group, which): chosen for which, chosen in of.items()}
@@ -229,7 +225,6 @@ def removal(cut: Cut, found: Groups, read: Mapping[str, Tokens], seed: int = 0) 
 
     Args:
         read: the tokens of all pictures at the connector's "input" and "output".
-        seed: of noise and shuffle.
     """
     way, group, which = cut
     name, masks = "|".join(cut), found.masks[group, which]

@@ -51,7 +51,6 @@ def targets(
     Args:
         of: norms, float [patches] of each picture.
         criterion, threshold: what a sink is, see `sinks.rule`.
-        seed: of the draw.
 
     Raises:
         ValueError: an unknown criterion.
@@ -88,10 +87,8 @@ class Case:
     """A model and the pictures that it is asked about, with what methods act on there.
 
     Args:
-        lvlm: the model.
         pictures: of each benchmark, by image id, as for `neurons.norms`.
         criterion, threshold: what a sink is, see `sinks.rule`.
-        batch_size: pictures in one pass.
         seed: of all that is random.
 
     Raises:
@@ -112,7 +109,6 @@ class Case:
         self._all = {(name, image): picture for name, of in pictures.items() for image, picture in of.items()}
         self.norms = neurons.norms(lvlm, self._all, batch_size=batch_size)  # by benchmark and image id, like the groups
         self.targets = targets(self.norms, criterion, threshold, seed)
-        self._neurons: dict[int, dict[int, torch.Tensor]] = {}
 
     @cached_property
     def dimensions(self) -> list[int]:
@@ -120,17 +116,19 @@ class Case:
         return decoder_sink_dimensions(self.lvlm, list(self._all.values())[: min(LOOKED_AT // 4, self.batch_size)])
 
     def neurons(self, k: int) -> dict[int, torch.Tensor]:
-        """The k neurons that write the sinks' norm, by layer, see `neurons.register_neurons`.
+        """The k neurons that write the sinks' norm, by layer, see `neurons.register_scores`.
 
         Raises:
-            ValueError: as there, or a tower that takes no added token.
+            ValueError: as there and `neurons.strongest`, or a tower that takes no added token.
         """
         neurons.check_takes_register(self.lvlm)
-        if k not in self._neurons:
-            masks = torch.stack([self.targets.sinks[key] for key in self._looked_at])
-            pictures = [self._all[key] for key in self._looked_at]
-            self._neurons[k] = neurons.register_neurons(self.lvlm, pictures, masks, k, self.batch_size)
-        return self._neurons[k]
+        return neurons.strongest(self._scores, k)
+
+    @cached_property
+    def _scores(self) -> torch.Tensor:
+        masks = torch.stack([self.targets.sinks[key] for key in self._looked_at])
+        pictures = [self._all[key] for key in self._looked_at]
+        return neurons.register_scores(self.lvlm, pictures, masks, self.batch_size)
 
     @cached_property
     def _looked_at(self) -> list[tuple[str, str]]:
@@ -421,8 +419,6 @@ def reported_changes(said: pd.DataFrame, by: Sequence[str], method: str, against
     Args:
         said: as `answers_under` returns it, of one model or, with more columns, of several.
         by: columns that name a model.
-        method, against: of the column `method`.
-        seed: of the bootstrap.
 
     Returns:
         `by`, `column` of `study.REPORTED`, `before` and `score`, without and with the method, and their paired

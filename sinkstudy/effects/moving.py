@@ -57,9 +57,6 @@ def reordered(
     (newlines of LLaVA-NeXT) count as others. In a causal decoder every later token sees what is in front.
 
     Args:
-        inputs: of the images; several rows may be padded.
-        chosen: the patches to move, see above.
-        to: "front" or "end".
         ids: with "travel" a token keeps its own position ids, so that only the causal order changes; with "renumber" it
             takes those of its new place. Accounts of the paper disagree about which was done. Holds for 1-D ids and
             for those of M-RoPE.
@@ -139,7 +136,7 @@ def reweighted(
             return tokens
         weight = torch.ones(len(tokens))  # [tokens of the batch]
         for layout, mask in zip(layouts, masks, strict=True):
-            weight[layout.output] = others_by
+            weight[layout.at("output")] = others_by
             weight[layout.output[mask]] = chosen_by
         return tokens * weight.to(tokens)[:, None]
 
@@ -251,7 +248,8 @@ def redistributed(
         ValueError: a `tau` that phi cannot reach, or shares outside 0-1.
     """
     sinks.llm_sinks(torch.zeros(1, lvlm.model.config.get_text_config().hidden_size), dimensions, tau)
-    _check_shares(p, rho, least)
+    if wrong := [share for share in (p, rho, least) if not 0 <= share <= 1]:
+        raise ValueError(f"p, rho and least are shares from 0 to 1, not {wrong[0]}")
     layouts = lvlm.layout(inputs)
     end = max(int(layout.visual[-1]) for layout in layouts) + 1
     visual = torch.zeros(len(layouts), end, dtype=torch.bool)
@@ -310,11 +308,7 @@ def moved_mass(
     Args:
         weights: [.., keys], which sum to 1 over keys.
         sink, visual: bool, which broadcast to `weights`.
-
-    Raises:
-        ValueError: shares outside 0-1.
     """
-    _check_shares(p, rho, least)
     on_image = (weights * visual).sum(-1, keepdim=True)
     on_sinks = (weights * (visual & sink)).sum(-1, keepdim=True)
     receivers = weights * (visual & ~sink)
@@ -323,11 +317,6 @@ def moved_mass(
     budget = (1 - p) * (weights * sink).sum(-1, keepdim=True)
     new = torch.where(sink, p * weights, weights) + budget * receivers / total.clamp(min=1e-30)
     return torch.where(looks, new, weights)
-
-
-def _check_shares(*shares: float) -> None:
-    if wrong := [share for share in shares if not 0 <= share <= 1]:
-        raise ValueError(f"p, rho and least are shares from 0 to 1, not {wrong[0]}")
 
 
 @contextmanager
@@ -343,7 +332,7 @@ def registered(
     Args:
         chosen: patches in whose place the language model gets the register, bool [patches] of each image; without
             them it gets nothing of it.
-        neurons: whose activation moves there: {vision layer: neurons}, see `neurons.register_neurons`.
+        neurons: whose activation moves there: {vision layer: neurons}, see `neurons.strongest`.
 
     Raises:
         ValueError: for a tower that takes no added token, or a mask that does not fit its image.
@@ -353,7 +342,7 @@ def registered(
         layouts = lvlm.layout(inputs)
         for layout, mask in zip(layouts, chosen, strict=True):
             layout.lift(mask, "any")  # raises where it does not fit
-        passed = torch.cat([layout.connector[mask] for layout, mask in zip(layouts, chosen, strict=True)])
+        passed = torch.cat([layout.at("input")[mask] for layout, mask in zip(layouts, chosen, strict=True)])
     with moved_to_register(lvlm, {layer: torch.as_tensor(of) for layer, of in neurons.items()}, passed):
         yield
 
@@ -364,7 +353,6 @@ def intervention(
     """A method of this module, or `ablation.hidden`, for `evaluate.evaluate`.
 
     Args:
-        name: of the intervention.
         method: `reordered`, `reweighted`, `gated`, `redistributed` or `registered`.
         masks: `chosen` for each image, by its id; none for `redistributed`, or a register that is not passed on.
         how: the method's further arguments, plain values.

@@ -35,11 +35,9 @@ def mean_activations(
     """Mean post-activation of every neuron over the patches of each group.
 
     Args:
-        lvlm: the model.
         pictures: as for `LVLM.inputs`, of one number of patches.
         masks: the patches of each group, bool [pictures, patches].
         magnitude: of `|activation|`; otherwise of the activation with its sign.
-        batch_size: pictures in one pass.
 
     Returns:
         For each group float32 [vision layers, neurons], over all its patches of all pictures; NaN for an empty group.
@@ -108,7 +106,7 @@ def register_scores(lvlm: LVLM, pictures: Sequence[Any], masks: torch.Tensor, ba
 
 
 def strongest(scores: torch.Tensor, k: int) -> dict[int, torch.Tensor]:
-    """The k neurons of the highest scores, [vision layers, neurons].
+    """The k neurons of the highest scores, [vision layers, neurons]; Jiang et al. (2506.08010) take 10 in CLIP-B/16.
 
     Raises:
         ValueError: if there are fewer than k.
@@ -116,20 +114,8 @@ def strongest(scores: torch.Tensor, k: int) -> dict[int, torch.Tensor]:
     if k > scores.numel():
         raise ValueError(f"{len(scores)} layers have {scores.numel()} neurons, fewer than k = {k}")
     best = scores.flatten().topk(k).indices
-    return _by_layer(best // scores.shape[1], best % scores.shape[1])
-
-
-def register_neurons(
-    lvlm: LVLM, pictures: Sequence[Any], masks: torch.Tensor, k: int = 10, batch_size: int = 16
-) -> dict[int, torch.Tensor]:
-    """The k neurons that write a group's norm: the highest of `register_scores`, whose arguments these are.
-
-    10 is the number of Jiang et al. (2506.08010) in CLIP-B/16.
-
-    Raises:
-        ValueError: as `register_scores`, or fewer than k neurons in those layers.
-    """
-    return strongest(register_scores(lvlm, pictures, masks, batch_size), k)
+    layers, indices = best // scores.shape[1], best % scores.shape[1]
+    return {layer: indices[layers == layer].sort().values for layer in sorted(set(layers.tolist()))}
 
 
 def random_neurons(neurons: Neurons, n: int, seed: int) -> dict[int, torch.Tensor]:
@@ -155,8 +141,6 @@ def setting(
     """Set the post-activation of neurons at some tokens of the tower; everything else computes as it does.
 
     Args:
-        lvlm: the model.
-        neurons: which.
         tokens: where, long [n]; by default everywhere, CLS and registers included.
         values: of each neuron, float [k] a layer; or one for all, by default 0: the neurons are silent.
     """
@@ -176,8 +160,7 @@ def setting(
 
 
 def takes_register(lvlm: LVLM) -> bool:
-    """Can a token be added to the tower's sequence? Not where it sees all images as one (Qwen), nor where patches are
-    merged before the connector (InternVL)."""
+    """Can a token be added to the tower? Not to images seen as one (Qwen) or merged before the connector (InternVL)."""
     return not lvlm.spec.packed and lvlm.spec.order == "rows"
 
 
@@ -198,8 +181,6 @@ def moved_to_register(lvlm: LVLM, neurons: Neurons, passed: torch.Tensor | None 
     tile.
 
     Args:
-        lvlm: the model.
-        neurons: which.
         passed: patches in whose place the connector reads their tile's register: rows of its input as
             `ImageLayout.connector` has them, long [n]; none by default.
 
@@ -248,7 +229,6 @@ def setting_dimensions(
     activations to zero or to their mean over inputs. Of several connectors (Qwen3-VL) only the main one is meant.
 
     Args:
-        lvlm: the model.
         dimensions: which, of the tower's width.
         patches: where: rows of the connector's input as `ImageLayout.connector` has them, long [n].
         values: for each of the dimensions, float [dimensions], or one for all.
@@ -277,7 +257,6 @@ def fire(name: str, neurons: Neurons, values: Mapping[int, torch.Tensor], masks:
 
     Args:
         values: of each neuron, float [neurons] a layer.
-        masks: where, bool [patches] of each image, by its id.
     """
 
     def around(lvlm: LVLM, inputs: Prefixes) -> AbstractContextManager:
@@ -293,12 +272,11 @@ def set_dimensions(name: str, dimensions: Sequence[int], values: torch.Tensor, m
     Args:
         dimensions: which, of the tower's width.
         values: float [width]; the entries of `dimensions` are used.
-        masks: where, bool [patches] of each image, by its id.
     """
 
     def around(lvlm: LVLM, inputs: Prefixes) -> AbstractContextManager:
         of = zip(lvlm.layout(inputs), of_images(masks, inputs), strict=True)
-        patches = torch.cat([layout.connector[mask] for layout, mask in of])
+        patches = torch.cat([layout.at("input")[mask] for layout, mask in of])
         return setting_dimensions(lvlm, dimensions, patches, values[list(dimensions)])
 
     return Intervention(name, around, {"dimensions": list(dimensions)})
@@ -363,7 +341,3 @@ def _batches(lvlm: LVLM, pictures: Mapping[Any, Any], size: int) -> Iterator[tup
 def _reader(lvlm: LVLM, layer: int) -> nn.Module:
     """The linear map that reads a layer's neurons."""
     return lvlm.vision_layers[layer].get_submodule(lvlm.spec.vision_neurons)
-
-
-def _by_layer(layers: torch.Tensor, indices: torch.Tensor) -> dict[int, torch.Tensor]:
-    return {layer: indices[layers == layer].sort().values for layer in sorted(set(layers.tolist()))}

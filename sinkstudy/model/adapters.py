@@ -33,7 +33,6 @@ class Adapter:
     """What an adapter does to its base.
 
     Attributes:
-        name: of its folder.
         base, revision: the model that it was trained on.
         updates: B [rows, rank], A [rank, columns] and their scale, by the weight's name at training.
         whole: weights that take the place of the base's, by their name.

@@ -183,7 +183,7 @@ def norms_at_connector(
     def keep(patches: torch.Tensor, layer: int) -> torch.Tensor:
         if layer == lvlm.feature_layer:
             norms = token_norms(patches.detach()).cpu()  # [patches of the batch]
-            found[:] = [reduce(norms[layout.connector]) for layout in layouts]
+            found[:] = [reduce(norms[layout.at("input")]) for layout in layouts]
         return patches
 
     with lvlm.editing(before=keep):
@@ -222,11 +222,8 @@ def trace(
     first token of the answer, and then each token of the answer but the last.
 
     Raises:
-        ValueError: if there are no images, if the numbers of images and questions differ, or if the images have
-            different numbers of patches or visual tokens.
+        ValueError: as `LVLM.batches`, or if the images have different numbers of patches or visual tokens.
     """
-    if len(images) == 0 or len(images) != len(questions):
-        raise ValueError(f"one question per image: got {len(images)} images and {len(questions)} questions")
     batches = lvlm.batches(images, batch_size, questions)
     parts = [_trace_batch(lvlm, inputs, max_new_tokens, of.start) for of, inputs in batches]
     _same_sizes([layout for part in parts for layout in part.layouts])
@@ -243,10 +240,8 @@ def trace_tower(lvlm: LVLM, images: Sequence[Any], batch_size: int = 16) -> tupl
         layers, heads, patches]. Patches stand row by row, tile after tile.
 
     Raises:
-        ValueError: if there are no images, or if they have different numbers of patches.
+        ValueError: as `LVLM.batches`, or if the images have different numbers of patches.
     """
-    if len(images) == 0:
-        raise ValueError("there are no images to trace")
     norms, received, layouts = [], [], []
     for of, inputs in lvlm.batches(images, batch_size):
         of_batch = lvlm.layout(inputs)

@@ -38,24 +38,18 @@ LEFT_OVER = re.compile(r"position_ids$|rotary_emb\.inv_freq$|masked_bias$|vision
 
 
 def weight_files(source: str, revision: str | None = None) -> list[Path]:
-    """The safetensors files of a model that are on this machine; none for a hub model that is yet to be downloaded.
-
-    Args:
-        source: a folder or a hub id.
-        revision: of a hub model.
+    """The safetensors files of a model (a folder or a hub id) that are on this machine; none before a download.
 
     Raises:
         ValueError: a folder without such files, or whose index names files that are not there.
     """
-    folder = Path(source)
-    if not folder.is_dir():
-        known = try_to_load_from_cache(source, "config.json", revision=revision or None)
-        folder = Path(known).parent if isinstance(known, str) else None
-        try:
-            return _files(folder) if folder else []
-        except ValueError:
-            return []
-    return _files(folder)
+    if Path(source).is_dir():
+        return _files(Path(source))
+    known = try_to_load_from_cache(source, "config.json", revision=revision or None)
+    try:
+        return _files(Path(known).parent) if isinstance(known, str) else []
+    except ValueError:  # not all are here yet
+        return []
 
 
 def _files(folder: Path) -> list[Path]:
@@ -126,7 +120,6 @@ def check_names(name: str, model: nn.Module, report: dict[str, Any]) -> None:
     """Refuse a model whose checkpoint is not exactly its weights.
 
     Args:
-        name: of the model, for the message.
         report: what `from_pretrained` gives for `output_loading_info`.
 
     Raises:

@@ -12,19 +12,28 @@ import torch
 
 @dataclass(frozen=True)
 class ImageLayout:
-    """Where the patches of one image are: in the picture, the tower, the connector and the decoder.
-
-    Patches count row by row within a tile, tile after tile. All tensors are long, on the CPU.
-    """
+    """One image: its patches count row by row within a tile, tile after tile. All tensors are long, on the CPU."""
 
     row: int  # of the batch
     grid: tuple[int, int]  # (rows, columns) of the patches of a tile
     tiles: int
     visual: torch.Tensor  # [visual tokens], positions in `input_ids[row]`, newline tokens included
     vision: torch.Tensor  # [patches], index in the tower's hidden states flattened to [tokens of the batch, width]
-    connector: torch.Tensor  # [patches], index in the connector's input as [patches of the batch, width]
-    output: torch.Tensor  # [patches], index in the connector's output as [tokens of the batch, decoder width]
+    connector: torch.Tensor  # [patches], index in the connector's input as [patches of the batch, width]; see `at`
+    output: torch.Tensor  # [patches], index in the connector's output as [tokens of the batch, decoder width]; likewise
     positions: torch.Tensor  # [patches, k], positions in `input_ids[row]`; -1 where there is none (k is mostly 1)
+
+    def at(self, site: Literal["input", "output"]) -> torch.Tensor:
+        """Where the patches stand in what the connector reads or puts out: `connector` or `output`.
+
+        Raises:
+            ValueError: it mixes the patches (Q-Former, resampler), or takes the pictures of a batch one by one.
+        """
+        found = self.connector if site == "input" else self.output
+        if (found < 0).any():
+            raise ValueError(f"the connector's {site} has no row for each patch: it mixes them, or takes the pictures "
+                             "of a batch one by one (a batch size of 1 helps)")
+        return found
 
     def lift(self, values: torch.Tensor, how: Literal["any", "mean", "max"]) -> torch.Tensor:
         """Bring a value of each patch to the visual tokens: [patches] -> [visual tokens].

@@ -25,7 +25,7 @@ from sinkstudy.model import adapters, checkpoints, measure
 from sinkstudy.model.lvlm import LVLM
 from sinkstudy.model.registers import CLIPVisionModelWithRegisters
 from sinkstudy.model.sinktower import CLIPVisionModelWithSinks
-from sinkstudy.model.specs import SPECS, Spec, n_prefix, pair, tile_grid
+from sinkstudy.model.specs import SPECS, Spec, entries, n_prefix, pair, tile_grid
 from sinkstudy.paths import ADAPTER, UNMERGED, hub_commit, model_folder
 
 for _tower in (CLIPVisionModelWithRegisters, CLIPVisionModelWithSinks):  # the study's own, for models that have one
@@ -48,8 +48,6 @@ def load(
         device: "cpu", "cuda", "cuda:1", …; "auto" spreads a large model over the GPUs that are there.
         dtype: "float32", "bfloat16" or "float16"; lab weights are stored in bfloat16 and run in float32.
         revision: commit, tag or branch of a hub model; None or "" is its main branch.
-
-    Weights are read from safetensors only, and no code of the model's own is run.
 
     Raises:
         ValueError: as `outline`; a device that is not there or does not compute in that dtype, or weights that are not
@@ -166,7 +164,7 @@ def _configuration(name: str, revision: str | None) -> tuple[Spec, PretrainedCon
     with _reading(name):
         known, _ = PretrainedConfig.get_config_dict(source, revision=revision or None)
     spec = spec_of(name, known.get("model_type"))
-    for key, value in _entries(known):
+    for key, value in entries(known):
         if key in ("quantization_config", "compression_config") and value:
             method = value.get("quant_method", key) if isinstance(value, dict) else key
             raise ValueError(f"{name}: its weights are quantised ({method}); {checkpoints.UNQUANTISED}")
@@ -194,14 +192,6 @@ def _without_switches(config: dict[str, Any]) -> dict[str, Any]:
         for key, value in config.items()
         if key not in _SWITCHES
     }
-
-
-def _entries(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The entries of a configuration as read from a file, and those of its parts."""
-    for key, value in config.items():
-        yield key, value
-        if isinstance(value, dict):
-            yield from _entries(value)
 
 
 def _read(name: str, source: str | None, config: PretrainedConfig, **how: Any) -> PreTrainedModel:

@@ -164,8 +164,15 @@ class LVLM:
         """`inputs` of `size` images at a time, in their order, with the places that these have among all.
 
         Each batch is made `ahead` of its use. Without questions the prompts hold the image alone.
+
+        Raises:
+            ValueError: as `inputs`, or if there are no images.
         """
         asked, other = [""] * len(images) if questions is None else questions, self.for_thread()
+        if not len(images):
+            raise ValueError("there are no images")
+        if len(asked) != len(images):
+            raise ValueError(f"one question per image: got {len(images)} images and {len(asked)} questions")
         places = [slice(start, start + size) for start in range(0, len(images), size)]
         with Progress("pictures", len(images)) as bar:
             for of, inputs in ahead((of, other.inputs(images[of], list(asked[of]))) for of in places):

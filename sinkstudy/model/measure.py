@@ -21,33 +21,8 @@ from sinkstudy.model.narrow import VOCABULARY, WIDTH, narrow, token_numbers
 from sinkstudy.model.specs import Spec
 
 
-@dataclass(frozen=True)
-class Parts:
-    """Dotted paths of the parts of a model; those within a layer count from the layer. None where there is none."""
-
-    vision: str
-    vision_layers: str
-    vision_attention: str
-    vision_neurons: str | None
-    decoder: str
-    decoder_layers: str
-    decoder_attention: str
-
-
-def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The class that transformers loads for pictures and text.
-
-    Raises:
-        ValueError: it has none.
-    """
-    try:
-        return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
-    except KeyError:
-        raise ValueError(f"{config.model_type!r} is no model for pictures and text") from None
-
-
-def parts(model: PreTrainedModel) -> Parts:
-    """Find tower and decoder, their layers, and in these attention and the last map of the MLP.
+def parts(model: PreTrainedModel) -> dict[str, Any]:
+    """Find tower and decoder, their layers, and in these attention and the last map of the MLP: the paths of a `Spec`.
 
     Raises:
         ValueError: there is no decoder, or no stack of layers with attention beside it.
@@ -68,15 +43,15 @@ def parts(model: PreTrainedModel) -> Parts:
     tower = min(vision, key=lambda path: (path.count("."), list(outside).index(path)))
     inner, layers = _stacks(model.get_submodule(tower))[0]
     below, blocks = _stacks(model.get_submodule(decoder))[0]
-    return Parts(
-        vision=tower,
-        vision_layers=f"{tower}.{inner}",
-        vision_attention=_attention(layers),
-        vision_neurons=_neurons(layers[-1], _attention(layers)),
-        decoder=decoder,
-        decoder_layers=f"{decoder}.{below}",
-        decoder_attention=_attention(blocks),
-    )
+    return {
+        "vision": tower,
+        "vision_layers": f"{tower}.{inner}",
+        "vision_attention": _attention(layers),
+        "vision_neurons": _neurons(layers[-1], _attention(layers)),
+        "decoder": decoder,
+        "decoder_layers": f"{decoder}.{below}",
+        "decoder_attention": _attention(blocks),
+    }
 
 
 def _stacks(part: nn.Module) -> list[tuple[str, nn.ModuleList]]:
@@ -169,7 +144,8 @@ class Twin:
         self.config, self.tokens = narrow(config), token_numbers(config)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            self.model = model_class(config)._from_config(self.config, attn_implementation="sdpa", dtype=torch.float32)
+            of = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+            self.model = of._from_config(self.config, attn_implementation="sdpa", dtype=torch.float32)
             self.model.eval().requires_grad_(False)
             for parameter in self.model.parameters():  # what begins at zero would cut a path
                 parameter.data += 0.05 * torch.randn_like(parameter)
@@ -177,7 +153,7 @@ class Twin:
         self.between: str | None = None
         self.spec: Spec | None = None
         self.known: dict[tuple, tuple[Flow, torch.Tensor]] = {}  # what was measured, by the form of the inputs
-        self.layers = list(self.model.get_submodule(self.parts.vision_layers))
+        self.layers = list(self.model.get_submodule(self.parts["vision_layers"]))
 
     def like(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Inputs of the model as its narrow copy takes them: the same shapes and special tokens, random pictures.
@@ -210,7 +186,7 @@ class Twin:
 
     def embedded(self, inputs: Mapping[str, Any]) -> torch.Tensor:
         """What enters the decoder, [batch, tokens, width]."""
-        return self._entering(self.model.get_submodule(self.parts.decoder), inputs, "inputs_embeds")
+        return self._entering(self.model.get_submodule(self.parts["decoder"]), inputs, "inputs_embeds")
 
     def _entering(self, part: nn.Module, inputs: Mapping[str, Any], name: str = "") -> torch.Tensor:
         """What enters a part of the model, by its name or else the first tensor; the forward pass ends there."""
@@ -263,7 +239,7 @@ class Twin:
     def connector(self, inputs: Mapping[str, Any]) -> str | None:
         """The path of the module between tower and decoder: the last outermost one whose output the tower reaches."""
         names = {id(module): path for path, module in self.model.named_modules()}
-        kept = [self.parts.vision_layers, self.parts.decoder]
+        kept = [self.parts["vision_layers"], self.parts["decoder"]]
         called: list[str] = []
 
         def note(module: nn.Module, args: tuple, output: Any) -> None:
@@ -331,13 +307,14 @@ def spec(config: PretrainedConfig, inputs: Mapping[str, Any], processor_class: s
         copy.between = copy.connector(like)
         flow, found = copy.flow(like), layouts(copy, like)
         layout, patches = found[0], sum(len(one.vision) for one in found)
-        packed = _grids(like, patches) is not None or _any_size(config, like)
+        in_own_size = "image_sizes" in like and not getattr(config, "image_grid_pinpoints", None)  # Pixtral
+        packed = in_own_size or _grids(like, patches) is not None
         real = layout.positions >= 0
         several = 0 if flow.tokens is None else real.any(1).sum() / len(layout.positions[real].unique())
         copy.spec = Spec(
-            model_class=model_class(config).__name__,
+            model_class=type(copy.model).__name__,
             processor_class=processor_class,
-            **vars(copy.parts),
+            **copy.parts,
             connector=copy.between or "",
             deepstack=next((p for p, _ in copy.model.named_modules() if p.endswith(".deepstack_merger_list")), None),
             merge=round(float(several) ** 0.5),
@@ -402,11 +379,6 @@ def layouts(twin: Twin, inputs: Mapping[str, Any]) -> list[ImageLayout]:
             )
         )
     return found
-
-
-def _any_size(config: PretrainedConfig, inputs: Mapping[str, Any]) -> bool:
-    """Are pictures seen whole, in their own size (Pixtral)?"""
-    return "image_sizes" in inputs and not getattr(config, "image_grid_pinpoints", None)
 
 
 def _form(inputs: Mapping[str, Any], image: int) -> tuple:

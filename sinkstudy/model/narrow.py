@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
+from sinkstudy.model.specs import entries
+
 WIDTH, HEADS, HEAD, INNER, RANK, LAYERS, VOCABULARY = 128, 4, 32, 512, 32, 4, 512
 
 # by the end of a key: what a number there becomes. Every width becomes the same one, so that all parts still fit.
@@ -41,31 +43,23 @@ def narrow(config: PretrainedConfig) -> PretrainedConfig:
 
 def token_numbers(config: PretrainedConfig) -> dict[int, int]:
     """The ids that a configuration names, and what they are in the vocabulary of its narrow copy."""
-    tokens: set[int] = set()
-    _collect(config.to_dict(), tokens)
+    named = [value for key, value in entries(config.to_dict()) if _TOKEN.search(str(key))]
+    tokens = {v for value in named for v in (value if isinstance(value, list) else [value]) if _is_number(v) and v >= 0}
     return {token: place for place, token in enumerate(sorted(tokens))}
-
-
-def _collect(entries: dict[str, Any], tokens: set[int]) -> None:
-    for key, value in entries.items():
-        if isinstance(value, dict):
-            _collect(value, tokens)
-        elif _TOKEN.search(str(key)):
-            tokens.update(v for v in (value if isinstance(value, list) else [value]) if _is_number(v) and v >= 0)
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _narrowed(entries: dict[str, Any], tokens: dict[int, int], head: int | None = None) -> dict[str, Any]:
-    layers = next((v for k, v in entries.items() if re.search(_RULES[1][0], str(k)) and _is_number(v)), LAYERS)
-    heads = next((v for k, v in entries.items() if re.search(_RULES[3][0], str(k)) and _is_number(v)), HEADS)
-    width = next((entries[k] for k in ("hidden_size", "embed_dim") if _is_number(entries.get(k))), None)
-    head = entries.get("head_dim") or (width // heads if width else head)
+def _narrowed(config: dict[str, Any], tokens: dict[int, int], head: int | None = None) -> dict[str, Any]:
+    layers = next((v for k, v in config.items() if re.search(_RULES[1][0], str(k)) and _is_number(v)), LAYERS)
+    heads = next((v for k, v in config.items() if re.search(_RULES[3][0], str(k)) and _is_number(v)), HEADS)
+    width = next((config[k] for k in ("hidden_size", "embed_dim") if _is_number(config.get(k))), None)
+    head = config.get("head_dim") or (width // heads if width else head)
     indexes = sorted(map(str, range(layers)))  # a list of all layers is none of what each layer is
     made: dict[str, Any] = {}
-    for key, value in entries.items():
+    for key, value in config.items():
         name = str(key)
         rule = next((number for pattern, number in _RULES if re.search(pattern, name)), None)
         if name == "per_layer_config" and value:

@@ -42,10 +42,9 @@ class CLIPVisionEmbeddingsWithRegisters(CLIPVisionEmbeddings):
 class CLIPVisionModelWithRegisters(CLIPVisionModel):
     """`CLIPVisionModel` whose encoder layers see [CLS, registers, patches].
 
-    `last_hidden_state` and `hidden_states` come back without the registers, [batch, 1 + patches, width]; a
-    selection of layers (`output_hidden_states=-2` or a list) works as in the parent and leaves None for the
-    others. `attentions` keep the registers: [batch, heads, 1 + registers + patches, same]. Forward hooks on
-    `encoder.layers` see the registers too.
+    `last_hidden_state` and `hidden_states` come back as [batch, 1 + patches, width]; a selection of layers
+    (`output_hidden_states=-2` or a list) leaves None for the others. `attentions`, [batch, heads, 1 + registers +
+    patches, same], and forward hooks on `encoder.layers` have the registers too.
     """
 
     config: CLIPVisionWithRegistersConfig

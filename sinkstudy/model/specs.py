@@ -4,7 +4,7 @@ A `Spec` says which classes to load, where the parts are, and how patches become
 `book/architectures.md`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -140,6 +140,14 @@ def tile_grid(config: PretrainedConfig) -> tuple[int, int]:
     image, patch = config.vision_config.image_size, config.vision_config.patch_size
     (high, wide), (patch_high, patch_wide) = pair(image), pair(patch)
     return high // patch_high, wide // patch_wide
+
+
+def entries(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The entries of a configuration as a dict, and those of its parts."""
+    for key, value in config.items():
+        yield key, value
+        if isinstance(value, dict):
+            yield from entries(value)
 
 
 def pair(size: int | Sequence[int]) -> tuple[int, int]:

@@ -142,13 +142,13 @@ class DIYSink(OneConnector):
 
         def merge(module: nn.Module, args: tuple, ordinary: torch.Tensor) -> torch.Tensor:
             norms = capture.token_norms(args[0].reshape(-1, lvlm.vision_width)).detach().cpu()  # [patches of the batch]
-            masks[:] = [self.chosen(norms[layout.connector], layout) for layout in layouts]
+            masks[:] = [self.chosen(norms[layout.at("input")], layout) for layout in layouts]
             if show != "both":
                 hidden[:] = out_of_sight()
             flat = ordinary.reshape(-1, ordinary.shape[-1])  # [tokens of the batch, width]
             image, other = torch.zeros(2, len(flat), dtype=torch.long)
             for i, (layout, mask) in enumerate(zip(layouts, masks, strict=True)):
-                image[layout.output] = i
+                image[layout.at("output")] = i
                 other[layout.output] = 1
                 other[layout.output[mask]] = 0
             image, other = image.to(flat.device), other.to(flat.device)

@@ -335,7 +335,9 @@ def test_bfloat16(tiny, images, questions):
 def test_trace_needs_one_question_per_image(tiny, images):
     with pytest.raises(ValueError, match="3 images and 1 questions"):
         trace(tiny, images, ["how many"])
-    with pytest.raises(ValueError, match="0 images"):
+    with pytest.raises(ValueError, match="3 images and 4 questions"):  # the fourth is not passed over
+        next(tiny.batches(images, 2, ["how many"] * 4))
+    with pytest.raises(ValueError, match="no images"):
         trace(tiny, [], [])
 
 

@@ -24,7 +24,9 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from sinkstudy.answers.evaluate import Prefixes
 from sinkstudy.effects import moving
+from sinkstudy.effects.ablation import read_tokens
 from sinkstudy.effects.methods import METHODS, Case, Targets, applied
+from sinkstudy.effects.neurons import norms
 from sinkstudy.model import measure
 from sinkstudy.model.capture import trace
 from sinkstudy.model.lvlm import LVLM
@@ -238,6 +240,19 @@ def test_an_architecture(kind):
     table = pd.read_csv(TABLE, **how).join(pd.read_csv(PARTS, **how))
     now = pd.DataFrame([row(kind)]).astype(str).set_index("architecture")
     assert dict(table.loc[kind, now.columns]) == dict(now.loc[kind])
+
+
+def test_where_patches_have_no_row_of_their_own_nothing_is_taken_for_it():
+    """Aria's connector mixes patches, so none has an output; LFM2-VL's takes the pictures of a batch one by one."""
+    mixing, one_by_one = tiny("aria"), tiny("lfm2_vl")
+    with pytest.raises(ValueError, match="connector's output has no row for each patch"):
+        read_tokens(mixing, {"a": (8, 8)})
+    inputs, one = mixing.inputs([(8, 8)], [""]), torch.arange(64) == 5
+    with pytest.raises(ValueError, match="connector's output"), moving.reweighted(mixing, inputs, [one]):
+        mixing.model(**inputs)
+    assert norms(one_by_one, {"a": (8, 8)})["a"].isfinite().all()
+    with pytest.raises(ValueError, match="connector's input has no row for each patch.*batch size of 1"):
+        norms(one_by_one, {"a": (8, 8), "b": (8, 8)})
 
 
 def test_there_are_forty():

@@ -82,7 +82,7 @@ def test_norms_are_those_of_the_trace(tiny, images):
 
 
 @pytest.mark.parametrize("pictures, cover, message", [
-    ([], None, "at least one image"),
+    ([], None, "no images"),
     ([noise(32, 32, 0)] * 2, torch.zeros(2, 9), r"cover needs \[images, patches\], here \[2, 16\]"),
 ])
 def test_bad_input(tiny, pictures, cover, message):

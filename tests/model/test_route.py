@@ -119,7 +119,7 @@ def test_registers_take_the_neurons_of_the_sinks(llava, benchmark, method):
     pictures = benchmark[1]
     norms = torch.stack([hand_norms(llava, picture) for picture in pictures.values()])
     own = norms > norms.quantile(0.8, dim=1, keepdim=True)
-    moved = neurons.register_neurons(llava, list(pictures.values()), own, k=5)
+    moved = neurons.strongest(neurons.register_scores(llava, list(pictures.values()), own), 5)
     first = {name: norms[i] == norms[i].max() for i, name in enumerate(pictures)}
     if method.startswith("random-"):
         wide = llava.vision_layers[0].mlp.fc1.out_features

@@ -254,8 +254,6 @@ def test_moved_mass_by_hand():
     random = torch.rand(50, 4, 5, generator=torch.Generator().manual_seed(0)).softmax(-1)
     torch.testing.assert_close(moving.moved_mass(random, sink, visual, 0.3, 1.0, 0.0).sum(-1), torch.ones(50, 4))
     assert torch.equal(moving.moved_mass(random, sink, visual, 1.0, 1.0, 0.0), random)
-    with pytest.raises(ValueError, match="shares"):
-        moving.moved_mass(weights, sink, visual, 1.2, 0.5, 0.2)
 
 
 def deep(lvlm) -> LVLM:
@@ -388,5 +386,7 @@ def test_interventions_answer_as_generate_does_under_the_same_context(tmp_path):
 
 def test_bad_choices(lvlm, inputs):
     with pytest.raises(ValueError, match="'front' or 'end'"), moving.reordered(lvlm, inputs, TWO, "back"):
+        pass
+    with pytest.raises(ValueError, match="shares"), moving.redistributed(lvlm, inputs, [0], 2.0, p=1.2):
         pass
     assert set(SPECS)

@@ -168,11 +168,11 @@ def test_register_neurons_are_those_that_write_the_planted_norm(llava, pictures)
     mlp.fc1.weight.data[neuron, 0], mlp.fc1.bias.data[neuron], mlp.fc1.bias.data[loud] = 10, -15, 1000
     mlp.fc2.weight.data[:, neuron], mlp.fc2.weight.data[:, loud] = 300, 0
     masks = (torch.arange(16) == spot).expand(2, -1)
-    found = neurons.register_neurons(llava, list(pictures.values()), masks, k=1)
+    found = neurons.strongest(neurons.register_scores(llava, list(pictures.values()), masks), 1)
     llava.model.load_state_dict(state)
     assert {at: of.tolist() for at, of in found.items()} == {layer: [neuron]}
     with pytest.raises(ValueError, match="one of the two is empty"):
-        neurons.register_neurons(llava, list(pictures.values()), torch.zeros(2, 16, dtype=torch.bool))
+        neurons.register_scores(llava, list(pictures.values()), torch.zeros(2, 16, dtype=torch.bool))
 
 
 # ------------------------------------------------------------------------------------------------- keep the top k

@@ -1,7 +1,5 @@
 """Groups of visual tokens have the controls that they say, and what is made of the losses is what it says."""
 
-from types import SimpleNamespace
-
 import pandas as pd
 import pytest
 import torch
@@ -9,6 +7,7 @@ import torch
 from sinkstudy import stats
 from sinkstudy.effects import groups
 from sinkstudy.effects.ablation import Tokens
+from sinkstudy.model.layout import ImageLayout
 from sinkstudy.world import drawing
 
 LAYER = 2
@@ -28,7 +27,8 @@ def tokens(scenes: drawing.Scenes, per_token: int, on_things: bool = True) -> To
         norms = 1 + 0.001 * torch.rand(len(share), generator=torch.Generator().manual_seed(i))
         norms[wanted] += HIGH
         of[f"p{i}"] = {LAYER: norms[:, None]}
-        layouts[f"p{i}"] = SimpleNamespace(output=100 * i + torch.arange(len(share)) // per_token)
+        output, nothing = 100 * i + torch.arange(len(share)) // per_token, torch.empty(0)
+        layouts[f"p{i}"] = ImageLayout(i, (drawing.GRID,) * 2, 1, nothing, nothing, nothing, output, nothing)
     return Tokens("input", of, layouts)
 
 
