@@ -233,7 +233,8 @@ def _key(asked: str, told: str | None, number: int) -> str | None:
 def _not_finite(lvlm: LVLM, inputs: BatchFeature, how: Intervention) -> str:
     """Where numbers first stop being numbers for a prompt, or that it is the intervention that makes them so."""
     with ExitStack() as watching:
-        sides = {side: watching.enter_context(hidden_states(lvlm, side, _finite)) for side in ("vision", "decoder")}
+        sides = {side: watching.enter_context(hidden_states(lvlm, side, lambda hidden, layer: hidden.isfinite().all()))
+                 for side in ("vision", "decoder")}
         lvlm.model(**inputs, logits_to_keep=1)
     for side, layers in sides.items():
         for layer, calls in layers.items():
@@ -241,10 +242,6 @@ def _not_finite(lvlm: LVLM, inputs: BatchFeature, how: Intervention) -> str:
                 return f"NaN or infinite values behind layer {layer} of the {side}"
     among = "NaN or infinity among the logits"
     return f"{among}, under {how.name!r}" if how is not NONE else among
-
-
-def _finite(hidden: torch.Tensor, layer: int) -> bool:
-    return bool(hidden.isfinite().all())
 
 
 def _check(table: pd.DataFrame, interventions: Sequence[Intervention], images: Mapping[str, Any] | None) -> None:

@@ -146,21 +146,15 @@ class Workshop:
         """
         self.lvlm.model.set_submodule(self.lvlm.spec.connector, copy.deepcopy(self.connector))
         self.lvlm.decoder.load_state_dict(self.decoder)
-        match arm:
-            case "one":
-                method = OneConnector(self.lvlm, seed=seed)
-            case "matched":
-                method = OneConnector(self.lvlm, width=matched_width(self.connector), seed=seed)
-            case "normed":
-                method = OneConnector(self.lvlm, normed=True, seed=seed)
-            case "two" | "kept":
-                method = DIYSink(self.lvlm, front=arm == "two", seed=seed, **self.rule)
-            case "random":
-                method = DIYSink(self.lvlm, split="random", seed=seed, **self.rule)
-            case "sinks" | "others":
-                method = DIYSink(self.lvlm, show=arm, seed=seed, **self.rule)
-            case _:
-                raise ValueError(f"unknown arm {arm!r}: {', '.join(CONNECTOR_ARMS)}")
+        one: dict[str, dict[str, Any]] = {
+            "one": {}, "matched": {"width": matched_width(self.connector)}, "normed": {"normed": True}}
+        two: dict[str, dict[str, Any]] = {
+            "two": {}, "kept": {"front": False}, "random": {"split": "random"}, "sinks": {"show": "sinks"},
+            "others": {"show": "others"}}
+        if arm not in one | two:
+            raise ValueError(f"unknown arm {arm!r}: {', '.join(CONNECTOR_ARMS)}")
+        method = (OneConnector(self.lvlm, seed=seed, **one[arm]) if arm in one
+                  else DIYSink(self.lvlm, seed=seed, **two[arm], **self.rule))
         torch.manual_seed(seed)
         for connector in connectors(method):
             language.start_connector(self.lvlm.model, connector, self.patches)

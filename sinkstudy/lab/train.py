@@ -49,9 +49,7 @@ EMERGENCE_ARMS: dict[str, dict[str, Any]] = {
 
 @lru_cache(1)
 def corpus() -> Corpus:
-    made = Corpus(TRAIN_SCENES)
-    made.grams = made.ngrams()
-    return made
+    return Corpus(TRAIN_SCENES)
 
 
 @lru_cache(1)

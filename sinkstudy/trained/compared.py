@@ -400,7 +400,7 @@ def hard_routers(said: pd.DataFrame, asked: Mapping[tuple[str, int], pd.DataFram
             for benchmark, of in pair.groupby("benchmark", sort=False):
                 if benchmark in route.index.get_level_values(0):
                     found.append(routers.routed(of, route.loc[benchmark]).assign(arm=router))
-    return pd.concat(found, ignore_index=True).drop(columns="route") if found else said.head(0)
+    return pd.concat(found, ignore_index=True) if found else said.head(0)
 
 
 def agreements(said: pd.DataFrame, asked: Mapping[tuple[str, int], pd.DataFrame]) -> pd.DataFrame:

@@ -167,16 +167,15 @@ def dealt_at_random(route: pd.Series, seed: int = 0) -> pd.Series:
     return pd.Series(np.random.default_rng(seed).permutation(route.to_numpy()), index=route.index, name="route")
 
 
-def routed(said: pd.DataFrame, route: pd.Series, name: str = "routed") -> pd.DataFrame:
+def routed(said: pd.DataFrame, route: pd.Series) -> pd.DataFrame:
     """The answers that a hard router gives, looked up among those under "sinks", "others" and "both".
 
     Args:
         said: what `evaluate` returns, with these three interventions (others may be there too).
         route: one of them by the `id` of the question; questions without a route are left out.
-        name: what `intervention` becomes in the result.
 
     Returns:
-        A row for each entry of `route`, in its order: the columns of `said` and the `route`.
+        A row for each entry of `route`, in its order: the columns of `said`, "routed" as `intervention`.
 
     Raises:
         ValueError: an unknown route, an id that comes twice, or an answer that is not there.
@@ -189,7 +188,7 @@ def routed(said: pd.DataFrame, route: pd.Series, name: str = "routed") -> pd.Dat
     answers = said.set_index(["intervention", "id"], drop=False)
     if len(lost := wanted.difference(answers.index)):
         raise ValueError(f"{len(lost)} answers are missing, such as that to {lost[0][1]!r} under {lost[0][0]!r}")
-    return answers.loc[wanted].assign(intervention=name, route=route.to_numpy()).reset_index(drop=True)
+    return answers.loc[wanted].assign(intervention="routed").reset_index(drop=True)
 
 
 class Agreement(NamedTuple):

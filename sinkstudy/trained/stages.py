@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import LoraConfig, LoraModel
 
 from sinkstudy import devices, digests, sinks
@@ -201,11 +200,8 @@ def prepared(lvlm: LVLM, job: Job, seed: int, before: Mapping[str, Path]) -> tup
         method = OneConnector(lvlm, width=width, **common)
     own = method.changed()
     for stage, folder in before.items():
-        weights = loop.kept(folder)
-        with torch.no_grad():
-            for name in own:
-                if name.startswith(PRETRAIN[job.method][stage][1]):
-                    own[name].copy_(weights[name])
+        start = PRETRAIN[job.method][stage][1]
+        loop.put(own, {name: of for name, of in loop.kept(folder).items() if name.startswith(start)})
     prefix: str | tuple[str, ...] = ("connector.", "sink.") if job.lora else ""
     if job.stage != "tune":
         show, prefix = PRETRAIN[job.method][job.stage]
