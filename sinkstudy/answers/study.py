@@ -270,7 +270,7 @@ def mean_of_benchmarks(said: pd.DataFrame, measure: str, seed: int = 0) -> stats
     """
     said = said.dropna(subset=measure)
     if said.empty:
-        return stats.mean_interval([float("nan")], missing="drop")
+        return stats.NOTHING
     found = stats.mean_interval(
         said[measure], clusters=said.picture, strata=said.benchmark, method="percentile", seed=seed
     )
@@ -350,7 +350,7 @@ def mean_of_seeds(said: pd.DataFrame, seeds: Sequence[Any], measure: str) -> tup
     """
     said = said.dropna(subset=list(seeds))
     if said.empty:
-        return stats.mean_interval([float("nan")], missing="drop"), float("nan")
+        return stats.NOTHING, float("nan")
     found, df = stats.seeds_interval(said[list(seeds)], clusters=said.picture, strata=said.benchmark)
     return _widened(found, said, measure, said[list(seeds)].mean(axis=1)), df
 

@@ -41,6 +41,7 @@ class OneConnector(Method):
     """
 
     kind = "one-connector"
+    show: Show = "both"  # of two connectors one may be shown alone, see `DIYSink`
 
     def __init__(
         self, lvlm: LVLM, *, width: int | None = None, normed: bool = False, seed: int = 0, decoder: bool = True
@@ -112,7 +113,7 @@ class DIYSink(OneConnector):
         self.rule = rule
         self.sink = copy.deepcopy(lvlm.connector)
         renew(lvlm, self.sink)
-        self.show: Show = show
+        self.show = show
 
     def chosen(self, norms: torch.Tensor, layout: ImageLayout) -> torch.Tensor:
         """The patches that the sinks' connector reads: norms, float [patches] -> bool [patches]."""

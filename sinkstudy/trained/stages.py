@@ -204,9 +204,7 @@ def prepared(lvlm: LVLM, job: Job, seed: int, before: Mapping[str, Path]) -> tup
         loop.put(own, {name: of for name, of in loop.kept(folder).items() if name.startswith(start)})
     prefix: str | tuple[str, ...] = ("connector.", "sink.") if job.lora else ""
     if job.stage != "tune":
-        show, prefix = PRETRAIN[job.method][job.stage]
-        if isinstance(method, DIYSink):
-            method.show = show
+        method.show, prefix = PRETRAIN[job.method][job.stage]
     method.requires_grad_(False)
     for name, parameter in own.items():
         parameter.requires_grad_(name.startswith(prefix))
