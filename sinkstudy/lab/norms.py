@@ -53,8 +53,7 @@ def lengthened(lvlm: LVLM, inputs: BatchFeature, masks: Sequence[torch.Tensor], 
         tokens = tokens.clone()
         for layout, mask in zip(layouts, masks, strict=True):
             places = layout.connector.to(tokens.device)
-            own = tokens[places]  # [patches, width]
-            tokens[places[mask]] = resized(own[None], mask[None].to(own.device), times)[0][mask]
+            tokens[places] = resized(tokens[places][None], mask[None].to(tokens.device), times)[0]
         return tokens
 
     with lvlm.editing(before=put):

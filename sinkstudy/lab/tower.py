@@ -67,13 +67,11 @@ def build(kind: str, seed: int = 0) -> PreTrainedModel:
         for layer in tower.encoder.layers:
             layer.self_attn.q_proj.weight *= 3
             layer.self_attn.k_proj.weight *= 3
-    if kind == "registers":
-        plain = tower.state_dict()
-        tower = CLIPVisionModelWithRegisters(CLIPVisionWithRegistersConfig(**shape))
-        tower.load_state_dict(plain, strict=False)
-    if kind == "gist":
-        plain = tower.state_dict()
-        tower = CLIPVisionModelWithSinks(CLIPVisionWithSinksConfig(**shape))
+    special = {"registers": (CLIPVisionModelWithRegisters, CLIPVisionWithRegistersConfig),
+               "gist": (CLIPVisionModelWithSinks, CLIPVisionWithSinksConfig)}
+    if kind in special:
+        model, config = special[kind]
+        plain, tower = tower.state_dict(), model(config(**shape))
         tower.load_state_dict(plain, strict=False)
     tower.set_attn_implementation("lab_matmul")
     return tower

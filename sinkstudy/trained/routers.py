@@ -113,12 +113,7 @@ def _words_known(lvlm: LVLM, wording: Wording) -> None:
     tokenizer = lvlm.processor.tokenizer
     texts = [wording.image, wording.question.format(question=""), *wording.simple, *wording.complex]
     words = dict.fromkeys(word for text in (*texts, *wording.holistic, *wording.local) for word in text.split())
-    unknown = [
-        word
-        for word in words
-        if tokenizer.unk_token_id is not None
-        and tokenizer.unk_token_id in tokenizer.encode(word, add_special_tokens=False)
-    ]
+    unknown = [word for word in words if tokenizer.unk_token_id in tokenizer.encode(word, add_special_tokens=False)]
     if unknown:
         raise ValueError(f"{lvlm.name} does not know {', '.join(unknown[:3])}: it cannot be asked in this wording")
 
@@ -148,10 +143,7 @@ def by_both_axes(types: pd.Series, simple: pd.Series) -> pd.Series:
     """The oracle of the paper's rule, which knows each question's type and whether its picture is simple.
 
     Global questions about simple pictures get the sinks, local ones about complex pictures the others, all else both:
-    a mixed question is neither holistic nor local.
-
-    Args:
-        types: as `by_type`; simple: bool, with the same index.
+    a mixed question is neither holistic nor local. `simple`: bool, with the index of `types`.
     """
     route = by_type(types)
     return route.where(((types == "global") & simple) | ((types == "local") & ~simple), "both")

@@ -119,7 +119,6 @@ def settings(
         raise ValueError(f"batch_size is {batch_size}, but has to be 1 at least")
     if accumulate is None:
         accumulate = math.ceil(samples / batch_size / _processes())
-    more = {k: v for k, v in more.items() if v is not None}
     rate, passes = rate if lr is None else lr, passes if epochs is None else epochs
     return loop.Settings(batch_size=batch_size, accumulate=accumulate, lr=rate, epochs=passes, **more)
 
