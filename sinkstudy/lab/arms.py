@@ -273,7 +273,7 @@ def main(bases: Sequence[str], arms: Sequence[str] = ALL_ARMS, seeds: Sequence[i
     for base in bases:
         shop = Workshop(base)
         for seed, arm in product(seeds, arms):
-            if (TRAINED / base / f"{arm}-{seed}").exists():
+            if (TRAINED / base / f"{arm}-{seed}" / "training.csv").exists():  # what is written last
                 print(f"{arm}-{seed}: finished earlier", flush=True)
                 continue
             started = time.monotonic()
