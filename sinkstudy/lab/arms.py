@@ -140,11 +140,7 @@ class Workshop:
         return decoder.model.state_dict()
 
     def method(self, arm: str, seed: int) -> OneConnector:
-        """An arm before its training: the tower as it was, the decoder knowing text alone, connectors new.
-
-        Raises:
-            ValueError: an unknown arm.
-        """
+        """An arm before its training: the tower as it was, the decoder knowing text alone, connectors new."""
         self.lvlm.model.set_submodule(self.lvlm.spec.connector, copy.deepcopy(self.connector))
         self.lvlm.decoder.load_state_dict(self.decoder)
         one: dict[str, dict[str, Any]] = {
@@ -152,8 +148,6 @@ class Workshop:
         two: dict[str, dict[str, Any]] = {
             "two": {}, "kept": {"front": False}, "random": {"split": "random"}, "sinks": {"show": "sinks"},
             "others": {"show": "others"}}
-        if arm not in one | two:
-            raise ValueError(f"unknown arm {arm!r}: {', '.join(CONNECTOR_ARMS)}")
         method = (OneConnector(self.lvlm, seed=seed, **one[arm]) if arm in one
                   else DIYSink(self.lvlm, seed=seed, **two[arm], **self.rule))
         torch.manual_seed(seed)
@@ -194,7 +188,7 @@ class Workshop:
             pd.concat(logs).to_csv(file, index=False, float_format="%.5g")
 
 
-def follow_alignment(base: str, seed: int = 0) -> None:
+def follow_alignment(base: str) -> None:
     """The alignment stage of arm "one" once more, its connector kept at the steps `FOLLOWED`; see `trained.alignment`.
 
     Kept in eight bits: `data/alignment/<base>/weights.safetensors`, `training.csv` and `stage.json` beside it, and the
@@ -206,7 +200,7 @@ def follow_alignment(base: str, seed: int = 0) -> None:
         print(f"{base}: finished earlier", flush=True)
         return
     started, shop = time.monotonic(), Workshop(base)
-    method, name = shop.method("one", seed), f"{base}.one-{seed}.alignment"
+    method, name = shop.method("one", 0), f"{base}.one-0.alignment"
 
     def at(step: int) -> Path:
         return LAB_CACHE / name / f"step-{step}.safetensors"
@@ -216,10 +210,9 @@ def follow_alignment(base: str, seed: int = 0) -> None:
             with atomic(at(step)) as file:  # so that a resumed training has those before its checkpoint
                 save_file(shop.lvlm.connector.state_dict(), file)
 
-    settings = replace(ALIGN, seed=seed)
-    log = shop.fit(method, name, "caption", settings, [shop.lvlm.connector], watch)
+    log = shop.fit(method, name, "caption", ALIGN, [shop.lvlm.connector], watch)
     alignment.write(folder, {step: load_file(at(step)) for step in FOLLOWED}, shop.decoder, log, base=base, arm="one",
-                    trained="connector", target="caption", settings=asdict(settings), end_loss=log.loss.iloc[-1])
+                    trained="connector", target="caption", settings=asdict(ALIGN), end_loss=log.loss.iloc[-1])
     print(f"{base}: end loss {log.loss.iloc[-1]:.3f}, {time.monotonic() - started:.0f} s", flush=True)
 
 

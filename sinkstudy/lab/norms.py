@@ -136,8 +136,7 @@ def cell(lvlm: LVLM, norm: str | None, scenes: Scenes, *, seed: int = 0, batch_s
     rows = []
     for about, of in right.groupby("about", sort=False):
         lost = stats.mean_interval((of.calm - of.random).to_numpy(), clusters=of.image_id.to_numpy(), seed=seed)
-        drawn = attention_on_calm(lvlm, table[table.about == about], pictures, calm, norm, seed=seed,
-                                  batch_size=batch_size)
+        drawn = attention_on_calm(lvlm, table[table.about == about], pictures, calm, norm, batch_size)
         rows.append({"about": about, "questions": len(of), "right": of["as it is"].mean(), "lost": lost.value,
                      "low": lost.low, "high": lost.high, "attention": drawn.value, "attention_low": drawn.low,
                      "attention_high": drawn.high})
@@ -145,7 +144,7 @@ def cell(lvlm: LVLM, norm: str | None, scenes: Scenes, *, seed: int = 0, batch_s
 
 
 def attention_on_calm(lvlm: LVLM, table: pd.DataFrame, pictures: Mapping[str, torch.Tensor], calm: ablation.Masks,
-                      norm: str | None, *, seed: int, batch_size: int) -> stats.Interval:
+                      norm: str | None, batch_size: int) -> stats.Interval:
     """Attention of the answer's tokens on a calm patch over that on another, mean over heads and layers."""
     table = table[table.image_id.astype(int) < TRACED].drop_duplicates("image_id")
     numerator, denominator = [], []

@@ -276,12 +276,12 @@ class Exam:
                                        "sinks": given[:, 0], "others": given[:, 1]}))
         return pd.concat(parts, ignore_index=True)
 
-    def gate_factors(self, gates: Any, benchmark: str, most: int = 96) -> pd.DataFrame:
-        """Factor of the keys of sinks in each gated layer, 1 for untouched: a row a question and layer.
+    def gate_factors(self, gates: Any, benchmark: str) -> pd.DataFrame:
+        """Factor of the keys of sinks in each gated layer, 1 for untouched: a row for each of 96 questions and layer.
 
         Columns are `layer` (from 1), `type` ("all" where it is not known) and `sinks`.
         """
-        table = self.tables[benchmark].head(most)
+        table = self.tables[benchmark].head(96)
         texts, rows = self.prompts(gates.lvlm, benchmark)[: len(table)], []
         for start in range(0, len(table), self.batch_size):
             part, asked = table.iloc[start : start + self.batch_size], texts[start : start + self.batch_size]

@@ -88,11 +88,7 @@ class Method(nn.Module):
     def save(self, folder: Path, *, eight_bits: bool = False, **more: Any) -> None:
         """Write the method to a folder, all at once; `more` plain values to remember, such as how it was trained.
 
-        Args:
-            eight_bits: whether matrices are kept as `rounded` gives them, in half the space; else all in bfloat16.
-
-        Raises:
-            FloatingPointError: a weight that is NaN or infinite; nothing is written.
+        `eight_bits`, and what is raised, are as in `write_weights`.
         """
         known = {"kind": self.kind, "base": self.lvlm.name, "revision": self.lvlm.revision, "settings": self.settings}
         with atomic(folder) as temporary:
@@ -159,6 +155,9 @@ def rounded(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def write_weights(weights: Mapping[str, torch.Tensor], folder: Path, *, eight_bits: bool = False) -> None:
     """Write `weights.safetensors` to a folder that is there, for `kept` to read.
+
+    Args:
+        eight_bits: whether matrices are kept as `rounded` gives them, in half the space; else all in bfloat16.
 
     Raises:
         FloatingPointError: a weight that is NaN or infinite; nothing is written.

@@ -82,7 +82,6 @@ def cot(
     paper's second question follows the first one's answer is not known.
 
     Args:
-        lvlm: the model.
         table: as `evaluate` takes it.
         how: how the model reads the picture when it is asked; for DIYSink with both kinds of tokens.
         options: of `evaluate`, such as `images` and `batch_size`.
@@ -126,13 +125,9 @@ def decided(simple: pd.Series, holistic: pd.Series) -> pd.Series:
 
 # ------------------------------------------------------------------------------------------------- routers to compare
 def by_type(types: pd.Series) -> pd.Series:
-    """The oracle of one axis, which knows each question's type.
+    """The oracle of one axis, which knows each question's type: "global", "local" or "mixed", by its `id`.
 
-    Args:
-        types: "global", "local" or "mixed" by the `id` of the question.
-
-    Raises:
-        ValueError: another type.
+    Raises ValueError for another type.
     """
     if unknown := sorted(set(types) - set(OF_TYPE), key=str):
         raise ValueError(f"unknown type of question {unknown[0]!r}; known: {', '.join(OF_TYPE)}")

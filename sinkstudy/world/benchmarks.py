@@ -116,14 +116,14 @@ def mmstar(questions: int = 40, split: str = "test") -> pd.DataFrame:
     return _finished(rows, split)
 
 
-def gqa(images: int = 60, split: str = "test" + HIDDEN) -> pd.DataFrame:
+def gqa() -> pd.DataFrame:
     """GQA (Hudson & Manning 2019): attributes of things and relations between them, answered in a word or two.
 
-    Six questions an image, about things half hidden unless `split` says otherwise: four open ones, and two whose answer
-    is yes in every other scene that is tried. Categories are two of the original's five structural types.
+    Six questions about each of 60 images, whose things are half hidden: four open ones, and two whose answer is yes in
+    every other scene that is tried. Categories are two of the original's five structural types.
     """
-    rng, rows, at = random.Random(14), [], FIRST["GQA"]
-    while len(rows) < images * sum(map(len, STRUCTURAL.values())):
+    rng, rows, at, split = random.Random(14), [], FIRST["GQA"], "test" + HIDDEN
+    while len(rows) < 60 * sum(map(len, STRUCTURAL.values())):
         (f,), at = _scenes(split, at, 1), at + 1
         asked = [(category, q.ask(f, family, rng, yes=None if category == "query" else at % 2 == 0))
                  for category, families in STRUCTURAL.items() for family in families]
@@ -132,18 +132,18 @@ def gqa(images: int = 60, split: str = "test" + HIDDEN) -> pd.DataFrame:
     return _finished(rows, split)
 
 
-def scienceqa(questions: int = 60, split: str = "test") -> pd.DataFrame:
+def scienceqa() -> pd.DataFrame:
     """ScienceQA with pictures (Lu et al. 2022): options, and knowledge that no picture shows; one question an image.
 
     The answer is a letter, the category a subject; beyond: `choices` and `hint` (none).
     """
     rng = random.Random(15)
-    of = _one_a_scene(SUBJECTS, questions, split, FIRST["ScienceQA-IMG"], rng)
+    of = _one_a_scene(SUBJECTS, 60, "test", FIRST["ScienceQA-IMG"], rng)
     rows = [_row(asked, category, scene, hint="", **_with_choices(asked, rng)) for category, scene, asked in of]
-    return _finished(rows, split)
+    return _finished(rows, "test")
 
 
-def textvqa(questions: int = 96, split: str = "test") -> pd.DataFrame:
+def textvqa() -> pd.DataFrame:
     """TextVQA (Singh et al. 2019): reading what stands on things, here marks; ten people agree on each answer.
 
     One question an image: which thing of this size has a mark, or has none? Whether a thing has one is not asked, for
@@ -151,24 +151,24 @@ def textvqa(questions: int = 96, split: str = "test") -> pd.DataFrame:
 
     Beyond: `answers`.
     """
-    of = _one_a_scene({"all": ("both",)}, questions, split, FIRST["TextVQA"], random.Random(16))
+    of = _one_a_scene({"all": ("both",)}, 96, "test", FIRST["TextVQA"], random.Random(16))
     rows = [_row(asked, category, scene, answers=[asked.answer] * 10) for category, scene, asked in of]
-    return _finished(rows, split)
+    return _finished(rows, "test")
 
 
-def mmmu(questions: int = 24, split: str = "test") -> pd.DataFrame:
-    """MMMU (Yue et al. 2024): four options, several disciplines, `questions` of each; one question an image.
+def mmmu() -> pd.DataFrame:
+    """MMMU (Yue et al. 2024): four options, several disciplines, 24 questions of each; one question an image.
 
     The answer is a letter; beyond: `choices`, `question_type`, `images` (empty: the one picture is that of `image_id`).
     """
     rng = random.Random(17)
-    of = _one_a_scene(DISCIPLINES, questions, split, FIRST["MMMU"], rng)
+    of = _one_a_scene(DISCIPLINES, 24, "test", FIRST["MMMU"], rng)
     rows = [_row(asked, category, scene, question_type="multiple-choice", images=[], **_with_choices(asked, rng))
             for category, scene, asked in of]
-    return _finished(rows, split)
+    return _finished(rows, "test")
 
 
-def mathvista(questions: int = 48, split: str = "test") -> pd.DataFrame:
+def mathvista() -> pd.DataFrame:
     """MathVista (Lu et al. 2024): numbers said freely or chosen, and comparisons; one question an image.
 
     Comparisons are of things half hidden, on whole ones every lab model is right; half hidden things are counted no
@@ -179,8 +179,8 @@ def mathvista(questions: int = 48, split: str = "test") -> pd.DataFrame:
     """
     rng, rows, splits = random.Random(18), [], []
     for number, (category, families) in enumerate(MATHEMATICS.items()):
-        of, start = split + HIDDEN * (category == "comparison"), FIRST["MathVista"] + number * CHUNK
-        for _, scene, asked in _one_a_scene({category: families}, questions, of, start, rng):
+        of, start = "test" + HIDDEN * (category == "comparison"), FIRST["MathVista"] + number * CHUNK
+        for _, scene, asked in _one_a_scene({category: families}, 48, of, start, rng):
             if category == "numeric":
                 form = {"answer": str(q.NUMBERS.index(asked.answer)), "choices": None, "query": asked.text,
                         "question_type": "free_form", "answer_type": "integer"}
