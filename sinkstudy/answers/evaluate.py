@@ -29,6 +29,7 @@ from torch import nn
 from transformers import BatchFeature, DynamicCache, ProcessorMixin
 
 from sinkstudy import benchmarks, digests
+from sinkstudy.benchmarks.rows import letters
 from sinkstudy.model.capture import ADVICE, hidden_states, until_end
 from sinkstudy.model.identity import Identity, Unknown, model_digest
 from sinkstudy.model.lvlm import LVLM, ahead
@@ -192,7 +193,8 @@ def evaluate(
                 ]
             )
             numbers = {row: number for number, row in enumerate(row for own in of_group.values() for row in own)}
-            keys = {name: {row: _key(asked, does, n) for row, n in numbers.items()} for name, does in told.items()}
+            keys = {name: {row: does and digests.of_values([asked, does, n]) for row, n in numbers.items()}
+                    for name, does in told.items()}
             missing = [how for how in interventions if any(key not in store.known for key in keys[how.name].values())]
             split = _split(other, pictures, texts, of_group) if missing else (None, {})
             yield _Group(pictures, of_group, keys, missing, *split)
@@ -225,15 +227,11 @@ def evaluate(
     return pd.concat(parts, ignore_index=True)
 
 
-def _key(asked: str, told: str | None, number: int) -> str | None:
-    """Where the answer to a question of a group that is asked together is kept; None if it is not."""
-    return None if told is None else digests.of_values([asked, told, number])
-
-
 def _not_finite(lvlm: LVLM, inputs: BatchFeature, how: Intervention) -> str:
     """Where numbers first stop being numbers for a prompt, or that it is the intervention that makes them so."""
     with ExitStack() as watching:
-        sides = {side: watching.enter_context(hidden_states(lvlm, side, _finite)) for side in ("vision", "decoder")}
+        sides = {side: watching.enter_context(hidden_states(lvlm, side, lambda hidden, layer: hidden.isfinite().all()))
+                 for side in ("vision", "decoder")}
         lvlm.model(**inputs, logits_to_keep=1)
     for side, layers in sides.items():
         for layer, calls in layers.items():
@@ -241,10 +239,6 @@ def _not_finite(lvlm: LVLM, inputs: BatchFeature, how: Intervention) -> str:
                 return f"NaN or infinite values behind layer {layer} of the {side}"
     among = "NaN or infinity among the logits"
     return f"{among}, under {how.name!r}" if how is not NONE else among
-
-
-def _finite(hidden: torch.Tensor, layer: int) -> bool:
-    return bool(hidden.isfinite().all())
 
 
 def _check(table: pd.DataFrame, interventions: Sequence[Intervention], images: Mapping[str, Any] | None) -> None:
@@ -561,10 +555,9 @@ def _options(table: pd.DataFrame, candidates: Any) -> list[tuple[str, ...]]:
         return [("yes", "no")] * len(table)
     if not all(isinstance(a, str) and len(a) == 1 and "A" <= a <= "Z" for a in answers):
         return [()] * len(table)
-    letters = [chr(i) for i in range(ord("A"), ord(max(answers)) + 1)]
     if "choices" not in table:
-        return [tuple(letters)] * len(table)
-    return [tuple(chr(ord("A") + i) for i in range(len(choices))) for choices in table["choices"]]
+        return [tuple(letters(ord(max(answers)) - ord("A") + 1))] * len(table)
+    return [tuple(letters(len(choices))) for choices in table["choices"]]
 
 
 def first_tokens(lvlm: LVLM, options: Sequence[str]) -> dict[str, list[int]]:

@@ -36,11 +36,10 @@ FEW = 5  # pictures that differ: with fewer, a bootstrap or a variance says litt
 
 
 def pictures(images_dir: str, limit: int) -> tuple[list[Any], drawing.Scenes | None]:
-    """The first pictures of a folder, in order of name; without a folder the lab's test scenes, with their facts.
+    """The first `limit` pictures of a folder, in order of name; without a folder the lab's test scenes, with facts.
 
     Args:
         images_dir: a path, from the project's root; empty for the lab.
-        limit: the number of pictures at most.
 
     Returns:
         The pictures, `pictures.File` to be opened when they are needed, or of the lab uint8 [3, 96, 96]; and the lab's
@@ -70,20 +69,16 @@ def questions(scenes: drawing.Scenes | None, n: int, prompt: str, seed: int) -> 
         A row a question, the rows of a picture together: `id`, `image` (index), `image_id`, `type` (global, local or
         mixed; generic for other pictures), `family`, `question`, `answer` (None if it is not known).
     """
+    rng, rows = random.Random(seed), []
     if scenes is None:
         rows = [{"image": i, "type": "generic", "family": None, "question": prompt, "answer": None} for i in range(n)]
-        return _with_ids(pd.DataFrame(rows))
-    rng, rows = random.Random(seed), []
-    for image, facts in enumerate(lab.facts(scenes)):
+    for image, facts in enumerate([] if scenes is None else lab.facts(scenes)):
         for kind in ("global", "local", "mixed"):
             families = [family for family, of in lab.TYPES.items() if of == kind]
             asked = (lab.ask(facts, family, rng) for family in rng.sample(families, len(families)))
             q = next(q for q in asked if q is not None)
             rows.append({"image": image, "type": kind, "family": q.family, "question": q.text, "answer": q.answer})
-    return _with_ids(pd.DataFrame(rows))
-
-
-def _with_ids(table: pd.DataFrame) -> pd.DataFrame:
+    table = pd.DataFrame(rows)
     table.insert(0, "id", [f"{image}-{i}" for i, image in enumerate(table.image)])
     return table.assign(image_id=table.image.map(str))
 
@@ -229,7 +224,7 @@ def answers(
     """A model's answers to a benchmark, in the words of `prompt_family`, judged by the benchmark's official rule.
 
     Args:
-        benchmark, table, pictures: its name, and what `benchmark` gives for it.
+        table, pictures: what `benchmark` gives.
         blind: a picture that is shown in place of all of them.
         settings: further ones of `evaluate`.
 
@@ -270,7 +265,7 @@ def mean_of_benchmarks(said: pd.DataFrame, measure: str, seed: int = 0) -> stats
     """
     said = said.dropna(subset=measure)
     if said.empty:
-        return stats.mean_interval([float("nan")], missing="drop")
+        return stats.NOTHING
     found = stats.mean_interval(
         said[measure], clusters=said.picture, strata=said.benchmark, method="percentile", seed=seed
     )
@@ -350,7 +345,7 @@ def mean_of_seeds(said: pd.DataFrame, seeds: Sequence[Any], measure: str) -> tup
     """
     said = said.dropna(subset=list(seeds))
     if said.empty:
-        return stats.mean_interval([float("nan")], missing="drop"), float("nan")
+        return stats.NOTHING, float("nan")
     found, df = stats.seeds_interval(said[list(seeds)], clusters=said.picture, strata=said.benchmark)
     return _widened(found, said, measure, said[list(seeds)].mean(axis=1)), df
 

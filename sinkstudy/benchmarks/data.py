@@ -97,10 +97,6 @@ def _math_vista(raw: pd.DataFrame) -> pd.DataFrame:
                       skills=[m["skills"] for m in raw.metadata])
 
 
-def _own(raw: pd.DataFrame) -> pd.DataFrame:
-    return raw
-
-
 # The commits are those that public code pins, two or more projects each (seen in November 2026, when no download could
 # be tried here). The Hub leads lmms-lab/… on to lmms-lab-encoder/…, with the same commits.
 SOURCES = {
@@ -140,7 +136,7 @@ SOURCES = {
         extra=("choices", "precision", "question_type", "answer_type", "query", "skills")),
     OWN: Source(
         repo=None, revision=None, splits={"all": "**/*.parquet"},
-        row=rows.Own, tidy=_own, extra=("choices", "hint", "answers"), table=plain.own_table),
+        row=rows.Own, tidy=lambda raw: raw, extra=("choices", "hint", "answers"), table=plain.own_table),
 }
 
 

@@ -76,8 +76,7 @@ def predictions(table: pd.DataFrame, benchmark: str) -> pd.DataFrame:
         options = [list(found.groups()[1:]) if found else list(rules.LETTERS) for found in parts]
     widest = letters(max(map(len, options)))
     columns = {letter: [of[i] if i < len(of) else "" for of in options] for i, letter in enumerate(widest)}
-    more = {"l2_category": table.l2_category} if "l2_category" in table else {}
-    more |= {"hint": table.hint} if "hint" in table else {}
+    more = {column: table[column] for column in ("l2_category", "hint") if column in table}
     return pd.DataFrame({"index": table.id, "question": question, **columns, "answer": answer,
                          "category": table.category, **more, "image_path": table.image_id,
                          "prediction": table.prediction})

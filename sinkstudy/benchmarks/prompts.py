@@ -67,7 +67,6 @@ def prompts(table: pd.DataFrame, benchmark: str, family: str = "llava") -> list[
 
     Args:
         table: a benchmark's table (`load`, or the lab's).
-        benchmark: its name.
         family: a key of `TEMPLATES[benchmark]`; `FAMILIES` gives it for a `model_type`.
 
     Raises:

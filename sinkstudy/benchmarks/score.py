@@ -25,7 +25,6 @@ def answered(table: pd.DataFrame, benchmark: str, rule: str = "official") -> pd.
 
     Args:
         table: POPE, MME or MMStar with `prediction`.
-        benchmark: its name.
         rule: a key of `rules.RULES[benchmark]`.
 
     Raises:
@@ -82,16 +81,12 @@ def right(table: pd.DataFrame, benchmark: str, rule: str = "official") -> pd.Ser
 
 
 def observed(table: pd.DataFrame, benchmark: str, rule: str = "official") -> pd.DataFrame:
-    """What a benchmark reports, as observations; a number of a part is the sum of `value` over the sum of `of`.
+    """What a benchmark with `prediction` reports; a number of a part is the sum of `value` over the sum of `of`.
 
     POPE (Li et al. 2023) has, in %, `accuracy`, `precision`, `recall` and `F1`, with "yes" as the positive class, and
     `yes`, how often that is the *answer*. MME (Fu et al. 2023) has by picture `accuracy`, `acc+` (both questions right)
     and `score`, their sum, which is 0–200 in a category; a group's is the sum over its categories, so each counts alike
     there, and pictures are to be drawn within each. Every other benchmark has `accuracy`.
-
-    Args:
-        table: the benchmark's, with `prediction`.
-        rule: as in `right`.
 
     Returns:
         A row a question (of MME a picture) and measure, for each part: `level` ("head" for what papers report,
@@ -218,10 +213,10 @@ def math_vista(row: dict) -> str | None:
     if row["question_type"] == "multi_choice":
         if text in row["choices"]:
             return text
-        options = {chr(ord("A") + i): choice for i, choice in enumerate(row["choices"])}
-        letters = re.findall(r"\(([A-Z])\)", text) or re.findall(r"(?<!\w)([A-Z])(?!\w)", text)
-        letters = {letter for letter in letters if letter in options}
-        return options[letters.pop()] if len(letters) == 1 else None
+        options = dict(zip(letters(26), row["choices"], strict=False))
+        found = re.findall(r"\(([A-Z])\)", text) or re.findall(r"(?<!\w)([A-Z])(?!\w)", text)
+        said = options.keys() & found
+        return options[said.pop()] if len(said) == 1 else None
     if row["answer_type"] == "list":
         lists = re.findall(r"\[[^\[\]]*\]", text)
         return lists[-1] if lists else None

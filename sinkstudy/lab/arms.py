@@ -18,6 +18,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -139,28 +140,16 @@ class Workshop:
         return decoder.model.state_dict()
 
     def method(self, arm: str, seed: int) -> OneConnector:
-        """An arm before its training: the tower as it was, the decoder knowing text alone, connectors new.
-
-        Raises:
-            ValueError: an unknown arm.
-        """
+        """An arm before its training: the tower as it was, the decoder knowing text alone, connectors new."""
         self.lvlm.model.set_submodule(self.lvlm.spec.connector, copy.deepcopy(self.connector))
         self.lvlm.decoder.load_state_dict(self.decoder)
-        match arm:
-            case "one":
-                method = OneConnector(self.lvlm, seed=seed)
-            case "matched":
-                method = OneConnector(self.lvlm, width=matched_width(self.connector), seed=seed)
-            case "normed":
-                method = OneConnector(self.lvlm, normed=True, seed=seed)
-            case "two" | "kept":
-                method = DIYSink(self.lvlm, front=arm == "two", seed=seed, **self.rule)
-            case "random":
-                method = DIYSink(self.lvlm, split="random", seed=seed, **self.rule)
-            case "sinks" | "others":
-                method = DIYSink(self.lvlm, show=arm, seed=seed, **self.rule)
-            case _:
-                raise ValueError(f"unknown arm {arm!r}: {', '.join(CONNECTOR_ARMS)}")
+        one: dict[str, dict[str, Any]] = {
+            "one": {}, "matched": {"width": matched_width(self.connector)}, "normed": {"normed": True}}
+        two: dict[str, dict[str, Any]] = {
+            "two": {}, "kept": {"front": False}, "random": {"split": "random"}, "sinks": {"show": "sinks"},
+            "others": {"show": "others"}}
+        method = (OneConnector(self.lvlm, seed=seed, **one[arm]) if arm in one
+                  else DIYSink(self.lvlm, seed=seed, **two[arm], **self.rule))
         torch.manual_seed(seed)
         for connector in connectors(method):
             language.start_connector(self.lvlm.model, connector, self.patches)
@@ -178,35 +167,28 @@ class Workshop:
         return log.assign(stage=name.rsplit(".", 1)[1])
 
     def train(self, arm: str, seed: int) -> None:
-        """Both stages of an arm, and its weights to `data/methods`; a finished one is not repeated."""
+        """Both stages of an arm, and its weights to `data/methods`."""
         folder = TRAINED / self.lvlm.name / f"{arm}-{seed}"
-        if folder.exists():
-            print(f"{folder.name}: finished earlier", flush=True)
-            return
-        started = time.monotonic()
         method, logs = self.method(arm, seed), []
         name = f"{self.lvlm.name}.{arm}-{seed}"
         align, tune = (replace(settings, seed=seed) for settings in (ALIGN, TUNE))
-        of: dict[Show, nn.Module] = {"both": self.lvlm.connector}
+        parts: dict[Show, nn.Module] = {"both": self.lvlm.connector}
         if isinstance(method, DIYSink):
-            of = {"sinks": method.sink, "others": self.lvlm.connector}
-            shown = method.settings["show"]
-            of = of if shown == "both" else {shown: of[shown]}
+            parts = {"sinks": method.sink, "others": self.lvlm.connector}
+        shown = method.show
+        of = {show: connector for show, connector in parts.items() if shown in (show, "both")}
         for show, connector in of.items():
-            if isinstance(method, DIYSink):
-                method.show = show
+            method.show = show
             logs.append(self.fit(method, f"{name}.align-{show}", "caption", align, [connector, method.norm]))
-        if isinstance(method, DIYSink):
-            method.show = method.settings["show"]
+        method.show = shown
         logs.append(self.fit(method, f"{name}.tune", "questions", tune,
                              [*of.values(), method.norm, self.lvlm.decoder]))
         method.save(folder, eight_bits=True, steps={"align, each connector": align.steps, "tune": tune.steps})
         with atomic(folder / "training.csv") as file:
             pd.concat(logs).to_csv(file, index=False, float_format="%.5g")
-        print(f"{folder.name}: trained in {time.monotonic() - started:.0f} s", flush=True)
 
 
-def follow_alignment(base: str, seed: int = 0) -> None:
+def follow_alignment(base: str) -> None:
     """The alignment stage of arm "one" once more, its connector kept at the steps `FOLLOWED`; see `trained.alignment`.
 
     Kept in eight bits: `data/alignment/<base>/weights.safetensors`, `training.csv` and `stage.json` beside it, and the
@@ -218,7 +200,7 @@ def follow_alignment(base: str, seed: int = 0) -> None:
         print(f"{base}: finished earlier", flush=True)
         return
     started, shop = time.monotonic(), Workshop(base)
-    method, name = shop.method("one", seed), f"{base}.one-{seed}.alignment"
+    method, name = shop.method("one", 0), f"{base}.one-0.alignment"
 
     def at(step: int) -> Path:
         return LAB_CACHE / name / f"step-{step}.safetensors"
@@ -228,10 +210,9 @@ def follow_alignment(base: str, seed: int = 0) -> None:
             with atomic(at(step)) as file:  # so that a resumed training has those before its checkpoint
                 save_file(shop.lvlm.connector.state_dict(), file)
 
-    settings = replace(ALIGN, seed=seed)
-    log = shop.fit(method, name, "caption", settings, [shop.lvlm.connector], watch)
+    log = shop.fit(method, name, "caption", ALIGN, [shop.lvlm.connector], watch)
     alignment.write(folder, {step: load_file(at(step)) for step in FOLLOWED}, shop.decoder, log, base=base, arm="one",
-                    trained="connector", target="caption", settings=asdict(settings), end_loss=log.loss.iloc[-1])
+                    trained="connector", target="caption", settings=asdict(ALIGN), end_loss=log.loss.iloc[-1])
     print(f"{base}: end loss {log.loss.iloc[-1]:.3f}, {time.monotonic() - started:.0f} s", flush=True)
 
 
@@ -257,25 +238,15 @@ def rival_samples(pictures, n: int, seed: int) -> pd.DataFrame:
 
 
 def train_rival(base: str, arm: str, seed: int, pictures) -> None:
-    """Soft routing ("rew"), "gates", or "adapters" with as many parameters; a finished one is not repeated.
-
-    Raises:
-        ValueError: an unknown arm.
-    """
+    """Soft routing ("rew"), "gates", or "adapters" with as many parameters, to `data/methods`."""
     folder, settings = TRAINED / base / f"{arm}-{seed}", replace(ROUTER if arm == "rew" else RIVALS, seed=seed)
-    if folder.exists():
-        print(f"{folder.name}: finished earlier", flush=True)
-        return
-    started, lvlm = time.monotonic(), loading.load(base)
-    match arm:
-        case "rew":
-            method = ReW(lvlm, diysink=TRAINED / base / f"two-{seed}", seed=seed)
-        case "gates":
-            method = Gates(lvlm, normalised=True, seed=seed)
-        case "adapters":
-            method = LoRA(lvlm, parameters=n_parameters(Gates(loading.load(base))), seed=seed)
-        case _:
-            raise ValueError(f"unknown arm {arm!r}: rew, gates or adapters")
+    lvlm = loading.load(base)
+    if arm == "rew":
+        method = ReW(lvlm, diysink=TRAINED / base / f"two-{seed}", seed=seed)
+    elif arm == "gates":
+        method = Gates(lvlm, normalised=True, seed=seed)
+    else:
+        method = LoRA(lvlm, parameters=n_parameters(Gates(loading.load(base))), seed=seed)
     method.requires_grad_(False)
     for parameter in method.changed().values():
         parameter.requires_grad_(True)
@@ -283,11 +254,10 @@ def train_rival(base: str, arm: str, seed: int, pictures) -> None:
     if arm == "rew":
         samples = balanced(samples, 120, seed)
     log = loop.fit(method, samples["sample"].tolist(), LAB_CACHE / f"{base}.{folder.name}", settings, Collate(lvlm),
-                     about={"method": method.kind, **method.settings})
+                   about={"method": method.kind, **method.settings})
     method.save(folder, steps=settings.steps, parameters=n_parameters(method))
     with atomic(folder / "training.csv") as file:
         log.to_csv(file, index=False, float_format="%.5g")
-    print(f"{folder.name}: trained in {time.monotonic() - started:.0f} s", flush=True)
 
 
 def main(bases: Sequence[str], arms: Sequence[str] = ALL_ARMS, seeds: Sequence[int] = SEEDS) -> None:
@@ -295,9 +265,13 @@ def main(bases: Sequence[str], arms: Sequence[str] = ALL_ARMS, seeds: Sequence[i
     training.threads()
     for base in bases:
         shop = Workshop(base)
-        for seed in seeds:
-            for arm in arms:
-                if arm in RIVAL_ARMS:
-                    train_rival(base, arm, seed, shop.pictures)
-                else:
-                    shop.train(arm, seed)
+        for seed, arm in product(seeds, arms):
+            if (TRAINED / base / f"{arm}-{seed}" / "training.csv").exists():  # what is written last
+                print(f"{arm}-{seed}: finished earlier", flush=True)
+                continue
+            started = time.monotonic()
+            if arm in RIVAL_ARMS:
+                train_rival(base, arm, seed, shop.pictures)
+            else:
+                shop.train(arm, seed)
+            print(f"{arm}-{seed}: trained in {time.monotonic() - started:.0f} s", flush=True)

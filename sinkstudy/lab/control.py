@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -109,10 +110,8 @@ def tower_readings(tower: PreTrainedModel, scenes: Scenes, *, seed: int = 0, hid
             layer.keep_weights, layer.weights = False, None
         if hide_sinks:
             tower.sinks = own
-    labels = {}
-    for i, name in enumerate(LOCAL):
-        at = places[name]
-        labels[name] = words[torch.arange(len(at)), at.clamp_min(0), i].where(at >= 0, -1)
+    labels = {name: words[torch.arange(len(words)), places[name].clamp_min(0), i].where(places[name] >= 0, -1)
+              for i, name in enumerate(LOCAL)}
     return Readings({k: torch.cat(v) for k, v in found.items()}, labels, torch.cat(norms), torch.cat(attention))
 
 
@@ -143,23 +142,19 @@ def probe(fit: torch.Tensor, fit_labels: torch.Tensor, judge: torch.Tensor, judg
 
 def margins(fit: Readings, judge: Readings, tokens: list[str], facts: tuple[dict, dict], *, shuffled: bool = False,
             ) -> pd.DataFrame:
-    """Margins of each fact of the gist from each kind of token; facts: those of the two sets of scenes."""
+    """Margins of each fact from each kind of token; facts: the labels of the two sets of scenes, by fact."""
     rows = []
-    for token in tokens:
-        for fact in facts[0]:
-            margin, variance = probe(fit.vectors[token], facts[0][fact], judge.vectors[token], facts[1][fact],
-                                     shuffled=shuffled)
-            rows.append({"token": token, "fact": fact, "margin": margin, "variance": variance})
+    for token, fact in product(tokens, facts[0]):
+        margin, variance = probe(fit.vectors[token], facts[0][fact], judge.vectors[token], facts[1][fact],
+                                 shuffled=shuffled)
+        rows.append({"token": token, "fact": fact, "margin": margin, "variance": variance})
     return pd.DataFrame(rows)
 
 
 def local_margins(fit: Readings, judge: Readings) -> pd.DataFrame:
     """Margins of each of `LOCAL` from the patches that show it."""
-    rows = []
-    for fact in LOCAL:
-        margin, variance = probe(fit.vectors[fact], fit.labels[fact], judge.vectors[fact], judge.labels[fact])
-        rows.append({"token": "patch", "fact": fact, "margin": margin, "variance": variance})
-    return pd.DataFrame(rows)
+    parts = [margins(fit, judge, [fact], ({fact: fit.labels[fact]}, {fact: judge.labels[fact]})) for fact in LOCAL]
+    return pd.concat(parts).assign(token="patch")
 
 
 def overall(table: pd.DataFrame) -> float:

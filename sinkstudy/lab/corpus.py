@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -88,8 +89,6 @@ class Corpus:
     a question (`questions.routing`). `gist` is of the dense scenes alone.
     """
 
-    grams: torch.Tensor  # what `ngrams` gives, for those who train a tower
-
     def __init__(self, n: int, seed: int = 0, simple: int = 0):
         self.codec, self.routing = Codec(), simple > 0
         scenes = render("train", 0, n, pictures=False)
@@ -129,6 +128,8 @@ class Corpus:
                     all_ids += [*question, *said, *[0] * rest]
                     all_labels += [*[-100] * len(question), *said, *[-100] * rest]
         return torch.tensor(all_ids).view(len(rows), -1), torch.tensor(all_labels).view(len(rows), -1)
+
+    grams = cached_property(lambda self: self.ngrams())
 
     def ngrams(self, least: int = 40) -> torch.Tensor:
         """Which frequent words and adjacent pairs each caption holds: bool [n, k]."""

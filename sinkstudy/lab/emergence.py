@@ -38,15 +38,13 @@ class Follower:
             attention.keep_weights = True
         hidden, received = [], []
         for pixels in self.pixels.to(tower.device).split(48):
-            for i, h in enumerate(states(tower, pixels, cls=self.kind != "no-cls")[1:]):
-                hidden.append((i, h[:, -PATCHES:].cpu()))
-            for i, attention in enumerate(attentions(tower)):
-                received.append((i, attention.weights.float().mean(2).cpu()))  # [n, heads, keys]
+            hidden.append([h[:, -PATCHES:].cpu() for h in states(tower, pixels, cls=self.kind != "no-cls")[1:]])
+            received.append([of.weights.float().mean(2).cpu() for of in attentions(tower)])  # [n, heads, keys] each
         for attention in attentions(tower):
             attention.keep_weights, attention.weights = False, None
         for i in range(LAYERS):
-            norms = torch.cat([h for j, h in hidden if j == i]).float().norm(dim=-1)
-            alpha = torch.cat([a for j, a in received if j == i])
+            norms = torch.cat([of[i] for of in hidden]).float().norm(dim=-1)
+            alpha = torch.cat([of[i] for of in received])
             self.rows.append({"step": step, "layer": i + 1} | self._describe(norms, alpha))
 
     def _describe(self, norms: torch.Tensor, alpha: torch.Tensor) -> dict[str, float]:

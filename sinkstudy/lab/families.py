@@ -80,11 +80,9 @@ class Llava:
             do_resize=False, do_center_crop=False, image_mean=tower_module.MEAN, image_std=tower_module.SD,
             size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
         return LlavaProcessor(images, tokenizer(self.special), patch_size=PATCH, num_additional_image_tokens=1,
-                              vision_feature_select_strategy="default", chat_template=self.chat)
+                              vision_feature_select_strategy="default", chat_template=self.chat())
 
-    @property
     def chat(self) -> str:
-        """The chat template."""
         return CHAT.replace("PICTURE", self.picture)
 
 
@@ -139,7 +137,7 @@ class Qwen2VL(Llava):
             do_resize=False, image_mean=tower_module.MEAN, image_std=tower_module.SD, patch_size=PATCH,
             merge_size=tower_module.MERGE, temporal_patch_size=tower_module.FRAMES,
             size={"shortest_edge": SIDE**2, "longest_edge": SIDE**2})
-        return without_video("Qwen2VLProcessor")(images, tokenizer(self.special), chat_template=self.chat)
+        return without_video("Qwen2VLProcessor")(images, tokenizer(self.special), chat_template=self.chat())
 
 
 LLAVA, QWEN2VL = Llava(), Qwen2VL()

@@ -53,8 +53,7 @@ def lengthened(lvlm: LVLM, inputs: BatchFeature, masks: Sequence[torch.Tensor], 
         tokens = tokens.clone()
         for layout, mask in zip(layouts, masks, strict=True):
             places = layout.connector.to(tokens.device)
-            own = tokens[places]  # [patches, width]
-            tokens[places[mask]] = resized(own[None], mask[None].to(own.device), times)[0][mask]
+            tokens[places] = resized(tokens[places][None], mask[None].to(tokens.device), times)[0]
         return tokens
 
     with lvlm.editing(before=put):
@@ -137,8 +136,7 @@ def cell(lvlm: LVLM, norm: str | None, scenes: Scenes, *, seed: int = 0, batch_s
     rows = []
     for about, of in right.groupby("about", sort=False):
         lost = stats.mean_interval((of.calm - of.random).to_numpy(), clusters=of.image_id.to_numpy(), seed=seed)
-        drawn = attention_on_calm(lvlm, table[table.about == about], pictures, calm, norm, seed=seed,
-                                  batch_size=batch_size)
+        drawn = attention_on_calm(lvlm, table[table.about == about], pictures, calm, norm, batch_size)
         rows.append({"about": about, "questions": len(of), "right": of["as it is"].mean(), "lost": lost.value,
                      "low": lost.low, "high": lost.high, "attention": drawn.value, "attention_low": drawn.low,
                      "attention_high": drawn.high})
@@ -146,7 +144,7 @@ def cell(lvlm: LVLM, norm: str | None, scenes: Scenes, *, seed: int = 0, batch_s
 
 
 def attention_on_calm(lvlm: LVLM, table: pd.DataFrame, pictures: Mapping[str, torch.Tensor], calm: ablation.Masks,
-                      norm: str | None, *, seed: int, batch_size: int) -> stats.Interval:
+                      norm: str | None, batch_size: int) -> stats.Interval:
     """Attention of the answer's tokens on a calm patch over that on another, mean over heads and layers."""
     table = table[table.image_id.astype(int) < TRACED].drop_duplicates("image_id")
     numerator, denominator = [], []

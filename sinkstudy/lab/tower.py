@@ -67,13 +67,11 @@ def build(kind: str, seed: int = 0) -> PreTrainedModel:
         for layer in tower.encoder.layers:
             layer.self_attn.q_proj.weight *= 3
             layer.self_attn.k_proj.weight *= 3
-    if kind == "registers":
-        plain = tower.state_dict()
-        tower = CLIPVisionModelWithRegisters(CLIPVisionWithRegistersConfig(**shape))
-        tower.load_state_dict(plain, strict=False)
-    if kind == "gist":
-        plain = tower.state_dict()
-        tower = CLIPVisionModelWithSinks(CLIPVisionWithSinksConfig(**shape))
+    special = {"registers": (CLIPVisionModelWithRegisters, CLIPVisionWithRegistersConfig),
+               "gist": (CLIPVisionModelWithSinks, CLIPVisionWithSinksConfig)}
+    if kind in special:
+        model, config = special[kind]
+        plain, tower = tower.state_dict(), model(config(**shape))
         tower.load_state_dict(plain, strict=False)
     tower.set_attn_implementation("lab_matmul")
     return tower
@@ -230,10 +228,9 @@ class CaptionDecoder(nn.Module):
 class Objective(nn.Module):
     """The caption losses of one tower (and, where sinks are asked for, the planting terms)."""
 
-    def __init__(self, kind: str, words: int, length: int, ngrams: int, *, caption_weight: float = 1.0,
-                 seed: int = 1):
+    def __init__(self, kind: str, words: int, length: int, ngrams: int, *, caption_weight: float = 1.0):
         super().__init__()
-        torch.manual_seed(seed)
+        torch.manual_seed(1)
         self.kind, self.caption_weight = kind, caption_weight
         self.image_head = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, ngrams))
         self.ground_head = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, sum(GROUNDED)))

@@ -49,9 +49,7 @@ EMERGENCE_ARMS: dict[str, dict[str, Any]] = {
 
 @lru_cache(1)
 def corpus() -> Corpus:
-    made = Corpus(TRAIN_SCENES)
-    made.grams = made.ngrams()
-    return made
+    return Corpus(TRAIN_SCENES)
 
 
 @lru_cache(1)
@@ -122,8 +120,6 @@ def tune(name: str, model, target: str, *, batch: int, seed: int, frozen: tuple[
 
 def train_model(name: str):
     """One lab model, all stages; returns it with its loss curves."""
-    if name not in TOWER_OF:
-        raise ValueError(f"unknown lab model {name!r}: choose from {', '.join(TOWER_OF)}")
     if TOWER_OF[name] == "gist":
         tower = CLIPVisionModelWithSinks.from_pretrained(TOWERS / "gist", dtype=torch.float32).to(training.device())
         tower.set_attn_implementation("lab_matmul")
@@ -142,14 +138,12 @@ def train_model(name: str):
     return model, pd.concat(logs)
 
 
-def train_gist() -> Path:
+def train_gist() -> None:
     """The tower with sinks by construction; writes it with its loss curve to `data/towers/gist`."""
     tower, log = train_tower("gist.tower", "gist", **GIST)
-    folder = TOWERS / "gist"
-    with atomic(folder) as temporary:
+    with atomic(TOWERS / "gist") as temporary:
         tower.to(torch.bfloat16).save_pretrained(temporary)
         log.to_csv(temporary / "training.csv", index=False, float_format="%.5g")
-    return folder
 
 
 def train_arms() -> None:

@@ -156,24 +156,17 @@ def _orthogonal(gradient: torch.Tensor, coefficients: tuple[float, float, float]
     return x.T if gradient.shape[0] > gradient.shape[1] else x
 
 
-def order(seed: int, epoch: int, n: int) -> torch.Tensor:
-    """The order of n samples in an epoch."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(1000 * seed + epoch))
-
-
 def batch_rows(seed: int, step: int, batch: int, n: int) -> torch.Tensor:
     """The rows of step `step`: without replacement within each pass over the n samples."""
-    per_epoch = n // batch
-    epoch, place = divmod(step, per_epoch)
-    return order(seed, epoch, n)[place * batch:(place + 1) * batch]
+    epoch, place = divmod(step, n // batch)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(1000 * seed + epoch))
+    return order[place * batch:(place + 1) * batch]
 
 
-def threads() -> int:
+def threads() -> None:
     """Sets torch to the cores this process may use (OMP_NUM_THREADS, if it is set)."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    n = int(os.environ.get("OMP_NUM_THREADS", available))
-    torch.set_num_threads(n)
-    return n
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", available)))
 
 
 def compiled(function: Callable) -> Callable:

@@ -144,13 +144,9 @@ def trained(models: Mapping[str, Arms]) -> pd.DataFrame:
 
 
 def against_one(ended: pd.DataFrame) -> dict[str, dict[str, float]]:
-    """Loss at the end of each arm of `CONNECTORS`, mean of its seeds, over that of the single connector.
+    """Loss at the end (rows of `trained`) of each arm of `CONNECTORS`, mean of its seeds, over that of "one".
 
-    Args:
-        ended: as `trained` returns it.
-
-    Returns:
-        By model and arm; nothing of a model without a single connector. Arms that see other questions have no ratio.
+    By model and arm; nothing of a model without a single connector. Arms that see other questions have no ratio.
     """
     mean = ended.groupby(["model", "arm"], sort=False).loss.mean()
     found: dict[str, dict[str, float]] = {model: {} for model in ended.model.unique()}
@@ -163,8 +159,7 @@ def against_one(ended: pd.DataFrame) -> dict[str, dict[str, float]]:
 def under_trained(ended: pd.DataFrame) -> dict[str, set[str]]:
     """The arms of each model on which no verdict rests: short ones, and those above `SLACK` (`against_one`).
 
-    Args:
-        ended: as `trained` returns it. An arm whose loss has nothing to be compared with is taken as trained.
+    An arm whose loss has nothing to be compared with is taken as trained.
     """
     above = {model: {arm for arm, ratio in of.items() if ratio > SLACK} for model, of in against_one(ended).items()}
     short = ended[ended.short.astype(bool)]
@@ -172,11 +167,7 @@ def under_trained(ended: pd.DataFrame) -> dict[str, set[str]]:
 
 
 def unfair(comparison: Comparison, weak: Collection[str]) -> bool:
-    """Is one of the two arms under-trained? Routers, the soft one too, answer with the pair of connectors.
-
-    Args:
-        weak: the arms of one model that are.
-    """
+    """Is one of the two arms among the `weak` ones? Routers, the soft one too, answer with the pair of connectors."""
     return any(("two" if arm in ON_TWO else arm) in weak for arm in (comparison.first, comparison.second))
 
 
@@ -207,11 +198,9 @@ def of_each(
     seeds: int | None = None,
     **where: Any,
 ) -> pd.DataFrame:
-    """What `measure` says of every trained method of an arm, with its `model` and `seed`.
+    """What `measure` says of every trained method (see `methods`) of an arm, with its `model` and `seed`.
 
-    Args:
-        columns: those of `measure`; they are there even where no method is.
-        seeds, where: as in `methods`.
+    The columns are there even where no method is.
     """
     found = [measure(method).assign(model=model, seed=seed) for model, arms in models.items()
              for seed, method in enumerate(methods(arms, arm, seeds, **where))]
@@ -236,11 +225,9 @@ class Exam:
     def answers(
         self, lvlm: LVLM, interventions: Sequence[Intervention], among: Sequence[str] = (), **more: Any
     ) -> pd.DataFrame:
-        """A row an answer, with the columns of this module but `model`, `arm` and `seed`.
+        """A row an answer, with the columns of this module but `model`, `arm` and `seed`; without `among`, to all.
 
-        Args:
-            among: the benchmarks; none for all.
-            more: of `study.answers`.
+        `more` is for `study.answers`.
         """
         parts = [
             study.answers(lvlm, name, self.tables[name], self.pictures[name], interventions, public=self.public,
@@ -289,13 +276,12 @@ class Exam:
                                        "sinks": given[:, 0], "others": given[:, 1]}))
         return pd.concat(parts, ignore_index=True)
 
-    def gate_factors(self, gates: Any, benchmark: str, most: int = 96) -> pd.DataFrame:
-        """Factor of the keys of sinks in each gated layer, 1 for untouched: a row a question and layer.
+    def gate_factors(self, gates: Any, benchmark: str) -> pd.DataFrame:
+        """Factor of the keys of sinks in each gated layer, 1 for untouched: a row for each of 96 questions and layer.
 
-        Returns:
-            `layer` (from 1), `type` ("all" where it is not known) and `sinks`, of the first `most` questions.
+        Columns are `layer` (from 1), `type` ("all" where it is not known) and `sinks`.
         """
-        table = self.tables[benchmark].head(most)
+        table = self.tables[benchmark].head(96)
         texts, rows = self.prompts(gates.lvlm, benchmark)[: len(table)], []
         for start in range(0, len(table), self.batch_size):
             part, asked = table.iloc[start : start + self.batch_size], texts[start : start + self.batch_size]
@@ -389,9 +375,7 @@ def hard_routes(pair: pd.DataFrame, asked: pd.DataFrame | None = None, seed: int
 def hard_routers(said: pd.DataFrame, asked: Mapping[tuple[str, int], pd.DataFrame], seed: int = 0) -> pd.DataFrame:
     """What every hard router answers with each pair of connectors: rows like those of `said`, with the router as `arm`.
 
-    Args:
-        asked: by model and seed, what `Exam.asked_itself` gave.
-        seed: of the random router, with the number of the pair.
+    `asked` is what `judgements` gave; the random router's seed is `seed` and the number of the pair.
     """
     pairs = said[said.arm.isin(["two both", "two sinks", "two others"])]
     found = []
@@ -400,7 +384,7 @@ def hard_routers(said: pd.DataFrame, asked: Mapping[tuple[str, int], pd.DataFram
             for benchmark, of in pair.groupby("benchmark", sort=False):
                 if benchmark in route.index.get_level_values(0):
                     found.append(routers.routed(of, route.loc[benchmark]).assign(arm=router))
-    return pd.concat(found, ignore_index=True).drop(columns="route") if found else said.head(0)
+    return pd.concat(found, ignore_index=True) if found else said.head(0)
 
 
 def agreements(said: pd.DataFrame, asked: Mapping[tuple[str, int], pd.DataFrame]) -> pd.DataFrame:
@@ -449,9 +433,7 @@ def with_reported(
 ) -> pd.DataFrame:
     """`said`, and answers to the other benchmarks of an exam, of the arms that the paper's tables have.
 
-    Args:
-        said, models, bases, where: as `answers_of_arms` returns and takes them.
-        seed: of the routers.
+    Arguments are as `answers_of_arms` returns and takes them; `seed` is of the routers.
     """
     rest = replace(exam, tables={name: of for name, of in exam.tables.items() if name not in set(said.benchmark)})
     if not rest.tables or not models:
@@ -491,10 +473,6 @@ def subsets(rows: pd.DataFrame, names: Sequence[str]) -> dict[str, pd.DataFrame]
 
 def accuracy(said: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """Mean of every arm in every benchmark, and over benchmarks ("mean"), which count alike.
-
-    Args:
-        said: a row an answer.
-        seed: of the bootstrap.
 
     Returns:
         `model`, `arm`, `benchmark`, `measure`, `value` (%, or nats), `low`, `high`, `n` (pictures), `df`. Intervals are
@@ -543,7 +521,7 @@ def comparisons(said: pd.DataFrame, weak: Mapping[str, Collection[str]]) -> tupl
         for part, measure in product(["mean", *names, *QUESTION_TYPES], MEASURES):
             change = apart[measure]
             there = subsets(change.reset_index(), names)[part] if len(change) else change
-            found, df = study.mean_of_seeds(there, list(change), measure) if len(there) else (stats.NOTHING, np.nan)
+            found, df = study.mean_of_seeds(there, list(change), measure)
             if np.isfinite(found.value):
                 what = _named(model, comparison) | {"benchmark": part, "measure": measure}
                 rows.append({**what, **found._asdict(), "df": df, "verdict": verdict(found, no_verdict)})
@@ -555,11 +533,7 @@ def comparisons(said: pd.DataFrame, weak: Mapping[str, Collection[str]]) -> tupl
 
 def reported_comparisons(said: pd.DataFrame, weak: Mapping[str, Collection[str]], among: Sequence[Comparison]
                 ) -> pd.DataFrame:
-    """Arms against each other in the columns of the paper's tables.
-
-    Args:
-        said: a row an answer, with those of the routers and `category`.
-        weak: as in `comparisons`.
+    """Arms against each other in the columns of the paper's tables; arguments as in `comparisons`, with `category`.
 
     Returns:
         `model`, `key`, `method`, `column` of `study.REPORTED`, `before`, the mean of the second arm, `score`, of the

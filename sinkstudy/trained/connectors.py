@@ -41,6 +41,7 @@ class OneConnector(Method):
     """
 
     kind = "one-connector"
+    show: Show = "both"  # of two connectors one may be shown alone, see `DIYSink`
 
     def __init__(
         self, lvlm: LVLM, *, width: int | None = None, normed: bool = False, seed: int = 0, decoder: bool = True
@@ -58,10 +59,7 @@ class OneConnector(Method):
 
     @contextmanager
     def around(self, inputs: Prefixes) -> Iterator[None]:
-        with ExitStack() as hooks:
-            if self.settings.get("normed"):
-                connector = self.lvlm.connector
-                hooks.enter_context(connector.register_forward_hook(lambda module, args, tokens: self.norm(tokens)))
+        with self.lvlm.connector.register_forward_hook(lambda module, args, tokens: self.norm(tokens)):
             yield
 
     def changed(self) -> dict[str, nn.Parameter]:
@@ -115,7 +113,7 @@ class DIYSink(OneConnector):
         self.rule = rule
         self.sink = copy.deepcopy(lvlm.connector)
         renew(lvlm, self.sink)
-        self.show: Show = show
+        self.show = show
 
     def chosen(self, norms: torch.Tensor, layout: ImageLayout) -> torch.Tensor:
         """The patches that the sinks' connector reads: norms, float [patches] -> bool [patches]."""
@@ -228,17 +226,12 @@ def linear_pair(connector: nn.Module) -> tuple[nn.Module, str, str]:
 def matched_width(connector: nn.Module) -> int:
     """Neurons between the linear layers that give one connector as many parameters as two such have.
 
-    n = in · width + width + width · out + out; doubled and solved for the width, rounded down.
+    A neuron has in + 1 + out parameters: as many more as have those of one connector, rounded down.
     """
     module, *names = linear_pair(connector)
     first, second = (getattr(module, name) for name in names)
-    doubled = 2 * sum(p.numel() for p in connector.parameters())
-    rest = sum(p.numel() for p in connector.parameters()) - sum(
-        p.numel() for linear in (first, second) for p in linear.parameters()
-    )
-    fixed = rest + (second.out_features if second.bias is not None else 0)
     each = first.in_features + second.out_features + (first.bias is not None)
-    return (doubled - fixed) // each
+    return first.out_features + sum(p.numel() for p in connector.parameters()) // each
 
 
 def set_width(connector: nn.Module, width: int) -> None:

@@ -88,11 +88,7 @@ class Gates(Method):
 
     @contextmanager
     def around(self, inputs: Prefixes, labels: torch.Tensor | None = None) -> Iterator[None]:
-        """A context in which the model reads `inputs`, and goes on from them, with the gates.
-
-        Args:
-            inputs: whole prompts, or with `labels` prompts and answers; padded on either side.
-            labels: [rows, tokens], ≥ 0 in answers.
+        """As `Method.around`, with whole prompts; or with `labels` [rows, tokens], ≥ 0 in answers, prompts and answers.
 
         Raises:
             ValueError: labels that begin before the image ends.
@@ -193,14 +189,10 @@ def n_parameters(method: Method) -> int:
 
 
 def ranks(lvlm: LVLM, parameters: int, targets: Sequence[str] = ("q_proj", "v_proj")) -> tuple[list[int], int]:
-    """The rank of adapters in each layer of a decoder for a wanted number of parameters.
+    """The rank of adapters in each layer of a decoder, all of its `targets`, for a wanted number of parameters.
 
     The same rank everywhere, or ranks that differ by one; where there are not enough for one in every layer, some
     layers have none. Layers with the higher rank stand evenly through the decoder.
-
-    Args:
-        parameters: the number wanted.
-        targets: linear layers of each attention that get the layer's rank.
 
     Returns:
         The rank in each layer, 0 for none; and how many parameters that makes.

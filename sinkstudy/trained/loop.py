@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -87,11 +88,7 @@ class Method(nn.Module):
     def save(self, folder: Path, *, eight_bits: bool = False, **more: Any) -> None:
         """Write the method to a folder, all at once; `more` plain values to remember, such as how it was trained.
 
-        Args:
-            eight_bits: whether matrices are kept as `rounded` gives them, in half the space; else all in bfloat16.
-
-        Raises:
-            FloatingPointError: a weight that is NaN or infinite; nothing is written.
+        `eight_bits`, and what is raised, are as in `write_weights`.
         """
         known = {"kind": self.kind, "base": self.lvlm.name, "revision": self.lvlm.revision, "settings": self.settings}
         with atomic(folder) as temporary:
@@ -134,9 +131,7 @@ class Method(nn.Module):
         found, own = kept(folder), self.changed()
         if found.keys() != own.keys() or any(found[k].shape != own[k].shape for k in own):
             raise ValueError(f"{folder} does not hold the weights of {self.kind} on {self.lvlm.name}")
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(found[name])
+        put(own, found)
 
 
 SCALE = ":scale"  # behind a matrix's name
@@ -160,6 +155,9 @@ def rounded(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def write_weights(weights: Mapping[str, torch.Tensor], folder: Path, *, eight_bits: bool = False) -> None:
     """Write `weights.safetensors` to a folder that is there, for `kept` to read.
+
+    Args:
+        eight_bits: whether matrices are kept as `rounded` gives them, in half the space; else all in bfloat16.
 
     Raises:
         FloatingPointError: a weight that is NaN or infinite; nothing is written.
@@ -324,7 +322,7 @@ def fit(
             numbers = range(step * accumulate * world + of.process_index, steps * accumulate * world, world)
             places = (range(number * size, (number + 1) * size) for number in numbers)
             batches = iter(DataLoader(draws, batch_sampler=places, num_workers=settings.workers,
-                                      collate_fn=_Collate(collate), generator=torch.Generator()))  # fmt: skip
+                                      collate_fn=partial(_collated, collate), generator=torch.Generator()))  # fmt: skip
         own = [send_to_device(next(batches), device) for _ in range(accumulate)]
         weights = [b["labels"].ne(-100).sum() if "labels" in b else torch.tensor(1, device=device) for b in own]
         total, loss = reduce(torch.stack(weights).sum(), "sum"), torch.zeros((), device=device)
@@ -405,32 +403,31 @@ def descend(
     found = _metadata(mark)
     begun = torch.load(part, map_location="cpu", weights_only=True) if part.exists() else None
     PartialState().wait_for_everyone()  # all have looked before one changes anything
-    said = []
-    if found == known:
-        _take(parameters, load_file(mark))
-        said.append("trained earlier with these settings, read")
-        begun = None
-    elif found is not None:
-        said.append(f"was trained with {_differences(found, known)}: is trained anew")
-    if begun is not None and (why := _why_anew(begun, known, used)):
-        said.append(f"was begun with {why}: is trained anew")
-        begun = None
-    elif begun is not None and begun["known"] != known:
-        said.append("the data changed, and no step so far has used what did: goes on")
-    if main:
-        for text in said:
+
+    def say(text: str) -> None:
+        if main:
             print(f"{folder}: {text}", file=sys.stderr)
+
     if found == known:
+        put(parameters, load_file(mark))
+        say("trained earlier with these settings, read")
         if main:
             part.unlink(missing_ok=True)
         return pd.read_csv(curve)
+    if found is not None:
+        say(f"was trained with {_differences(found, known)}: is trained anew")
+    if begun is not None and (why := _why_anew(begun, known, used)):
+        say(f"was begun with {why}: is trained anew")
+        begun = None
+    elif begun is not None and begun["known"] != known:
+        say("the data changed, and no step so far has used what did: goes on")
 
     dtypes = {name: p.dtype for name, p in parameters.items()}
     for p in parameters.values():
         p.data = p.data.float()
     steppers, first, rows = optimizers(list(parameters.items())), 0, []
     if begun is not None:
-        _take(parameters, begun["weights"])
+        put(parameters, begun["weights"])
         for optimizer, state in zip(steppers, begun["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         first, rows = begun["step"], begun["log"]
@@ -538,15 +535,12 @@ class _Draws(Dataset):
         return self.steps[:steps]
 
 
-class _Collate:
-    """A collate function for `_Draws`, as a class so that other processes can get it too."""
-
-    def __init__(self, collate: Callable[[list, list[int]], dict[str, Any]] | None) -> None:
-        self.collate = collate
-
-    def __call__(self, draws: list[tuple[Any, int]]) -> dict[str, Any]:
-        samples, places = map(list, zip(*draws, strict=True))
-        return default_collate(samples) if self.collate is None else self.collate(samples, places)
+def _collated(
+    collate: Callable[[list, list[int]], dict[str, Any]] | None, draws: list[tuple[Any, int]]
+) -> dict[str, Any]:
+    """A batch of `_Draws`; a function of the module, so that other processes can get it too."""
+    samples, places = map(list, zip(*draws, strict=True))
+    return default_collate(samples) if collate is None else collate(samples, places)
 
 
 def _weights(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
@@ -587,7 +581,8 @@ def _metadata(file: Path) -> dict[str, Any] | None:
         return json.loads(weights.metadata()["settings"])
 
 
-def _take(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, torch.Tensor]) -> None:
+def put(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, torch.Tensor]) -> None:
+    """Give parameters the weights of their names."""
     with torch.no_grad():
         for name, tensor in weights.items():
             parameters[name].copy_(tensor)

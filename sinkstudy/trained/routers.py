@@ -82,7 +82,6 @@ def cot(
     paper's second question follows the first one's answer is not known.
 
     Args:
-        lvlm: the model.
         table: as `evaluate` takes it.
         how: how the model reads the picture when it is asked; for DIYSink with both kinds of tokens.
         options: of `evaluate`, such as `images` and `batch_size`.
@@ -113,12 +112,7 @@ def _words_known(lvlm: LVLM, wording: Wording) -> None:
     tokenizer = lvlm.processor.tokenizer
     texts = [wording.image, wording.question.format(question=""), *wording.simple, *wording.complex]
     words = dict.fromkeys(word for text in (*texts, *wording.holistic, *wording.local) for word in text.split())
-    unknown = [
-        word
-        for word in words
-        if tokenizer.unk_token_id is not None
-        and tokenizer.unk_token_id in tokenizer.encode(word, add_special_tokens=False)
-    ]
+    unknown = [word for word in words if tokenizer.unk_token_id in tokenizer.encode(word, add_special_tokens=False)]
     if unknown:
         raise ValueError(f"{lvlm.name} does not know {', '.join(unknown[:3])}: it cannot be asked in this wording")
 
@@ -131,13 +125,9 @@ def decided(simple: pd.Series, holistic: pd.Series) -> pd.Series:
 
 # ------------------------------------------------------------------------------------------------- routers to compare
 def by_type(types: pd.Series) -> pd.Series:
-    """The oracle of one axis, which knows each question's type.
+    """The oracle of one axis, which knows each question's type: "global", "local" or "mixed", by its `id`.
 
-    Args:
-        types: "global", "local" or "mixed" by the `id` of the question.
-
-    Raises:
-        ValueError: another type.
+    Raises ValueError for another type.
     """
     if unknown := sorted(set(types) - set(OF_TYPE), key=str):
         raise ValueError(f"unknown type of question {unknown[0]!r}; known: {', '.join(OF_TYPE)}")
@@ -148,10 +138,7 @@ def by_both_axes(types: pd.Series, simple: pd.Series) -> pd.Series:
     """The oracle of the paper's rule, which knows each question's type and whether its picture is simple.
 
     Global questions about simple pictures get the sinks, local ones about complex pictures the others, all else both:
-    a mixed question is neither holistic nor local.
-
-    Args:
-        types: as `by_type`; simple: bool, with the same index.
+    a mixed question is neither holistic nor local. `simple`: bool, with the index of `types`.
     """
     route = by_type(types)
     return route.where(((types == "global") & simple) | ((types == "local") & ~simple), "both")
@@ -167,16 +154,15 @@ def dealt_at_random(route: pd.Series, seed: int = 0) -> pd.Series:
     return pd.Series(np.random.default_rng(seed).permutation(route.to_numpy()), index=route.index, name="route")
 
 
-def routed(said: pd.DataFrame, route: pd.Series, name: str = "routed") -> pd.DataFrame:
+def routed(said: pd.DataFrame, route: pd.Series) -> pd.DataFrame:
     """The answers that a hard router gives, looked up among those under "sinks", "others" and "both".
 
     Args:
         said: what `evaluate` returns, with these three interventions (others may be there too).
         route: one of them by the `id` of the question; questions without a route are left out.
-        name: what `intervention` becomes in the result.
 
     Returns:
-        A row for each entry of `route`, in its order: the columns of `said` and the `route`.
+        A row for each entry of `route`, in its order: the columns of `said`, "routed" as `intervention`.
 
     Raises:
         ValueError: an unknown route, an id that comes twice, or an answer that is not there.
@@ -189,7 +175,7 @@ def routed(said: pd.DataFrame, route: pd.Series, name: str = "routed") -> pd.Dat
     answers = said.set_index(["intervention", "id"], drop=False)
     if len(lost := wanted.difference(answers.index)):
         raise ValueError(f"{len(lost)} answers are missing, such as that to {lost[0][1]!r} under {lost[0][0]!r}")
-    return answers.loc[wanted].assign(intervention=name, route=route.to_numpy()).reset_index(drop=True)
+    return answers.loc[wanted].assign(intervention="routed").reset_index(drop=True)
 
 
 class Agreement(NamedTuple):

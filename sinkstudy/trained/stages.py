@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import LoraConfig, LoraModel
 
 from sinkstudy import devices, digests, sinks
@@ -120,7 +119,6 @@ def settings(
         raise ValueError(f"batch_size is {batch_size}, but has to be 1 at least")
     if accumulate is None:
         accumulate = math.ceil(samples / batch_size / _processes())
-    more = {k: v for k, v in more.items() if v is not None}
     rate, passes = rate if lr is None else lr, passes if epochs is None else epochs
     return loop.Settings(batch_size=batch_size, accumulate=accumulate, lr=rate, epochs=passes, **more)
 
@@ -201,16 +199,11 @@ def prepared(lvlm: LVLM, job: Job, seed: int, before: Mapping[str, Path]) -> tup
         method = OneConnector(lvlm, width=width, **common)
     own = method.changed()
     for stage, folder in before.items():
-        weights = loop.kept(folder)
-        with torch.no_grad():
-            for name in own:
-                if name.startswith(PRETRAIN[job.method][stage][1]):
-                    own[name].copy_(weights[name])
+        start = PRETRAIN[job.method][stage][1]
+        loop.put(own, {name: of for name, of in loop.kept(folder).items() if name.startswith(start)})
     prefix: str | tuple[str, ...] = ("connector.", "sink.") if job.lora else ""
     if job.stage != "tune":
-        show, prefix = PRETRAIN[job.method][job.stage]
-        if isinstance(method, DIYSink):
-            method.show = show
+        method.show, prefix = PRETRAIN[job.method][job.stage]
     method.requires_grad_(False)
     for name, parameter in own.items():
         parameter.requires_grad_(name.startswith(prefix))

@@ -4,9 +4,9 @@ POPE, MME and MMStar have their originals' balance. GQA, ScienceQA, TextVQA, MMM
 tables are made, ask what the lab models know in the form of theirs.
 
 Tables are built from the held-out test scenes, in order, so every machine builds the same ones. The columns are
-those of `sinkstudy.benchmarks.load`, and its scorers take them. Instead of `image` there is `scene` (index in the
-split; `render_pictures` renders it), and further `family`, `type` (global, local or mixed) and whether the scene is
-`simple`, known by construction.
+those of `sinkstudy.benchmarks.load`, and its scorers take them: `id`, `image_id`, `question`, `answer`, `category` and
+those that each benchmark has beyond. Instead of `image` there is `scene` (index in the split; `render_pictures` renders
+it), and further `family`, `type` (global, local or mixed) and whether the scene is `simple`, known by construction.
 """
 
 from __future__ import annotations
@@ -62,9 +62,6 @@ def pope(images: int = 100, split: str = "test" + HIDDEN) -> pd.DataFrame:
     Things are half hidden, unless `split` says otherwise: on whole ones every lab model is right, and none can lose.
     Absent kinds are drawn at random (`random`), are the most frequent ones (`popular`), or those that most often
     appear together with what is there (`adversarial`); frequencies are counted on training scenes.
-
-    Returns:
-        id, image_id, question, answer, category, scene, family, type: 18 rows an image.
     """
     train = [{t.kind for t in f.things} for f in _scenes("train", 0, 4096)]
     often = Counter(k for kinds in train for k in kinds)
@@ -83,19 +80,16 @@ def pope(images: int = 100, split: str = "test" + HIDDEN) -> pd.DataFrame:
         for category, missing in negatives.items():
             for yes, no in zip(asked, missing, strict=True):
                 for kind, answer in ((yes, "yes"), (no, "no")):
-                    rows.append({"question": f"is there a {kind} ?", "answer": answer, "category": category,
-                                 "scene": i, "family": "existence"})
+                    rows.append(_row(q.Question(f"is there a {kind} ?", answer, "existence"), category, i))
     return _finished(rows, split)
 
 
 def mme(images: int = 30, split: str = "test") -> pd.DataFrame:
     """MME (Fu et al. 2023): for each category and image one question whose answer is yes and one whose is no.
 
-    Returns:
-        id, image_id, question, answer, category, group (perception or cognition), scene, family, type.
+    Beyond: `group` (perception or cognition).
     """
-    rng, rows = random.Random(12), []
-    at = 0
+    rng, rows, at = random.Random(12), [], 0
     for group, categories in (("perception", PERCEPTION), ("cognition", COGNITION)):
         for category, family in categories.items():
             kept = 0
@@ -106,112 +100,95 @@ def mme(images: int = 30, split: str = "test") -> pd.DataFrame:
                     if None in pair or kept == images:
                         continue
                     kept += 1
-                    rows += [{"question": p.text, "answer": p.answer, "category": category, "group": group,
-                              "scene": i, "family": family} for p in pair]
+                    rows += [_row(asked, category, i, group=group) for asked in pair]
     return _finished(rows, split)
 
 
 def mmstar(questions: int = 40, split: str = "test") -> pd.DataFrame:
     """MMStar (Chen et al. 2024): four options, six capabilities, `questions` of each; one question an image.
 
-    Returns:
-        id, image_id, question (with its options), answer (a letter), category, l2_category, scene, family, type.
+    The question has its options, the answer is a letter; beyond: `l2_category`.
     """
     rng, rows = random.Random(13), []
     for category, scene, asked in _one_a_scene(CAPABILITIES, questions, split, 0, rng):
         text, letter = q.choice_form(asked, rng)
-        rows.append({"question": text, "answer": letter, "category": category, "l2_category": asked.family,
-                     "scene": scene, "family": asked.family})
+        rows.append(_row(asked, category, scene, question=text, answer=letter, l2_category=asked.family))
     return _finished(rows, split)
 
 
-def gqa(images: int = 60, split: str = "test" + HIDDEN) -> pd.DataFrame:
+def gqa() -> pd.DataFrame:
     """GQA (Hudson & Manning 2019): attributes of things and relations between them, answered in a word or two.
 
-    Six questions an image, about things half hidden unless `split` says otherwise: four open ones, and two whose answer
-    is yes in every other scene that is tried. Categories are two of the original's five structural types.
-
-    Returns:
-        id, image_id, question, answer, category, scene, family, type.
+    Six questions about each of 60 images, whose things are half hidden: four open ones, and two whose answer is yes in
+    every other scene that is tried. Categories are two of the original's five structural types.
     """
-    rng, rows, at = random.Random(14), [], FIRST["GQA"]
-    while len(rows) < images * sum(map(len, STRUCTURAL.values())):
+    rng, rows, at, split = random.Random(14), [], FIRST["GQA"], "test" + HIDDEN
+    while len(rows) < 60 * sum(map(len, STRUCTURAL.values())):
         (f,), at = _scenes(split, at, 1), at + 1
         asked = [(category, q.ask(f, family, rng, yes=None if category == "query" else at % 2 == 0))
                  for category, families in STRUCTURAL.items() for family in families]
         if all(question for _, question in asked):
-            rows += [{"question": question.text, "answer": question.answer, "category": category, "scene": at - 1,
-                      "family": question.family} for category, question in asked]
+            rows += [_row(question, category, at - 1) for category, question in asked]
     return _finished(rows, split)
 
 
-def scienceqa(questions: int = 60, split: str = "test") -> pd.DataFrame:
+def scienceqa() -> pd.DataFrame:
     """ScienceQA with pictures (Lu et al. 2022): options, and knowledge that no picture shows; one question an image.
 
-    Returns:
-        id, image_id, question, answer (a letter), category (subject), choices, hint (none), scene, family, type.
+    The answer is a letter, the category a subject; beyond: `choices` and `hint` (none).
     """
-    rng, rows = random.Random(15), []
-    for category, scene, asked in _one_a_scene(SUBJECTS, questions, split, FIRST["ScienceQA-IMG"], rng):
-        rows.append({"question": asked.text, "category": category, "hint": "", "scene": scene, "family": asked.family,
-                     **_with_choices(asked, rng)})
-    return _finished(rows, split)
+    rng = random.Random(15)
+    of = _one_a_scene(SUBJECTS, 60, "test", FIRST["ScienceQA-IMG"], rng)
+    rows = [_row(asked, category, scene, hint="", **_with_choices(asked, rng)) for category, scene, asked in of]
+    return _finished(rows, "test")
 
 
-def textvqa(questions: int = 96, split: str = "test") -> pd.DataFrame:
+def textvqa() -> pd.DataFrame:
     """TextVQA (Singh et al. 2019): reading what stands on things, here marks; ten people agree on each answer.
 
     One question an image: which thing of this size has a mark, or has none? Whether a thing has one is not asked, for
     every lab model is right on it. Things are whole: of half hidden ones the mark may not be seen.
 
-    Returns:
-        id, image_id, question, answer, category ("all"), answers, scene, family, type.
+    Beyond: `answers`.
     """
-    rng, rows = random.Random(16), []
-    for category, scene, asked in _one_a_scene({"all": ("both",)}, questions, split, FIRST["TextVQA"], rng):
-        rows.append({"question": asked.text, "answer": asked.answer, "category": category,
-                     "answers": [asked.answer] * 10, "scene": scene, "family": asked.family})
-    return _finished(rows, split)
+    of = _one_a_scene({"all": ("both",)}, 96, "test", FIRST["TextVQA"], random.Random(16))
+    rows = [_row(asked, category, scene, answers=[asked.answer] * 10) for category, scene, asked in of]
+    return _finished(rows, "test")
 
 
-def mmmu(questions: int = 24, split: str = "test") -> pd.DataFrame:
-    """MMMU (Yue et al. 2024): four options, several disciplines, `questions` of each; one question an image.
+def mmmu() -> pd.DataFrame:
+    """MMMU (Yue et al. 2024): four options, several disciplines, 24 questions of each; one question an image.
 
-    Returns:
-        id, image_id, question, answer (a letter), category (discipline), choices, question_type, images (empty: the
-        one picture is that of `image_id`), scene, family, type.
+    The answer is a letter; beyond: `choices`, `question_type`, `images` (empty: the one picture is that of `image_id`).
     """
-    rng, rows = random.Random(17), []
-    for category, scene, asked in _one_a_scene(DISCIPLINES, questions, split, FIRST["MMMU"], rng):
-        rows.append({"question": asked.text, "category": category, "question_type": "multiple-choice", "images": [],
-                     "scene": scene, "family": asked.family, **_with_choices(asked, rng)})
-    return _finished(rows, split)
+    rng = random.Random(17)
+    of = _one_a_scene(DISCIPLINES, 24, "test", FIRST["MMMU"], rng)
+    rows = [_row(asked, category, scene, question_type="multiple-choice", images=[], **_with_choices(asked, rng))
+            for category, scene, asked in of]
+    return _finished(rows, "test")
 
 
-def mathvista(questions: int = 48, split: str = "test") -> pd.DataFrame:
+def mathvista() -> pd.DataFrame:
     """MathVista (Lu et al. 2024): numbers said freely or chosen, and comparisons; one question an image.
 
     Comparisons are of things half hidden, on whole ones every lab model is right; half hidden things are counted no
     better than by chance, so numbers are of whole ones.
 
-    Returns:
-        id, image_id, question, answer (digits, or the text of an option), category, choices (None: free form),
-        precision (None), question_type, answer_type, query (what is asked), skills, scene, family, type.
+    The answer is digits, or the text of an option; beyond: `choices` (None: free form), `precision` (None),
+    `question_type`, `answer_type`, `query` (what is asked), `skills`.
     """
     rng, rows, splits = random.Random(18), [], []
     for number, (category, families) in enumerate(MATHEMATICS.items()):
-        of, start = split + HIDDEN * (category == "comparison"), FIRST["MathVista"] + number * CHUNK
-        for _, scene, asked in _one_a_scene({category: families}, questions, of, start, rng):
+        of, start = "test" + HIDDEN * (category == "comparison"), FIRST["MathVista"] + number * CHUNK
+        for _, scene, asked in _one_a_scene({category: families}, 48, of, start, rng):
             if category == "numeric":
                 form = {"answer": str(q.NUMBERS.index(asked.answer)), "choices": None, "query": asked.text,
                         "question_type": "free_form", "answer_type": "integer"}
             else:
                 choices = q.four_options(asked, rng) if asked.options else ["yes", "no"]
                 query = with_options(asked.text, choices) if asked.options else asked.text
-                form = {"answer": asked.answer, "choices": choices, "query": query, "question_type": "multi_choice",
-                        "answer_type": "text"}
-            rows.append({"question": asked.text, "category": category, "precision": None, "skills": [category],
-                         "scene": scene, "family": asked.family, **form})
+                form = {"choices": choices, "query": query, "question_type": "multi_choice", "answer_type": "text"}
+            rows.append(_row(asked, category, scene, precision=None, skills=[category], **form))
             splits.append(of)
     return _finished(rows, splits)
 
@@ -229,6 +206,12 @@ def _one_a_scene(
             if asked is not None:
                 kept += 1
                 yield category, at - 1, asked
+
+
+def _row(asked: q.Question, category: str, scene: int, **more: Any) -> dict[str, Any]:
+    """A row of a table; `more` columns, some in place of the question's own."""
+    own = {"question": asked.text, "answer": asked.answer, "category": category}
+    return own | more | {"scene": scene, "family": asked.family}
 
 
 def _with_choices(asked: q.Question, rng: random.Random) -> dict[str, Any]:

@@ -182,14 +182,18 @@ def _propose(n: int, g: torch.Generator, simple: bool) -> Scenes:
 def _calm(centre, size, absent, number, g) -> torch.Tensor:
     """`number` patches a scene, at random among those that no thing comes near: [n, 12, 12] bool."""
     n = len(centre)
-    middle = torch.arange(GRID) * PATCH + PATCH // 2
-    reach = torch.tensor(RADIUS)[size] + 3 + PATCH // 2
-    near = ((middle[None, None] - centre[..., :1]).abs() <= reach[..., None])[..., :, None] \
-        & ((middle[None, None] - centre[..., 1:]).abs() <= reach[..., None])[..., None, :]
+    near = _near(centre, torch.tensor(RADIUS)[size] + 3 + PATCH // 2)
     free = ~(near & ~absent[..., None, None]).any(1)
     keys = torch.rand(n, GRID * GRID, generator=g).masked_fill(~free.flatten(1), 2.0)
     rank = keys.argsort(-1).argsort(-1)
     return (rank < number[:, None]).view(n, GRID, GRID)
+
+
+def _near(centre: torch.Tensor, reach: torch.Tensor) -> torch.Tensor:
+    """The patches whose centre is within reach [n, things] of a thing's, both ways: [n, things, 12, 12] bool."""
+    middle = torch.arange(GRID) * PATCH + PATCH // 2
+    rows, columns = ((middle - centre[..., i, None]).abs() <= reach[..., None] for i in (0, 1))
+    return rows[..., None] & columns[..., None, :]
 
 
 def _owner(seeds: torch.Tensor, beyond: torch.Tensor, ticks: torch.Tensor) -> torch.Tensor:
@@ -215,13 +219,8 @@ def patch_contents(s: Scenes) -> tuple[torch.Tensor, torch.Tensor]:
     """What lies at the centre of each patch: the part, [n, 12, 12], and the thing there or -1, [n, 12, 12]."""
     middle = torch.arange(GRID) * PATCH + PATCH // 2
     part = _owner(s.seeds, s.texture < 0, middle).long()
-    thing = torch.full_like(part, -1)
-    reach = torch.tensor(RADIUS)[s.size.clamp_min(0)]  # [n, things]
-    for i in range(MAX_THINGS):
-        near = ((middle - s.centre[:, i, :1]).abs() <= reach[:, i, None])[:, :, None] \
-            & ((middle - s.centre[:, i, 1:]).abs() <= reach[:, i, None])[:, None] & (s.kind[:, i] >= 0)[:, None, None]
-        thing = torch.where(near, i, thing)
-    return part, thing
+    there = _near(s.centre, torch.tensor(RADIUS)[s.size.clamp_min(0)]) & (s.kind >= 0)[..., None, None]
+    return part, torch.where(there, torch.arange(MAX_THINGS)[:, None, None], -1).amax(1)
 
 
 def _parts_large_enough(s: Scenes) -> torch.Tensor:
@@ -349,31 +348,21 @@ def _sprites() -> torch.Tensor:
 def _inside(kind: str, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     r2, au, av = u * u + v * v, u.abs(), v.abs()
     square = (au <= 0.86) & (av <= 0.86)
-    if kind == "ball":
-        return r2 <= 1
-    if kind == "ring":
-        return (r2 <= 1) & (r2 >= 0.3)
-    if kind == "box":
-        return square
-    if kind == "tent":
-        return (v <= 0.85) & (v >= -0.95) & (au <= (v + 0.95) / 1.8)
-    if kind == "gem":
-        return au + av <= 1.05
-    if kind == "star":
-        angle = torch.atan2(u, -v)
-        return r2.sqrt() <= 0.7 + 0.35 * torch.cos(5 * angle)
-    if kind == "cross":
-        return ((au <= 0.33) & (av <= 1)) | ((av <= 0.33) & (au <= 1))
-    if kind == "moon":
-        return (r2 <= 1) & ((u - 0.55).square() + v.square() > 0.75)
-    if kind == "heart":
-        lobes = ((au - 0.48).square() + (v + 0.35).square()) <= 0.27
-        return lobes | ((v >= -0.35) & (v <= 0.95) & (au <= 0.98 * (0.95 - v) / 1.3))
-    if kind == "stick":
-        return (au <= 0.3) & (av <= 1.05)
-    if kind == "frame":
-        return square & ~((au <= 0.4) & (av <= 0.4))
-    return (av <= 0.95) & (au <= 0.12 + 0.8 * av)  # hourglass
+    lobes = ((au - 0.48).square() + (v + 0.35).square()) <= 0.27
+    return {
+        "ball": r2 <= 1,
+        "ring": (r2 <= 1) & (r2 >= 0.3),
+        "box": square,
+        "tent": (v <= 0.85) & (v >= -0.95) & (au <= (v + 0.95) / 1.8),
+        "gem": au + av <= 1.05,
+        "star": r2.sqrt() <= 0.7 + 0.35 * torch.cos(5 * torch.atan2(u, -v)),
+        "cross": ((au <= 0.33) & (av <= 1)) | ((av <= 0.33) & (au <= 1)),
+        "moon": (r2 <= 1) & ((u - 0.55).square() + v.square() > 0.75),
+        "heart": lobes | ((v >= -0.35) & (v <= 0.95) & (au <= 0.98 * (0.95 - v) / 1.3)),
+        "stick": (au <= 0.3) & (av <= 1.05),
+        "frame": square & ~((au <= 0.4) & (av <= 0.4)),
+        "hourglass": (av <= 0.95) & (au <= 0.12 + 0.8 * av),
+    }[kind]
 
 
 _TEXTURE, _CLUTTER, _SPRITE = _textures(), _clutters(), _sprites()

@@ -15,7 +15,7 @@ from itertools import product
 from typing import NamedTuple
 
 from sinkstudy.wording import with_options
-from sinkstudy.world.drawing import CELLS, COLOURS, KINDS, LIGHTS, SCENES, SIZES, TEXTURES, Scenes
+from sinkstudy.world.drawing import CELLS, COLOURS, KINDS, LIGHTS, SCENES, SIZES, TEXTURES, Scenes, render
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 MATERIALS = ("gold", "silver", "wood", "stone", "glass", "iron")
@@ -107,13 +107,16 @@ def _swap(truth: str, choices, yes: bool, rng: random.Random) -> str:
     return truth if yes else rng.choice([c for c in choices if c != truth])
 
 
-def _attribute(open_text, closed_text, usual, of_simple=()):
+def _attribute(open_text, closed_text, value, usual, of_simple=()):
     """A maker for "what is the …" (open) and "is the … X" (yes/no) about one attribute of the whole.
 
-    `of_simple`: the choices where the truth is none of the usual ones, as in simple scenes.
+    `value`: the truth about a scene, None where there is none. `of_simple`: the choices where it is none of the usual
+    ones, as in simple scenes.
     """
 
-    def make(f, rng, yes, truth):
+    def make(f, rng, yes):
+        if (truth := value(f)) is None:
+            return None
         choices = usual if truth in usual else of_simple
         if yes is None:
             return open_text, truth, choices
@@ -122,15 +125,8 @@ def _attribute(open_text, closed_text, usual, of_simple=()):
     return make
 
 
-_scene = _attribute("what is the scene ?", "is this a {} ?", SCENES)
-_light = _attribute("what is the light ?", "is the light {} ?", LIGHTS)
-_texture = _attribute("what is the main texture ?", "is the main texture {} ?", TEXTURES)
-_colour = _attribute("what is the main colour ?", "is the main colour {} ?", COLOURS)
-_things = _attribute("how many things are there ?", "is the number of things {} ?", NUMBERS[1:5])
-_parts = _attribute("how many parts are there ?", "is the number of parts {} ?", NUMBERS[2:5],
-                    NUMBERS[1:5])
-_sum = _attribute("how many things and parts are there together ?", "do things and parts together make {} ?",
-                  NUMBERS[3:9], NUMBERS[2:6])
+def _of_main(index):
+    return lambda f: f.parts[0][index] if f.has_main else None
 
 
 def _about_thing(open_text, closed_text, choices, value):
@@ -236,18 +232,17 @@ def _compare(f, rng, yes):
     return f"are there more {first} than {second} ?", _yes(yes)
 
 
-def _main_only(make, index):
-    return lambda f, rng, yes: make(f, rng, yes, f.parts[0][index]) if f.has_main else None
-
-
 _MAKERS = {
-    "scene": lambda f, rng, yes: _scene(f, rng, yes, f.scene),
-    "light": lambda f, rng, yes: _light(f, rng, yes, f.light),
-    "texture": _main_only(_texture, 0),
-    "main colour": _main_only(_colour, 1),
-    "things": lambda f, rng, yes: _things(f, rng, yes, NUMBERS[len(f.things)]),
-    "parts": lambda f, rng, yes: _parts(f, rng, yes, NUMBERS[len(f.parts)]),
-    "sum": lambda f, rng, yes: _sum(f, rng, yes, NUMBERS[len(f.things) + len(f.parts)]),
+    "scene": _attribute("what is the scene ?", "is this a {} ?", lambda f: f.scene, SCENES),
+    "light": _attribute("what is the light ?", "is the light {} ?", lambda f: f.light, LIGHTS),
+    "texture": _attribute("what is the main texture ?", "is the main texture {} ?", _of_main(0), TEXTURES),
+    "main colour": _attribute("what is the main colour ?", "is the main colour {} ?", _of_main(1), COLOURS),
+    "things": _attribute("how many things are there ?", "is the number of things {} ?",
+                         lambda f: NUMBERS[len(f.things)], NUMBERS[1:5]),
+    "parts": _attribute("how many parts are there ?", "is the number of parts {} ?",
+                        lambda f: NUMBERS[len(f.parts)], NUMBERS[2:5], NUMBERS[1:5]),
+    "sum": _attribute("how many things and parts are there together ?", "do things and parts together make {} ?",
+                      lambda f: NUMBERS[len(f.things) + len(f.parts)], NUMBERS[3:9], NUMBERS[2:6]),
     "existence": _existence,
     "colour": _about_thing("what colour is the {} ?", "is the {} {} ?", COLOURS, lambda t: t.colour),
     "place": _about_thing("where is the {} ?", "is the {} at the {} ?", CELLS, lambda t: CELLS[t.cell]),
@@ -265,11 +260,7 @@ assert set(_MAKERS) == set(TYPES)
 
 
 def choice_form(q: Question, rng: random.Random) -> tuple[str, str]:
-    """The four-option form of an open question: (text, letter).
-
-    Raises:
-        ValueError: the question has fewer than four options to choose from.
-    """
+    """The four-option form of an open question: (text, letter). Raises ValueError as `four_options`."""
     options = four_options(q, rng)
     return with_options(q.text, options), "ABCD"[options.index(q.answer)]
 
@@ -356,8 +347,6 @@ def vocabulary() -> tuple[str, ...]:
     words = set("user assistant A B C D options answer with the letter yes no made of thing things".split())
     for group in (SCENES, LIGHTS, TEXTURES, COLOURS, KINDS, SIZES, CELLS, NUMBERS, MATERIALS):
         words.update(w for item in group for w in item.split())
-    from sinkstudy.world.drawing import render
-
     for f in facts(render("train", 0, 512, pictures=False)):
         words.update(caption(f, rng).split())
         for pairs in (*mixture(f, 16, 4, rng), regions(f, 4, rng)):

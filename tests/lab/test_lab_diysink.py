@@ -214,3 +214,24 @@ def test_alignment_is_followed(corpus, pictures, monkeypatch, tmp_path):
     assert decoder.keys() == text.keys()
     arms.follow_alignment("lab-llava-gist")
     assert len(started) == 1
+
+
+def test_an_arm_is_finished_once_its_curve_is_there(tmp_path, monkeypatch):
+    """A kill between the weights and the curve leaves a folder that no chapter can read."""
+    asked = []
+
+    class Shop:
+        def __init__(self, base):
+            self.pictures = None
+
+        def train(self, arm, seed):
+            asked.append((arm, seed))
+
+    monkeypatch.setattr(arms, "Workshop", Shop)
+    monkeypatch.setattr(arms, "TRAINED", tmp_path)
+    monkeypatch.setattr(arms.training, "threads", lambda: None)
+    for seed in (0, 1):
+        (tmp_path / "lab-llava" / f"one-{seed}").mkdir(parents=True)
+    (tmp_path / "lab-llava" / "one-1" / "training.csv").write_text("step,loss\n")
+    arms.main(["lab-llava"], ["one"], [0, 1, 2])
+    assert asked == [("one", 0), ("one", 2)]

@@ -48,7 +48,7 @@ def test_attention_is_that_of_a_trace():
     calm = {str(i): mask for i, mask in enumerate(scenes.calm.flatten(1))}
     table = control.questions_by_family(scenes, 0)
     table = table[table.about == "gist"]
-    found = norms.attention_on_calm(lvlm, table, dict(zip(calm, shown, strict=True)), calm, None, seed=0, batch_size=4)
+    found = norms.attention_on_calm(lvlm, table, dict(zip(calm, shown, strict=True)), calm, None, batch_size=4)
     first = table.drop_duplicates("image_id")
     seen = capture.trace(lvlm, shown, list(first.question), 4).output_attention.mean((1, 2))  # [pictures, patches]
     on_calm = sum(row[mask].mean() for row, mask in zip(seen, calm.values(), strict=True))

@@ -82,10 +82,10 @@ def test_a_random_router_picks_each_route_as_often(types):
 
 def test_routed_answers_are_those_of_the_chosen_pass(said, types):
     route = routers.by_type(types).sample(frac=1, random_state=1)
-    out = routers.routed(said, route, "oracle")
+    out = routers.routed(said, route)
     assert out.prediction.tolist() == [f"{r} {i}" for i, r in route.items()]
-    assert out.id.tolist() == route.index.tolist() and out.route.tolist() == route.tolist()
-    assert set(out.intervention) == {"oracle"} and list(out.columns) == [*said.columns, "route"]
+    assert out.id.tolist() == route.index.tolist()
+    assert set(out.intervention) == {"routed"} and list(out.columns) == list(said.columns)
     for how in routers.ROUTES:
         same = routers.routed(said, constant(IDS, how))
         assert same.prediction.tolist() == [f"{how} {i}" for i in IDS]
