@@ -389,7 +389,10 @@ def surroundings() -> dict[str, Any]:
             return ""
         return ended.stdout.strip()
 
-    versions = {"python": sys.version.split()[0], **{name: metadata.version(name) for name in VERSIONS}}
+    versions = {"python": sys.version.split()[0]}
+    for name in VERSIONS:
+        with contextlib.suppress(metadata.PackageNotFoundError):  # where books are not rendered, say
+            versions[name] = metadata.version(name)
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "sinkstudy", "notebooks", "data")
     return {"git_commit": git("rev-parse", "HEAD"), "dirty": bool(changed), "versions": versions}
 
