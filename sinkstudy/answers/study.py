@@ -2,7 +2,7 @@
 
 import random
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from sinkstudy.world import drawing
 from sinkstudy.world import questions as lab
 
 FORMS = (".parquet", *TABLES)  # of a benchmark in one file
-LAB_BENCHMARKS = {
+LAB_BENCHMARKS: dict[str, Callable[..., pd.DataFrame]] = {
     "POPE": lab_benchmarks.pope, "MME": lab_benchmarks.mme, "MMStar": lab_benchmarks.mmstar,
     "GQA": lab_benchmarks.gqa, "ScienceQA-IMG": lab_benchmarks.scienceqa, "TextVQA": lab_benchmarks.textvqa,
     "MMMU": lab_benchmarks.mmmu, "MathVista": lab_benchmarks.mathvista,

@@ -24,6 +24,8 @@ layer that its merger reads, and so do captions and grounding.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -67,8 +69,9 @@ def build(kind: str, seed: int = 0) -> PreTrainedModel:
         for layer in tower.encoder.layers:
             layer.self_attn.q_proj.weight *= 3
             layer.self_attn.k_proj.weight *= 3
-    special = {"registers": (CLIPVisionModelWithRegisters, CLIPVisionWithRegistersConfig),
-               "gist": (CLIPVisionModelWithSinks, CLIPVisionWithSinksConfig)}
+    special: dict[str, tuple[Any, Any]] = {
+        "registers": (CLIPVisionModelWithRegisters, CLIPVisionWithRegistersConfig),
+        "gist": (CLIPVisionModelWithSinks, CLIPVisionWithSinksConfig)}
     if kind in special:
         model, config = special[kind]
         plain, tower = tower.state_dict(), model(config(**shape))

@@ -317,9 +317,7 @@ class Exam:
     def cost(self, method: Any, blocks: Sequence[str | None], benchmark: str, passes: int) -> dict[str, float]:
         """What a question costs: passes of the decoder, visual tokens read in them, and milliseconds in this run.
 
-        Args:
-            blocks: a pass of the answers each: the block that a pair of connectors shows, None for other methods.
-            passes: passes that one question needs.
+        `blocks`: a pass of the answers each: the block that a pair of connectors shows, None for other methods.
         """
         lvlm, table = method.lvlm, self.tables[benchmark].head(48)
         some = replace(self, tables={benchmark: table})
@@ -338,10 +336,7 @@ def answers_of_arms(
 ) -> pd.DataFrame:
     """What every model answers as it is, arm "base", and with each of its trained methods: a row an answer.
 
-    Args:
-        models: by name, the folders of its methods.
-        bases: by name, what `loading.load` takes.
-        revision, where: of the models as they are; `device` and `dtype`.
+    `models` are the folders of methods and `bases` what `loading.load` takes, both by the model's name.
     """
     found = []
     for model, arms in models.items():

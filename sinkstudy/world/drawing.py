@@ -99,8 +99,7 @@ def render(split: str, start: int, n: int, *, pictures: bool = True) -> Scenes:
     """Scenes `start` … `start + n - 1` of a split.
 
     Args:
-        split: "train", "val" or "test"; with " simple" behind it, the simple scenes of that split; with " hidden", its
-            scenes as they are, but of each thing only 40 % of its width is seen, from a side drawn at random.
+        split: "train", "val" or "test", alone or with " simple" or " hidden" behind it.
         pictures: also draw `images`, `thing_share` and `part_map`; the facts alone are much faster.
 
     Raises:
