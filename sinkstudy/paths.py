@@ -221,7 +221,10 @@ def _exchanged(one: Path, other: Path) -> bool:
     return renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
-def sweep(folder: Path, pattern: str = f".partial-[0-9]*-{HOST}-*") -> None:
+PARTIAL = f".partial-[0-9]*-{HOST}-*"
+
+
+def sweep(folder: Path, pattern: str = PARTIAL) -> None:
     """Remove half-made things of this machine whose process is gone; those of others in a shared folder are theirs.
 
     `pattern` is that of their names, in which the process stands behind the first dash.

@@ -198,7 +198,7 @@ def test_they_have_the_columns_of_the_loaders(reported, name):
     assert {*COLUMNS, *SOURCES[name].extra, "scene", "family", "type", "simple"} == set(table.columns)
     assert table.id.astype(int).tolist() == list(range(len(table)))
     assert (table.type == table.family.map(q.TYPES)).all() and not table.simple.any()
-    pd.testing.assert_frame_equal(MAKERS[name](3), MAKERS[name](3))
+    pd.testing.assert_frame_equal(MAKERS[name](), MAKERS[name]())
 
 
 @pytest.mark.parametrize("name", MAKERS)
