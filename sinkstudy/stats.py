@@ -144,10 +144,8 @@ def _of_ratio(above: list[np.ndarray], below: list[np.ndarray]) -> Interval:
     if any(column.sum() <= 0 for column in below):
         raise ValueError("the mean of the denominator must be above zero")
     value = float(np.prod([column.sum() for column in above]) / np.prod([column.sum() for column in below]))
-    if n == 1:
-        return Interval(value, float("nan"), float("nan"), n)
     rest = [np.prod([column.sum() - column for column in side], axis=0) for side in (above, below)]  # [images] each
-    if not rest[1].all():  # an image has all of a denominator
+    if not rest[1].all():  # one image has all of a denominator; of a single image that is so
         return Interval(value, float("nan"), float("nan"), n)
     left_out = rest[0] / rest[1]
     if np.ptp(left_out) <= 1e-12 * abs(value):  # no image moves the estimate

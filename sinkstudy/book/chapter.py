@@ -6,7 +6,7 @@ differences to a control on the same questions. Everything else takes estimates:
 `n` beside the columns that name them.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,16 +66,15 @@ def estimates(
     Returns:
         `by`, `value` (in the unit of the column), `low`, `high`, `n` (images).
     """
-    rows = []
-    for cell, of in observations.groupby(list(by), sort=False, observed=True):
-        there = of[np.isfinite(of[[value] if over is None else [value, over]].astype(float)).all(axis=1)]
-        found, whole = stats.NOTHING, None if over is None else there[over].to_numpy(float)
-        if there[images].nunique() >= least and (whole is None or whole.sum() > 0):
-            within = None if strata is None else there[strata].to_numpy()
-            found = stats.mean_interval(there[value].to_numpy(float), over=whole, clusters=there[images].to_numpy(),
-                                        strata=within, method=method, seed=seed)
-        rows.append((*cell, *found))
-    return pd.DataFrame(rows, columns=[*by, "value", "low", "high", "n"])
+    def mean(there: pd.DataFrame) -> stats.Interval:
+        whole = None if over is None else there[over].to_numpy(float)
+        if there[images].nunique() < least or (whole is not None and whole.sum() <= 0):
+            return stats.NOTHING
+        within = None if strata is None else there[strata].to_numpy()
+        return stats.mean_interval(there[value].to_numpy(float), over=whole, clusters=there[images].to_numpy(),
+                                   strata=within, method=method, seed=seed)
+
+    return _each(observations, by, [value] if over is None else [value, over], mean)
 
 
 def ratios(observations: pd.DataFrame, by: Sequence[str], above: str = "inside", below: str = "outside", *,
@@ -89,12 +88,21 @@ def ratios(observations: pd.DataFrame, by: Sequence[str], above: str = "inside",
     Returns:
         As `estimates`; the intervals are those of `stats.ratio_interval`.
     """
+    def ratio(there: pd.DataFrame) -> stats.Interval:
+        if there[below].sum() <= 0:
+            return stats.NOTHING
+        return stats.ratio_interval(there[above], there[below], clusters=there[images].to_numpy())
+
+    return _each(observations, by, [above, below], ratio)
+
+
+def _each(
+    observations: pd.DataFrame, by: Sequence[str], known: list[str], interval: Callable[[pd.DataFrame], stats.Interval]
+) -> pd.DataFrame:
+    """The interval of each cell's rows whose `known` columns are finite, as a table of estimates."""
     rows = []
     for cell, of in observations.groupby(list(by), sort=False, observed=True):
-        there, found = of[np.isfinite(of[[above, below]].astype(float)).all(axis=1)], stats.NOTHING
-        if len(there) and there[below].sum() > 0:
-            found = stats.ratio_interval(there[above], there[below], clusters=there[images].to_numpy())
-        rows.append((*cell, *found))
+        rows.append((*cell, *interval(of[np.isfinite(of[known].astype(float)).all(axis=1)])))
     return pd.DataFrame(rows, columns=[*by, "value", "low", "high", "n"])
 
 

@@ -200,12 +200,12 @@ def agrees(low: float, high: float, rule: Mapping[str, Any]) -> bool | None:
     return False if high < lower or low > upper else None
 
 
-def symmetric(unit: str, interval: stats.Interval) -> Callable[[ArrayLike], np.ndarray]:
+def symmetric(unit: str, low: float) -> Callable[[ArrayLike], np.ndarray]:
     """The scale on which an interval has equal halves: logarithms for a ratio ("times"), else the numbers as they are.
 
-    An interval of a ratio that reaches zero is not one of `stats.ratio_interval`'s logarithms, and stays as it is.
+    An interval that reaches zero (`low`) is not one of `stats.ratio_interval`'s logarithms, and stays as it is.
     """
-    return np.log if unit == "times" and interval.low > 0 else np.asarray
+    return np.log if unit == "times" and low > 0 else np.asarray
 
 
 def p_value(
@@ -231,7 +231,7 @@ def p_value(
         return float("nan")
     bounds = [bound for bound in (lower, upper) if np.isfinite(bound)]
     if min(bounds) > 0:
-        scale = symmetric(unit, stats.Interval(value, low, high, 0))
+        scale = symmetric(unit, low)
         value, low, high = scale([value, low, high])
         bounds = list(scale(bounds))
 
@@ -258,7 +258,7 @@ def pictures_needed(claim: Mapping[str, Any], interval: stats.Interval, df: floa
     """
     if "published" not in claim:
         return float("nan")
-    scale = symmetric(claim["unit"], interval)
+    scale = symmetric(claim["unit"], interval.low)
     bounds = scale([bound for bound in _region(claim["supported"]) if np.isfinite(bound)])
     effect = np.abs(bounds - scale(claim["published"])).min()
     value, low, high = scale(interval[:3])

@@ -311,8 +311,7 @@ def _power(claim: Mapping[str, Any], found: pd.Series | None) -> str:
     """Pictures needed, pictures here, standard deviation; "–" where nothing was measured."""
     if found is None:
         return "–"
-    low, high = claims.symmetric(claim["unit"], stats.Interval(found.value, found.low, found.high, 0))(
-        [found.low, found.high])
+    low, high = claims.symmetric(claim["unit"], found.low)([found.low, found.high])
     sd = stats.standard_error((high - low) / 2, found.df) * found.n**0.5
     needed = f"**{_round(found.needed)}**" if found.needed > found.n else _round(found.needed)
     return f"{needed}\\\n{int(found.n)} here, sd{NBSP}{sd:.2g}"

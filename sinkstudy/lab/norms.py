@@ -123,7 +123,7 @@ def cell(lvlm: LVLM, norm: str | None, scenes: Scenes, *, seed: int = 0, batch_s
     Returns:
         A row each for gist and local questions: `about`; `right` (%); `lost` (points, without the calm patches less
         without as many random ones) with `low` and `high`; `attention`, from the tokens of the answer on a calm patch
-        over that on another, with `attention_low` and `attention_high`; 95 % bootstrap intervals over pictures.
+        over that on another, with `attention_low` and `attention_high`; 95 % intervals over pictures, see `stats`.
     """
     pictures = {str(i): image for i, image in enumerate(scenes.images)}
     calm, chance = control.calm_and_random(scenes, seed)
