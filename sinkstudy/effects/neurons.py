@@ -229,7 +229,7 @@ def setting_dimensions(
     activations to zero or to their mean over inputs. Of several connectors (Qwen3-VL) only the main one is meant.
 
     Args:
-        dimensions: which, of the tower's width.
+        dimensions: which, of the width that the connector reads.
         patches: where: rows of the connector's input as `ImageLayout.connector` has them, long [n].
         values: for each of the dimensions, float [dimensions], or one for all.
     """
@@ -270,7 +270,7 @@ def set_dimensions(name: str, dimensions: Sequence[int], values: torch.Tensor, m
     """`setting_dimensions` at some patches of each image, as an intervention.
 
     Args:
-        dimensions: which, of the tower's width.
+        dimensions: which, of the width that the connector reads.
         values: float [width]; the entries of `dimensions` are used.
     """
 

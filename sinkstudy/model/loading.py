@@ -147,7 +147,8 @@ def _measured(lvlm: LVLM) -> LVLM:
     """
     config = lvlm.model.config
     if config.model_type in SPECS:
-        return lvlm
+        several = isinstance(getattr(config, "vision_feature_layer", None), (list, tuple))
+        return replace(lvlm, spec=replace(lvlm.spec, whole_rows=True)) if several else lvlm
     with _reading(lvlm.name, "its processor or its parts: "):
         inputs = lvlm.prepared([blank(lvlm)], ["What is this?"])
         return replace(lvlm, spec=measure.spec(config, inputs, lvlm.spec.processor_class))
@@ -275,7 +276,7 @@ def _check_parts(lvlm: LVLM) -> None:
             processor fails, or cuts a picture into other tiles, patches or visual tokens than the model reads.
     """
     name, question, config = lvlm.name, "What is this?", lvlm.model.config
-    if not 0 <= lvlm.feature_layer < len(lvlm.vision_layers):
+    if lvlm.feature_layer < 0 or not all(layer < len(lvlm.vision_layers) for layer in lvlm.feature_layers):
         raise ValueError(f"{name}: vision_feature_layer {config.vision_feature_layer} is none of the tower's layers")
     try:
         prompt = lvlm.prompt(question)
@@ -350,12 +351,13 @@ def without_video(name: str) -> type[ProcessorMixin]:
 
 
 def _check_layout(name: str, config: PretrainedConfig) -> None:
-    """The study needs the patches, all of them and nothing else, taken from one vision layer."""
+    """The study needs the patches, all of them and nothing else, from one vision layer or several side by side."""
     if config.model_type not in SPECS:
         return  # it is measured
     prefix = n_prefix(config.vision_config)
-    if not isinstance(getattr(config, "vision_feature_layer", -1), int):
-        raise ValueError(f"{name}: vision_feature_layer {config.vision_feature_layer} is not a single layer")
+    layers = getattr(config, "vision_feature_layer", -1)
+    if not isinstance(layers, int) and (not layers or SPECS[config.model_type].order != "rows"):
+        raise ValueError(f"{name}: vision_feature_layer {layers} is not a single layer")
     wanted = "default" if prefix else "full"  # "default" drops the first token, CLS
     if getattr(config, "vision_feature_select_strategy", wanted) != wanted:
         raise ValueError(f"{name}: visual tokens are not the patches (strategy is not {wanted!r})")

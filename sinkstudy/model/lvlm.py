@@ -101,6 +101,10 @@ class LVLM:
         """Width of the tower's hidden states."""
         return next(m for m in self.vision_layers[0].modules() if isinstance(m, nn.Linear)).in_features
 
+    def rows_read(self, read: torch.Tensor) -> torch.Tensor:
+        """What the connector reads as [patches of the batch, width], where `ImageLayout.connector` finds a patch."""
+        return read.reshape(-1, read.shape[-1] if self.spec.whole_rows else self.vision_width)
+
     @property
     def grid(self) -> tuple[int, int]:
         """(rows, columns) of the patches of a tile; token `n_prefix + row * columns + column` is the patch.
@@ -121,12 +125,17 @@ class LVLM:
     def feature_layer(self) -> int:
         """Index of the vision layer whose output enters the connector (LLaVA's -2 is the last but one).
 
-        Where it is the last layer the tower's final norm, if it has one, may stand in between.
+        Of several that it reads side by side it is the last. Where it is the tower's last layer the final norm of the
+        tower, if it has one, may stand in between.
         """
-        layer = getattr(self.model.config, "vision_feature_layer", -1)  # of hidden_states: they begin with embeddings
-        if isinstance(layer, (list, tuple)):  # all are read; sinks are measured on the last
-            return max(len(self.vision_layers) + one if one < 0 else one - 1 for one in layer)
-        return len(self.vision_layers) + layer if layer < 0 else layer - 1
+        return max(self.feature_layers)
+
+    @property
+    def feature_layers(self) -> list[int]:
+        """Indices of all vision layers that the connector reads side by side, in its order; -1 are the embeddings."""
+        named = getattr(self.model.config, "vision_feature_layer", -1)  # of hidden_states: they begin with embeddings
+        named = named if isinstance(named, (list, tuple)) else [named]
+        return [len(self.vision_layers) + layer if layer < 0 else layer - 1 for layer in named]
 
     @property
     def image_token_id(self) -> int:
@@ -443,8 +452,8 @@ class LVLM:
         """Change what the connector reads or puts out, in every forward pass inside the context.
 
         Args:
-            before: gets the connector's input as [patches of the batch, vision width], where `ImageLayout.connector`
-                finds a patch, and the vision layer that it comes from; returns the same shape.
+            before: gets the connector's input, see `rows_read`, and the vision layer that it comes from; returns the
+                same shape.
             after: gets the connector's output as [tokens of the batch, decoder width], see `ImageLayout.output`, and
                 the same layer; returns the same shape.
 
@@ -457,12 +466,11 @@ class LVLM:
             return same.copy_(new.view_as(old))
 
         def reader(layer: int) -> Callable:
-            return lambda module, args: (like(before(args[0].reshape(-1, width), layer), args[0]), *args[1:])
+            return lambda module, args: (like(before(self.rows_read(args[0]), layer), args[0]), *args[1:])
 
         def writer(layer: int) -> Callable:
             return lambda module, args, out: like(after(out.reshape(-1, out.shape[-1]), layer), out)
 
-        width = self.vision_width
         with ExitStack() as hooks:
             for layer, module in self.connectors.items():
                 if before is not None:

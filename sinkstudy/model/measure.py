@@ -129,6 +129,21 @@ def _toucher(source: torch.Tensor, target: torch.Tensor, rows: Callable) -> Call
     return touch
 
 
+def _read_by(leaf: torch.Tensor, read: torch.Tensor, layers: int) -> tuple[torch.Tensor | None, bool]:
+    """Which rows of what a connector reads each token of the tower reaches, and whether they are whole.
+
+    Rows are as wide as the tower, for patches may stand side by side that become one visual token. Where several layers
+    are read and a wider row holds a single patch, they stand side by side in it, and it is taken whole.
+    """
+    if layers > 1 and read.shape[-1] > WIDTH:
+        table = reached(leaf, _rows(read))
+        if table is not None and table.shape[1] == 1:
+            rows = table[table >= 0]
+            if len(rows.unique()) == len(rows):
+                return table, True
+    return reached(leaf, read.reshape(-1, WIDTH)), False
+
+
 class _Stop(Exception):
     """The decoder was reached."""
 
@@ -150,7 +165,7 @@ class Twin:
             for parameter in self.model.parameters():  # what begins at zero would cut a path
                 parameter.data += 0.05 * torch.randn_like(parameter)
         self.parts = parts(self.model)
-        self.between: str | None = None
+        self.between: str | None = None  # the connector's path, "" where there is none; see `flow`
         self.spec: Spec | None = None
         self.known: dict[tuple, tuple[Flow, torch.Tensor]] = {}  # what was measured, by the form of the inputs
         self.layers = list(self.model.get_submodule(self.parts["vision_layers"]))
@@ -208,11 +223,13 @@ class Twin:
         Raises:
             ValueError: no layer of the tower reaches the decoder's input.
         """
-        through: list[tuple[torch.Tensor, torch.Tensor]] = []
+        if self.between is None:
+            self.between = self.connector(inputs) or ""
+        through: list[tuple[torch.Tensor, torch.Tensor]] = []  # what the connector read and put out
 
         def keep(module: nn.Module, args: tuple, output: Any) -> None:
             if isinstance(output, torch.Tensor) and args and args[0].is_floating_point():
-                through.append((args[0].reshape(-1, WIDTH), output.reshape(-1, output.shape[-1])))
+                through.append((args[0], output))
 
         with ExitStack() as stack:
             if self.between:
@@ -227,13 +244,15 @@ class Twin:
             raise ValueError(f"{self.config.model_type}: no layer of the tower reaches the decoder's input")
         leaf = leaves[read[-1]]
         touch, row = _toucher(leaf, target, _rows), image.nonzero()[:, 0]
+        connector, whole_rows = _read_by(leaf, through[0][0], len(read)) if len(through) == 1 else (None, False)
         return Flow(
             read=read,
             shape=tuple(leaf.shape),
             tokens=reached(leaf, target),
             rows=torch.stack([touch(row == r) for r in range(len(image))], dim=1),
-            connector=reached(leaf, through[0][0]) if len(through) == 1 else None,
-            output=reached(leaf, through[0][1]) if len(through) == 1 else None,
+            connector=connector,
+            whole_rows=whole_rows,
+            output=reached(leaf, _rows(through[0][1])) if len(through) == 1 else None,
         )
 
     def connector(self, inputs: Mapping[str, Any]) -> str | None:
@@ -274,7 +293,8 @@ class Flow:
     shape: tuple[int, ...]  # of the feature layer's output
     tokens: torch.Tensor | None  # long [tokens of the tower, k]: visual tokens of the batch that each reaches, or -1
     rows: torch.Tensor  # bool [tokens of the tower, batch]: the prompts that each reaches
-    connector: torch.Tensor | None  # long [tokens of the tower, k]: rows of the connector's input, [.., vision width]
+    connector: torch.Tensor | None  # long [tokens of the tower, k]: rows of the connector's input
+    whole_rows: bool  # these rows are as wide as that input; else, and mostly, as wide as the tower
     output: torch.Tensor | None  # the same of its output, [.., decoder width]
 
 
@@ -304,7 +324,6 @@ def spec(config: PretrainedConfig, inputs: Mapping[str, Any], processor_class: s
     copy = twin(config)
     if copy.spec is None:
         like = copy.like(inputs)
-        copy.between = copy.connector(like)
         flow, found = copy.flow(like), layouts(copy, like)
         layout, patches = found[0], sum(len(one.vision) for one in found)
         in_own_size = "image_sizes" in like and not getattr(config, "image_grid_pinpoints", None)  # Pixtral
@@ -320,6 +339,7 @@ def spec(config: PretrainedConfig, inputs: Mapping[str, Any], processor_class: s
             merge=round(float(several) ** 0.5),
             packed=packed,
             prefix=0 if packed else flow.shape[1] - len(layout.vision) // layout.tiles,
+            whole_rows=flow.whole_rows,
             mixes=flow.tokens is None,
             measured=True,
         )
@@ -340,6 +360,9 @@ def layouts(twin: Twin, inputs: Mapping[str, Any]) -> list[ImageLayout]:
         flow, seen = twin.flow(inputs), twin.pixels(inputs)
         if seen is None or seen.shape[1] > 1:
             raise ValueError(f"{twin.config.model_type}: a pixel is seen by several of the tower's tokens")
+        if int(seen.max()) >= len(flow.rows):
+            raise ValueError(f"{twin.config.model_type}: the tower merges tokens between its layers, so that those of "
+                             "its feature layer are no patches")
         twin.known[key] = flow, _places(inputs["pixel_values"], seen[:, 0], len(flow.rows))
     flow, places = twin.known[key]
     grids = _grids(inputs, int((flow.rows.any(1) & (places[:, 0] >= 0)).sum()))

@@ -33,7 +33,7 @@ _RULES: list[tuple[str, int]] = [
     ),
 ]
 _TOKEN = re.compile(r"(token_ids?|token_index|_start_id|_end_id|image_patch_id|newline_id)$")
-_LAYERS_LISTED = re.compile(r"(indexes|indices|_idxs|_layers|feature_layer|vision_layer|source_layers)$")
+_LAYERS_LISTED = re.compile(r"(indexes|indices|_idxs|_layers|feature_layer|vision_layer|source_layers|layer_ids?)$")
 
 
 def narrow(config: PretrainedConfig) -> PretrainedConfig:
@@ -53,7 +53,8 @@ def _is_number(value: Any) -> bool:
 
 
 def _narrowed(config: dict[str, Any], tokens: dict[int, int], head: int | None = None) -> dict[str, Any]:
-    layers = next((v for k, v in config.items() if re.search(_RULES[1][0], str(k)) and _is_number(v)), LAYERS)
+    layers = _layers(config) or LAYERS
+    counted = _layers(config) or _layers(config.get("vision_config") or {}) or LAYERS  # what names of layers refer to
     heads = next((v for k, v in config.items() if re.search(_RULES[3][0], str(k)) and _is_number(v)), HEADS)
     width = next((config[k] for k in ("hidden_size", "embed_dim") if _is_number(config.get(k))), None)
     head = config.get("head_dim") or (width // heads if width else head)
@@ -77,7 +78,7 @@ def _narrowed(config: dict[str, Any], tokens: dict[int, int], head: int | None =
         elif isinstance(value, list) and value and len(value) == layers and sorted(map(str, value)) != indexes:
             made[key] = _each_kind(value)
         elif rule is None and _LAYERS_LISTED.search(name) and isinstance(value, (list, int)):
-            listed = [_scaled(v, layers) for v in (value if isinstance(value, list) else [value])]
+            listed = [_scaled(v, layers if v < 0 else counted) for v in (value if isinstance(value, list) else [value])]
             made[key] = list(dict.fromkeys(listed)) if isinstance(value, list) else listed[0]
         elif rule is not None and isinstance(value, list):
             made[key] = [rule for _ in value]
@@ -86,6 +87,10 @@ def _narrowed(config: dict[str, Any], tokens: dict[int, int], head: int | None =
         else:
             made[key] = value
     return made
+
+
+def _layers(config: dict[str, Any]) -> int | None:
+    return next((v for k, v in config.items() if re.search(_RULES[1][0], str(k)) and _is_number(v)), None)
 
 
 def _section(section: list[int], head: int) -> list[int]:

@@ -39,6 +39,7 @@ class Spec:
     anyres: bool = False  # overview, then the tiles put together, padding cut off, with a newline token per row
     prompt: str | None = None  # for a model without chat format
     prefix: int | None = None  # tokens before the patches of a tile; None where `PREFIX` has it
+    whole_rows: bool = False  # the connector reads a row of its own width for each patch: several layers side by side
     mixes: bool = False  # each visual token is made of all patches (Q-Former, resampler)
     measured: bool = False  # by `measure.spec`, and so are its layouts
     prefix_mask: bool = False  # the whole prompt sees itself, so that image tokens depend on the question

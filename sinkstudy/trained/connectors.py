@@ -139,7 +139,7 @@ class DIYSink(OneConnector):
         hidden: list[torch.Tensor] = []  # and then what nobody sees, and all visual tokens
 
         def merge(module: nn.Module, args: tuple, ordinary: torch.Tensor) -> torch.Tensor:
-            norms = capture.token_norms(args[0].reshape(-1, lvlm.vision_width)).detach().cpu()  # [patches of the batch]
+            norms = capture.token_norms(lvlm.rows_read(args[0])).detach().cpu()  # [patches of the batch]
             masks[:] = [self.chosen(norms[layout.at("input")], layout) for layout in layouts]
             if show != "both":
                 hidden[:] = out_of_sight()

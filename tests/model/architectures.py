@@ -89,11 +89,13 @@ def vipllava() -> tuple:
     return config, images, settings
 
 
-def llava_next() -> tuple:
+def llava_next(layers: int | list[int] = -2) -> tuple:
+    """Granite Vision is one whose connector reads several layers side by side."""
     config = hf.LlavaNextConfig(
         vision_config=hf.CLIPVisionConfig(**TOWER, initializer_factor=3.0),
         text_config=hf.LlamaConfig(**TEXT),
         image_grid_pinpoints=PINPOINTS,
+        vision_feature_layer=layers,
         image_token_index=4,
     )
     images = hf.LlavaNextImageProcessorPil(
@@ -225,6 +227,7 @@ ARCHITECTURES = {
     "llava": llava,
     "llava-siglip-qwen2": lambda: llava("siglip"),
     "llava_next": llava_next,
+    "llava_next-layers": lambda: llava_next([-3, 1, -1]),
     "llava_onevision": llava_onevision,
     "qwen2_vl": lambda: qwen("Qwen2VL"),
     "qwen2_5_vl": lambda: qwen("Qwen2_5_VL"),

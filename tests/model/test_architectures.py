@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import CONFIG_MAPPING, LlamaConfig
 
 from sinkstudy.model import loading, measure
-from sinkstudy.model.capture import attention_received, attention_rows, hidden_states, trace, trace_tower
+from sinkstudy.model.capture import attention_received, attention_rows, hidden_states, norms_at_connector, trace, trace_tower
 from sinkstudy.model.specs import SPECS, tile_grid
 
 close = dict(atol=1e-5, rtol=1e-4)
@@ -250,7 +250,8 @@ def test_tower_to_connector(lvlm, inputs, layouts):
     assert max(seen) == lvlm.feature_layer and list(seen) == list(lvlm.connectors)
     norm = getattr(lvlm.vision, "post_layernorm", None)  # on the way only where the last layer is read
     for layer in seen:
-        hidden = out[layer][0]
+        read = lvlm.feature_layers if layer == lvlm.feature_layer else [layer]
+        hidden = torch.cat([out[one][0] for one in read], -1)  # mostly one
         if lvlm.model.config.model_type in ("paligemma", "gemma3", "idefics3", "smolvlm"):
             hidden = norm(hidden)
         elif lvlm.model.config.model_type == "internvl":
@@ -277,7 +278,8 @@ def groups(layouts) -> list[list[torch.Tensor]]:
 def test_patch_positions(lvlm, inputs, layouts):
     """Change patches at the connector's input: exactly the positions of the layout change in the decoder's input."""
     before = decoder_input(lvlm, inputs)
-    noise = torch.randn(sum(len(layout.vision) for layout in layouts), 16, generator=torch.Generator().manual_seed(1))
+    shape = sum(len(layout.vision) for layout in layouts), 16 * len(lvlm.feature_layers)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     for masks in groups(layouts):
         touched = torch.cat([layout.connector[mask] for layout, mask in zip(layouts, masks)])
 
@@ -484,8 +486,14 @@ def test_without_a_spec(kind, pictures, tmp_path):
     lvlm = loading.load(str(tmp_path))
     assert lvlm.spec.measured and kind not in SPECS
     inputs = lvlm.inputs(pictures, QUESTIONS)
-    before = run(lvlm, inputs)
-    last = lvlm.layout(inputs)[2]
+    before, layouts = run(lvlm, inputs), lvlm.layout(inputs)
+    last = layouts[2]
+    with lvlm.editing(before=lambda read, layer: read), norms_at_connector(lvlm, layouts) as read:
+        assert torch.equal(run(lvlm, inputs), before)
+    with torch.no_grad():
+        states = lvlm.vision(inputs["pixel_values"], output_hidden_states=True).hidden_states
+    side_by_side = torch.cat([states[layer][:, 1:] for layer in lvlm.model.config.vision_feature_layer], -1)
+    torch.testing.assert_close(torch.stack(read), side_by_side.norm(dim=-1))
     assert (lvlm.n_prefix, lvlm.merge, last.grid) == (1, 1, (4, 4))
     same = [pictures[2], pictures[2].rotate(90)]
     seen = trace(lvlm, same, QUESTIONS[:2], max_new_tokens=2)
