@@ -94,7 +94,7 @@ def test_cells(checkout: Commands, shown: Path):
 
 
 def test_methods_beside_their_controls(checkout: Commands, shown: Path):
-    found, _ = across.read(["results/*/1[01]-*/effects.csv"])  # of this repository, not of the copy
+    found, _ = across.read(["results/lab-llava/1[01]-*/effects.csv"])  # of this repository, not of the copy
     table = across.beside_controls(found).set_index(["label", "which", "model"])
     source = pd.read_csv(paths.RESULTS / "lab-llava/10-training-free/effects.csv").fillna({"way": ""})
     source = source[(source.benchmark == "mean") & (source.measure == "right")].set_index(["method", "way", "model"])

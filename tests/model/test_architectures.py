@@ -12,7 +12,14 @@ from PIL import Image
 from transformers import CONFIG_MAPPING, LlamaConfig
 
 from sinkstudy.model import loading, measure
-from sinkstudy.model.capture import attention_received, attention_rows, hidden_states, norms_at_connector, trace, trace_tower
+from sinkstudy.model.capture import (
+    attention_received,
+    attention_rows,
+    hidden_states,
+    norms_at_connector,
+    trace,
+    trace_tower,
+)
 from sinkstudy.model.specs import SPECS, tile_grid
 
 close = dict(atol=1e-5, rtol=1e-4)
