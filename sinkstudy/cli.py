@@ -99,7 +99,7 @@ def route(
     data_dir: Annotated[str | None, typer.Option(help="Public data: a folder with a folder or file of each.")] = None,
     hub: Annotated[bool | None, typer.Option("--hub", help="Public data from the hub, at pinned revisions.")] = None,
     weight: Annotated[float | None, typer.Option(help="Of the methods features and keys.")] = None,
-    k: Annotated[int | None, typer.Option(help="Patches of front-top-k and keep-top-k, neurons of test-time-registers.")] = None,
+    k: Annotated[int | None, typer.Option(help="Patches of front- and keep-top-k, neurons of registers.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of all that is random.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run, if not the model's.")] = None,
 ) -> None:
