@@ -259,10 +259,12 @@ def diysink(
     ] = "two-connectors",
     criterion: Annotated[str, typer.Option(help="What a sink is.")] = "above_median",
     threshold: Annotated[float, typer.Option(help="Its threshold.")] = 3.0,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate; 1e-3, for tune 2e-5, soft router 1e-2.")] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Peak rate: 1e-3; for tune 2e-5, soft router 1e-2, gates and adapters 1e-3.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Samples that a process sees at once.")] = 8,
     accumulate: Annotated[
-        int | None, typer.Option(help="Batches in a step; by default so many that it has 256 samples, for tune 128.")
+        int | None, typer.Option(help="Batches in a step; by default 256 samples' worth, for tune 128, soft router 20.")
     ] = None,
     epochs: Annotated[
         float | None, typer.Option(help="Passes over the data; 1, soft router 10, gates and adapters 2.")
