@@ -99,7 +99,7 @@ def route(
     data_dir: Annotated[str | None, typer.Option(help="Public data: a folder with a folder or file of each.")] = None,
     hub: Annotated[bool | None, typer.Option("--hub", help="Public data from the hub, at pinned revisions.")] = None,
     weight: Annotated[float | None, typer.Option(help="Of the methods features and keys.")] = None,
-    k: Annotated[int | None, typer.Option(help="Patches of keep-top-k, neurons of test-time-registers.")] = None,
+    k: Annotated[int | None, typer.Option(help="Patches of front- and keep-top-k, neurons of registers.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of all that is random.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run, if not the model's.")] = None,
 ) -> None:
@@ -259,10 +259,12 @@ def diysink(
     ] = "two-connectors",
     criterion: Annotated[str, typer.Option(help="What a sink is.")] = "above_median",
     threshold: Annotated[float, typer.Option(help="Its threshold.")] = 3.0,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate; 1e-3, for tune 2e-5, soft router 1e-2.")] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Peak rate: 1e-3; for tune 2e-5, soft router 1e-2, gates and adapters 1e-3.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Samples that a process sees at once.")] = 8,
     accumulate: Annotated[
-        int | None, typer.Option(help="Batches in a step; by default so many that it has 256 samples, for tune 128.")
+        int | None, typer.Option(help="Batches in a step; by default 256 samples' worth, for tune 128, soft router 20.")
     ] = None,
     epochs: Annotated[
         float | None, typer.Option(help="Passes over the data; 1, soft router 10, gates and adapters 2.")
@@ -321,19 +323,20 @@ def _check_names(what: str, given: list[str] | None, known: Collection[str]) -> 
 
 @lab.command("train")
 def train(
-    names: Annotated[list[str] | None, typer.Argument(help="Lab models, 'emergence', or 'all'.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(help="Lab models, 'gist', 'emergence', or 'all'.")] = None,
 ) -> None:
-    """Train lab models, and the short towers of chapter 02 ('emergence'), from nothing.
+    """Train lab models, the positive control's tower ('gist'), and the short towers of chapter 02 ('emergence').
 
-    A killed training goes on from its last checkpoint.
+    Without names all, from nothing. lab-llava-gist alone is trained behind the tower that is there. A killed training
+    goes on from its last checkpoint.
     """
     _in_checkout()
     with_malloc()
     from sinkstudy.lab import train as training
 
-    known = [*training.TOWER_OF, "emergence", "gist"]
+    known = ["gist", *training.TOWER_OF, "emergence"]  # a tower before the model that is trained behind it
     _check_names("lab model or tower", names, [*known, "all"])
-    training.main(known if not names or "all" in names else names)
+    training.main([name for name in known if not names or "all" in names or name in names])
 
 
 @lab.command("gates")

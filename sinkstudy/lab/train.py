@@ -199,7 +199,7 @@ def export(name: str, model, log: pd.DataFrame | None = None) -> Path:
 def card(name: str, kind: Llava, scores: pd.DataFrame, log: pd.DataFrame) -> str:
     """The model card: data, recipe, scores, limits."""
     what = _WHAT[TOWER_OF[name]]
-    made = GIST if TOWER_OF[name] == "gist" else TOWER
+    made, names = (GIST, f"gist {name}") if TOWER_OF[name] == "gist" else (TOWER, name)
     how = f"AdamW, learning rate {made['lr']}"
     if "muon" in made:
         how = f"Muon for weight matrices (rate {made['muon']:g}) and AdamW for the rest ({made['lr']:g})"
@@ -231,7 +231,7 @@ scenes' facts. Validation and test scenes share no combination of facts with the
 
 ## Recipe
 {kind.parts}. The tower has {tower_module.LAYERS} layers of width {tower_module.WIDTH} and patches of {PATCH} pixels,
-the decoder {language.DEPTH} layers of width 128; word-level tokenizer. `sinkstudy lab train {name}` does all of this,
+the decoder {language.DEPTH} layers of width 128; word-level tokenizer. `sinkstudy lab train {names}` does all of this,
 seeds fixed:
 
 1. tower with captions: {made["steps"]} steps of {made["batch"]} pictures, {how}, weight

@@ -59,7 +59,7 @@ def _chunk(split: str, chunk: int) -> list[q.Facts]:
 def pope(images: int = 100, split: str = "test" + HIDDEN) -> pd.DataFrame:
     """POPE (Li et al. 2023): is there a … ? Six questions an image and category, three of them about absent kinds.
 
-    Things are half hidden, unless `split` says otherwise: on whole ones every lab model is right, and none can lose.
+    Things are half hidden, unless `split` says otherwise: on whole ones the lab models are nearly always right.
     Absent kinds are drawn at random (`random`), are the most frequent ones (`popular`), or those that most often
     appear together with what is there (`adversarial`); frequencies are counted on training scenes.
     """
@@ -147,7 +147,7 @@ def textvqa() -> pd.DataFrame:
     """TextVQA (Singh et al. 2019): reading what stands on things, here marks; ten people agree on each answer.
 
     One question an image: which thing of this size has a mark, or has none? Whether a thing has one is not asked, for
-    every lab model is right on it. Things are whole: of half hidden ones the mark may not be seen.
+    the lab models are right on it. Things are whole: of half hidden ones the mark may not be seen.
 
     Beyond: `answers`.
     """

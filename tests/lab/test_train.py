@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
+from sinkstudy import cli
 from sinkstudy.lab import emergence, language, score, train, training
 from sinkstudy.lab.families import QWEN2VL, family
 from sinkstudy.model import loading
@@ -87,3 +88,21 @@ def test_what_is_told_of_the_followed_towers_is_what_their_logs_and_configs_hold
     for name in told.tower[told.tower.str.startswith("lab-")]:
         vision = json.loads((MODELS / name / "config.json").read_text())["vision_config"]
         assert {vision.get("embed_dim"), vision["hidden_size"]} & set(told.width)
+
+
+def test_the_positive_controls_tower_is_made_before_the_model_behind_it(monkeypatch):
+    made = []
+    monkeypatch.setattr(train, "main", made.append)
+    monkeypatch.setattr(cli, "with_malloc", lambda: None)
+    cli.train(None)
+    cli.train(["lab-llava-gist", "gist"])
+    assert made[0].index("gist") < made[0].index("lab-llava-gist")
+    assert sorted(made[0]) == sorted([*train.TOWER_OF, "gist", "emergence"]) and made[1] == ["gist", "lab-llava-gist"]
+
+
+@pytest.mark.parametrize("name", train.TOWER_OF)
+def test_committed_cards_are_what_a_training_would_write(name):
+    folder = MODELS / name
+    kind = family(loading.load(name).model.config)
+    card = train.card(name, kind, pd.read_csv(folder / "scores.csv"), pd.read_csv(folder / "training.csv"))
+    assert (folder / "README.md").read_text(encoding="utf-8") == card

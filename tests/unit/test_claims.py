@@ -2,15 +2,17 @@
 
 import copy
 import json
+import re
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.stats
 import yaml
 
 from sinkstudy import stats
 from sinkstudy.book import claims
-from sinkstudy.paths import TRAINED
+from sinkstudy.paths import DATA, TRAINED
 from sinkstudy.trained.compared import ARM_LABELS, COMPARISONS
 
 LEDGER = {
@@ -384,6 +386,19 @@ def test_controls_of_the_study_hold_in_the_committed_results(number):
     # one that does not hold says why in its note, and stays in the ledger; with a note about nothing it fails here
     interval = stats.Interval(*found[["value", "low", "high", "n"]])
     assert (found.state != "holds") == ("note" in control), f"{control['rule']} {interval}"
+
+
+@pytest.mark.parametrize("row", [row for rows in claims.load().values() for row in rows if "note" in row],
+                         ids=lambda row: row["id"])
+def test_intervals_in_notes_are_those_of_the_committed_results(row):
+    """Of the run that verdicts come from: a note was typed, and numbers change when a chapter is run again."""
+    numbers = claims.metrics().drop_duplicates(["chapter", "name"])  # the full run comes first
+    known = numbers.loc[numbers.chapter == row["chapter"], ["value", "low", "high"]].to_numpy().tolist()
+    of_control = ["attention", "attention_low", "attention_high"]
+    known += pd.read_csv(DATA / "controls" / "norms.csv")[of_control].to_numpy().tolist()
+    for found in re.findall(r"(-?[\d.]+) \[(-?[\d.]+), (-?[\d.]+)\]", row["note"]):
+        digits = len(found[0].partition(".")[2])
+        assert found in {tuple(f"{x:.{digits}f}" for x in of) for of in known}, f"{row['id']}: {found}"
 
 
 def test_chapters_write_the_metrics_that_the_ledger_names():
