@@ -266,9 +266,9 @@ def narrowed(
         length, start = (n, 0) if cache is None else cache.get_mask_sizes(n, module.layer_idx)
         keys = torch.arange(start, start + length)  # places in the whole sequence
         queries = keys[-n:]
-        blocked = _at(gone, rows, keys)[:, None] & (queries[:, None] != keys)  # [batch, queries, keys]
+        blocked = marked_at(gone, rows, keys)[:, None] & (queries[:, None] != keys)  # [batch, queries, keys]
         if visible_to == "visual":
-            blocked &= ~_at(visual, rows, queries)[:, :, None]
+            blocked &= ~marked_at(visual, rows, queries)[:, :, None]
         blocked = blocked[:, None].to(kwargs["hidden_states"].device)  # [batch, 1, queries, keys]
         if mask is None:
             mask = (queries[:, None] >= keys).to(blocked.device)
@@ -282,7 +282,7 @@ def narrowed(
         yield
 
 
-def _at(marked: torch.Tensor, rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+def marked_at(marked: torch.Tensor, rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """What is marked at some places of a sequence that goes on behind it, where nothing is: bool [rows, places]."""
     inside = places < marked.shape[1]
     return marked[rows][:, places.clamp(max=marked.shape[1] - 1)] & inside

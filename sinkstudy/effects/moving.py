@@ -22,7 +22,7 @@ from transformers import BatchFeature
 
 from sinkstudy import sinks
 from sinkstudy.answers.evaluate import Intervention, Prefixes
-from sinkstudy.effects.ablation import Masks, of_images
+from sinkstudy.effects.ablation import Masks, marked_at, of_images
 from sinkstudy.effects.neurons import moved_to_register
 from sinkstudy.model import capture
 from sinkstudy.model.layout import ImageLayout
@@ -160,7 +160,10 @@ def gated(
     them; rotation by position commutes with this.
 
     Args:
-        layers: decoder layers, from 0, negative ones from the end; all by default.
+        layers: decoder layers, from 0, negative ones from the end, each once however often it is named; all by default.
+
+    Raises:
+        IndexError: there is no such layer.
     """
     with scaled_keys(lvlm, inputs, chosen, lambda layer, hidden: torch.tensor([[chosen_by, others_by]]), layers):
         yield
@@ -177,7 +180,7 @@ def scaled_keys(
     """`gated` with factors that may follow from what a layer reads.
 
     Args:
-        by: the layer, as in `layers`, and the hidden states [images, tokens, width] that it reads -> float
+        by: the layer, from 0, and the hidden states [images, tokens, width] that it reads -> float
             [images or 1, 2], by what the keys of the chosen visual tokens of an image, and those of its others, are
             multiplied. It is asked whenever the layer reads the images: once, or for every token of an answer where
             there is no cache.
@@ -211,7 +214,8 @@ def scaled_keys(
         shape = (*factor.shape, *[1] * (keys.ndim - 2)) if tokens_first else (len(factor), 1, -1, 1)
         return keys * factor.view(shape)
 
-    blocks = range(len(lvlm.decoder_layers)) if layers is None else layers
+    every = range(len(lvlm.decoder_layers))
+    blocks = every if layers is None else sorted({every[layer] for layer in layers})
     with _judging(lvlm, layouts, chosen) as masks, ExitStack() as hooks:
         hooks.enter_context(lvlm.decoder.register_forward_pre_hook(prepare, with_kwargs=True))
         for layer in blocks:
@@ -256,12 +260,13 @@ def redistributed(
     for layout in layouts:
         visual[layout.row, layout.visual] = True
     found: dict[int, torch.Tensor] = {}  # layer -> bool [images, end]
-    reading = False
+    reading, length = False, 0  # of the whole sequence, of which a sliding window's cache has only the last keys
     layers = range(2, len(lvlm.decoder_layers) - 1)
 
     def notice(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        nonlocal reading
-        reading = _reads_images(kwargs, layouts)
+        nonlocal reading, length
+        reading, cache = _reads_images(kwargs, layouts), kwargs.get("past_key_values")
+        length = kwargs["inputs_embeds"].shape[1] + (0 if cache is None else cache.get_seq_length())
 
     def judge(layer: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if reading:
@@ -270,12 +275,11 @@ def redistributed(
 
     def edit(layer: int, attention: Any, value: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         of = inputs.rows if isinstance(inputs, Prefixes) else torch.arange(len(layouts))
-        n = attention.n_keys
-        places = torch.arange(n - attention.n_queries, n)  # of the queries, in the whole sequence
-        behind = (places >= end).nonzero()[:, 0].to(value.device)
+        keys = torch.arange(length - attention.n_keys, length)  # places in the whole sequence
+        behind = (keys[-attention.n_queries :] >= end).nonzero()[:, 0].to(value.device)
         if len(behind) == 0 or not found[layer][of].any():
             return output
-        sink, seen = (nn.functional.pad(x[of], (0, n - end)).to(value.device)[:, None, None]  # [batch, 1, 1, keys]
+        sink, seen = (marked_at(x, of, keys).to(value.device)[:, None, None]  # [batch, 1, 1, keys]
                       for x in (found[layer], visual))
         weights = attention.weights(behind)  # [batch, heads, queries behind, keys]
         moved = moved_mass(weights, sink, seen, p, rho, least)

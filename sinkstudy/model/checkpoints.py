@@ -7,6 +7,7 @@ is read. What a checkpoint may lack, or have too much, is the library's own list
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,8 @@ def headers(source: str, revision: str | None = None) -> dict[str, torch.Tensor]
     Of a hub model that is yet to be downloaded the headers alone are fetched.
 
     Raises:
-        ValueError: as `weight_files`; weights that the index promises and no file has; quantised weights.
+        ValueError: as `weight_files`; weights that the index promises and no file has, or that two files have; quantised
+            weights.
         OSError, SafetensorError: files that are damaged or out of reach.
     """
     found: dict[str, tuple[str, list[int]]] = {}
@@ -97,6 +99,8 @@ def headers(source: str, revision: str | None = None) -> dict[str, torch.Tensor]
         for file in there:
             with safe_open(file, "pt") as opened:
                 for key in opened.keys():  # noqa: SIM118 (no dict)
+                    if key in found:
+                        raise ValueError(f"two of its files have {key}, and which of them counts cannot be told")
                     part = opened.get_slice(key)
                     found[key] = part.get_dtype(), part.get_shape()
         index = there[0].parent / INDEX
@@ -104,11 +108,15 @@ def headers(source: str, revision: str | None = None) -> dict[str, torch.Tensor]
     else:
         known = get_safetensors_metadata(source, revision=revision or None)
         for header in known.files_metadata.values():
+            if twice := sorted(header.tensors.keys() & found.keys()):
+                raise ValueError(f"two of its files have {twice[0]}, and which of them counts cannot be told")
             found |= {key: (part.dtype, part.shape) for key, part in header.tensors.items()}
         promised = known.weight_map
     if lacking := sorted(promised.keys() - found.keys()):
         raise ValueError(f"its {INDEX} names {_list(lacking)}, which no file has")
-    if odd := [f"{key} ({dtype})" for key, (dtype, _) in found.items() if dtype not in (*FLOATS, *INTEGERS)]:
+    odd = [f"{key} ({dtype})" for key, (dtype, _) in found.items()
+           if dtype not in FLOATS and (dtype not in INTEGERS or key.endswith((".weight", ".bias")))]
+    if odd:
         raise ValueError(f"its weights are quantised ({_list(odd)}); {UNQUANTISED}")
     return {
         key: torch.empty(shape, dtype=FLOATS.get(dtype, torch.int64), device="meta")
@@ -139,6 +147,26 @@ def check_names(name: str, model: nn.Module, report: dict[str, Any]) -> None:
         told += ["the names are those of another model class or version"] if missing and left_over else []
         hint = f": {told[0]}" if told else ""
         raise ValueError(f"{name}: the checkpoint {'; it '.join(problems)}{hint}. Nothing is filled with random values")
+
+
+LEVELS = ("model", "language_model", "vision_model")  # which versions of transformers have added or taken away
+
+
+def check_once(name: str, model: nn.Module, stored: Iterable[str]) -> None:
+    """Refuse a checkpoint that has a weight under two names, of an older and a newer version of transformers.
+
+    Raises:
+        ValueError: with both names; transformers would take either.
+    """
+
+    def plain(key: str) -> str:
+        return ".".join(part for part in key.split(".") if part not in LEVELS)
+
+    there, own = Counter(map(plain, stored)), Counter(map(plain, model.state_dict()))
+    for key, times in there.items():
+        if times > own[key] > 0:
+            both = " and ".join(sorted(other for other in stored if plain(other) == key))
+            raise ValueError(f"{name}: its weights {both} are one of the model's: remove what is not its own")
 
 
 def _weights(names: set[str], others: set[str]) -> str:

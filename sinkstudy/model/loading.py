@@ -133,6 +133,7 @@ def outline(name: str, *, dtype: str | torch.dtype = "float32", revision: str | 
         dtype=devices.dtype_of(dtype),
         device_map={"": "meta"},
     )
+    checkpoints.check_once(name, model, weights)
     model.tie_weights()  # also what is stored twice
     lvlm = _measured(LVLM(model.eval(), _processor(name, spec, revision), name, hub_commit(name, revision), spec))
     _check_parts(lvlm)

@@ -349,6 +349,13 @@ def test_weights_of_few_bits(llava, dtype):
     refused(llava, "quantised .*o_proj.weight .*; the study needs the unquantised checkpoint")
 
 
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64, torch.bool])
+def test_weights_of_whole_numbers(llava, dtype):
+    """Of the right names and shapes."""
+    rewrite(llava, lambda weights: weights | {key: v.to(dtype) for key, v in weights.items() if "q_proj.w" in key})
+    refused(llava, "quantised .*q_proj.weight .*; the study needs the unquantised checkpoint")
+
+
 def test_weights_of_gptq(llava):
     """Of which the configuration says nothing."""
     def packed(weights):
@@ -409,6 +416,15 @@ def test_a_file_without_a_weight_that_the_index_promises(llava):
     kept.pop(gone := next(key for key in kept if "o_proj" in key))
     save_file(kept, llava / SECOND, metadata={"format": "pt"})
     refused(llava, f"model.safetensors.index.json names {gone}, which no file has")
+
+
+def test_a_weight_in_two_files(llava):
+    """Left over in the second file by an earlier save, with other values."""
+    twice = next(key for key, file in shard(llava).items() if file == FIRST)
+    kept = load_file(llava / SECOND)
+    value = load_file(llava / FIRST)[twice]
+    save_file(kept | {twice: value + 1}, llava / SECOND, metadata={"format": "pt"})
+    refused(llava, f"two of its files have {twice}")
 
 
 @pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": "../../b.safetensors"}}'])
@@ -487,6 +503,17 @@ def test_names_of_other_versions(llava, old, new):
     memory.check(str(llava))
     renamed = loading.load(str(llava)).model.state_dict()
     assert all(torch.equal(plain[key], renamed[key]) for key in plain)
+
+
+@pytest.mark.parametrize("old, new", [*OLD.items(), ("language_model.lm_head", "lm_head")])
+def test_a_weight_under_two_names(llava, old, new):
+    """Old and new, with other values."""
+    def twice(weights):
+        key = next(key for key in weights if old in key)
+        return weights | {key.replace(old, new): weights[key] + 1}
+
+    rewrite(llava, twice)
+    refused(llava, "its weights .* and .* are one of the model's")
 
 
 def test_headers_of_a_hub_model_are_enough(llava, monkeypatch):

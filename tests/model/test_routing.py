@@ -202,6 +202,16 @@ def test_gate_against_eager_attention(lvlm, inputs):
         assert not seen[:, mask].any() or not torch.allclose(now[seen & mask], was[seen & mask], atol=1e-3)
 
 
+def test_a_layer_that_is_named_twice_is_gated_once(lvlm, inputs):
+    said = []
+    for layers in ([1], [1, 1 - len(lvlm.decoder_layers), 1]):
+        with moving.gated(lvlm, inputs, TWO, 0.5, layers=layers):
+            said.append(logits(lvlm, inputs))
+    assert torch.equal(*said)
+    with pytest.raises(IndexError), moving.gated(lvlm, inputs, TWO, 0.5, layers=[len(lvlm.decoder_layers)]):
+        pass
+
+
 def test_weights_of_one_change_nothing_and_others_scale_the_tokens(lvlm, inputs, plain):
     with moving.reweighted(lvlm, inputs, TWO):
         assert torch.equal(logits(lvlm, inputs), plain)
@@ -354,6 +364,26 @@ def test_var_while_decoding(deeper):
         assert torch.equal(logits(lvlm, inputs), plain)
     assert torch.equal(logits(lvlm, inputs), plain)
     assert not hasattr(lvlm.decoder_layers[2].get_submodule(lvlm.spec.decoder_attention), "_editors")
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "aya_vision"])
+@torch.no_grad()
+def test_var_where_a_sliding_window_has_forgotten_keys(kind, tmp_path, monkeypatch):
+    """Its cache begins later than the sequence: sinks and visual tokens are still where they are."""
+    monkeypatch.setitem(architectures.TEXT, "num_hidden_layers", 6)
+    monkeypatch.setattr(architectures, "LAYER_TYPES", ["full_attention", *["sliding_attention"] * 4, "full_attention"])
+    architectures.write(tmp_path, kind)
+    lvlm = loading.load(str(tmp_path))
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8))
+    inputs = lvlm.inputs([picture], QUESTIONS[:1])
+    settings = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0, output_logits=True,
+                    return_dict_in_generate=True, suppress_tokens=[lvlm.image_token_id])
+    plain = logits(lvlm, inputs)
+    with moving.redistributed(lvlm, inputs, list(range(0, 32, 2)), 1.6, 0.0, 1.0, 0.0):
+        assert not torch.allclose(logits(lvlm, inputs)[:, -1], plain[:, -1], atol=0.1)
+        cached, anew = (torch.cat(lvlm.model.generate(**inputs, **settings, use_cache=cache).logits)
+                        for cache in (True, False))
+    torch.testing.assert_close(cached, anew, **close)
 
 
 # ------------------------------------------------------------------------------------------------- in evaluate
