@@ -9,6 +9,10 @@ yes and no.
 """
 
 import ast
+import io
+import itertools
+import json
+import tokenize
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
@@ -24,12 +28,22 @@ def _not_blank(value: str) -> str:
 
 
 def _listed(value: Any) -> Any:
-    """A list that a cell of a table holds as text."""
+    """A list that a cell of a table holds as text, JSON or Python's. Text that is neither stays as it is.
+
+    Texts with no comma between them, as NumPy prints them and as Python would join them, make no list.
+    """
     if not isinstance(value, str):
         return value
     try:
-        return ast.literal_eval(value)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        signs = [sign.type for sign in tokenize.generate_tokens(io.StringIO(value.strip()).readline)
+                 if sign.type not in (tokenize.NL, tokenize.COMMENT)]
+        joined = (tokenize.STRING, tokenize.STRING) in itertools.pairwise(signs)
+        return value if joined else ast.literal_eval(value.strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError, tokenize.TokenError):
         return value
 
 

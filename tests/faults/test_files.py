@@ -216,6 +216,46 @@ def test_a_column_of_pictures_that_holds_numbers(tmp_path):
     refused("'image'", "int64", name="MMStar", path=write(tmp_path, {"mmstar.parquet": rows}))
 
 
+# ------------------------------------------------------------------------------------------- lists as text
+AS_TEXT = {
+    "Python's": "['a \"b\"', 'c, d']", "JSON": '["a \\"b\\"", "c, d"]', "on two lines": "['a \"b\"',\n 'c, d']",
+    "blanks around": " ['a \"b\"', 'c, d'] ",
+}
+
+
+@pytest.mark.parametrize("text", AS_TEXT.values(), ids=AS_TEXT)
+def test_a_list_as_text(tmp_path, text):
+    table = load("own", path=listed(tmp_path, choices=text, answer="B"))
+    assert table.choices.tolist() == [['a "b"', "c, d"]]
+
+
+def listed(folder: Path, **columns) -> Path:
+    picture(folder / "1.png")
+    tabbed(folder / "questions.csv", [OWN | columns])
+    return folder
+
+
+@pytest.mark.parametrize("text, found", [('["caf\\u00e9 \\ud83d\\ude00", "b"]', "café 😀"), ('["1\\/2", "b"]', "1/2")])
+def test_signs_that_json_writes_otherwise(tmp_path, text, found):
+    assert load("own", path=listed(tmp_path, choices=text, answer="A")).choices[0][0] == found
+
+
+@pytest.mark.parametrize("name, column", [("own", "choices"), ("own", "answers"), ("MMMU", "options")])
+@pytest.mark.parametrize("text", ["['a cat' 'a dog']", "['a cat'\n 'a dog']", '["a cat" \'a dog\', "c"]', "['a']['b']"])
+def test_a_list_without_commas_is_none(tmp_path, name, column, text):
+    """NumPy prints arrays so, and so does pandas into a CSV; Python would join the texts to one."""
+    if name == "own":
+        folder = listed(tmp_path, **{column: text}, answer="A")
+    else:
+        folder = write(tmp_path, with_row(name, **{column: text, "question_type": "multiple-choice", "answer": "A"}))
+    refused(f"'{column}'", "row ", name=name, path=folder)
+
+
+def test_peoples_answers_without_commas(tmp_path):
+    row = {"index": 1, "question": "What?", "answer": "['stop' 'stop' 'go']", "category": "x", "image": coded(1)}
+    refused("'answers'", "row 0", name="TextVQA", path=tabbed(tmp_path / "TextVQA.tsv", [row]))
+
+
 # ------------------------------------------------------------------------------------------- labels as numbers
 def labelled(folder: Path, name: str, column: str, values: list[int | None], feature: object) -> Path:
     """A benchmark's file with a column of labels as numbers, and what the library datasets writes of them."""
