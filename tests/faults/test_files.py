@@ -216,6 +216,46 @@ def test_a_column_of_pictures_that_holds_numbers(tmp_path):
     refused("'image'", "int64", name="MMStar", path=write(tmp_path, {"mmstar.parquet": rows}))
 
 
+# ------------------------------------------------------------------------------------------- data sets in parts
+PARTS = {  # what lies there, and what is said
+    "the second is missing": (["00000-of-00002"], "00000-of-00002"),
+    "the first is missing": (["00001-of-00002"], "00001-of-00002"),
+    "cut anew": (["00000-of-00001", "00000-of-00002", "00001-of-00002"], "00000-of-00001, 00000-of-00002"),
+    "one twice": (["00000-of-00002", "00001-of-00002", "00001-of-00002-0f3a"], "00001-of-00002, 00001-of-00002"),
+}
+
+
+@pytest.mark.parametrize("case", PARTS)
+@pytest.mark.parametrize("folder", ["ScienceQA-IMG", "."])
+def test_a_data_set_of_which_a_part_is_missing(tmp_path, case, folder):
+    """As an interrupted copy leaves it. Its questions have no ids by which they could be missed."""
+    there, said = PARTS[case]
+    (rows,) = FILES["ScienceQA-IMG"].values()
+    write(tmp_path, {f"{folder}/test-{part}.parquet": rows for part in there})
+    refused("each of its parts once", said, name="ScienceQA-IMG", path=tmp_path)
+
+
+def test_pictures_of_which_a_part_is_missing(tmp_path):
+    files = {file.replace("images/testdev-00000-of-00001", "images/testdev-00000-of-00002"): rows
+             for file, rows in FILES["GQA"].items()}
+    refused("each of its parts once", name="GQA", path=write(tmp_path, files))
+
+
+def test_all_parts_and_one_by_its_name(tmp_path):
+    (rows,) = FILES["MMStar"].values()
+    write(tmp_path, {f"mmstar-{i:05}-of-00002-0f{i}.parquet": [rows[2 * i], rows[2 * i + 1]] for i in range(2)})
+    assert load("MMStar", path=tmp_path).id.tolist() == ["0", "1", "2", "3"]
+    assert load("MMStar", path=tmp_path / "mmstar-00001-of-00002-0f1.parquet").id.tolist() == ["2", "3"]
+
+
+def test_a_download_that_was_interrupted(tmp_path, monkeypatch):
+    """Without network the hub's cache gives what there is of a snapshot."""
+    folder = write(tmp_path, {file: rows for file, rows in FILES["POPE"].items() if "popular" not in file})
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(folder))
+    with pytest.raises(ValueError, match=r"^POPE: .* has no Full/popular-\*\.parquet: let it be downloaded again"):
+        load("POPE")
+
+
 # ------------------------------------------------------------------------------------------- lists as text
 AS_TEXT = {
     "Python's": "['a \"b\"', 'c, d']", "JSON": '["a \\"b\\"", "c, d"]', "on two lines": "['a \"b\"',\n 'c, d']",
