@@ -19,6 +19,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pandas as pd
@@ -26,6 +27,7 @@ import pandas as pd
 from sinkstudy import digests
 from sinkstudy.benchmarks import files as plain
 from sinkstudy.benchmarks import rows
+from sinkstudy.paths import below
 
 COLUMNS = ("id", "image_id", "question", "answer", "category")
 OWN = "own"  # questions of one's own
@@ -431,7 +433,12 @@ def _download(name: str, spec: Source, patterns: list[str], revision: str | None
 
 
 def _matching(root: Path, patterns: Iterable[str]) -> list[Path]:
-    return [file for pattern in patterns for file in sorted(root.glob(pattern))] if root.is_dir() else []
+    """Files of a folder by patterns; those that begin with **/ look below, also behind links, as no glob does."""
+    if not root.is_dir():
+        return []
+    return [file for pattern in patterns for file in (
+        [file for file in below(root) if fnmatch(file.name, pattern[3:]) and not file.name.startswith(".")]
+        if pattern.startswith("**/") else sorted(root.glob(pattern)))]
 
 
 def _shown(name: str, row: dict, there: Sequence[bool]) -> list[int]:

@@ -721,6 +721,16 @@ def test_a_question_of_ones_own_that_lacks_something(tmp_path, changes):
     assert table.id.tolist() == ["1"] and [len(of) for of in table.attrs["left_out"].values()] == [1]
 
 
+def test_parquet_behind_a_link(tmp_path):
+    (rows,) = FILES["own"].values()
+    write(tmp_path / "elsewhere", {"b.parquet": rows[2:]})
+    write(tmp_path / "own/first", {"a.parquet": rows[:2]})
+    (tmp_path / "own/second").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "own/._a.parquet").write_bytes(b"what another system keeps beside a file")
+    table = load("own", path=tmp_path / "own")
+    assert table.id.tolist() == [f"mine-{i}" for i in range(4)] and len(table.attrs["sha256"]) == 2
+
+
 def test_two_tables(tmp_path):
     for name in ("a.csv", "b.csv"):
         tabbed(tmp_path / name, [OWN])
