@@ -383,4 +383,5 @@ def files(path: Path) -> list[Path]:
     """`path` itself or the files under it, also behind links, without hidden ones and caches."""
     if path.is_file():
         return [path]
-    return [p for p in paths.below(path) if not any(x.startswith(".") or x == "cache" for x in p.relative_to(path).parts)]
+    inner = ((file, file.relative_to(path).parts) for file in paths.below(path))
+    return [file for file, parts in inner if not any(x.startswith(".") or x == "cache" for x in parts)]

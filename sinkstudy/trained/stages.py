@@ -226,7 +226,7 @@ def _processes() -> int:
 
 
 def _plain(job: Job) -> dict[str, Any]:
-    """A job as plain values, its files by their content; `run` puts the samples in the place of the pictures' folder."""
+    """A job as plain values, its files by their content; `run` puts the samples in place of the pictures' folder."""
     values = asdict(job) | {"data": digests.sha256(job.data)}
     values |= {"connectors": [digests.sha256(Path(folder) / "weights.safetensors") for folder in job.connectors]}
     folder = paths.model_folder(job.model)  # None: its revision has to tell
