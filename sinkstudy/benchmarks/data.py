@@ -194,6 +194,10 @@ def load(name: str, *, path: str | Path | None = None, split: str | None = None,
     table, left_out = _without(table, "no picture", ~table.images.map(all), left_out)
     if table.empty:
         raise ValueError(f"{name}: no question can be asked: {rows.counted(left_out)}")
+    if "shown" in raw.columns:
+        pictures = raw.shown[table.index].groupby(table.image_id).nunique()
+        if (pictures > 1).any():
+            raise ValueError(f"{name}: {pictures.idxmax()!r} names {pictures.max()} different pictures")
     table = table.assign(image=pd.Series([several[0] for several in table.images], index=table.index, dtype=object))
     table = table[[*COLUMNS, "image", *spec.extra]].reset_index(drop=True)
     if limit is not None:
@@ -349,6 +353,8 @@ def _as_data_set(raw: pd.DataFrame, name: str, spec: Source) -> pd.DataFrame:
     """A table with the data set's columns, from these or from VLMEvalKit's."""
     have = [c for c in raw.columns if c not in ("file", "row", "picture", "shown")]
     missing = [c for c in spec.columns if c not in have]
+    for file in raw.file[:1]:
+        plain.check_columns(have, {*spec.row.model_fields, "A", "index", "image"}, f"{name}: {file}")
     if spec.table is not None and (name == OWN or "index" in have and (missing or "A" in have)):
         try:
             raw = spec.table(raw)

@@ -128,7 +128,7 @@ def test_a_null_is_never_text(tmp_path, capsys, name, column):
     ("MathVista", {"question_type": "multi_choice", "choices": []}, "no choices"),
     ("MathVista", {"answer_type": "float", "precision": None}, "no precision"),
     ("TextVQA", {"answers": []}, "no answers"),
-    ("TextVQA", {"answers": [None, "stop"]}, "a null among its answers"),
+    ("TextVQA", {"answers": [None, "stop", "go", "go"]}, "a null among its answers"),
     ("ScienceQA-IMG", {"choices": []}, "no choices"),
     ("ScienceQA-IMG", {"choices": None}, "no choices"),
     ("ScienceQA-IMG", {"choices": ["a", None]}, "a null among its choices"),
@@ -146,11 +146,13 @@ def test_what_is_empty_leaves_its_question_out(tmp_path, capsys, name, changes, 
 @pytest.mark.parametrize("name, changes, words", [
     ("MathVista", {"answer_type": "float", "precision": 1.5}, ["'precision'", "1.5"]),
     ("MathVista", {"answer_type": "words"}, ["'answer_type'", "'words'"]),
+    ("MathVista", {"question_type": "multi_choice", "choices": ["3", "4"], "answer": "5"}, ["'answer'", "'5'"]),
     ("ScienceQA-IMG", {"answer": 2}, ["'answer'", "holds 2", "2 choices"]),
     ("ScienceQA-IMG", {"answer": -1}, ["'answer'", "holds -1"]),
     ("MMMU", {"options": "[]", "question_type": "multiple-choice", "answer": "A"}, ["'answer'", "'A'", "0 options"]),
     ("MMMU", {"options": "['a', 'b'", "answer": "A"}, ["'options'", "['a', 'b'"]),
     ("MMMU", {"question_type": "essay"}, ["'question_type'", "'essay'"]),
+    ("TextVQA", {"answers": ["stop"]}, ["'answers'", "holds 1"]),
     ("POPE", {"answer": "perhaps"}, ["'answer'", "'perhaps'"]),
     ("MME", {"answer": "maybe"}, ["'answer'", "'maybe'"]),
 ])
@@ -526,6 +528,24 @@ def test_a_file_that_is_no_text(tmp_path):
     refused("coco_pope_random.json", name="POPE", path=root)
 
 
+def test_pictures_of_one_name_in_two_folders(tmp_path):
+    """Each question shows its own; a name that stands for two is refused."""
+    rows = [pope_row(i, image=name) for i, name in enumerate(["a/1.jpg", "b/1.jpg", "./a/1.jpg"])]
+    file = lines(tmp_path / "coco_pope_random.json", rows)
+    picture(tmp_path / "a/1.jpg", 0), picture(tmp_path / "b/1.jpg", 200)
+    assert load("POPE", path=file).image_id.tolist() == ["a/1", "b/1", "a/1"]
+    file = lines(tmp_path / "two/coco_pope_random.json", [pope_row(0, image="1.jpg"), pope_row(1, image="1.png")])
+    picture(tmp_path / "two/1.jpg", 0), picture(tmp_path / "two/1.png", 200)
+    refused("'1' names 2 different pictures", name="POPE", path=file)
+
+
+def test_a_name_of_a_picture_that_stands_for_two(tmp_path):
+    rows = [{"question_id": i, "image_id": "7", "question": "What?", "answers": ["stop"] * 10, "image": f"{i}.png"}
+            for i in range(2)]
+    picture(tmp_path / "0.png", 0), picture(tmp_path / "1.png", 200)
+    refused("'7' names 2 different pictures", name="TextVQA", path=lines(tmp_path / "questions.jsonl", rows))
+
+
 # ---------------------------------------------------------------------------------------- MME as it is published
 def mme_folder(root: Path, split: dict[str, bool], suffix: str = ".jpg") -> Path:
     """Two pictures of each category; in folders of texts and of pictures, or side by side."""
@@ -619,7 +639,8 @@ def test_mmes_table_pairs_questions_by_their_picture(tmp_path):
 @pytest.mark.parametrize("name, row, answer", [
     ("ScienceQA-IMG", {"index": 1, "question": "Which?", "hint": None, "A": "a", "B": "b", "C": None, "answer": "B",
                        "category": "biology"}, "B"),
-    ("TextVQA", {"index": 1, "question": "What?", "answer": "['stop', 'stop', 'go']", "category": "x"}, "stop"),
+    ("TextVQA", {"index": 1, "question": "What?", "answer": "['stop', 'stop', 'go', 'go', 'stop']", "category": "x"},
+     "stop"),
     ("own", {"index": 1, "question": "Which?", "hint": "Look.", "A": "nan", "B": "None", "answer": "B",
              "category": "x", "l2-category": "y"}, "B"),
 ])
@@ -665,6 +686,40 @@ def test_a_broken_table(tmp_path, text, words):
     refused(*words, "MMStar.tsv", name="MMStar", path=tmp_path)
 
 
+@pytest.mark.parametrize("answer, options", [("D", {"D": None}), ("C", {"C": None, "D": None})])
+def test_an_answer_of_which_there_is_no_option(tmp_path, answer, options):
+    rows = [star(0), star(1, answer=answer, **options)]
+    refused("row 1", "'answer'", f"'{answer}'", name="MMStar", path=tabbed(tmp_path / "MMStar.tsv", rows))
+
+
+def test_categories_with_blanks_between_them(tmp_path):
+    row = {"index": 0, "image": coded(0), "question": "Is it?", "answer": "No", "category": "adversarial, popular"}
+    assert load("POPE", path=tabbed(tmp_path / "POPE.tsv", [row])).category.tolist() == ["adversarial", "popular"]
+
+
+@pytest.mark.parametrize("name, row", [
+    ("own", OWN | {"answer": "B", "options": "['cat', 'dog']"}),
+    ("own", OWN | {"answer": "B", "Choices": "['cat', 'dog']"}),
+    ("own", OWN | {"answer": "B", "a": "cat", "b": "dog"}), ("own", OWN | {" hint": "Look."}),
+    ("own", OWN | {"Category": "x"}), ("own", OWN | {"ANSWERS": "['y']"}),
+    ("MMStar", {"index": 1, "question": "Which?", "answer": "B", "category": "x", "l2_category": "y", "image": "1.png",
+                "options": "['cat', 'dog']"}),
+    ("MMStar", {"index": 1, "question": "Which?", "answer": "B", "category": "x", "l2_category": "y", "image": "1.png",
+                "a": "cat", "b": "dog"}),
+])
+def test_a_column_that_is_called_otherwise_is_not_passed_over(tmp_path, name, row):
+    """Its question would be asked without options, say, and every answer to it be wrong."""
+    picture(tmp_path / "1.png")
+    odd = next(c for c in row if c not in OWN and c not in ("index", "category", "l2_category"))
+    refused(f"column '{odd}' is not read: call it", name=name, path=tabbed(tmp_path / f"{name}.csv", [row]))
+
+
+def test_columns_of_other_names_are_left_alone(tmp_path):
+    picture(tmp_path / "1.png")
+    row = OWN | {"source": "x", "i": 3, "l2-category": "y", "answer": "B", "choices": "['a', 'b']", "options": "2"}
+    assert load("own", path=tabbed(tmp_path / "own.csv", [row])).choices.tolist() == [["a", "b"]]
+
+
 # ------------------------------------------------------------------------------------------ questions of one's own
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv"])
 def test_questions_of_ones_own(tmp_path, suffix):
@@ -698,6 +753,30 @@ def test_without_ids_rows_are_numbered(tmp_path):
     lines(tmp_path / "q.jsonl", [{k: v for k, v in OWN.items() if k != "id"}] * 2)
     picture(tmp_path / "1.png")
     assert load("own", path=tmp_path).id.tolist() == ["0", "1"]
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\x85", "\x0b", "\x1c"])
+def test_signs_that_end_lines_in_unicode_alone(tmp_path, mark):
+    """A line of JSON, or of MME's texts, ends with a line break and with nothing else."""
+    picture(tmp_path / "1.png")
+    text = json.dumps(OWN | {"question": f"Is it{mark}so?"}, ensure_ascii=False)
+    (tmp_path / "questions.jsonl").write_text(text + "\r\n", encoding="utf-8")
+    assert load("own", path=tmp_path).question.tolist() == [f"Is it{mark}so?"]
+    folder = mme_folder(tmp_path / "MME", {"OCR": False})
+    (folder / "OCR/0001.txt").write_text(f"Is it{mark}so?\tYes\r\nIs it?\tNo\r\n", encoding="utf-8")
+    assert load("MME", path=folder).question[2] == f"Is it{mark}so?"
+
+
+@pytest.mark.parametrize("answer, right_ones, wrong_ones", [
+    ("A", ["A", "a", "A."], ["", "the", ".", "an"]), ("?", ["?"], ["", ".", "a"]),
+    ("the end", ["The end.", "end"], [""]),
+])
+def test_an_answer_of_which_the_comparing_form_leaves_nothing(tmp_path, answer, right_ones, wrong_ones):
+    picture(tmp_path / "1.png")
+    said = [*right_ones, *wrong_ones]
+    lines(tmp_path / "questions.jsonl", [OWN | {"id": str(i), "answer": answer} for i in range(len(said))])
+    table = load("own", path=tmp_path).assign(prediction=said)
+    assert right(table, "own").tolist() == [1.0] * len(right_ones) + [0.0] * len(wrong_ones)
 
 
 @pytest.mark.parametrize("changes, words", [
@@ -786,6 +865,19 @@ def test_a_table_with_a_null_is_neither_asked_nor_scored(tmp_path, name, column)
     for use in (lambda: prompts(table, name), lambda: right(table, name)):
         with pytest.raises(ValueError, match=f"^{name}: the {column} of .* is nan"):
             use()
+
+
+def test_answers_in_capitals(tmp_path):
+    """GQA's own are in small letters; those of a table need not be."""
+    table = load("GQA", path=write(tmp_path, with_row("GQA", answer="Yes ")))
+    assert right(table.assign(prediction=["yes", "Yes.", "no"]), "GQA").tolist() == [1, 1, 0]
+
+
+def test_open_questions_with_several_answers(tmp_path):
+    """As three of MMMU have them, validation_Math_15 among them."""
+    table = load("MMMU", path=write(tmp_path, with_row("MMMU", answer="['24/7', '3.429']")))[1:]
+    for said, is_right in {"It is 3.43.": 1, "24/7": 1, "24": 0, "['24/7', '3.429']": 1, "7": 0}.items():
+        assert right(table.assign(prediction=said), "MMMU").tolist() == [is_right], said
 
 
 # --------------------------------------------------------------------------------------- result files of harnesses
