@@ -107,6 +107,18 @@ def place(path: str) -> Path:
     return ROOT / Path(path).expanduser()
 
 
+def below(folder: Path) -> Iterator[Path]:
+    """The files in a folder and in those below, also behind links; each folder once, in the order of their names."""
+    seen: set[str] = set()
+    for here, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(here)) in seen:  # a link that leads back, say
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        yield from (file for name in sorted(names) if (file := Path(here, name)).is_file())
+
+
 def lab_models() -> list[str]:
     """Names of the lab models whose weights are there, in alphabetical order."""
     return sorted(path.parent.name for path in MODELS.glob("*/config.json"))

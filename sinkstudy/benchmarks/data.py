@@ -19,6 +19,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pandas as pd
@@ -26,6 +27,7 @@ import pandas as pd
 from sinkstudy import digests
 from sinkstudy.benchmarks import files as plain
 from sinkstudy.benchmarks import rows
+from sinkstudy.paths import below
 
 COLUMNS = ("id", "image_id", "question", "answer", "category")
 OWN = "own"  # questions of one's own
@@ -192,6 +194,10 @@ def load(name: str, *, path: str | Path | None = None, split: str | None = None,
     table, left_out = _without(table, "no picture", ~table.images.map(all), left_out)
     if table.empty:
         raise ValueError(f"{name}: no question can be asked: {rows.counted(left_out)}")
+    if "shown" in raw.columns:
+        pictures = raw.shown[table.index].groupby(table.image_id).nunique()
+        if (pictures > 1).any():
+            raise ValueError(f"{name}: {pictures.idxmax()!r} names {pictures.max()} different pictures")
     table = table.assign(image=pd.Series([several[0] for several in table.images], index=table.index, dtype=object))
     table = table[[*COLUMNS, "image", *spec.extra]].reset_index(drop=True)
     if limit is not None:
@@ -347,6 +353,8 @@ def _as_data_set(raw: pd.DataFrame, name: str, spec: Source) -> pd.DataFrame:
     """A table with the data set's columns, from these or from VLMEvalKit's."""
     have = [c for c in raw.columns if c not in ("file", "row", "picture", "shown")]
     missing = [c for c in spec.columns if c not in have]
+    for file in raw.file[:1]:
+        plain.check_columns(have, {*spec.row.model_fields, "A", "index", "image"}, f"{name}: {file}")
     if spec.table is not None and (name == OWN or "index" in have and (missing or "A" in have)):
         try:
             raw = spec.table(raw)
@@ -371,6 +379,8 @@ def _parquet(name: str, spec: Source, root: Path, files: list[Path]) -> tuple[pd
 
     if not files:
         raise ValueError(f"{name}: no parquet files in {root} (looked for {', '.join(spec.splits.values())})")
+    if root.is_dir():  # not one that is asked for by its name
+        _check_parts(files, name)
     if name == OWN:
         raw = pd.concat([parquet.own_questions(file, name) for file in files], ignore_index=True)
         return _as_data_set(raw, name, spec), files
@@ -378,6 +388,7 @@ def _parquet(name: str, spec: Source, root: Path, files: list[Path]) -> tuple[pd
     raw = pd.concat([parquet.read(file, spec.columns, inside, name) for file in files], ignore_index=True)
     if name == "GQA":
         more = _matching(root if root.is_dir() else root.parent.parent, spec.images)
+        _check_parts(more, name)
         shown = parquet.pictures_by_id(more, name)
         asked = [None if image is None else str(image) for image in raw.imageId]
         if lost := set(asked) - set(shown) - {None}:
@@ -389,6 +400,22 @@ def _parquet(name: str, spec: Source, root: Path, files: list[Path]) -> tuple[pd
     pictures = [[parquet.Picture(file, inside[i], row) if row not in empty[file, i] else None for i in places]
                 for file, row, places in zip(raw.file, raw.row, shown, strict=True)]
     return raw.assign(picture=pd.Series(pictures, dtype=object)), files
+
+
+_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5}).*")
+
+
+def _check_parts(files: Iterable[Path], name: str) -> None:
+    """Raise ValueError unless of a data set in parts, "test-00000-of-00002", all are there, and each once."""
+    parts: dict[Path, dict[int, list[int]]] = {}
+    for file in files:
+        if found := _PART.fullmatch(file.name):
+            parts.setdefault(file.parent / found[1], {}).setdefault(int(found[3]), []).append(int(found[2]))
+    for whole, of in parts.items():
+        for n, there in of.items():
+            if len(of) > 1 or sorted(there) != list(range(n)):
+                have = ", ".join(f"{i:05}-of-{n:05}" for n, several in of.items() for i in sorted(several))
+                raise ValueError(f"{name}: {whole}-.. has to have each of its parts once, and there are {have}")
 
 
 def _download(name: str, spec: Source, patterns: list[str], revision: str | None) -> tuple[Path, str]:
@@ -406,11 +433,18 @@ def _download(name: str, spec: Source, patterns: list[str], revision: str | None
     except Exception as error:  # offline, unknown repository, unknown commit: one sentence for all
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{name}: {spec.repo} at {revision} cannot be had from the Hub: {reason}") from None
+    if lacking := [pattern for pattern in wanted if not _matching(folder, [pattern])]:  # a cache without network, say
+        raise ValueError(f"{name}: {folder} has no {lacking[0]}: let it be downloaded again")
     return folder, folder.name  # the hub's cache names a snapshot's folder by its commit
 
 
 def _matching(root: Path, patterns: Iterable[str]) -> list[Path]:
-    return [file for pattern in patterns for file in sorted(root.glob(pattern))] if root.is_dir() else []
+    """Files of a folder by patterns; those that begin with **/ look below, also behind links, as no glob does."""
+    if not root.is_dir():
+        return []
+    return [file for pattern in patterns for file in (
+        [file for file in below(root) if fnmatch(file.name, pattern[3:]) and not file.name.startswith(".")]
+        if pattern.startswith("**/") else sorted(root.glob(pattern)))]
 
 
 def _shown(name: str, row: dict, there: Sequence[bool]) -> list[int]:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,7 @@ def _json(file: Path) -> list[dict[str, Any]]:
         rows = json.loads(text)
     else:
         rows = []
-        for i, line in enumerate(text.splitlines()):
+        for i, line in enumerate(text.split("\n")):  # and at none of the other signs that Unicode ends lines with
             try:
                 rows += [json.loads(line)] if line.strip() else []
             except ValueError as error:
@@ -112,6 +112,19 @@ def _json(file: Path) -> list[dict[str, Any]]:
     if odd := [i for i, row in enumerate(rows) if not isinstance(row, dict)]:
         raise ValueError(f"row {odd[0]} is no object with columns")
     return rows
+
+
+_MEANT = {"option": "choices", "options": "choices", "choice": "choices"}
+
+
+def check_columns(columns: Iterable[str], known: Collection[str], where: str) -> None:
+    """Raise ValueError for a column that would not be read and is called almost as one that would."""
+    for column in columns:
+        plain = column.strip().casefold()
+        meant = next((name for name in known if name.casefold() == plain), _MEANT.get(plain, ""))
+        if column not in known and meant and meant not in columns:
+            named = "A, B, C .." if meant == "choices" and meant not in known else repr(meant)
+            raise ValueError(f"{where}: column {column!r} is not read: call it {named}, or otherwise if it is none")
 
 
 def read(file: Path, name: str) -> pd.DataFrame:
@@ -198,7 +211,7 @@ def with_pictures(raw: pd.DataFrame, root: Path, name: str) -> pd.DataFrame:
     found = _named(dict(reversed(names.items())), root, name) if names else {}
     first: dict[str, str] = {}  # a picture's digest -> the key of the first row that has it
     shown = [first.setdefault(raw.shown[i], keys[i]) if isinstance(image, Cell)
-             else keys[i] if image is None or many else image
+             else keys[i] if image is None or many else str(Path(image))
              for i, image, many in zip(at, images, several, strict=True)]
     pictures = [[image] if many else found.get(image, image) if isinstance(image, str) else image
                 for many, image in zip(several, images, strict=True)]
@@ -245,7 +258,7 @@ def pope(files: list[Path], root: Path, name: str) -> pd.DataFrame:
             have = ", ".join(raw.columns[:-2])
             raise ValueError(f"{name}: column {missing[0]!r} is missing in {file}, which has {have}")
         raw = with_pictures(raw, root, name)
-        source = [Path(image).stem if isinstance(image, str) else image for image in raw.image]
+        source = [str(Path(image).with_suffix("")) if isinstance(image, str) else image for image in raw.image]
         parts.append(raw.rename(columns={"text": "question", "label": "answer"}).assign(
             category=category, image_source=pd.Series(source, dtype=object)))
     return pd.concat(parts, ignore_index=True)
@@ -292,7 +305,7 @@ def mme(folders: dict[str, Path], name: str) -> tuple[pd.DataFrame, list[Path]]:
                 raise ValueError(f"{name}: {text} has {len(of) or 'no'} pictures of its name in {place}, not one")
             try:
                 check(of[0])
-                lines = text.read_text(encoding="utf-8-sig").splitlines()
+                lines = text.read_text(encoding="utf-8-sig").split("\n")
             except (ValueError, OSError) as problem:
                 raise ValueError(f"{name}: {text}: {problem}") from None
             for i, line in enumerate(lines):
@@ -326,7 +339,7 @@ def options(raw: pd.DataFrame) -> pd.Series:
 
 def pope_table(raw: pd.DataFrame) -> pd.DataFrame:
     """A row for each category that a question is in; VLMEvalKit has it once, in "adversarial,popular,random"."""
-    category = [c.split(",") if isinstance(c, str) else [c] for c in raw["category"]]
+    category = [[part.strip() for part in c.split(",")] if isinstance(c, str) else [c] for c in raw["category"]]
     raw = raw.assign(question_id=raw["index"], image_source=raw.shown, category=pd.Series(category, dtype=object))
     return raw.explode("category", ignore_index=True)
 
@@ -336,7 +349,11 @@ def mme_table(raw: pd.DataFrame) -> pd.DataFrame:
 
 
 def mmstar_table(raw: pd.DataFrame) -> pd.DataFrame:
-    """The options behind the question, as MMStar's own file has them."""
+    """The options behind the question, as MMStar's own file has them. Raises ValueError: the answer is none of them."""
+    for answer, of, place in zip(raw["answer"], options(raw), raw.row, strict=True):
+        if of and answer and str(answer).strip() not in letters(len(of)):
+            what = f"column 'answer' holds {answer!r}, no letter of its {len(of)} options"
+            raise ValueError(f"{raw.file[0]}, row {place}, {what}")
     asked = [q if not of or q is None else
              f"{q.rstrip()}\nOptions: " + ", ".join(f"{c}: {o}" for c, o in zip(letters(len(of)), of, strict=True))
              for q, of in zip(raw["question"], options(raw), strict=True)]

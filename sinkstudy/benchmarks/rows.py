@@ -9,6 +9,10 @@ yes and no.
 """
 
 import ast
+import io
+import itertools
+import json
+import tokenize
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
@@ -23,13 +27,23 @@ def _not_blank(value: str) -> str:
     return value
 
 
-def _listed(value: Any) -> Any:
-    """A list that a cell of a table holds as text."""
+def listed(value: Any) -> Any:
+    """A list that a cell of a table holds as text, JSON or Python's. Text that is neither stays as it is.
+
+    Texts with no comma between them, as NumPy prints them and as Python would join them, make no list.
+    """
     if not isinstance(value, str):
         return value
     try:
-        return ast.literal_eval(value)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        signs = [sign.type for sign in tokenize.generate_tokens(io.StringIO(value.strip()).readline)
+                 if sign.type not in (tokenize.NL, tokenize.COMMENT)]
+        joined = (tokenize.STRING, tokenize.STRING) in itertools.pairwise(signs)
+        return value if joined else ast.literal_eval(value.strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError, tokenize.TokenError):
         return value
 
 
@@ -37,8 +51,8 @@ NotBlank = Annotated[str, AfterValidator(_not_blank)]
 Key = Annotated[NotBlank, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
 YesNo = Annotated[Literal["yes", "no"], BeforeValidator(lambda v: v.strip().lower() if isinstance(v, str) else v)]
 Hint = Annotated[str, BeforeValidator(lambda value: "" if value is None else value)]  # null: there is none
-Choices = Annotated[list[str], BeforeValidator(lambda value: [] if value is None else _listed(value))]
-Answers = Annotated[list[str], BeforeValidator(_listed), Field(min_length=1)]
+Choices = Annotated[list[str], BeforeValidator(lambda value: [] if value is None else listed(value))]
+Answers = Annotated[list[str], BeforeValidator(listed), Field(min_length=1)]
 
 
 def letters(n: int) -> list[str]:
@@ -107,6 +121,12 @@ class TextVqa(Row):
     question: NotBlank
     answers: Answers
 
+    @model_validator(mode="after")
+    def _enough(self) -> Self:
+        if len(self.answers) < 4:
+            raise ValueError(f"column 'answers' holds {len(self.answers)}, and an answer is right if 4 people gave it")
+        return self
+
 
 class Mmmu(Row):
     id: Key
@@ -143,6 +163,8 @@ class MathVista(Row):
     def _complete(self) -> Self:
         if self.question_type == "multi_choice" and not self.choices:
             raise PydanticCustomError("lacks", "choices")
+        if self.question_type == "multi_choice" and self.answer not in self.choices:
+            raise ValueError(f"column 'answer' holds {self.answer!r}, none of its choices")
         if self.answer_type == "float" and self.precision is None:
             raise PydanticCustomError("lacks", "precision")
         if self.answer_type == "float" and not self.precision.is_integer():
@@ -160,7 +182,7 @@ class Own(Row):
     category: Key = "all"
     hint: Hint = ""
     choices: Annotated[Choices, Field(max_length=26)] = []
-    answers: Annotated[list[str], BeforeValidator(lambda value: [] if value is None else _listed(value))] = []
+    answers: Annotated[list[str], BeforeValidator(lambda value: [] if value is None else listed(value))] = []
 
     @model_validator(mode="after")
     def _answerable(self) -> Self:

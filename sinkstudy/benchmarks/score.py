@@ -17,7 +17,7 @@ import pandas as pd
 from sinkstudy.benchmarks import rules
 from sinkstudy.benchmarks.data import OWN, check
 from sinkstudy.benchmarks.prompts import kind
-from sinkstudy.benchmarks.rows import letters
+from sinkstudy.benchmarks.rows import letters, listed
 
 
 def answered(table: pd.DataFrame, benchmark: str, rule: str = "official") -> pd.Series:
@@ -51,7 +51,7 @@ def right(table: pd.DataFrame, benchmark: str, rule: str = "official") -> pd.Ser
     POPE, MME and MMStar by a rule of `rules.RULES`. The others have one rule, `official`, which needs no language
     model:
 
-    - GQA (Hudson & Manning 2019): the answer in lower case without a final full stop is the annotated one.
+    - GQA (Hudson & Manning 2019): the answer without a final full stop is the annotated one, in any case.
     - ScienceQA-IMG (Lu et al. 2022): `rules.letter_science_qa`.
     - TextVQA (Singh et al. 2019): `soft_accuracy` against ten people's answers; the only one between 0 and 1.
     - MMMU (Yue et al. 2024): `rules.letter_mmmu`; open questions `same_answer`.
@@ -69,7 +69,7 @@ def right(table: pd.DataFrame, benchmark: str, rule: str = "official") -> pd.Ser
     if rule != "official":
         raise ValueError(f"{benchmark} has no rule {rule!r}; it has only the official one")
     score = {
-        "GQA": lambda r: r["prediction"].strip().removesuffix(".").lower() == r["answer"],
+        "GQA": lambda r: r["prediction"].strip().removesuffix(".").lower() == r["answer"].strip().lower(),
         "ScienceQA-IMG": lambda r: rules.letter_science_qa(r["prediction"]) == r["answer"],
         "TextVQA": lambda r: soft_accuracy(r["prediction"], r["answers"]),
         "MMMU": lambda r: (rules.letter_mmmu(r["prediction"], r["choices"]) == r["answer"] if r["choices"]
@@ -191,9 +191,12 @@ def soft_accuracy(text: str, answers: Sequence[str]) -> float:
 def same_answer(text: str, answer: str) -> bool:
     """MMMU's open questions, simplified: the number is among the text's numbers, or the answer's words are in it.
 
-    Numbers are compared after rounding to two places and without thousands' commas. The original looks only at what
-    follows words such as "is" and "therefore"; this rule looks at the whole text and so is the more lenient one.
+    An answer that is a list, as "['24/7', '3.429']" in three questions, is given by any of its parts. Numbers are
+    compared after rounding to two places and without thousands' commas. The original looks only at what follows words
+    such as "is" and "therefore"; this rule looks at the whole text and so is the more lenient one.
     """
+    if isinstance(several := listed(answer), list):
+        return any(same_answer(text, str(one)) for one in several)
     value = _number(answer)
     if value is not None:
         return any(round(n, 2) == round(value, 2) for n in _numbers(text))
@@ -233,7 +236,12 @@ def own(row: dict) -> bool:
         return rules.letter_strict(said, letters(len(row["choices"]))) == row["answer"]
     if kind(row) == "yes or no":
         return rules.yes_no_strict(said) == row["answer"]
-    return vqa_form(said) in {vqa_form(answer) for answer in (row["answer"], *row["answers"])}
+    return _open_form(said) in map(_open_form, (row["answer"], *row["answers"]))
+
+
+def _open_form(text: str) -> str:
+    """`vqa_form`; of a text of which it leaves nothing, as of "A" and "?", more, else no answer would be as right."""
+    return vqa_form(text) or text.lower().strip(" .,!?") or text.strip()
 
 
 def _number(text: str) -> float | None:

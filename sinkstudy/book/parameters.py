@@ -7,7 +7,7 @@ notebook itself (`check(globals())`, so that plain papermill is no way around it
 
 import ast
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cache
@@ -380,8 +380,8 @@ def reads(notebook: str, run: str, values: dict[str, Any], others: list[str]) ->
 
 
 def files(path: Path) -> list[Path]:
-    """`path` itself or the files under it, without hidden ones and caches."""
+    """`path` itself or the files under it, also behind links, without hidden ones and caches."""
     if path.is_file():
         return [path]
-    inner: Iterator[Path] = (p for p in path.rglob("*") if p.is_file())
-    return [p for p in inner if not any(x.startswith(".") or x == "cache" for x in p.relative_to(path).parts)]
+    inner = ((file, file.relative_to(path).parts) for file in paths.below(path))
+    return [file for file, parts in inner if not any(x.startswith(".") or x == "cache" for x in parts)]

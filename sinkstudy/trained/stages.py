@@ -16,7 +16,7 @@ from typing import Any
 
 from peft import LoraConfig, LoraModel
 
-from sinkstudy import devices, digests, sinks
+from sinkstudy import devices, digests, paths, sinks
 from sinkstudy.model import loading
 from sinkstudy.model.lvlm import LVLM
 from sinkstudy.paths import atomic, check_writable
@@ -135,7 +135,8 @@ def run(job: Job, how: loop.Settings, out: Path, *, device: str, dtype: str, out
     devices.check(device, dtype)
     before = check(job, out)
     samples = conversations.read(job.data, job.images, outside=outside)
-    known = _plain(job) | {"settings": how.that_matter(_processes())}
+    shown = [conversations.sample_key(sample, job.images) for sample in samples]
+    known = _plain(job) | {"images": digests.of_values(shown), "settings": how.that_matter(_processes())}
     work = out.with_name(out.name + ".training")  # what is there while it is trained
     main_process = int(os.environ.get("RANK", 0)) == 0
     if _trained(out) == known:
@@ -225,9 +226,11 @@ def _processes() -> int:
 
 
 def _plain(job: Job) -> dict[str, Any]:
-    """A job as plain values, its files by their content."""
-    values = asdict(job) | {"data": digests.sha256(job.data), "images": str(job.images)}
-    return values | {"connectors": [digests.sha256(Path(folder) / "weights.safetensors") for folder in job.connectors]}
+    """A job as plain values, its files by their content; `run` puts the samples in place of the pictures' folder."""
+    values = asdict(job) | {"data": digests.sha256(job.data)}
+    values |= {"connectors": [digests.sha256(Path(folder) / "weights.safetensors") for folder in job.connectors]}
+    folder = paths.model_folder(job.model)  # None: its revision has to tell
+    return values | {"weights": [] if folder is None else [*map(digests.sha256, sorted(folder.glob("*.safetensors")))]}
 
 
 def _trained(folder: Path) -> dict[str, Any] | None:

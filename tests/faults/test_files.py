@@ -128,7 +128,7 @@ def test_a_null_is_never_text(tmp_path, capsys, name, column):
     ("MathVista", {"question_type": "multi_choice", "choices": []}, "no choices"),
     ("MathVista", {"answer_type": "float", "precision": None}, "no precision"),
     ("TextVQA", {"answers": []}, "no answers"),
-    ("TextVQA", {"answers": [None, "stop"]}, "a null among its answers"),
+    ("TextVQA", {"answers": [None, "stop", "go", "go"]}, "a null among its answers"),
     ("ScienceQA-IMG", {"choices": []}, "no choices"),
     ("ScienceQA-IMG", {"choices": None}, "no choices"),
     ("ScienceQA-IMG", {"choices": ["a", None]}, "a null among its choices"),
@@ -146,11 +146,13 @@ def test_what_is_empty_leaves_its_question_out(tmp_path, capsys, name, changes, 
 @pytest.mark.parametrize("name, changes, words", [
     ("MathVista", {"answer_type": "float", "precision": 1.5}, ["'precision'", "1.5"]),
     ("MathVista", {"answer_type": "words"}, ["'answer_type'", "'words'"]),
+    ("MathVista", {"question_type": "multi_choice", "choices": ["3", "4"], "answer": "5"}, ["'answer'", "'5'"]),
     ("ScienceQA-IMG", {"answer": 2}, ["'answer'", "holds 2", "2 choices"]),
     ("ScienceQA-IMG", {"answer": -1}, ["'answer'", "holds -1"]),
     ("MMMU", {"options": "[]", "question_type": "multiple-choice", "answer": "A"}, ["'answer'", "'A'", "0 options"]),
     ("MMMU", {"options": "['a', 'b'", "answer": "A"}, ["'options'", "['a', 'b'"]),
     ("MMMU", {"question_type": "essay"}, ["'question_type'", "'essay'"]),
+    ("TextVQA", {"answers": ["stop"]}, ["'answers'", "holds 1"]),
     ("POPE", {"answer": "perhaps"}, ["'answer'", "'perhaps'"]),
     ("MME", {"answer": "maybe"}, ["'answer'", "'maybe'"]),
 ])
@@ -214,6 +216,86 @@ def test_all_pictures_null(tmp_path):
 def test_a_column_of_pictures_that_holds_numbers(tmp_path):
     rows = [dict(row, image=i) for i, row in enumerate(FILES["MMStar"]["mmstar.parquet"])]
     refused("'image'", "int64", name="MMStar", path=write(tmp_path, {"mmstar.parquet": rows}))
+
+
+# ------------------------------------------------------------------------------------------- data sets in parts
+PARTS = {  # what lies there, and what is said
+    "the second is missing": (["00000-of-00002"], "00000-of-00002"),
+    "the first is missing": (["00001-of-00002"], "00001-of-00002"),
+    "cut anew": (["00000-of-00001", "00000-of-00002", "00001-of-00002"], "00000-of-00001, 00000-of-00002"),
+    "one twice": (["00000-of-00002", "00001-of-00002", "00001-of-00002-0f3a"], "00001-of-00002, 00001-of-00002"),
+}
+
+
+@pytest.mark.parametrize("case", PARTS)
+@pytest.mark.parametrize("folder", ["ScienceQA-IMG", "."])
+def test_a_data_set_of_which_a_part_is_missing(tmp_path, case, folder):
+    """As an interrupted copy leaves it. Its questions have no ids by which they could be missed."""
+    there, said = PARTS[case]
+    (rows,) = FILES["ScienceQA-IMG"].values()
+    write(tmp_path, {f"{folder}/test-{part}.parquet": rows for part in there})
+    refused("each of its parts once", said, name="ScienceQA-IMG", path=tmp_path)
+
+
+def test_pictures_of_which_a_part_is_missing(tmp_path):
+    files = {file.replace("images/testdev-00000-of-00001", "images/testdev-00000-of-00002"): rows
+             for file, rows in FILES["GQA"].items()}
+    refused("each of its parts once", name="GQA", path=write(tmp_path, files))
+
+
+def test_all_parts_and_one_by_its_name(tmp_path):
+    (rows,) = FILES["MMStar"].values()
+    write(tmp_path, {f"mmstar-{i:05}-of-00002-0f{i}.parquet": [rows[2 * i], rows[2 * i + 1]] for i in range(2)})
+    assert load("MMStar", path=tmp_path).id.tolist() == ["0", "1", "2", "3"]
+    assert load("MMStar", path=tmp_path / "mmstar-00001-of-00002-0f1.parquet").id.tolist() == ["2", "3"]
+
+
+def test_a_download_that_was_interrupted(tmp_path, monkeypatch):
+    """Without network the hub's cache gives what there is of a snapshot."""
+    folder = write(tmp_path, {file: rows for file, rows in FILES["POPE"].items() if "popular" not in file})
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(folder))
+    with pytest.raises(ValueError, match=r"^POPE: .* has no Full/popular-\*\.parquet: let it be downloaded again"):
+        load("POPE")
+
+
+# ------------------------------------------------------------------------------------------- lists as text
+AS_TEXT = {
+    "Python's": "['a \"b\"', 'c, d']", "JSON": '["a \\"b\\"", "c, d"]', "on two lines": "['a \"b\"',\n 'c, d']",
+    "blanks around": " ['a \"b\"', 'c, d'] ",
+}
+
+
+@pytest.mark.parametrize("text", AS_TEXT.values(), ids=AS_TEXT)
+def test_a_list_as_text(tmp_path, text):
+    table = load("own", path=listed(tmp_path, choices=text, answer="B"))
+    assert table.choices.tolist() == [['a "b"', "c, d"]]
+
+
+def listed(folder: Path, **columns) -> Path:
+    picture(folder / "1.png")
+    tabbed(folder / "questions.csv", [OWN | columns])
+    return folder
+
+
+@pytest.mark.parametrize("text, found", [('["caf\\u00e9 \\ud83d\\ude00", "b"]', "café 😀"), ('["1\\/2", "b"]', "1/2")])
+def test_signs_that_json_writes_otherwise(tmp_path, text, found):
+    assert load("own", path=listed(tmp_path, choices=text, answer="A")).choices[0][0] == found
+
+
+@pytest.mark.parametrize("name, column", [("own", "choices"), ("own", "answers"), ("MMMU", "options")])
+@pytest.mark.parametrize("text", ["['a cat' 'a dog']", "['a cat'\n 'a dog']", '["a cat" \'a dog\', "c"]', "['a']['b']"])
+def test_a_list_without_commas_is_none(tmp_path, name, column, text):
+    """NumPy prints arrays so, and so does pandas into a CSV; Python would join the texts to one."""
+    if name == "own":
+        folder = listed(tmp_path, **{column: text}, answer="A")
+    else:
+        folder = write(tmp_path, with_row(name, **{column: text, "question_type": "multiple-choice", "answer": "A"}))
+    refused(f"'{column}'", "row ", name=name, path=folder)
+
+
+def test_peoples_answers_without_commas(tmp_path):
+    row = {"index": 1, "question": "What?", "answer": "['stop' 'stop' 'go']", "category": "x", "image": coded(1)}
+    refused("'answers'", "row 0", name="TextVQA", path=tabbed(tmp_path / "TextVQA.tsv", [row]))
 
 
 # ------------------------------------------------------------------------------------------- labels as numbers
@@ -446,6 +528,24 @@ def test_a_file_that_is_no_text(tmp_path):
     refused("coco_pope_random.json", name="POPE", path=root)
 
 
+def test_pictures_of_one_name_in_two_folders(tmp_path):
+    """Each question shows its own; a name that stands for two is refused."""
+    rows = [pope_row(i, image=name) for i, name in enumerate(["a/1.jpg", "b/1.jpg", "./a/1.jpg"])]
+    file = lines(tmp_path / "coco_pope_random.json", rows)
+    picture(tmp_path / "a/1.jpg", 0), picture(tmp_path / "b/1.jpg", 200)
+    assert load("POPE", path=file).image_id.tolist() == ["a/1", "b/1", "a/1"]
+    file = lines(tmp_path / "two/coco_pope_random.json", [pope_row(0, image="1.jpg"), pope_row(1, image="1.png")])
+    picture(tmp_path / "two/1.jpg", 0), picture(tmp_path / "two/1.png", 200)
+    refused("'1' names 2 different pictures", name="POPE", path=file)
+
+
+def test_a_name_of_a_picture_that_stands_for_two(tmp_path):
+    rows = [{"question_id": i, "image_id": "7", "question": "What?", "answers": ["stop"] * 10, "image": f"{i}.png"}
+            for i in range(2)]
+    picture(tmp_path / "0.png", 0), picture(tmp_path / "1.png", 200)
+    refused("'7' names 2 different pictures", name="TextVQA", path=lines(tmp_path / "questions.jsonl", rows))
+
+
 # ---------------------------------------------------------------------------------------- MME as it is published
 def mme_folder(root: Path, split: dict[str, bool], suffix: str = ".jpg") -> Path:
     """Two pictures of each category; in folders of texts and of pictures, or side by side."""
@@ -539,7 +639,8 @@ def test_mmes_table_pairs_questions_by_their_picture(tmp_path):
 @pytest.mark.parametrize("name, row, answer", [
     ("ScienceQA-IMG", {"index": 1, "question": "Which?", "hint": None, "A": "a", "B": "b", "C": None, "answer": "B",
                        "category": "biology"}, "B"),
-    ("TextVQA", {"index": 1, "question": "What?", "answer": "['stop', 'stop', 'go']", "category": "x"}, "stop"),
+    ("TextVQA", {"index": 1, "question": "What?", "answer": "['stop', 'stop', 'go', 'go', 'stop']", "category": "x"},
+     "stop"),
     ("own", {"index": 1, "question": "Which?", "hint": "Look.", "A": "nan", "B": "None", "answer": "B",
              "category": "x", "l2-category": "y"}, "B"),
 ])
@@ -585,6 +686,40 @@ def test_a_broken_table(tmp_path, text, words):
     refused(*words, "MMStar.tsv", name="MMStar", path=tmp_path)
 
 
+@pytest.mark.parametrize("answer, options", [("D", {"D": None}), ("C", {"C": None, "D": None})])
+def test_an_answer_of_which_there_is_no_option(tmp_path, answer, options):
+    rows = [star(0), star(1, answer=answer, **options)]
+    refused("row 1", "'answer'", f"'{answer}'", name="MMStar", path=tabbed(tmp_path / "MMStar.tsv", rows))
+
+
+def test_categories_with_blanks_between_them(tmp_path):
+    row = {"index": 0, "image": coded(0), "question": "Is it?", "answer": "No", "category": "adversarial, popular"}
+    assert load("POPE", path=tabbed(tmp_path / "POPE.tsv", [row])).category.tolist() == ["adversarial", "popular"]
+
+
+@pytest.mark.parametrize("name, row", [
+    ("own", OWN | {"answer": "B", "options": "['cat', 'dog']"}),
+    ("own", OWN | {"answer": "B", "Choices": "['cat', 'dog']"}),
+    ("own", OWN | {"answer": "B", "a": "cat", "b": "dog"}), ("own", OWN | {" hint": "Look."}),
+    ("own", OWN | {"Category": "x"}), ("own", OWN | {"ANSWERS": "['y']"}),
+    ("MMStar", {"index": 1, "question": "Which?", "answer": "B", "category": "x", "l2_category": "y", "image": "1.png",
+                "options": "['cat', 'dog']"}),
+    ("MMStar", {"index": 1, "question": "Which?", "answer": "B", "category": "x", "l2_category": "y", "image": "1.png",
+                "a": "cat", "b": "dog"}),
+])
+def test_a_column_that_is_called_otherwise_is_not_passed_over(tmp_path, name, row):
+    """Its question would be asked without options, say, and every answer to it be wrong."""
+    picture(tmp_path / "1.png")
+    odd = next(c for c in row if c not in OWN and c not in ("index", "category", "l2_category"))
+    refused(f"column '{odd}' is not read: call it", name=name, path=tabbed(tmp_path / f"{name}.csv", [row]))
+
+
+def test_columns_of_other_names_are_left_alone(tmp_path):
+    picture(tmp_path / "1.png")
+    row = OWN | {"source": "x", "i": 3, "l2-category": "y", "answer": "B", "choices": "['a', 'b']", "options": "2"}
+    assert load("own", path=tabbed(tmp_path / "own.csv", [row])).choices.tolist() == [["a", "b"]]
+
+
 # ------------------------------------------------------------------------------------------ questions of one's own
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv"])
 def test_questions_of_ones_own(tmp_path, suffix):
@@ -620,6 +755,30 @@ def test_without_ids_rows_are_numbered(tmp_path):
     assert load("own", path=tmp_path).id.tolist() == ["0", "1"]
 
 
+@pytest.mark.parametrize("mark", ["\u2028", "\x85", "\x0b", "\x1c"])
+def test_signs_that_end_lines_in_unicode_alone(tmp_path, mark):
+    """A line of JSON, or of MME's texts, ends with a line break and with nothing else."""
+    picture(tmp_path / "1.png")
+    text = json.dumps(OWN | {"question": f"Is it{mark}so?"}, ensure_ascii=False)
+    (tmp_path / "questions.jsonl").write_text(text + "\r\n", encoding="utf-8")
+    assert load("own", path=tmp_path).question.tolist() == [f"Is it{mark}so?"]
+    folder = mme_folder(tmp_path / "MME", {"OCR": False})
+    (folder / "OCR/0001.txt").write_text(f"Is it{mark}so?\tYes\r\nIs it?\tNo\r\n", encoding="utf-8")
+    assert load("MME", path=folder).question[2] == f"Is it{mark}so?"
+
+
+@pytest.mark.parametrize("answer, right_ones, wrong_ones", [
+    ("A", ["A", "a", "A."], ["", "the", ".", "an"]), ("?", ["?"], ["", ".", "a"]),
+    ("the end", ["The end.", "end"], [""]),
+])
+def test_an_answer_of_which_the_comparing_form_leaves_nothing(tmp_path, answer, right_ones, wrong_ones):
+    picture(tmp_path / "1.png")
+    said = [*right_ones, *wrong_ones]
+    lines(tmp_path / "questions.jsonl", [OWN | {"id": str(i), "answer": answer} for i in range(len(said))])
+    table = load("own", path=tmp_path).assign(prediction=said)
+    assert right(table, "own").tolist() == [1.0] * len(right_ones) + [0.0] * len(wrong_ones)
+
+
 @pytest.mark.parametrize("changes, words", [
     ({"image": "../1.png"}, ["leads out"]), ({"image": "~/1.png"}, ["~/1.png"]),
     ({"answer": 3.5}, ["'answer'", "3.5"]), ({"answer": "C", "choices": ["a", "b"]}, ["'answer'", "'C'"]),
@@ -639,6 +798,16 @@ def test_a_question_of_ones_own_that_lacks_something(tmp_path, changes):
     picture(tmp_path / "1.png")
     table = load("own", path=tmp_path)
     assert table.id.tolist() == ["1"] and [len(of) for of in table.attrs["left_out"].values()] == [1]
+
+
+def test_parquet_behind_a_link(tmp_path):
+    (rows,) = FILES["own"].values()
+    write(tmp_path / "elsewhere", {"b.parquet": rows[2:]})
+    write(tmp_path / "own/first", {"a.parquet": rows[:2]})
+    (tmp_path / "own/second").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "own/._a.parquet").write_bytes(b"what another system keeps beside a file")
+    table = load("own", path=tmp_path / "own")
+    assert table.id.tolist() == [f"mine-{i}" for i in range(4)] and len(table.attrs["sha256"]) == 2
 
 
 def test_two_tables(tmp_path):
@@ -696,6 +865,19 @@ def test_a_table_with_a_null_is_neither_asked_nor_scored(tmp_path, name, column)
     for use in (lambda: prompts(table, name), lambda: right(table, name)):
         with pytest.raises(ValueError, match=f"^{name}: the {column} of .* is nan"):
             use()
+
+
+def test_answers_in_capitals(tmp_path):
+    """GQA's own are in small letters; those of a table need not be."""
+    table = load("GQA", path=write(tmp_path, with_row("GQA", answer="Yes ")))
+    assert right(table.assign(prediction=["yes", "Yes.", "no"]), "GQA").tolist() == [1, 1, 0]
+
+
+def test_open_questions_with_several_answers(tmp_path):
+    """As three of MMMU have them, validation_Math_15 among them."""
+    table = load("MMMU", path=write(tmp_path, with_row("MMMU", answer="['24/7', '3.429']")))[1:]
+    for said, is_right in {"It is 3.43.": 1, "24/7": 1, "24": 0, "['24/7', '3.429']": 1, "7": 0}.items():
+        assert right(table.assign(prediction=said), "MMMU").tolist() == [is_right], said
 
 
 # --------------------------------------------------------------------------------------- result files of harnesses

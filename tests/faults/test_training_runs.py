@@ -1,6 +1,7 @@
 """Training: data that change between a kill and the next start, and options that are none."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import architectures
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from test_fit import DATA, ENVIRONMENT, SETTINGS, Net, drawn, same
 from test_stages import data, model, options, train  # noqa: F401  fixtures
 
@@ -158,6 +160,24 @@ def test_a_changed_data_file_through_the_command(train, model, data, tmp_path: P
         (changed / file.name).write_bytes(file.read_bytes())
     Image.new("RGB", (32, 32)).save(changed / "0.png")  # each sample is used in the first two steps of four
     assert "was begun with other samples in step" in train(model, changed, out, "pretrain-sinks", *more)
+
+
+def test_what_was_finished_is_known_by_its_content(train, data, tmp_path: Path, monkeypatch):  # noqa: F811
+    """However the folder of pictures is written and wherever it lies; and not once a picture or a weight changed."""
+    base, out, more = tmp_path / "base", tmp_path / "out", ("--steps", "1")
+    architectures.write(base, "llava")
+    copied = Path(shutil.copytree(data, tmp_path / "copied"))
+    finished = f"{out}: finished earlier with these settings"
+    assert finished not in train(base, data, out, "pretrain-sinks", *more)
+    monkeypatch.chdir(tmp_path)
+    for way in (data, copied, Path("copied"), tmp_path / "base" / ".." / "copied"):
+        assert finished in train(base, way, out, "pretrain-sinks", *more), way
+    Image.new("RGB", (32, 32)).save(copied / "0.png")
+    assert finished not in train(base, copied, out, "pretrain-sinks", *more)
+    assert finished in train(base, copied, out, "pretrain-sinks", *more)
+    (weights,) = base.glob("*.safetensors")
+    save_file({name: -of for name, of in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    assert finished not in train(base, copied, out, "pretrain-sinks", *more)
 
 
 # ------------------------------------------------------------------------------------------- odd options

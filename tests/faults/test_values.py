@@ -150,6 +150,23 @@ def test_other_pictures_are_seen(home, name):
     assert {key for key in after if after[key] != before[key]} == {"data_sha256"}
 
 
+def test_data_behind_links_are_seen(home, tmp_path_factory):
+    """A folder of data holds links to where the data lie, one of which leads back to itself."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "parts").mkdir()
+    (elsewhere / "parts/a.csv").write_text("1")
+    (elsewhere / "back").symlink_to(elsewhere)
+    (home / "data").mkdir()
+    (home / "data/pope").symlink_to(elsewhere)
+    given = {"data_dir": "data"}
+    values = parameters.defaults("09-benchmarks") | given
+    assert parameters.data_files("09-benchmarks", values) == [home / "data/pope/parts/a.csv"]
+    before = engine.fingerprint("09-benchmarks", given)
+    (elsewhere / "parts/a.csv").write_text("2")
+    after = engine.fingerprint("09-benchmarks", given)
+    assert {key for key in after if after[key] != before[key]} == {"data_sha256"}
+
+
 def test_a_folder_of_bad_pictures_is_refused_before_a_kernel(home):
     (home / "pics" / "0.png").write_text("no picture")
     with pytest.raises(engine.UserError, match="picture 0.png cannot be read"):
