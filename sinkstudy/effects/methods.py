@@ -248,7 +248,7 @@ METHODS = _OF_SINKS | {
 SHORT = {"front": "to the front", "front-renumber": "to the front, renumbered", "end": "to the end",
          "end-renumber": "to the end, renumbered", "others-only": "left out", "sinks-only": "only these stay",
          "keep-top-k": "only the top quarter", "test-time-registers": "register",
-         "test-time-registers-passed": "register, passed", "var": "VAR"}
+         "test-time-registers-passed": "register passed on", "var": "VAR"}
 """What figures and sentences call a method, where its name alone would not tell a reader."""
 
 
