@@ -113,13 +113,6 @@ def with_some(counts: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*by, "value", "low", "high", "n"])
 
 
-def histogram(counts: pd.DataFrame, most: int = 10) -> pd.DataFrame:
-    """Share of the pictures, in %, by rule (rows) and number of sinks (columns 0 to `most`, which holds all above)."""
-    capped = counts.value.clip(upper=most)
-    table = pd.crosstab(counts.rule, capped, normalize="index").reindex(columns=range(most + 1), fill_value=0)
-    return 100 * table.loc[list(counts.rule.unique())]
-
-
 # --- where they lie ---
 
 

@@ -11,6 +11,7 @@ import pandas as pd
 
 from sinkstudy import paths, stats
 from sinkstudy.book import chapter, claims
+from sinkstudy.effects import methods
 
 CELL = ["model", "method", "way", "benchmark"]
 MEAN = "mean"
@@ -18,20 +19,21 @@ MEAN = "mean"
 OUTCOMES = ("better", "worse", "not clear", "no change", "not applicable", "not run")
 
 METHODS_SHOWN = {
-    "sinks to the front": ("front", ""),
+    "to the front": ("front", ""),
     "to the front, renumbered": ("front-renumber", ""),
-    "features halved": ("features", "weight 0.5"),
-    "test-time register": ("test-time-registers", "k 10"),
-    "hidden (keys zero)": ("keys", "weight 0"),
+    "features × ½": ("features", "weight 0.5"),
+    "register": ("test-time-registers", "k 10"),
+    "keys × 0": ("keys", "weight 0"),
     "left out": ("others-only", ""),
-    "only a quarter kept": ("keep-top-k", ""),
+    "only the top quarter": ("keep-top-k", ""),
     "two connectors − one": ("two connectors", "against one connector"),
     "two connectors − random split": ("two connectors", "against two connectors, random split"),
     "soft router − one connector": ("soft router", "against one connector"),
     "gates − adapters": ("gates", "against adapters"),
 }
-"""The methods of the chapter's figure, each a (method, way) of the tables. Beside it stands "random-" and its name, the
-same with random tokens or neurons; the control of a trained method is part of its row."""
+"""The methods of the chapter's figure, in the words of `methods.short`, each a (method, way) of the tables. Beside it
+stands "random-" and its name, the same with random tokens or neurons; the control of a trained method is part of its
+row."""
 
 
 def read(patterns: Sequence[str]) -> tuple[pd.DataFrame, list[str]]:
@@ -130,9 +132,9 @@ def beside_controls(effects: pd.DataFrame) -> pd.DataFrame:
 
 
 def named(of: pd.DataFrame) -> str:
-    """Which methods, in which models: "front (travel) in a and b; gates in c"."""
-    parts = [f"{method}{f' ({way})' if way else ''} in {chapter.listed(rows.model)}"
-             for (method, way), rows in of.groupby(["method", "way"], sort=False)]
+    """Which methods, in which models: "keys × 2 in a and b; gates against adapters in c"."""
+    parts = [f"{methods.short(*what)} in {chapter.listed(rows.model)}"
+             for what, rows in of.groupby(["method", "way"], sort=False)]
     return "; ".join(parts) or "none"
 
 
@@ -142,4 +144,4 @@ def everywhere(of: pd.DataFrame) -> str:
     lost = ran.assign(lost=ran.state == "worse").groupby(["method", "way", "model"], sort=False).lost.any()
     lost = lost.groupby(["method", "way"], sort=False).agg(["size", "all"])
     lost = lost.index[(lost["size"] > 1) & lost["all"]]
-    return chapter.listed(f"{method}{f' ({way})' if way else ''}" for method, way in lost)
+    return chapter.listed(methods.short(*what) for what in lost)

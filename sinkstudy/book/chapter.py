@@ -293,7 +293,7 @@ class Number(NamedTuple):
         return f"{self._digits(value)} {self.unit}".strip()
 
     def _digits(self, value: float) -> str:
-        return f"{value:{self.fmt or report.digits(self.found.value)}}".replace("-", "−")
+        return f"{value:{self.fmt or report.digits(self.found.value)}}".replace("-", "−").replace("%", " %")
 
 
 def leading(rows: pd.DataFrame, run: str) -> str | None:

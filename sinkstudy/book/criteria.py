@@ -144,7 +144,7 @@ def published_in_words(found: pd.DataFrame) -> str:
                for is_known, of in rows.groupby("published")}  # fmt: skip
         said.append(f"Published for {model}, and the decoder layers in which the first token lights it here: "
                     f"{lit[True]}; lit in most layers beside them: {lit.get(False, 'none')}.")
-    return " ".join(said) or "For none of these models dimensions were published."
+    return " ".join(said) or "No dimensions were published for any of these models."
 
 
 @torch.no_grad()

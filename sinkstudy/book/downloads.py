@@ -4,7 +4,7 @@ An extension of Sphinx.
 
 A figure is there as PDF and SVG, a table as it is shown in LaTeX, and what was kept as CSV at the foot of the page.
 The files are those of `results/<run>/<notebook>/`, which the book copies; a link stands only where there is a file.
-A table of more than `ROWS` rows is folded.
+A table has one row of heads, where pandas makes two of them, and is folded if it has more than `ROWS` rows.
 Where there is a full run of the chapter, a line below the page's first box says how many pictures each has.
 """
 
@@ -18,6 +18,7 @@ from sinkstudy.paths import DEFAULT_MODEL, FULL, RESULTS, ROOT, RUNS
 
 FOOT = "files"  # the anchor of the list at the foot of a page
 ROWS = 12  # that a table may have without a fold
+HEAD = re.compile(r"<thead>\s*<tr[^>]*>(.*?)</tr>\s*<tr[^>]*>(.*?)</tr>\s*</thead>", re.S)  # of two rows
 
 
 def add_links(app: Any, doctree: nodes.document) -> None:
@@ -80,6 +81,24 @@ def add_run(app: Any, doctree: nodes.document) -> None:
         box.parent.insert(box.parent.index(box) + 1, line)
 
 
+def head_once(app: Any, doctree: nodes.document) -> None:
+    """Set the names of a table's index and of its columns, two rows where each has gaps, in one row."""
+    if RUNS in (ROOT / app.env.docname).parents and app.builder.format == "html":
+        for raw in list(doctree.findall(nodes.raw)):
+            if _is_table(raw):
+                text = HEAD.sub(_one_row, raw.astext(), count=1)
+                raw.replace_self(nodes.raw("", text, format="html", classes=raw["classes"]))
+
+
+def _one_row(found: re.Match[str]) -> str:
+    rows = [re.findall(r"<th[^>]*>(.*?)</th>", row, re.S) for row in found.groups()]
+    if len(rows[0]) != len(rows[1]) or any(map(all, zip(*rows, strict=True))):
+        return found[0]
+    heads = [f'<th style="text-align: left;">{name}</th>' if name else f"<th>{column}</th>"
+             for column, name in zip(*rows, strict=True)]
+    return f'<thead>\n<tr style="text-align: right;">{"".join(heads)}</tr>\n</thead>'
+
+
 def fold_long(app: Any, doctree: nodes.document) -> None:
     """Fold a chapter's tables of more than `ROWS` rows, that of its provenance among them."""
     if RUNS not in (ROOT / app.env.docname).parents or app.builder.format != "html":
@@ -105,5 +124,6 @@ def setup(app: Any) -> dict[str, bool]:
     """What Sphinx calls."""
     app.connect("doctree-read", add_links)
     app.connect("doctree-read", add_run)
+    app.connect("doctree-read", head_once)
     app.connect("doctree-read", fold_long)
     return {"parallel_read_safe": True}

@@ -280,14 +280,14 @@ def verdict_summary(ledger: claims.Ledger, judged: pd.DataFrame) -> str:
 
 
 def verdict_tables(ledger: claims.Ledger, judged: pd.DataFrame) -> str:
-    """For each chapter a table: a row for each claim, a column for each model."""
-    models, parts = list(judged.model.unique()), []
-    cells = _by_claim(judged)
+    """For each chapter a table: a row for each claim, a column for each model in which any of them was judged."""
+    parts, cells = [], _by_claim(judged)
     for chapter in dict.fromkeys(claim["chapter"] for claim in ledger["claims"]):
+        of = [claim for claim in ledger["claims"] if claim["chapter"] == chapter]
+        own = judged[judged.claim.isin([claim["id"] for claim in of])]
+        models = list(own.model[own.verdict.isin(claims.JUDGED)].unique()) or list(judged.model.unique())
         rows = [["claim", *(f"`{model}`" for model in models)]]
-        for claim in ledger["claims"]:
-            if claim["chapter"] == chapter:
-                rows.append([_claim(claim), *(_cell(claim, cells.loc[(claim["id"], model)]) for model in models)])
+        rows += [[_claim(claim), *(_cell(claim, cells.loc[(claim["id"], model)]) for model in models)] for claim in of]
         title, line = _chapter(chapter)
         parts.append(f"### {title}\n\n{line}\n\n" + list_table(rows, "verdicts", [40] + [20] * len(models)))
     return "\n\n".join(parts)
@@ -383,7 +383,8 @@ def _written(row: Mapping[str, Any]) -> str:
 
 def _note(row: Mapping[str, Any]) -> str:
     """What has to be known beside a verdict, as it was written after the run."""
-    return f"*After the run:* {' '.join(row['note'].split())}"
+    note = re.sub(r"(?<![\w.])-(?=\d)", "−", " ".join(row["note"].split()))
+    return f"*After the run:* {note}"
 
 
 def _cell(claim: Mapping[str, Any], found: pd.Series) -> str:

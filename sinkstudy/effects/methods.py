@@ -245,6 +245,22 @@ METHODS = _OF_SINKS | {
     f"random-{name}": known._replace(words=f"control of {name}: the same with as many random others", at_random=True)
     for name, known in _OF_SINKS.items()
 }
+SHORT = {"front": "to the front", "front-renumber": "to the front, renumbered", "end": "to the end",
+         "end-renumber": "to the end, renumbered", "others-only": "left out", "sinks-only": "only these stay",
+         "keep-top-k": "only the top quarter", "test-time-registers": "register",
+         "test-time-registers-passed": "register passed on", "var": "VAR"}
+"""What figures and sentences call a method, where its name alone would not tell a reader."""
+
+
+def short(method: str, way: str) -> str:
+    """A method of a table, and its `way` there, for a reader: "keys × ½", "left out (random)"; others as they are."""
+    own, (option, _, value) = method.removeprefix("random-"), way.partition(" ")
+    words = SHORT.get(own, own)
+    if option == "weight":
+        words += f" × {value}".replace("0.5", "½")
+    elif option != "k" or float(value) != METHODS[own].default:
+        words += f" {way}" * bool(way)
+    return words + " (random)" * (own != method)
 
 
 def applied(case: Case, benchmark: str, method: str, value: float | None) -> Intervention:

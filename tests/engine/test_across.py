@@ -8,6 +8,7 @@ import pytest
 
 from sinkstudy import paths
 from sinkstudy.book import across
+from sinkstudy.effects import methods
 from tests.engine.conftest import Commands
 
 PICTURES = 100
@@ -105,7 +106,7 @@ def test_methods_beside_their_controls(checkout: Commands, shown: Path):
             assert table.high["left out", which, model] == expected.high
     assert set(table.benchmark) == {"mean"} and not table.index.duplicated().any()
     closing = outputs(checkout.page("12-across-models"), "text/plain")
-    assert any("sinks to the front" in text and "+2.5 [+2.0, +3.0]" in text for text in closing)
+    assert any("to the front" in text and "+2.5 [+2.0, +3.0]" in text for text in closing)
 
 
 def test_counts_and_words(checkout: Commands, shown: Path):
@@ -129,9 +130,29 @@ def test_counts_and_words(checkout: Commands, shown: Path):
     glued = " ".join(outputs(checkout.page("12-across-models"), "application/papermill.record/text/plain"))
     assert "one benchmark, 3 give clearly more right answers; 2, clearly fewer." in glued
     assert "By chance alone about 0 would give clearly more. After correction 0 still give fewer." in glued
-    assert "More: front in lab-llava and owner--big; features (weight 0.5) in lab-llava; after" in glued
-    assert "after correction: front in lab-llava and owner--big; features (weight 0.5) in lab-llava." in glued
+    assert "More: to the front in lab-llava and owner--big; features × ½ in lab-llava; after" in glued
+    assert "after correction: to the front in lab-llava and owner--big; features × ½ in lab-llava." in glued
     assert "Sinks left out: not run." in glued
+
+
+@pytest.mark.parametrize(
+    ("method", "way", "words"),
+    [
+        ("keys", "weight 0.5", "keys × ½"),
+        ("random-keys", "weight 0", "keys × 0 (random)"),
+        ("random-keep-top-k", "", "only the top quarter (random)"),
+        ("test-time-registers", "k 10", "register"),
+        ("test-time-registers", "k 3", "register k 3"),
+        ("gates", "against adapters", "gates against adapters"),
+    ],
+)
+def test_words_for_a_method(method, way, words):
+    assert methods.short(method, way) == words
+
+
+def test_figures_call_methods_by_the_same_words():
+    free = {label: what for label, what in across.METHODS_SHOWN.items() if what[0] in methods.METHODS}
+    assert len(free) == 7 and all(methods.short(*what) == label for label, what in free.items())
 
 
 def outputs(page, kind: str) -> list[str]:

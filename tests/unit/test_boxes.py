@@ -54,6 +54,11 @@ def test_the_answer_is_rounded_and_the_line_below_has_its_intervals(glued):
                 "model. But."}
 
 
+def test_a_share_is_told_in_per_cent():
+    share = chapter.Number(Interval(0.905, 0.9031, 0.9062, 96), fmt=".1%")
+    assert (str(share), share.interval()) == ("90.5 %", "90.3 % to 90.6 %")
+
+
 def test_an_answer_without_numbers_and_a_number_without_interval_say_so(glued):
     chapter.answer("None.", [], "9 scenes", ["a"], trained="one training")
     assert glued["sure"] == "No interval, 9 scenes; a; one training."

@@ -1,7 +1,9 @@
 """Links of a chapter's page to its figures and tables as files: where there is a file, and nowhere else."""
 
+import re
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 from docutils import nodes
 from docutils.utils import new_document
@@ -85,3 +87,24 @@ def test_long_tables_are_folded_whole_and_lead_to_their_csv(results, rows, folds
     assert sum(text.startswith("<details") for text in texts) == folds
     assert all(table in text for table, text in zip(long, texts, strict=True))
     assert not folds or "<summary>A table of 13 rows</summary>" in texts[0]
+
+
+def headed(table: pd.DataFrame) -> list[list[str]]:
+    """The rows of heads of a table on a chapter's page."""
+    made = page(tables=(table.to_html(),))
+    there = SimpleNamespace(docname="book/runs/lab-x/01-norms")
+    downloads.head_once(SimpleNamespace(env=there, builder=SimpleNamespace(format="html")), made)
+    (text,) = (raw.astext() for raw in made.findall(nodes.raw))
+    assert text.partition("<tbody>")[2] == table.to_html().partition("<tbody>")[2]
+    head = text.partition("<thead>")[2].partition("</thead>")[0]
+    return [re.findall("<th[^>]*>(.*?)</th>", row) for row in head.split("</tr>")[:-1]]
+
+
+def test_names_of_index_and_columns_stand_in_one_row():
+    table = pd.DataFrame({"model": ["a", "b"], "group": ["x", "y"], "value": [1, 2]})
+    assert headed(table.set_index(["model", "group"])) == [["model", "group", "value"]]
+    assert headed(table.set_index("model").rename_axis(None)) == [["", "group", "value"]]
+    two_deep = table.set_index("model")[["value"]].set_axis(pd.MultiIndex.from_tuples([("all", "n")]), axis=1)
+    assert headed(two_deep) == [["", "all"], ["", "n"], ["model", ""]]
+    named = table.set_index("model")[["value"]].rename_axis("what", axis=1)
+    assert headed(named) == [["what", "value"], ["model", ""]]  # no gap for the second name

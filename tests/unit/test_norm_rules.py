@@ -44,10 +44,6 @@ def test_counts_and_the_pictures_that_have_some(masks):
     some = norms.with_some(table, ["rule"]).set_index("rule")
     assert some.loc[norms.RUN_RULE, "value"] == 0.5 and some.loc["top 2 %", "value"] == 1
     assert 0 < some.loc[norms.RUN_RULE, "low"] < 0.5 < some.loc[norms.RUN_RULE, "high"] < 1
-    share = norms.histogram(table, most=2)
-    assert list(share.index) == [norms.RUN_RULE, *norms.COMPARED_RULES]
-    assert share.loc[norms.RUN_RULE].tolist() == [50, 0, 50]
-    assert share.loc["top 2 %"].tolist() == [0, 0, 100]  # three sinks: the last column holds all above
 
 
 def test_places_exclude_one_another_but_for_the_border():

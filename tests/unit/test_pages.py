@@ -63,6 +63,14 @@ def test_verdict_table_has_word_sign_number_and_link(results):
     assert "n = 99, p < 0.001" in text
 
 
+def test_a_model_in_which_nothing_of_a_chapter_was_judged_has_no_column(results):
+    judged = claims.verdicts(results, LEDGER)
+    none = judged.model == "other"
+    assert "`other`" in pages.verdict_tables(LEDGER, judged)
+    text = pages.verdict_tables(LEDGER, judged.assign(verdict=judged.verdict.where(~none, "not applicable")))
+    assert "`other`" not in text and text.count("\n  - ") == 6  # a head and two claims; two models
+
+
 def test_rule_stands_in_the_fold_of_each_claim(results):
     ledger = copy.deepcopy(LEDGER)
     ledger["claims"][0] |= {"published": 4, "matched": {"bare": "close"}, "seen": True, "was": "above 2 times"}

@@ -138,7 +138,7 @@ def test_dimensions_that_were_published_for_a_model_are_counted_over_its_layers(
 def test_of_other_models_nothing_was_published():
     found = [criteria.against_published(name, [[1], [7]], PUBLISHED) for name in ("lab-llava", "Qwen3-VL-80B")]
     assert all(of.empty for of in found)
-    assert criteria.published_in_words(pd.concat(found)) == "For none of these models dimensions were published."
+    assert criteria.published_in_words(pd.concat(found)) == "No dimensions were published for any of these models."
     there = pd.read_csv(DATA / "paper" / "dimensions.csv")
     beside = criteria.against_published("OpenGVLab/InternVL3_5-8B-HF", [[], [233]], there)
     assert dict(zip(beside.dimension, beside.layers, strict=True)) == {2276: 0, 233: 1}
