@@ -276,10 +276,25 @@ def narrowed(
         return args, {**kwargs, "attention_mask": mask}
 
     with ExitStack() as hooks:
-        for layer in lvlm.decoder_layers:
-            attention = layer.get_submodule(lvlm.spec.decoder_attention)
+        for attention in attentions(lvlm):
             hooks.enter_context(attention.register_forward_pre_hook(narrow, with_kwargs=True))
         yield
+
+
+def attentions(lvlm: LVLM) -> list[nn.Module]:
+    """The attention of each layer of the decoder.
+
+    Raises:
+        ValueError: a layer has none (linear attention, a state space), and carries on what attention does not show.
+    """
+    path, found = lvlm.spec.decoder_attention, []
+    for i, layer in enumerate(lvlm.decoder_layers):
+        try:
+            found.append(layer.get_submodule(path))
+        except AttributeError:
+            raise ValueError(f"{lvlm.name}: layer {i} of its decoder has no attention ({path}), and what such a layer "
+                             "carries on cannot be hidden") from None
+    return found
 
 
 def marked_at(marked: torch.Tensor, rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:

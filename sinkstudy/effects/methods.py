@@ -200,11 +200,12 @@ class TrainingFree(NamedTuple):
     act: Callable[[ActedOn, Any], tuple]  # with the option's value: a context, the patches, further arguments
     option: Literal["", "weight", "k"] = ""
     default: float | None = None  # of the option
-    check: Callable[[LVLM], None] | None = None  # raises ValueError for a model that cannot; needs no weights
+    check: Callable[[LVLM], object] | None = None  # raises ValueError for a model that cannot; needs no weights
     at_random: bool = False
 
 
 _reordered, _hidden, _takes = moving.reordered, ablation.hidden, neurons.check_takes_register
+_sees = ablation.attentions
 _OF_SINKS = {
     "front": TrainingFree(
         "sinks to the front of the visual tokens, position ids travel", lambda of, _: (_reordered, of.tokens, {})),
@@ -223,13 +224,15 @@ _OF_SINKS = {
         lambda of, weight: (moving.reweighted, of.tokens, {"chosen_by": weight}), "weight", 0.5),
     "keys": TrainingFree(
         "keys of sinks times a weight, in all decoder layers",
-        lambda of, weight: (moving.gated, of.tokens, {"chosen_by": weight}), "weight", 0.0),
-    "others-only": TrainingFree("no later token sees a sink", lambda of, _: (_hidden, of.tokens, {})),
+        lambda of, weight: (moving.gated, of.tokens, {"chosen_by": weight}), "weight", 0.0, moving.key_makers),
+    "others-only": TrainingFree(
+        "no later token sees a sink", lambda of, _: (_hidden, of.tokens, {}), check=_sees),
     "sinks-only": TrainingFree(
-        "no later token sees a visual token but sinks", lambda of, _: (_hidden, of.tokens, {"others": True})),
+        "no later token sees a visual token but sinks",
+        lambda of, _: (_hidden, of.tokens, {"others": True}), check=_sees),
     "keep-top-k": TrainingFree(
         "only the k patches of highest norm, a quarter by default",
-        lambda of, k: (_hidden, of.highest(k), {"others": True}), "k"),
+        lambda of, k: (_hidden, of.highest(k), {"others": True}), "k", check=_sees),
     "test-time-registers": TrainingFree(
         "k register neurons write to an added token",
         lambda of, k: (moving.registered, None, {"neurons": of.neurons(k)}), "k", 10, _takes),

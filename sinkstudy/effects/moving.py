@@ -22,7 +22,7 @@ from transformers import BatchFeature
 
 from sinkstudy import sinks
 from sinkstudy.answers.evaluate import Intervention, Prefixes
-from sinkstudy.effects.ablation import Masks, marked_at, of_images
+from sinkstudy.effects.ablation import Masks, attentions, marked_at, of_images
 from sinkstudy.effects.neurons import moved_to_register
 from sinkstudy.model import capture
 from sinkstudy.model.layout import ImageLayout
@@ -206,25 +206,39 @@ def scaled_keys(
             group = groups[0].to(factors.device)
             scales[layer] = factors.expand(len(group), -1).gather(1, group)
 
-    def scale(layer: int, module: nn.Module, args: tuple, keys: torch.Tensor) -> torch.Tensor | None:
+    def scale(layer: int, module: nn.Module, args: tuple, made: torch.Tensor) -> torch.Tensor | None:
         if layer not in scales:
             return None
-        factor = scales[layer].to(keys)
-        tokens_first = keys.shape[1] == factor.shape[1]  # Gemma's norm of keys sees [batch, heads, tokens, width]
-        shape = (*factor.shape, *[1] * (keys.ndim - 2)) if tokens_first else (len(factor), 1, -1, 1)
-        return keys * factor.view(shape)
+        factor = scales[layer].to(made)
+        tokens_first = made.shape[1] == factor.shape[1]  # Gemma's norm of keys sees [batch, heads, tokens, width]
+        shape = (*factor.shape, *[1] * (made.ndim - 2)) if tokens_first else (len(factor), 1, -1, 1)
+        return made * factor.view(shape)
 
     every = range(len(lvlm.decoder_layers))
     blocks = every if layers is None else sorted({every[layer] for layer in layers})
     with _judging(lvlm, layouts, chosen) as masks, ExitStack() as hooks:
         hooks.enter_context(lvlm.decoder.register_forward_pre_hook(prepare, with_kwargs=True))
+        makers = key_makers(lvlm)
         for layer in blocks:
             block = lvlm.decoder_layers[layer]
-            attention = block.get_submodule(lvlm.spec.decoder_attention)
-            keys = getattr(attention, "k_norm", None) or attention.k_proj  # a norm would undo what is done before it
             hooks.enter_context(block.register_forward_pre_hook(partial(weigh, layer), with_kwargs=True))
-            hooks.enter_context(keys.register_forward_hook(partial(scale, layer)))
+            hooks.enter_context(makers[layer].register_forward_hook(partial(scale, layer)))
         yield
+
+
+def key_makers(lvlm: LVLM) -> list[nn.Module]:
+    """What makes the keys in each layer of the decoder, last before they are turned by position.
+
+    Raises:
+        ValueError: as `attentions`, or where keys and values come from one latent vector.
+    """
+    found = []
+    for attention in attentions(lvlm):
+        made = getattr(attention, "k_norm", None) or getattr(attention, "k_proj", None)  # a norm would undo a weight
+        if made is None:
+            raise ValueError(f"{lvlm.name}: {type(attention).__name__} has no map that makes keys alone (k_proj)")
+        found.append(made)
+    return found
 
 
 @contextmanager

@@ -77,9 +77,14 @@ def layer_of_rise(norms: torch.Tensor, masks: torch.Tensor) -> int:
     Args:
         norms: float [pictures, layers, patches], in the layers up to the one that the connector reads.
         masks: the group, bool [pictures, patches].
+
+    Raises:
+        ValueError: in no layer is it above 1.
     """
     over_median = norms / norms.quantile(0.5, dim=-1, keepdim=True)
     ratio = torch.stack([of_layer[masks].mean() for of_layer in over_median.unbind(1)])  # [layers]
+    if not ratio.max() > 1:
+        raise ValueError("no neurons write the group's norm: in no layer of the tower is it above its picture's median")
     return int((ratio >= (1 + ratio.max()) / 2).nonzero()[0])
 
 
@@ -96,7 +101,7 @@ def register_scores(lvlm: LVLM, pictures: Sequence[Any], masks: torch.Tensor, ba
         Float32 [layers, neurons], of the layers up to `layer_of_rise`.
 
     Raises:
-        ValueError: an empty group, or pictures of different sizes.
+        ValueError: an empty group, pictures of different sizes, or as `layer_of_rise`.
     """
     if not masks.any() or masks.all():
         raise ValueError("register neurons are found by a group of patches and the others: one of the two is empty")

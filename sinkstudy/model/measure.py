@@ -130,18 +130,17 @@ def _toucher(source: torch.Tensor, target: torch.Tensor, rows: Callable) -> Call
 
 
 def _read_by(leaf: torch.Tensor, read: torch.Tensor, layers: int) -> tuple[torch.Tensor | None, bool]:
-    """Which rows of what a connector reads each token of the tower reaches, and whether they are whole.
+    """Which rows of what a connector reads each token of the tower reaches, and whether each has a whole one alone.
 
-    Rows are as wide as the tower, for patches may stand side by side that become one visual token. Where several layers
-    are read and a wider row holds a single patch, they stand side by side in it, and it is taken whole.
+    Patches may stand side by side in a row, which become one visual token, and then a row is only as wide as the tower.
+    Where several layers are read and a wider row holds a single patch, these stand side by side in it.
     """
-    if layers > 1 and read.shape[-1] > WIDTH:
-        table = reached(leaf, _rows(read))
-        if table is not None and table.shape[1] == 1:
-            rows = table[table >= 0]
-            if len(rows.unique()) == len(rows):
-                return table, True
-    return reached(leaf, read.reshape(-1, WIDTH)), False
+    table = reached(leaf, _rows(read))
+    if read.shape[-1] == WIDTH or layers > 1:
+        rows = None if table is None or table.shape[1] > 1 else table[table >= 0]
+        if rows is not None and len(rows.unique()) == len(rows):
+            return table, True
+    return (table if read.shape[-1] == WIDTH else reached(leaf, read.reshape(-1, WIDTH))), False
 
 
 class _Stop(Exception):
@@ -244,14 +243,15 @@ class Twin:
             raise ValueError(f"{self.config.model_type}: no layer of the tower reaches the decoder's input")
         leaf = leaves[read[-1]]
         touch, row = _toucher(leaf, target, _rows), image.nonzero()[:, 0]
-        connector, whole_rows = _read_by(leaf, through[0][0], len(read)) if len(through) == 1 else (None, False)
+        connector, alone = _read_by(leaf, through[0][0], len(read)) if len(through) == 1 else (None, False)
         return Flow(
             read=read,
             shape=tuple(leaf.shape),
             tokens=reached(leaf, target),
             rows=torch.stack([touch(row == r) for r in range(len(image))], dim=1),
             connector=connector,
-            whole_rows=whole_rows,
+            alone=alone,
+            wide=alone and through[0][0].shape[-1] > WIDTH,
             output=reached(leaf, _rows(through[0][1])) if len(through) == 1 else None,
         )
 
@@ -294,7 +294,8 @@ class Flow:
     tokens: torch.Tensor | None  # long [tokens of the tower, k]: visual tokens of the batch that each reaches, or -1
     rows: torch.Tensor  # bool [tokens of the tower, batch]: the prompts that each reaches
     connector: torch.Tensor | None  # long [tokens of the tower, k]: rows of the connector's input
-    whole_rows: bool  # these rows are as wide as that input; else, and mostly, as wide as the tower
+    alone: bool  # each token has such a row for itself, before any merge
+    wide: bool  # a row that holds several layers side by side
     output: torch.Tensor | None  # the same of its output, [.., decoder width]
 
 
@@ -339,7 +340,8 @@ def spec(config: PretrainedConfig, inputs: Mapping[str, Any], processor_class: s
             merge=round(float(several) ** 0.5),
             packed=packed,
             prefix=0 if packed else flow.shape[1] - len(layout.vision) // layout.tiles,
-            whole_rows=flow.whole_rows,
+            order="rows" if flow.alone else "blocks",
+            whole_rows=flow.wide,
             mixes=flow.tokens is None,
             measured=True,
         )

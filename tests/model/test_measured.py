@@ -35,7 +35,7 @@ TABLE = Path(__file__).parents[2] / "data" / "architectures.csv"
 PARTS = TABLE.with_name("architectures-parts.csv")
 SHOWN = ["works", "pictures", "prefix", "patches of a token", "processor", "methods", "without"]  # of `TABLE`
 # random weights light no dimension for `var` to find, and look at no image more than at another
-VAR = moving.intervention("var", moving.redistributed, dimensions=[0, 1], tau=0.7, p=0.0, rho=1.0, least=0.0)
+VAR = moving.intervention("var", moving.redistributed, dimensions=[0, 1], tau=1.0, p=0.0, rho=1.0, least=0.0)
 OF_SINKS = [name for name, method in METHODS.items() if not method.at_random]
 SPEECH = SimpleNamespace(  # in the place of a processor
     chat_template=None,
@@ -152,8 +152,8 @@ def methods(lvlm: Bare) -> list[str]:
     inputs = lvlm.inputs([(8, 8)], [""])
     try:
         case = Case(lvlm, {"": {"a": (8, 8)}}, criterion="percentile", threshold=98.0)
-        n = len(case.norms["", "a"])
-        sink = torch.arange(n) == n // 2
+        read = (lvlm.layout(inputs)[0].positions >= 0).any(1)  # what is cut off moves nothing
+        sink = torch.arange(len(read)) == read.nonzero()[len(read.nonzero()) // 2]
         case.targets = Targets("sinks", {("", "a"): sink}, {("", "a"): sink.roll(3)})  # planted
     except Exception as error:
         return [f"{name} ({said(error)})" for name in OF_SINKS]

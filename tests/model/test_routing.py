@@ -1,6 +1,7 @@
 """Training-free methods on a tiny random instance of every architecture: identities, invariants, independent ways."""
 
 import copy
+from dataclasses import replace
 
 import architectures
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 
 from sinkstudy.answers.evaluate import evaluate
-from sinkstudy.effects import moving
+from sinkstudy.effects import ablation, moving
 from sinkstudy.model import loading
 from sinkstudy.model.capture import attention_rows
 from sinkstudy.model.lvlm import LVLM
@@ -209,6 +210,19 @@ def test_a_layer_that_is_named_twice_is_gated_once(lvlm, inputs):
             said.append(logits(lvlm, inputs))
     assert torch.equal(*said)
     with pytest.raises(IndexError), moving.gated(lvlm, inputs, TWO, 0.5, layers=[len(lvlm.decoder_layers)]):
+        pass
+
+
+def test_decoders_in_which_tokens_cannot_be_hidden_or_weighed(lvlm, inputs):
+    """Layers without attention, and attention whose keys and values have one source, are refused by their names."""
+    linear = replace(lvlm, spec=replace(lvlm.spec, decoder_attention="linear_attn"))
+    masks = [torch.arange(len(layout.vision)) == 0 for layout in lvlm.layout(inputs)]
+    for method, *how in ((moving.gated, TWO, 0.5), (ablation.hidden, masks)):
+        with pytest.raises(ValueError, match=r"layer 0 of its decoder has no attention \(linear_attn\)"):
+            with method(linear, inputs, *how):
+                pass
+    latent = replace(lvlm, spec=replace(lvlm.spec, decoder_attention="mlp"))
+    with pytest.raises(ValueError, match="has no map that makes keys alone"), moving.gated(latent, inputs, TWO, 0.5):
         pass
 
 

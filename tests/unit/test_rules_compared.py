@@ -117,6 +117,8 @@ def test_the_layer_of_rise_is_half_the_way_of_the_norm_over_the_median_of_each_p
     over_means = norms[:, :, 0].mean(0) / norms.quantile(0.5, dim=-1).mean(0)
     assert int((over_means >= (1 + over_means.max()) / 2).nonzero()[0]) == 3
     assert neurons.layer_of_rise(norms[:, :2], masks) == 1
+    with pytest.raises(ValueError, match="in no layer of the tower is it above"):
+        neurons.layer_of_rise(norms, ~masks)
 
 
 PUBLISHED = pd.DataFrame(
