@@ -371,7 +371,7 @@ def test_nothing_was_run(tmp_path):
 )
 def test_state_of_a_control(tmp_path, row, expected):
     write(tmp_path, "another-run", [("lab-llava.up.effect", 9.0, 8.0, 10.0, 99, "")])
-    assert claims.controls(tmp_path, LEDGER).state.tolist() == ["not run"]  # only the default run counts
+    assert claims.controls(tmp_path, LEDGER).state.tolist() == ["not run"]  # no run of another name counts
     write(tmp_path, "lab-llava", [("lab-llava.up.effect", *row)])
     assert claims.controls(tmp_path, LEDGER).state.tolist() == [expected]
 
