@@ -118,6 +118,7 @@ def outline(name: str, *, dtype: str | torch.dtype = "float32", revision: str | 
         _no_revision(name, revision)
         base = outline(adapter.base, dtype=dtype, revision=adapter.revision)
         adapter.merge(base.model)
+        adapters.check_processor(name, base.processor)
         return replace(base, name=name)
     spec, config = _configuration(name, revision)
     with _reading(name):
