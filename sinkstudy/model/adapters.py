@@ -60,7 +60,7 @@ class Adapter:
             place = self._place(path, weights)
             weight = weights[place]
             if tied := [other for other in weights if weights[other] is weight and other != place]:
-                raise ValueError(f"{self.name}: {path} is also {tied[0]} in its base, and was trained alone: {UNMERGED}")
+                raise ValueError(f"{self.name}: {path} is {tied[0]} too in its base, and was trained alone: {UNMERGED}")
             # as in peft, whatever `fan_in_fan_out` says: only these are [columns, rows]
             turned = isinstance(new, tuple) and isinstance(model.get_submodule(place.rpartition(".")[0]), Conv1D)
             up, down, scale = new if isinstance(new, tuple) else (new, None, 1.0)

@@ -207,6 +207,7 @@ class LVLM:
             text=prompts,
             padding=True,
             padding_side="left",
+            truncation=False,  # which a tokenizer's settings may ask for
             add_special_tokens=self.adds_bos(prompts[0]),
             return_tensors="pt",
         )

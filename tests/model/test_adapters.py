@@ -204,7 +204,7 @@ FAULTS = {
                       r"is \[4, .*\] and its base has"),
     "NaN": (lambda folder: change(folder, "lora_B.weight", lambda key, w: {key: w * float("nan")}), "NaN or infinite"),
     "no such weight": (lambda folder: rename(folder, {"q_proj": "x_proj"}), "has no weights .*x_proj.weight"),
-    "an embedding that is also the output layer": (tie, "is also .*, and was trained alone"),
+    "an embedding that is also the output layer": (tie, "is .* too in its base, and was trained alone"),
     "no scale": (lambda folder: settle(folder, lora_alpha=None), "has lora_alpha None"),
     "a scale as text": (lambda folder: settle(folder, alpha_pattern={"q_proj": "8"}), "has lora_alpha '8'"),
     "another chat format": (lambda folder: beside(folder, "chat_template.jinja", "assistant", "answer"),
