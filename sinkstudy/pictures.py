@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")  # Pillow brings these to RGB
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
@@ -41,7 +42,8 @@ def decode(source: Path | str | bytes | Image.Image, name: str) -> Image.Image:
 
     Raises:
         ValueError: no file, no picture, one that ends too early or is too large to be decoded safely (Pillow's limit
-            of 179 million pixels), or one of numbers without a known range (32 bits, floats).
+            of 179 million pixels), or one of numbers without a known range (32 bits, floats) or in another colour space
+            (Lab).
     """
     try:
         image = source
@@ -52,13 +54,15 @@ def decode(source: Path | str | bytes | Image.Image, name: str) -> Image.Image:
     except Exception as error:  # Pillow's decoders and EXIF reader raise many kinds
         reason = str(error).split(" <_io")[0] or type(error).__name__  # Pillow names its buffer's address
         raise ValueError(f"picture {name} cannot be read: {reason}") from None
-    if upright.mode.startswith("I;16") or upright.mode == "I":
-        grey = np.asarray(upright)
-        if grey.min() < 0 or grey.max() > 65535:
-            raise ValueError(f"picture {name} holds numbers beyond 16 bits: save it with 8 bits a channel")
+    if upright.mode.startswith("I;16") or (upright.mode == "I" and image.format in ("PNG", "PPM")):  # 16 bits
+        grey, clear = np.asarray(upright), upright.info.get("transparency")
         upright = Image.fromarray((grey.astype(np.float64) / 257).round().astype(np.uint8))
-    if upright.mode == "F":
-        raise ValueError(f"picture {name} holds floats, whose range is not known: save it with 8 bits a channel")
+        if clear is not None:
+            upright.putalpha(Image.fromarray(np.where(grey == clear, 0, 255).astype(np.uint8)))
+    if upright.mode not in MODES:
+        what = {"I": "whole numbers of 32 bits", "F": "floats"}.get(upright.mode)
+        why = f"{what}, whose range is not known" if what else f"{upright.mode} colours, which are not read"
+        raise ValueError(f"picture {name} holds {why}: save it as RGB, with 8 bits a channel")
     if "A" in upright.getbands() or "a" in upright.getbands() or upright.info.get("transparency") is not None:
         upright = upright.convert("RGBA")
         upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)

@@ -150,6 +150,15 @@ class Case:
         return stats.ratio_interval(*means)
 
 
+def _as_many(masks: Masks, others: Masks) -> Masks:
+    """The others, once every picture has as many as are in its group."""
+    for image, mask in masks.items():
+        if others[image].sum() < mask.sum():
+            raise ValueError(f"{int(mask.sum())} of the {len(mask)} patches of picture {image!r} are meant: there are "
+                             "not as many others for a control, take a smaller k or a stricter threshold")
+    return others
+
+
 @dataclass(frozen=True)
 class ActedOn:
     """What a method acts on in the pictures of one benchmark, or, `at_random`, what its control does."""
@@ -163,22 +172,42 @@ class ActedOn:
 
     @property
     def tokens(self) -> Masks:
-        """The sinks, or as many others."""
-        return self._here(self.case.targets.random if self.at_random else self.case.targets.sinks)
+        """The sinks, or as many others.
+
+        Raises:
+            ValueError: a picture has fewer others.
+        """
+        own = self._here(self.case.targets.sinks)
+        return _as_many(own, self._here(self.case.targets.random)) if self.at_random else own
 
     def highest(self, k: int | None) -> Masks:
-        """The k patches of highest norm, a quarter without k; or as many others."""
-        highest = {image: sinks.top_k(n, k or max(1, len(n) // 4)) for image, n in self._here(self.case.norms).items()}
+        """The k patches of highest norm, a quarter without k; or as many others.
+
+        Raises:
+            ValueError: a picture has no more than k patches, or fewer others.
+        """
+        norms = self._here(self.case.norms)
+        if k is not None and (few := [image for image, n in norms.items() if len(n) <= k]):
+            raise ValueError(f"k is {k}, and picture {few[0]!r} has no more than {len(norms[few[0]])} patches")
+        highest = {image: sinks.top_k(n, k or max(1, len(n) // 4)) for image, n in norms.items()}
         if not self.at_random:
             return highest
-        return {image: sinks.random_like(mask, self.case.seed + i) for i, (image, mask) in enumerate(highest.items())}
+        return _as_many(highest, {image: sinks.random_like(mask, self.case.seed + i)
+                                  for i, (image, mask) in enumerate(highest.items())})
 
     def neurons(self, k: int) -> dict[int, list[int]]:
-        """The k neurons that write the sinks' norm, or as many others of the same layers."""
+        """The k neurons that write the sinks' norm, or as many others of the same layers.
+
+        Raises:
+            ValueError: as `Case.neurons`, or a layer has fewer others.
+        """
         found = self.case.neurons(k)
         if self.at_random:
             reads = self.case.lvlm.vision_layers[0].get_submodule(self.case.lvlm.spec.vision_neurons)
-            found = neurons.random_neurons(found, reads.in_features, self.case.seed)
+            others = neurons.random_neurons(found, reads.in_features, self.case.seed)
+            if few := [layer for layer, of in found.items() if len(others[layer]) < len(of)]:
+                raise ValueError(f"k is {k}: layer {few[0]} has fewer other neurons for a control, take a smaller k")
+            found = others
         return {layer: of.tolist() for layer, of in found.items()}
 
     def var(self) -> dict[str, Any]:

@@ -2,18 +2,22 @@
 
 An update is W + scale B A, with scale alpha / r, or alpha / sqrt(r) where it is rank-stabilised (arXiv 2106.09685,
 2312.03732). Weights that were trained whole (`modules_to_save`) take the place of the base's. An adapter that does
-anything else (DoRA, biases, an initialisation that changes the base, ..) is refused.
+anything else (DoRA, biases, an initialisation that changes the base, ..) is refused, and so is one of half a pair of
+tied weights, or with pictures or a chat format that are not its base's.
 """
 
 import json
 import math
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import ProcessorMixin
+from transformers.pytorch_utils import Conv1D
 
 from sinkstudy.model.checkpoints import check_values
 from sinkstudy.paths import ADAPTER, UNMERGED, model_folder
@@ -36,7 +40,6 @@ class Adapter:
         base, revision: the model that it was trained on.
         updates: B [rows, rank], A [rank, columns] and their scale, by the weight's name at training.
         whole: weights that take the place of the base's, by their name.
-        transposed: whether weights are [columns, rows].
     """
 
     name: str
@@ -44,29 +47,33 @@ class Adapter:
     revision: str | None
     updates: dict[str, tuple[torch.Tensor, torch.Tensor, float]]
     whole: dict[str, torch.Tensor]
-    transposed: bool
 
     @torch.no_grad()
     def merge(self, model: nn.Module) -> None:
         """Change the weights of its base; of one on torch's meta device only names and shapes are checked.
 
         Raises:
-            ValueError: a weight that the base has not, or has twice, or in another shape.
+            ValueError: a weight that the base has not, or has twice, tied to another or in another shape.
         """
-        weights = dict(model.named_parameters())
+        weights = dict(model.named_parameters(remove_duplicate=False))
         for path, new in {**self.updates, **self.whole}.items():
-            weight = weights[self._place(path, weights)]
+            place = self._place(path, weights)
+            weight = weights[place]
+            if tied := [other for other in weights if weights[other] is weight and other != place]:
+                raise ValueError(f"{self.name}: {path} is {tied[0]} too in its base, and was trained alone: {UNMERGED}")
+            # as in peft, whatever `fan_in_fan_out` says: only these are [columns, rows]
+            turned = isinstance(new, tuple) and isinstance(model.get_submodule(place.rpartition(".")[0]), Conv1D)
             up, down, scale = new if isinstance(new, tuple) else (new, None, 1.0)
-            shape = up.shape if down is None else (up.shape[0], down.shape[1])[:: -1 if self.transposed else 1]
+            shape = up.shape if down is None else (up.shape[0], down.shape[1])[:: -1 if turned else 1]
             if tuple(shape) != tuple(weight.shape):
                 raise ValueError(f"{self.name}: {path} is {list(shape)} and its base has {list(weight.shape)}")
-            if not weight.is_meta:
-                own = up if down is None else self._updated(weight, up.to(weight.device), down.to(weight.device), scale)
-                weight.copy_(own)
-
-    def _updated(self, weight: torch.Tensor, up: torch.Tensor, down: torch.Tensor, scale: float) -> torch.Tensor:
-        update = scale * (up.float() @ down.float())
-        return weight.float() + (update.T if self.transposed else update)
+            if weight.is_meta:
+                continue
+            if down is None:
+                weight.copy_(up)
+            else:
+                update = scale * (up.to(weight.device).float() @ down.to(weight.device).float())
+                weight.copy_(weight.float() + (update.T if turned else update))
 
     def _place(self, path: str, weights: dict[str, nn.Parameter]) -> str:
         """The name of a weight: exactly, or as other versions of transformers have it."""
@@ -100,6 +107,8 @@ def read(name: str) -> Adapter | None:
     odd = [f"{key} {value!r}" for key, value in of.items() if value and key not in NEUTRAL]
     checked: dict[str, list] = {"peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [True, False, "gaussian"]}
     odd += [f"{key} {of[key]!r}" for key, known in checked.items() if of.get(key, known[0]) not in known]
+    scales = [of.get("lora_alpha", 8), *(of.get("alpha_pattern") or {}).values()]
+    odd += [f"lora_alpha {scale!r}" for scale in scales if not isinstance(scale, (int, float))]
     odd += [path for path in weights if "lora_" in re.sub(r"\.lora_[AB]\.weight$", "", path)]
     if odd or not isinstance(base, str):
         what = ", ".join(odd[:3]) or "no base"
@@ -113,7 +122,38 @@ def read(name: str) -> Adapter | None:
         except KeyError as lacking:
             raise ValueError(f"{name}: its adapter lacks {lacking.args[0]}") from None
         updates[f"{path}.weight"] = up, down, _scale(path, len(down), of)
-    return Adapter(name, base, of.get("revision"), updates, weights, bool(of.get("fan_in_fan_out")))
+    return Adapter(name, base, of.get("revision"), updates, weights)
+
+
+def check_processor(name: str, processor: ProcessorMixin) -> None:
+    """Make sure that an adapter's folder has no pictures or chat format that are not those of its base's processor.
+
+    Raises:
+        ValueError: it was trained with others than the base is asked with.
+    """
+    folder = model_folder(name) or Path(name)
+
+    def read(file: str, *entries: str) -> Any:
+        found = folder / file
+        try:
+            content = found.read_text(encoding="utf-8") if found.is_file() else ""
+            of = json.loads(content or "null") if found.suffix == ".json" else content
+        except ValueError:
+            raise ValueError(f"{name}: its {file} is damaged: {UNMERGED}") from None
+        for entry in entries:
+            of = of.get(entry) if isinstance(of, dict) else None
+        return of
+
+    formats = [read("chat_template.jinja"), *(read(f, "chat_template") for f in
+               ("chat_template.json", "tokenizer_config.json", "processor_config.json"))]  # fmt: skip
+    known = (processor.chat_template, processor.tokenizer.chat_template)
+    if any(isinstance(own, str) and own and own not in known for own in formats):
+        raise ValueError(f"{name}: its chat format is not that of its base, which would be asked: {UNMERGED}")
+    images, named = processor.image_processor, ("image_processor_type", "processor_class", "feature_extractor_type")
+    for own in (read("preprocessor_config.json"), read("processor_config.json", "image_processor")):
+        settings = type(images).from_dict(own).to_dict() if isinstance(own, dict) else images.to_dict()
+        if odd := [key for key, value in settings.items() if key not in named and value != images.to_dict().get(key)]:
+            raise ValueError(f"{name}: {odd[0]} of its pictures is not that of its base, which would count: {UNMERGED}")
 
 
 def _scale(path: str, rank: int, of: dict[str, Any]) -> float:

@@ -90,8 +90,8 @@ def headers(source: str, revision: str | None = None) -> dict[str, torch.Tensor]
     Of a hub model that is yet to be downloaded the headers alone are fetched.
 
     Raises:
-        ValueError: as `weight_files`; weights that the index promises and no file has, or that two files have; quantised
-            weights.
+        ValueError: as `weight_files`; weights that the index promises and no file has, or that two files have;
+            quantised weights.
         OSError, SafetensorError: files that are damaged or out of reach.
     """
     found: dict[str, tuple[str, list[int]]] = {}

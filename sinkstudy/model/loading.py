@@ -83,7 +83,8 @@ def wrap(model: PreTrainedModel, processor: ProcessorMixin) -> LVLM:
     The model stays as it is, on its device.
 
     Raises:
-        ValueError: unknown architecture or vision layout, or no processor for pictures and text.
+        ValueError: unknown architecture or vision layout, no processor for pictures and text, or a model that is being
+            trained, or whose attention is neither PyTorch's SDPA nor eager.
     """
     name, config = model.config.name_or_path or type(model).__name__, model.config
     spec = spec_of(name, config.model_type)
@@ -97,6 +98,11 @@ def wrap(model: PreTrainedModel, processor: ProcessorMixin) -> LVLM:
         raise ValueError(f"{name} has an adapter: {UNMERGED}")
     if getattr(model, "hf_quantizer", None) or not all(weight.is_floating_point() for weight in model.parameters()):
         raise ValueError(f"{name}: its weights are quantised; {checkpoints.UNQUANTISED}")
+    if model.training:
+        raise ValueError(f"{name}: it is being trained, so that dropout would play a part: call eval() on it first")
+    ways = {getattr(part, "_attn_implementation", None) for part in (config, *vars(config).values())} - {None}
+    if odd := ways - {"sdpa", "eager"}:
+        raise ValueError(f"{name}: its attention is {odd.pop()}: load it with attn_implementation='sdpa'")
     _check_layout(name, config)
     checkpoints.check_values(name, model.named_parameters(), model.dtype)
     lvlm = _measured(LVLM(model, processor, name, getattr(config, "_commit_hash", None), spec))
@@ -118,6 +124,7 @@ def outline(name: str, *, dtype: str | torch.dtype = "float32", revision: str | 
         _no_revision(name, revision)
         base = outline(adapter.base, dtype=dtype, revision=adapter.revision)
         adapter.merge(base.model)
+        adapters.check_processor(name, base.processor)
         return replace(base, name=name)
     spec, config = _configuration(name, revision)
     with _reading(name):
@@ -274,7 +281,8 @@ def _check_parts(lvlm: LVLM) -> None:
 
     Raises:
         ValueError: the features are those of no layer; the chat format leaves out the picture or the question; the
-            processor fails, or cuts a picture into other tiles, patches or visual tokens than the model reads.
+            processor fails, ends each prompt, or cuts a picture into other tiles, patches or visual tokens than the
+            model reads.
     """
     name, question, config = lvlm.name, "What is this?", lvlm.model.config
     if lvlm.feature_layer < 0 or not all(layer < len(lvlm.vision_layers) for layer in lvlm.feature_layers):
@@ -303,6 +311,10 @@ def _check_parts(lvlm: LVLM) -> None:
     rows = lvlm.model.get_input_embeddings().num_embeddings
     if inputs["input_ids"].max() >= rows or lvlm.processor.tokenizer.vocab_size > rows:
         raise ValueError(f"{name}: its tokenizer is another model's: it has more tokens than the model, {rows}")
+    last = int(inputs["input_ids"][0, -1])
+    if last in lvlm.ends and not prompt.rstrip().endswith(lvlm.processor.tokenizer.decode([last]).strip()):
+        raise ValueError(f"{name}: its tokenizer ends each prompt, so that the answer begins behind the end: take "
+                         "add_eos_token out of its settings, or the end token out of its post_processor")
     if lvlm.spec.measured:
         return
     pixels, vision = inputs["pixel_values"], config.vision_config

@@ -163,7 +163,8 @@ class LVLM:
             [n, 3, height, width], elsewhere as the architecture has it; and what else the model takes.
 
         Raises:
-            ValueError: if the numbers of images and questions differ, or for a picture that the model does not take.
+            ValueError: if the numbers of images and questions differ, for a picture that the model does not take, or a
+                prompt beyond `longest`.
         """
         return self.moved(self.prepared(images, questions))
 
@@ -216,11 +217,31 @@ class LVLM:
             text=prompts,
             padding=True,
             padding_side="left",
+            truncation=False,  # which a tokenizer's settings may ask for
             add_special_tokens=self.adds_bos(prompts[0]),
             return_tensors="pt",
         )
         batch.pop("labels", None)
+        tokens = int(batch["attention_mask"].sum(1).max())
+        if self.longest is not None and tokens > self.longest:
+            raise ValueError(
+                f"{self.name}: this prompt has {tokens} tokens, and beyond {self.longest} the decoder's rotary "
+                "embedding changes with the length of the text, so that answers depend on what was read before: ask "
+                "shorter questions, or about smaller pictures"
+            )
         return batch
+
+    @property
+    def longest(self) -> int | None:
+        """Tokens of the longest prompt whose positions mean the same as in shorter ones; None where they always do.
+
+        Rope types "dynamic" and "longrope" have other frequencies for longer texts.
+        """
+        text = self.model.config.get_text_config()
+        rope = getattr(text, "rope_parameters", None) or {}
+        kinds = [rope] if "rope_type" in rope else [of for of in rope.values() if isinstance(of, dict)]  # of each layer
+        return min((of.get("original_max_position_embeddings") or text.max_position_embeddings
+                    for of in kinds if of.get("rope_type") in ("dynamic", "longrope")), default=None)
 
     def adds_bos(self, text: str) -> bool:
         """Is BOS to be put before a text? Never twice; a processor with a prompt of its own puts it there itself."""

@@ -293,6 +293,29 @@ def test_a_tokenizer_of_another_model(llava):
     refused(llava, "its tokenizer is another model's")
 
 
+@pytest.mark.parametrize("settings", [{"truncation": True}, {"truncation": "longest_first", "truncation_side": "left"},
+                                      {"truncation": "only_first", "stride": 2}])
+def test_a_tokenizer_that_would_cut_long_questions(llava, settings):
+    """As one that was saved in training may: short questions fit, and nobody would see that long ones do not."""
+    picture, question = [Image.new("RGB", (32, 32))], ["what is the texture " * 9]
+    whole = loading.load(str(llava)).inputs(picture, question)
+    configure(llava, "tokenizer_config.json", max_length=40, **settings)
+    assert torch.equal(loading.load(str(llava)).inputs(picture, question)["input_ids"], whole["input_ids"])
+
+
+def test_a_tokenizer_that_ends_each_prompt(copy):
+    """As `add_eos_token` has it, which some fine-tuned checkpoints keep."""
+    if SPECS[json.loads((copy / "config.json").read_text())["model_type"]].prompt:
+        pytest.skip("its processor puts the prompt together")
+    parts = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}},
+             {"SpecialToken": {"id": "</s>", "type_id": 0}}]
+    tokens = {token: {"id": token, "ids": [i], "tokens": [token]} for token, i in (("<s>", 1), ("</s>", 2))}
+    configure(copy, "tokenizer.json", post_processor={
+        "type": "TemplateProcessing", "single": parts, "pair": [parts[1], {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": tokens})
+    refused(copy, "its tokenizer ends each prompt")
+
+
 # ------------------------------------------------------------------------------------------------- weights and names
 def test_the_part_that_is_absent_is_named(llava):
     rewrite(llava, lambda weights: without(weights, "vision_tower."))
@@ -536,6 +559,23 @@ def test_what_is_wrapped_is_whole(one):
         loading.wrap(empty, lvlm.processor)
     lvlm.model.lm_head.weight.data[0, 0] = float("nan")
     with pytest.raises(ValueError, match="lm_head.weight holds values that are NaN"):
+        loading.wrap(lvlm.model, lvlm.processor)
+
+
+def test_a_wrapped_model_that_is_being_trained(one):
+    lvlm = loading.load(str(one))
+    with pytest.raises(ValueError, match=r"it is being trained.*call eval\(\)"):
+        loading.wrap(lvlm.model.train(), lvlm.processor)
+
+
+@pytest.mark.parametrize("part", ["model", "decoder", "vision"])
+def test_a_wrapped_model_of_another_attention(one, part):
+    """Whose masks are of another form."""
+    lvlm = loading.load(str(one))
+    getattr(lvlm, part).set_attn_implementation("eager")
+    loading.wrap(lvlm.model, lvlm.processor)
+    getattr(lvlm, part).config._attn_implementation = "flex_attention"
+    with pytest.raises(ValueError, match="its attention is flex_attention: load it with attn_implementation='sdpa'"):
         loading.wrap(lvlm.model, lvlm.processor)
 
 

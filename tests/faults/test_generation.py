@@ -7,7 +7,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from architectures import write
 from PIL import Image
+from transformers import LlavaForConditionalGeneration
 
 from sinkstudy.answers.evaluate import NONE, Intervention, evaluate
 from sinkstudy.model import capture, loading
@@ -97,3 +100,42 @@ def test_several_end_tokens_are_the_checkpoints(folder, tmp_path, table, expecte
     assert ended.ends == [2, first]
     out = ended.generate(ended.inputs([images["0"]], ["how many"]), TOKENS).sequences
     assert out.shape[1] == inputs["input_ids"].shape[1] + 1
+
+
+ROPES = {
+    "linear": {"rope_type": "linear", "factor": 2.0},
+    "yarn": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 20},
+    "llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 20},
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0},
+    "longrope": {"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4,
+                 "original_max_position_embeddings": 26},
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ROPES)
+def test_rotary_embeddings_of_every_kind(kind, tmp_path, table):
+    """Answers behind a shared prefix are those of a fresh model to the whole prompt in eager attention, or there are
+    none: where frequencies depend on the length of the text, longer prompts than those are refused."""
+    write(tmp_path, "llava")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"] |= {"rope_parameters": ROPES[kind] | {"rope_theta": 10_000.0}, "max_position_embeddings": 26}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    asked, images = table
+    lvlm = loading.load(str(tmp_path))
+    asked = asked.assign(answer="yes")
+    said = evaluate(lvlm, asked, [NONE, Intervention("alone", asks=True)], images=images, cache=None, max_new_tokens=3)
+    yes = lvlm.processor.tokenizer.convert_tokens_to_ids("yes")
+    for row in said.itertuples():
+        fresh = LlavaForConditionalGeneration.from_pretrained(tmp_path, attn_implementation="eager", dtype="float32")
+        inputs = lvlm.inputs([images[row.image_id]], [row.question])
+        with torch.no_grad():
+            logp = fresh.eval()(**inputs).logits[0, -1].log_softmax(-1)
+        assert row.logp_yes == pytest.approx(logp[yes].item(), abs=1e-4)
+    long = asked.assign(question=asked.question + " how many red blue yes no" * 2)
+    if kind not in ("dynamic", "longrope"):
+        evaluate(lvlm, long, images=images, cache=None, max_new_tokens=3)
+        return
+    with pytest.raises(ValueError, match="beyond 26 the decoder's rotary embedding changes with the length"):
+        evaluate(lvlm, long, images=images, cache=None, max_new_tokens=3)

@@ -60,6 +60,11 @@ SHELF = {  # name -> (content, what a person sees)
         file(SEE_THROUGH, transparency=0), Image.fromarray(convert_to_rgb(SEE_THROUGH, return_numpy=True))),
     "16-bit grey": (file(Image.fromarray(RAMP)), grey((RAMP / 257).round())),
     "16-bit grey tiff": (file(Image.fromarray(RAMP), "TIFF"), grey((RAMP / 257).round())),
+    "16-bit grey pgm": (b"P5 4 6 65535\n" + RAMP.astype(">u2").tobytes(), grey((RAMP / 257).round())),
+    "12-bit grey pgm": (
+        b"P5 4 6 4095\n" + (RAMP // 16).astype(">u2").tobytes(), grey((RAMP // 16 / 4095 * 255).round())),
+    "16-bit grey with a clear value": (
+        file(Image.fromarray(RAMP), transparency=0), grey(np.where(RAMP == 0, 255, (RAMP / 257).round()))),
     "one bit": (file(SCENE.convert("1")), SCENE.convert("1").convert("RGB")),
     "grey": (file(SCENE.convert("L")), SCENE.convert("L").convert("RGB")),
     "cmyk": (file(SCENE.convert("CMYK"), "TIFF"), SCENE.convert("CMYK").convert("RGB")),
@@ -112,7 +117,10 @@ def test_a_picture_is_what_a_person_sees(way, name, tmp_path):
 
 
 FLOATS = file(Image.fromarray(RNG.random((6, 4)).astype(np.float32)), "TIFF")
-BAD = {"truncated": file(Image.fromarray(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)))[:4000], "empty": b"",
+WIDE = file(Image.fromarray(RNG.integers(0, 256, (6, 4)).astype(np.int32)), "TIFF")
+LAB = file(Image.merge("LAB", SCENE.split()), "TIFF")
+BAD = {"32 bits": WIDE, "Lab": LAB,
+       "truncated": file(Image.fromarray(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)))[:4000], "empty": b"",
        "text": b"this is no picture", "html": b"<html>404</html>", "floats": FLOATS}
 
 

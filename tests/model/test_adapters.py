@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from copy import deepcopy
 from pathlib import Path
 
 import peft
@@ -11,9 +12,10 @@ import torch
 from architectures import write
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers.pytorch_utils import Conv1D
 
 from sinkstudy.book import memory, parameters
-from sinkstudy.model import loading
+from sinkstudy.model import adapters, loading
 
 WEIGHTS = "adapter_model.safetensors"
 KINDS = {
@@ -79,14 +81,26 @@ def test_an_update_is_its_closed_form(base, tmp_path, stabilised):
         torch.testing.assert_close(found[name] - before[name], update, atol=1e-6, rtol=1e-5)
 
 
-def test_transposed_weights(base, tmp_path):
-    """With `fan_in_fan_out`, of square weights: the update is transposed."""
-    adapter(base, tmp_path / "adapter", target_modules=r".*language_model.*\.1\.self_attn\.q_proj")
-    before, straight = (dict(loading.load(str(of)).model.named_parameters()) for of in (base, tmp_path / "adapter"))
+def test_linear_weights_are_never_transposed(base, tmp_path):
+    """Whatever `fan_in_fan_out` says, also of square ones; as in peft."""
+    theirs = adapter(base, tmp_path / "adapter", target_modules=r".*language_model.*\.1\.self_attn\.q_proj")
     settle(tmp_path / "adapter", fan_in_fan_out=True)
-    turned = dict(loading.load(str(tmp_path / "adapter")).model.named_parameters())
-    name, = (name for name in before if not torch.equal(before[name], straight[name]))
-    torch.testing.assert_close(turned[name] - before[name], (straight[name] - before[name]).T, atol=1e-6, rtol=1e-5)
+    lvlm = loading.load(str(tmp_path / "adapter"))
+    assert (logits(lvlm, lvlm.model) - logits(lvlm, theirs)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_weights_of_gpt2_are_transposed(turned, tmp_path):
+    """Those of the class of which peft says so, with `fan_in_fan_out` or without."""
+    torch.manual_seed(2)
+    base = torch.nn.ModuleDict({"c_attn": Conv1D(4, 4)})
+    config = peft.LoraConfig(target_modules=["c_attn"], r=2, init_lora_weights=False, fan_in_fan_out=turned)
+    theirs = peft.get_peft_model(deepcopy(base), config)
+    theirs.save_pretrained(tmp_path)
+    settle(tmp_path, base_model_name_or_path="base")
+    adapters.read(str(tmp_path)).merge(base)
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(base["c_attn"](x), theirs.base_model.model["c_attn"](x))
 
 
 OLD = {  # names of transformers 4
@@ -123,7 +137,11 @@ def one(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def copy(one, tmp_path) -> Path:
-    return Path(shutil.copytree(one, tmp_path / "copy"))
+    """The adapter, with a base of its own beside it."""
+    shutil.copytree(one.parent / "base", tmp_path / "base")
+    folder = Path(shutil.copytree(one, tmp_path / "copy"))
+    settle(folder, base_model_name_or_path=str(tmp_path / "base"))
+    return folder
 
 
 def settle(folder: Path, **settings) -> None:
@@ -148,6 +166,28 @@ def change(folder: Path, end: str, by) -> None:
     save_file({**weights, **new}, folder / WEIGHTS)
 
 
+def beside(folder: Path, file: str, old: str, new: str) -> None:
+    """A file of the base's processor in the adapter's folder, changed."""
+    content = (folder.parent / "base" / file).read_text()
+    assert old in content
+    (folder / file).write_text(content.replace(old, new))
+
+
+def tie(folder: Path) -> None:
+    """The base's output layer is its embedding, and the adapter has one of the two."""
+    base = folder.parent / "base"
+    config = json.loads((base / "config.json").read_text())
+    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = True
+    (base / "config.json").write_text(json.dumps(config))
+    weights = load_file(base / "model.safetensors")
+    head = next(key for key in weights if "lm_head" in key)
+    kept = {key: value for key, value in weights.items() if key != head}
+    save_file(kept, base / "model.safetensors", metadata={"format": "pt"})
+    key = "base_model.model.model.language_model.embed_tokens.weight"
+    save_file(load_file(folder / WEIGHTS) | {key: weights[head] + 1}, folder / WEIGHTS)
+    settle(folder, modules_to_save=["embed_tokens"])
+
+
 FAULTS = {
     "DoRA": (lambda folder: settle(folder, use_dora=True), "has use_dora True, which is not merged here"),
     "biases": (lambda folder: settle(folder, bias="all"), "has bias 'all', which is not merged here"),
@@ -164,6 +204,14 @@ FAULTS = {
                       r"is \[4, .*\] and its base has"),
     "NaN": (lambda folder: change(folder, "lora_B.weight", lambda key, w: {key: w * float("nan")}), "NaN or infinite"),
     "no such weight": (lambda folder: rename(folder, {"q_proj": "x_proj"}), "has no weights .*x_proj.weight"),
+    "an embedding that is also the output layer": (tie, "is .* too in its base, and was trained alone"),
+    "no scale": (lambda folder: settle(folder, lora_alpha=None), "has lora_alpha None"),
+    "a scale as text": (lambda folder: settle(folder, alpha_pattern={"q_proj": "8"}), "has lora_alpha '8'"),
+    "another chat format": (lambda folder: beside(folder, "chat_template.jinja", "assistant", "answer"),
+                            "its chat format is not that of its base"),
+    "other pictures": (lambda folder: beside(folder, "preprocessor_config.json", "0.48145466", "0.5"),
+                       "image_mean of its pictures is not that of its base"),
+    "a damaged processor": (lambda folder: (folder / "preprocessor_config.json").write_text("{"), "is damaged"),
     "an embedding": (lambda folder: change(folder, "lora_B.weight", lambda key, w: {f"{key}.lora_embedding_A": w}),
                      "lora_embedding_A, which is not merged"),
 }  # fmt: skip
@@ -177,6 +225,13 @@ def test_what_is_refused(copy, fault):
         with pytest.raises(ValueError, match=message) as problem:
             call(str(copy))
         assert "\n" not in str(problem.value)
+
+
+def test_the_processor_of_its_base_may_lie_beside_it(copy):
+    for file in ("chat_template.jinja", "preprocessor_config.json", "processor_config.json", "tokenizer_config.json"):
+        shutil.copy(copy.parent / "base" / file, copy)
+    loading.load(str(copy)).processor.save_pretrained(copy)  # as a trainer does
+    loading.load(str(copy))
 
 
 def test_a_revision_of_a_folder(copy):

@@ -210,6 +210,21 @@ def test_without_sinks_the_tail_stands_for_them(llava, benchmark):
     assert methods.targets(of, "absolute", half[2]).name == "top 2 %"  # one in four
 
 
+@pytest.mark.parametrize("settings, method, k, message", [
+    ({}, "random-keep-top-k", 9, "9 of the 16 patches of picture 'a' are meant: there are not as many others"),
+    ({}, "keep-top-k", 16, "k is 16, and picture 'a' has no more than 16 patches"),
+    ({}, "front-top-k", 1000, "k is 1000, and picture 'a' has no more than 16 patches"),
+    ({"criterion": "absolute", "threshold": 0.0}, "random-front", None, "16 of the 16 patches of picture 'a'"),
+    ({"criterion": "mean_sd", "threshold": -1.0}, "random-features", None, "there are not as many others"),
+    ({}, "random-test-time-registers", 30, "has fewer other neurons for a control"),
+])
+def test_a_control_has_as_many_others_or_is_none(llava, benchmark, settings, method, k, message):
+    case = methods.Case(llava, {"POPE": benchmark[1]}, **settings)
+    with pytest.raises(ValueError, match=message):
+        methods.applied(case, "POPE", method, k or methods.METHODS[method].default)
+    assert methods.applied(case, "POPE", "keep-top-k", 9).name == "keep-top-k|k 9"
+
+
 # ------------------------------------------------------------------------------------------------- the command
 def call(*arguments: str):
     return CliRunner().invoke(cli.app, ["route", *arguments])
