@@ -72,6 +72,10 @@ def run_command(
         key, equals, value = item.partition("=")
         if not equals:
             raise engine.UserError(f"-p takes NAME=VALUE, not '{item}'")
+        if key == "model":
+            raise engine.UserError(f"a model is named without -p: sinkstudy run {value}")
+        if key in given:
+            raise engine.UserError(f"the parameter '{key}' is given twice")
         given[key] = value
     models = models or [paths.DEFAULT_MODEL]
     if profile and not (profile / "config.yaml").is_file():

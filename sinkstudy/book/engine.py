@@ -259,6 +259,8 @@ def _execute(notebook: str, run: str, given: dict[str, Any], failed: Path) -> No
     from traitlets.config import Config
 
     values = defaults(notebook) | given
+    if unknown := sorted(set(given) - set(defaults(notebook))):  # in a plan or on Snakemake's command line
+        raise UserError(f"{notebook} has no parameter {', '.join(unknown)}")
     if "model" in values:
         claim(run, values["model"])
     with _alone(f"{run}--{notebook}") as work, _sockets() as sockets:
