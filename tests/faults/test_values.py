@@ -12,7 +12,7 @@ from papermill.translators import PythonTranslator
 from PIL import Image
 
 from sinkstudy import benchmarks, paths, sinks
-from sinkstudy.book import engine, parameters
+from sinkstudy.book import across, engine, parameters
 from sinkstudy.lab.train import EMERGENCE_ARMS
 
 NAN, INF = float("nan"), float("inf")
@@ -247,6 +247,20 @@ def test_a_folder_in_any_script_gets_a_usable_name(results, folder):
 def test_names_that_are_none(results, name):
     with pytest.raises(ValueError, match="is no name for a run"):
         paths.claimed(name, "lab-llava")
+
+
+@pytest.mark.parametrize("run", ["null", "NA", "nan", "None"])
+def test_a_run_whose_name_is_that_of_nothing(monkeypatch, tmp_path, run):
+    """pandas would read it as no name, and its rows would be gone where rows are put together by their model."""
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    file = tmp_path / "results" / run / "10-training-free" / "effects.csv"
+    file.parent.mkdir(parents=True)
+    file.write_text("model,method,way,benchmark,group,measure,value,low,high,n\n"
+                    f"{run},front,,POPE,,right,1,0.5,1.5,100\n{run},end,,POPE,,right,,,,100\n")
+    found, left_out = across.read(["results/*/1[01]-*/effects.csv"])
+    assert set(found.model) == {run} and not left_out
+    of = across.effect_cells(found).set_index("method")
+    assert of.state.to_dict() == {"front": "better", "end": "not applicable"}
 
 
 def test_plain_execution_leaves_committed_results_alone(monkeypatch, tmp_path):
