@@ -24,6 +24,23 @@ class UserError(Exception):
     """Something the user can put right, said in one line."""
 
 
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds. Raises ValueError, with the line, where a key is there twice: YAML takes the last."""
+    import yaml  # only now: the engine starts without it
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+            seen = set()
+            for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+                if key.value in seen:
+                    line = key.start_mark.line + 1
+                    raise ValueError(f"{path.name}: the key '{key.value}' is there twice, again in line {line}")
+                seen.add(key.value)
+            return super().construct_mapping(node, deep)
+
+    return yaml.load(path.read_text(encoding="utf-8"), Loader)  # noqa: S506  a SafeLoader
+
+
 @dataclass(frozen=True)
 class Names:
     """What a parameter's value names, so that outputs depend on its content."""
