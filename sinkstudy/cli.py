@@ -72,6 +72,10 @@ def run_command(
         key, equals, value = item.partition("=")
         if not equals:
             raise engine.UserError(f"-p takes NAME=VALUE, not '{item}'")
+        if key == "model":
+            raise engine.UserError(f"a model is named without -p: sinkstudy run {value}")
+        if key in given:
+            raise engine.UserError(f"the parameter '{key}' is given twice")
         given[key] = value
     models = models or [paths.DEFAULT_MODEL]
     if profile and not (profile / "config.yaml").is_file():
@@ -155,6 +159,8 @@ def _route(method: str, benchmark: str, values: dict, weight: float | None, k: i
     of = {key: values[key] for key in methods.DEFAULTS}
     words = [method, *([] if weight is None and k is None else [f"{value:g}"])]
     part = [f"{key}-{values[key]}" for key in ("limit", "seed") if values[key]]  # all pictures, seed 0
+    part += [paths.slug(values["revision"])] if values["revision"] else []
+    part += [values["dtype"]] if values["dtype"] != "float32" else []
     stem = "-".join(["public" if public else "lab", found[0].lower(), *words, *part])
     target = paths.RESULTS / run / "route" / f"{stem}.csv"
     beside = target.with_suffix("") if public else None

@@ -20,6 +20,12 @@ def on_terminal() -> bool:
     return sys.stderr.isatty() or bool(os.environ.get(TERMINAL))
 
 
+def say(text: str) -> None:
+    """Say something on stderr, in a chapter's kernel behind its name, so that the engine passes it on."""
+    name = os.environ.get(CHAPTER)
+    print(f"{name}: {text}" if name else text, file=sys.stderr, flush=True)
+
+
 def of_cells(notebook: str) -> dict[str, Any]:
     """What makes papermill's bar of a notebook's cells one like `Progress`: a bar on a terminal, lines in a log."""
     bar = {"desc": notebook, "bar_format": "{desc}: cell {n_fmt}/{total_fmt} ({elapsed})"}

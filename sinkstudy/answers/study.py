@@ -1,7 +1,6 @@
 """What chapters have in common: pictures, questions about them, the model beside its controls, and its answers."""
 
 import random
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from sinkstudy import benchmarks, paths, stats
+from sinkstudy import benchmarks, paths, progress, stats
 from sinkstudy.answers.evaluate import Intervention, evaluate, judged
 from sinkstudy.benchmarks.files import TABLES
 from sinkstudy.model import loading
@@ -53,7 +52,7 @@ def pictures(images_dir: str, limit: int) -> tuple[list[Any], drawing.Scenes | N
         return list(scenes.images), scenes
     found, others = folder(paths.place(images_dir), limit)
     if others:
-        print(f"{images_dir}: {others} files that are no pictures passed over", file=sys.stderr)
+        progress.say(f"{images_dir}: {others} files that are no pictures passed over")
     return found, None
 
 
@@ -160,7 +159,7 @@ def benchmark(
             return None
         table = benchmarks.askable(benchmarks.load(name, path=place))
         for line in benchmarks.remarks(table):
-            print(line, file=sys.stderr)
+            progress.say(line)
     elif name in LAB_BENCHMARKS:
         table = LAB_BENCHMARKS[name]()
         if simple and name in ("MME", "MMStar"):

@@ -15,7 +15,6 @@ left out of it, by the ids.
 
 import hashlib
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from sinkstudy import digests
+from sinkstudy import digests, progress
 from sinkstudy.benchmarks import files as plain
 from sinkstudy.benchmarks import rows
 from sinkstudy.paths import below
@@ -47,6 +46,7 @@ class Source:
     splits: dict[str, str]       # name of a split -> pattern of its parquet files
     row: type[rows.Row]          # what each row holds, images aside
     tidy: Callable[[pd.DataFrame], pd.DataFrame]
+    questions: int | None = None  # how many there are
     images: tuple[str, ...] = ("image",)
     extra: tuple[str, ...] = ()  # columns beyond COLUMNS that scores and prompts need
     table: Callable[[pd.DataFrame], pd.DataFrame] | None = None  # from VLMEvalKit's columns to the data set's
@@ -105,36 +105,36 @@ SOURCES = {
     "POPE": Source(  # three splits of 3000 questions about the same 500 images
         repo="lmms-lab/POPE", revision="4db1276663dfa5eb8ad16a52d24c31a09e470896",
         splits={s: f"Full/{s}-*.parquet" for s in ("random", "popular", "adversarial")},
-        row=rows.Pope, tidy=_pope, table=plain.pope_table),
+        row=rows.Pope, tidy=_pope, questions=9000, table=plain.pope_table),
     "MME": Source(  # 2374 questions about 1187 images
         repo="lmms-lab/MME", revision="d6c9023f017b564f7b3ccccf5348166bce8fdbcd",
         splits={"test": "data/test-*.parquet"},
-        row=rows.Mme, tidy=_mme, extra=("group",), table=plain.mme_table),
+        row=rows.Mme, tidy=_mme, questions=2374, extra=("group",), table=plain.mme_table),
     "MMStar": Source(  # 1500 questions
         repo="Lin-Chen/MMStar", revision="bc98d668301da7b14f648724866e57302778ab27",
         splits={"val": "mmstar.parquet"},
-        row=rows.MmStar, tidy=_mmstar, extra=("l2_category",), table=plain.mmstar_table),
+        row=rows.MmStar, tidy=_mmstar, questions=1500, extra=("l2_category",), table=plain.mmstar_table),
     "GQA": Source(  # 12,578 questions about 398 images, which lie in files of their own
         repo="lmms-lab/GQA", revision="a6e72d6e1b912da88af8b2f9eba05d5ea8ec2dd8",
         splits={"testdev": "testdev_balanced_instructions/*.parquet"},
-        row=rows.Gqa, tidy=_gqa, images=("testdev_balanced_images/*.parquet",)),
+        row=rows.Gqa, tidy=_gqa, questions=12578, images=("testdev_balanced_images/*.parquet",)),
     "ScienceQA-IMG": Source(  # 2017 questions
         repo="lmms-lab/ScienceQA", revision="69dd4d6b67373d38f96a5badd5d24d0eb5bcdc50",
         splits={"test": "ScienceQA-IMG/test-*.parquet"},
-        row=rows.ScienceQa, tidy=_science_qa, extra=("choices", "hint"), table=plain.science_qa_table),
+        row=rows.ScienceQa, tidy=_science_qa, questions=2017, extra=("choices", "hint"), table=plain.science_qa_table),
     "TextVQA": Source(  # 5000 questions, ten people's answers to each
         repo="lmms-lab/textvqa", revision="9c0699cd19768ac5ab97568f6b3cbac4c0062884",
         splits={"validation": "data/validation-*.parquet"},
-        row=rows.TextVqa, tidy=_text_vqa, extra=("answers",), table=plain.text_vqa_table),
+        row=rows.TextVqa, tidy=_text_vqa, questions=5000, extra=("answers",), table=plain.text_vqa_table),
     "MMMU": Source(  # 900 questions; up to seven images each: `image` is the first, `images` has all
         repo="lmms-lab/MMMU", revision="364f2e2eb107b36e07ff4c5a15f5947a759cef47",
         splits={"validation": "data/validation-*.parquet"},
-        row=rows.Mmmu, tidy=_mmmu,
+        row=rows.Mmmu, tidy=_mmmu, questions=900,
         images=tuple(f"image_{i}" for i in range(1, 8)), extra=("choices", "question_type", "images")),
     "MathVista": Source(  # 1000 questions; `query` is the question with its options and the authors' instruction
         repo="AI4Math/MathVista", revision="2b6ad69445fbb5695c9b165475e8decdbeb97747",
         splits={"testmini": "data/testmini-*.parquet"},
-        row=rows.MathVista, tidy=_math_vista, images=("decoded_image",),
+        row=rows.MathVista, tidy=_math_vista, questions=1000, images=("decoded_image",),
         extra=("choices", "precision", "question_type", "answer_type", "query", "skills")),
     OWN: Source(
         repo=None, revision=None, splits={"all": "**/*.parquet"},
@@ -206,7 +206,7 @@ def load(name: str, *, path: str | Path | None = None, split: str | None = None,
     table.attrs = {"benchmark": name, "source": source, "revision": commit, "left_out": left_out,
                    "sha256": _digests(files, root)}
     if left_out:
-        print(f"{name}: left out: {rows.counted(left_out)}", file=sys.stderr)
+        progress.say(f"{name}: left out: {rows.counted(left_out)}")
     return table
 
 
@@ -251,17 +251,22 @@ def askable(table: pd.DataFrame) -> pd.DataFrame:
     kept = kept.reset_index(drop=True)
     kept.attrs = table.attrs | {"left_out": table.attrs.get("left_out", {}) | several}
     name = table.attrs["benchmark"]
-    print(f"{name}: left out, since a prompt here has one: {rows.counted(several)}", file=sys.stderr)
+    progress.say(f"{name}: left out, since a prompt here has one: {rows.counted(several)}")
     return kept
 
 
 def remarks(table: pd.DataFrame) -> list[str]:
-    """What should be known of a loaded table, beside what was left out: missing categories, an older version."""
-    name, said = table.attrs.get("benchmark"), []
+    """What should be known of a loaded table, beside what was left out: what is missing, an older version."""
+    name, said = table.attrs["benchmark"], []
     if name == "MME":
         known = [category for members in MME_GROUPS.values() for category in members]
         if missing := [category for category in known if category not in set(table.category)]:
             said.append(f"MME: {len(known) - len(missing)} of {len(known)} categories, without {', '.join(missing)}")
+    if name == "POPE" and (missing := [split for split in SOURCES[name].splits if split not in set(table.category)]):
+        said.append(f"POPE: {3 - len(missing)} of 3 categories, without {', '.join(missing)}")
+    there, whole = len(table) + sum(map(len, table.attrs.get("left_out", {}).values())), SOURCES[name].questions
+    if whole and there < whole:
+        said.append(f"{name}: {there} of {whole} questions are there")
     if name == "POPE" and (table.category == "random").sum() == 2910:
         said.append("POPE: the random part is the older one of 2910 questions; today's has 3000")
     return said

@@ -50,7 +50,7 @@ def read(patterns: Sequence[str]) -> tuple[pd.DataFrame, list[str]]:
     """
     found, left_out = [], []
     for run, source, file in paths.written(*patterns, root=paths.ROOT):
-        rows = _tidied(pd.read_csv(file))
+        rows = _tidied(pd.read_csv(file, keep_default_na=False, na_values=[""]))  # a run may be called null
         if {*CELL, "group", "measure", "value", "low", "high", "n"} <= set(rows):
             found.append(rows[rows.measure == "right"].assign(run=run, source=source))
         else:

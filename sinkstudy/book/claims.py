@@ -14,10 +14,10 @@ import numpy as np
 import pandas as pd
 import pybtex.database
 import scipy.stats
-import yaml
 from numpy.typing import ArrayLike
 
 from sinkstudy import stats
+from sinkstudy.book.parameters import read_yaml
 from sinkstudy.paths import BOOK, DATA, DEFAULT_MODEL, FULL, NOTEBOOKS, RESULTS, written
 
 Ledger = Mapping[str, list[dict[str, Any]]]
@@ -52,7 +52,7 @@ def load(path: Path = LEDGER, *, notebooks: Path = NOTEBOOKS, references: Path =
     Raises:
         ValueError: one line that names the row and what is wrong with it.
     """
-    ledger = yaml.safe_load(path.read_text(encoding="utf-8"))
+    ledger = read_yaml(path)
     if not isinstance(ledger, dict) or sorted(ledger) != ["claims", "controls"]:
         raise ValueError(f"{path.name}: needs two lists, claims and controls")
     for kind, keys, rule in (("claims", _CLAIM, "supported"), ("controls", _CONTROL, "holds")):

@@ -259,6 +259,8 @@ def _execute(notebook: str, run: str, given: dict[str, Any], failed: Path) -> No
     from traitlets.config import Config
 
     values = defaults(notebook) | given
+    if unknown := sorted(set(given) - set(defaults(notebook))):  # in a plan or on Snakemake's command line
+        raise UserError(f"{notebook} has no parameter {', '.join(unknown)}")
     if "model" in values:
         claim(run, values["model"])
     with _alone(f"{run}--{notebook}") as work, _sockets() as sockets:
@@ -440,7 +442,7 @@ def run(
         only: beginnings of notebook names; all notebooks without it.
         given: values for the notebooks' parameters, besides `model`.
         name: the name of the run, of one model; by default the slug of the model's.
-        full: the run `FULL`, of the chapters and with the parameters of `data/full.yml`; `given` counts before them.
+        full: the run `FULL`, of the chapters and with the parameters of `data/full.yml`, which `given` cannot replace.
         jobs: notebooks executed at the same time; 1 without it, or what the profile says.
         profile: folder of a Snakemake profile that has the notebooks executed elsewhere, on a cluster say. Neither
             device nor memory of this machine count then; the memory that a model needs becomes part of the request.
@@ -451,6 +453,8 @@ def run(
     model that cannot be read or does not fit into memory; and after the run if a notebook failed.
     """
     wanted, given, each = notebooks(only), dict(given or {}), full_parameters() if full else {}
+    if own := sorted({key for values in each.values() for key in values} & set(given)):
+        raise UserError(f"verdicts come from the full run, which takes {', '.join(own)} from data/full.yml alone")
     if full:
         wanted, name = [notebook for notebook in wanted if notebook in each], FULL
     if not wanted:
@@ -496,9 +500,10 @@ def _how_far(n: int, outdated: Sequence[tuple[str, str]]) -> progress.Chapters:
 
 def full_parameters() -> dict[str, dict[str, Any]]:
     """What each chapter of the full run takes in place of its defaults. Raises UserError for what none has."""
-    import yaml
-
-    each = yaml.safe_load((DATA / "full.yml").read_text(encoding="utf-8"))
+    try:
+        each = parameters.read_yaml(DATA / "full.yml")
+    except ValueError as problem:
+        raise UserError(str(problem)) from None
     for notebook, values in each.items():
         if notebook not in notebooks():
             raise UserError(f"full.yml: there is no notebook {notebook}")

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
 
 from sinkstudy import stats
 from sinkstudy.book import claims, report
+from sinkstudy.book.parameters import read_yaml
 from sinkstudy.paths import DATA, DEFAULT_MODEL, FULL, POSITIVE_CONTROL, RUNS, atomic
 
 PAPER, CONTROLS = DATA / "paper", DATA / "controls"
@@ -460,7 +460,7 @@ def paper_tables(folder: Path = PAPER) -> list[dict[str, Any]]:
     Raises:
         ValueError: one line that names the table and what is wrong with it.
     """
-    tables = yaml.safe_load((folder / "tables.yml").read_text(encoding="utf-8"))
+    tables = read_yaml(folder / "tables.yml")
     names = [table.get("table") for table in tables]
     files = {path.stem for path in folder.glob("*.csv")}
     if len(set(names)) < len(names) or set(names) != files:

@@ -24,6 +24,23 @@ class UserError(Exception):
     """Something the user can put right, said in one line."""
 
 
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds. Raises ValueError, with the line, where a key is there twice: YAML takes the last."""
+    import yaml  # only now: the engine starts without it
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+            seen = set()
+            for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+                if key.value in seen:
+                    line = key.start_mark.line + 1
+                    raise ValueError(f"{path.name}: the key '{key.value}' is there twice, again in line {line}")
+                seen.add(key.value)
+            return super().construct_mapping(node, deep)
+
+    return yaml.load(path.read_text(encoding="utf-8"), Loader)  # noqa: S506  a SafeLoader
+
+
 @dataclass(frozen=True)
 class Names:
     """What a parameter's value names, so that outputs depend on its content."""
@@ -301,6 +318,14 @@ def _together(values: dict[str, Any], of: Mapping[str, Declared]) -> None:
         raise ValueError(f"the threshold of percentile is below 100, and {values['threshold']:g} is not")
     if values.get("min_pictures", 0) > values.get("limit", float("inf")):
         raise ValueError(f"limit is {values['limit']}, fewer pictures than min_pictures, {values['min_pictures']}")
+    if values.get("hub") and values.get("data_dir"):
+        raise ValueError(f"public data are those of data_dir, {values['data_dir']!r}, or of the hub: give one of them")
+    called: dict[str, str] = {}  # tables and runs call a model so
+    for name, declared in of.items():
+        models = values[name] if isinstance(values[name], list) else [values[name]]
+        for model in models if declared.names == "model" else ():
+            if (other := called.setdefault(slug(model), model)) != model:
+                raise ValueError(f"{other} and {model} would both be called {slug(model)}: rename a folder")
     for name, declared in of.items():
         if declared.names == "pictures" and values[name]:
             pictures.folder(place(values[name]), _shown(values))
@@ -315,8 +340,14 @@ def check(namespace: dict[str, Any]) -> None:
     """Check the parameters of the notebook whose `globals()` these are, by the types of its own assignments.
 
     Raises:
-        ValueError: one that does not fit, however it came there.
+        ValueError: one that does not fit, however it came there, or one of papermill's that the notebook does not have.
     """
+    injected = [cell for cell in namespace.get("In", ()) if cell.startswith("# Parameters\n")]  # by papermill
+    given = {part.id for cell in injected for part in ast.walk(ast.parse(cell))
+             if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)}
+    if unknown := sorted(given - set(namespace.get("__annotations__", {}))):
+        raise ValueError(f"unknown parameter {unknown[0]!r}; the notebook has: "
+                         f"{', '.join(sorted(namespace.get('__annotations__', {})))}")
     of = {name: Declared(kind, namespace[name]) for name, kind in namespace.get("__annotations__", {}).items()}
     for name, declared in of.items():
         try:

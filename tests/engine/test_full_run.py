@@ -32,5 +32,13 @@ def test_full_run_is_of_its_chapters_alone(project: Project):
     assert printed == "sinkstudy: the full run has 01-first only\n"
     printed = project.call("run", "owner/name", "--full", code=1)
     assert printed == "sinkstudy: --full is a run of its own, of the default model: no other model or name\n"
+    results = project.root / "results/lab-llava-full/01-first/a.csv"
+    before = results.read_text()
+    printed = project.call("run", "--full", "--limit", "4", code=1)  # as verdicts come from it
+    assert printed == "sinkstudy: verdicts come from the full run, which takes limit from data/full.yml alone\n"
+    assert results.read_text() == before
+    project.write("data/full.yml", "01-first: {limit: 12}\n01-first: {limit: 8}\n")
+    printed = project.call("run", "--full", code=1)
+    assert printed == "sinkstudy: full.yml: the key '01-first' is there twice, again in line 2\n"
     project.write("data/full.yml", "01-first: {limit: 0}\n")
     assert "parameter 'limit' of 01-first is 1 at least, and 0 is not" in project.call("run", "--full", code=1)

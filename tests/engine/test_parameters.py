@@ -11,6 +11,9 @@ limit: AtLeast0 = 3  # pictures; 0: all
 BAD = {
     "unknown name": (["-p", "colour=red"], "unknown parameter 'colour'; the notebooks have: batch_size, data, device"),
     "no value": (["-p", "seed"], "-p takes NAME=VALUE, not 'seed'"),
+    "twice": (["-p", "limit=3", "-p", "limit=4"], "the parameter 'limit' is given twice"),
+    "twice in two ways": (["--limit", "3", "-p", "limit=4"], "the parameter 'limit' is given twice"),
+    "a model": (["-p", "model=owner/name"], "a model is named without -p: sinkstudy run owner/name"),
     "wrong type": (["-p", "limit=many"], "parameter 'limit' of 01-first is of type int (default 3), and 'many' is not"),
     "float for int": (["-p", "limit=2.5"], "parameter 'limit' of 01-first is of type int (default 3), and 2.5 is not"),
     "bool for int": (["-p", "limit=true"], "parameter 'limit' of 01-first is of type int"),

@@ -108,6 +108,14 @@ def test_plain_snakemake_under_the_name_of_another_model(project: Project):
     assert not list(project.root.glob("results/other/*")) + list(project.root.glob("book/runs/other/*"))
 
 
+def test_a_mistyped_parameter_of_a_plan(project: Project):
+    """Papermill would pass over it, and the page would say that it was used."""
+    code, printed = ended(project.start("--cores", "1", "--config", 'runs={"x": {"02-second": {"limt": 5}}}',
+                                        module="snakemake"))  # fmt: skip
+    assert code == 1 and "sinkstudy: 02-second has no parameter limt" in printed
+    assert not list(project.root.glob("results/x/*")) + list(project.root.glob("book/runs/x/*"))
+
+
 # ------------------------------------------------------------------------------------------- damaged notebooks
 DAMAGE = {"empty": b"", "cut off": None, "garbage": b"\x00\xff\x00", "a list": b"[]", "no cells": b'{"metadata": {}}',
           "other notes": b'{"cells": [], "metadata": {"sinkstudy": 3}}',

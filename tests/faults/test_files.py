@@ -17,11 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sinkstudy import benchmarks
+from sinkstudy import benchmarks, progress
 from sinkstudy.answers import study
 from sinkstudy.benchmarks import load, prompts, right
 from sinkstudy.benchmarks.data import several_pictures
 from sinkstudy.benchmarks.prompts import TEMPLATES
+from sinkstudy.book import engine
 from sinkstudy.effects import methods
 from tests.benchmarks.test_data import FILES, image, shade, write
 
@@ -843,6 +844,20 @@ def test_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     tabbed(tmp_path / "data/MMStar.tsv", [star(i) for i in range(4)])
     assert len(study.benchmark("MMStar", "~/data", False, 0)[0]) == 4
+
+
+def test_a_chapter_says_what_is_left_out_and_what_is_missing(tmp_path, monkeypatch, capsys):
+    """The engine passes on no other lines of a kernel's than those that begin with the chapter's name."""
+    monkeypatch.setenv(progress.CHAPTER, "09-benchmarks")
+    files = with_row("POPE", answer=None)
+    write(tmp_path / "POPE", {file: rows for file, rows in files.items() if "popular" not in file})
+    study.benchmark("POPE", str(tmp_path), False, 0)
+    said = capsys.readouterr().err
+    engine._Progress("09-benchmarks").write(said)
+    assert capsys.readouterr().err == said
+    for words in ("POPE: left out: 1 with no answer", "POPE: 2 of 3 categories, without popular",
+                  "POPE: 8 of 9000 questions are there"):
+        assert f"09-benchmarks: {words}" in said
 
 
 # ---------------------------------------------------------------------------------------- answers that are none

@@ -217,6 +217,17 @@ def test_bound_can_be_reached_by_the_published_effect(name):
     assert LEDGER[name]["published"] == pytest.approx(effect, abs=0.02)
 
 
+@pytest.mark.parametrize("again", ["supported: {above: 0}", "id: another", "unit: points"])
+def test_a_key_of_the_ledger_twice(tmp_path, again):
+    """YAML would take the last, and the verdict follow from it."""
+    lines = claims.LEDGER.read_text(encoding="utf-8").splitlines()
+    at = next(i for i, line in enumerate(lines) if line.strip().startswith("supported:"))
+    indent = len(lines[at]) - len(lines[at].lstrip())
+    (tmp_path / "claims.yml").write_text("\n".join([*lines[: at + 1], " " * indent + again, *lines[at + 1 :]]))
+    with pytest.raises(ValueError, match=f"^claims.yml: the key '{again.split(':')[0]}' is there twice, again in line"):
+        claims.load(tmp_path / "claims.yml")
+
+
 @pytest.mark.parametrize("name", ["built-in-are-there", "registers-are-clean"])
 def test_rules_of_the_first_chapter_were_written_after_it(name):
     control = next(control for control in claims.load()["controls"] if control["id"] == name)

@@ -8,10 +8,11 @@ from typing import get_args
 
 import nbformat
 import pytest
+from papermill.translators import PythonTranslator
 from PIL import Image
 
 from sinkstudy import benchmarks, paths, sinks
-from sinkstudy.book import engine, parameters
+from sinkstudy.book import across, engine, parameters
 from sinkstudy.lab.train import EMERGENCE_ARMS
 
 NAN, INF = float("nan"), float("inf")
@@ -105,6 +106,17 @@ def test_plain_papermill_is_no_way_around():
         "ValueError: parameter 'threshold' is a finite number, and nan is not")
 
 
+def test_a_mistyped_name_is_no_way_around():
+    """Papermill says that it does not know it, and goes on."""
+    of = DECLARED["09-benchmarks"]
+    cells = ["", "from sinkstudy.book.parameters import Model", PythonTranslator.codify({"limt": 3, "hub": False})]
+    namespace = {key: d.default for key, d in of.items()} | {"In": cells, "limt": 3}
+    namespace["__annotations__"] = {key: d.type for key, d in of.items()}
+    with pytest.raises(ValueError, match="^unknown parameter 'limt'; the notebook has: .*limit"):
+        parameters.check(namespace)
+    parameters.check(namespace | {"In": [*cells[:2], PythonTranslator.codify({"limit": 3})]})
+
+
 def test_choices_are_those_of_the_package():
     assert get_args(parameters.Criterion) == tuple(sinks.NORM_CRITERIA)
     assert get_args(parameters._Benchmark) == tuple(benchmarks.SOURCES)
@@ -114,10 +126,25 @@ def test_choices_are_those_of_the_package():
 @pytest.mark.parametrize("given, message", [
     ({"criterion": "percentile", "threshold": 100.0}, "below 100"),
     ({"min_pictures": 50, "limit": 10}, "fewer pictures than min_pictures"),
+    ({"hub": True, "data_dir": "data"}, "public data are those of data_dir, 'data', or of the hub"),
 ])
 def test_what_has_to_hold_between_parameters(given, message):
     with pytest.raises(engine.UserError, match=message):
         parameters.fitted(["07-ablation"], "lab-llava", given)
+
+
+@pytest.mark.parametrize("beside", [["lab-llava-gist", "a/lab-llava"], ["a/other", "b/other"]])
+def test_two_models_of_one_short_name(tmp_path, beside):
+    """In the chapters' tables, and in `study.load`, one would stand in the place of the other."""
+    for name in ("a/lab-llava", "a/other", "b/other"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text("{}")
+    controls = [str(tmp_path / name) if "/" in name else name for name in beside]
+    with pytest.raises(engine.UserError, match=f"would both be called {controls[-1].rpartition('/')[2]}: rename a"):
+        parameters.fitted(["07-ablation"], "lab-llava", {"controls": controls})
+    with pytest.raises(engine.UserError, match="would both be called lab-llava: rename a folder"):
+        parameters.fitted(["07-ablation"], str(tmp_path / "a/lab-llava"), {"controls": ["lab-llava"]})
+    assert parameters.fitted(["07-ablation"], "lab-llava", {"controls": ["lab-llava", controls[0]]})
 
 
 # ------------------------------------------------------------------------------------------- what values name
@@ -220,6 +247,20 @@ def test_a_folder_in_any_script_gets_a_usable_name(results, folder):
 def test_names_that_are_none(results, name):
     with pytest.raises(ValueError, match="is no name for a run"):
         paths.claimed(name, "lab-llava")
+
+
+@pytest.mark.parametrize("run", ["null", "NA", "nan", "None"])
+def test_a_run_whose_name_is_that_of_nothing(monkeypatch, tmp_path, run):
+    """pandas would read it as no name, and its rows would be gone where rows are put together by their model."""
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    file = tmp_path / "results" / run / "10-training-free" / "effects.csv"
+    file.parent.mkdir(parents=True)
+    file.write_text("model,method,way,benchmark,group,measure,value,low,high,n\n"
+                    f"{run},front,,POPE,,right,1,0.5,1.5,100\n{run},end,,POPE,,right,,,,100\n")
+    found, left_out = across.read(["results/*/1[01]-*/effects.csv"])
+    assert set(found.model) == {run} and not left_out
+    of = across.effect_cells(found).set_index("method")
+    assert of.state.to_dict() == {"front": "better", "end": "not applicable"}
 
 
 def test_plain_execution_leaves_committed_results_alone(monkeypatch, tmp_path):

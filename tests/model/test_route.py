@@ -262,9 +262,15 @@ def test_the_command_on_public_files(elsewhere):
         file = elsewhere / "data" / "POPE" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.Table.from_pylist(rows), file)
-    ended = call(str(elsewhere / "tiny"), "--method", "keep-top-k", "--k", "2", "--data-dir", str(elsewhere / "data"))
+    how = (str(elsewhere / "tiny"), "--method", "keep-top-k", "--k", "2", "--data-dir", str(elsewhere / "data"))
+    ended = call(*how)
     assert ended.exit_code == 0, ended.exception
-    rows = pd.read_csv(elsewhere / "results" / "tiny" / "route" / "public-pope-keep-top-k-2.csv")
+    assert "POPE: 12 of 9000 questions are there" in ended.output
+    file = elsewhere / "results" / "tiny" / "route" / "public-pope-keep-top-k-2.csv"
+    rows, written = pd.read_csv(file), file.read_bytes()
+    assert call(*how, "--dtype", "bfloat16").exit_code == 0  # which stands beside it
+    assert file.read_bytes() == written
+    assert set(pd.read_csv(file.with_name("public-pope-keep-top-k-2-bfloat16.csv")).dtype) == {"bfloat16"}
     assert set(rows.option_value) == {2} and set(rows.data) == {"public"} and set(rows.measure) == {"right", "logp"}
 
 
