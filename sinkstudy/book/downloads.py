@@ -69,7 +69,8 @@ def add_run(app: Any, doctree: nodes.document) -> None:
     n = {run: max(row["n"] or 0 for row in json.loads(file.read_text("utf-8"))) for run, file in of.items()}
     other = DEFAULT_MODEL if page.parent.name == FULL else FULL
     shown = {DEFAULT_MODEL: "default run", FULL: "full run"}
-    words = f"This page shows the {shown[page.parent.name]}, {n[page.parent.name]:,} pictures; the {shown[other]} has "
+    words = (f"This page shows the {shown[page.parent.name]}, numbers of up to {n[page.parent.name]:,} pictures; the "
+             f"{shown[other]} has up to ")
     line = nodes.paragraph("", words, classes=["take-away"])
     number = f"{n[other]:,}"
     there = (RUNS / other / f"{page.name}.ipynb").is_file()

@@ -100,8 +100,9 @@ def test_page_of_a_chapter_says_which_run_it_shows(tmp_path, monkeypatch, run, f
     downloads.add_run(SimpleNamespace(env=SimpleNamespace(docname=name), builder=SimpleNamespace(format="html")), made)
     said = [node.astext() for node in made.findall(nodes.paragraph)]
     end = "and the verdicts come from the full run."
-    lines = {DEFAULT_MODEL: f"This page shows the default run, 1,024 pictures; the full run has 4,096, {end}",
-             FULL: f"This page shows the full run, 4,096 pictures; the default run has 1,024, {end}"}
+    words = "This page shows the {}, numbers of up to {} pictures; the {} has up to {}, "
+    lines = {DEFAULT_MODEL: words.format("default run", "1,024", "full run", "4,096") + end,
+             FULL: words.format("full run", "4,096", "default run", "1,024") + end}
     assert said == ([lines[run]] if full and run in lines else []) + ["Text."]
     assert [link["refuri"] for link in made.findall(nodes.reference)] == ["../../verdicts.html"] * (len(said) - 1)
 
