@@ -258,8 +258,9 @@ def _execute(notebook: str, run: str, given: dict[str, Any], failed: Path) -> No
     from papermill.exceptions import PapermillExecutionError
     from traitlets.config import Config
 
-    values = defaults(notebook) | given
-    if unknown := sorted(set(given) - set(defaults(notebook))):  # in a plan or on Snakemake's command line
+    own = defaults(notebook)
+    values = own | given
+    if unknown := sorted(set(given) - set(own)):  # in a plan or on Snakemake's command line
         raise UserError(f"{notebook} has no parameter {', '.join(unknown)}")
     if "model" in values:
         claim(run, values["model"])

@@ -133,26 +133,27 @@ def check_processor(name: str, processor: ProcessorMixin) -> None:
     """
     folder = model_folder(name) or Path(name)
 
-    def read(file: str, *entries: str) -> Any:
+    def entry(file: str, *entries: str) -> Any:
         found = folder / file
         try:
             content = found.read_text(encoding="utf-8") if found.is_file() else ""
             of = json.loads(content or "null") if found.suffix == ".json" else content
         except ValueError:
             raise ValueError(f"{name}: its {file} is damaged: {UNMERGED}") from None
-        for entry in entries:
-            of = of.get(entry) if isinstance(of, dict) else None
+        for key in entries:
+            of = of.get(key) if isinstance(of, dict) else None
         return of
 
-    formats = [read("chat_template.jinja"), *(read(f, "chat_template") for f in
+    formats = [entry("chat_template.jinja"), *(entry(f, "chat_template") for f in
                ("chat_template.json", "tokenizer_config.json", "processor_config.json"))]  # fmt: skip
     known = (processor.chat_template, processor.tokenizer.chat_template)
     if any(isinstance(own, str) and own and own not in known for own in formats):
         raise ValueError(f"{name}: its chat format is not that of its base, which would be asked: {UNMERGED}")
     images, named = processor.image_processor, ("image_processor_type", "processor_class", "feature_extractor_type")
-    for own in (read("preprocessor_config.json"), read("processor_config.json", "image_processor")):
-        settings = type(images).from_dict(own).to_dict() if isinstance(own, dict) else images.to_dict()
-        if odd := [key for key, value in settings.items() if key not in named and value != images.to_dict().get(key)]:
+    base = images.to_dict()
+    for own in (entry("preprocessor_config.json"), entry("processor_config.json", "image_processor")):
+        settings = type(images).from_dict(own).to_dict() if isinstance(own, dict) else base
+        if odd := [key for key, value in settings.items() if key not in named and value != base.get(key)]:
             raise ValueError(f"{name}: {odd[0]} of its pictures is not that of its base, which would count: {UNMERGED}")
 
 

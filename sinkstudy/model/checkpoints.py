@@ -95,22 +95,23 @@ def headers(source: str, revision: str | None = None) -> dict[str, torch.Tensor]
         OSError, SafetensorError: files that are damaged or out of reach.
     """
     found: dict[str, tuple[str, list[int]]] = {}
+
+    def add(of: dict[str, tuple[str, list[int]]]) -> None:
+        if twice := sorted(of.keys() & found.keys()):
+            raise ValueError(f"two of its files have {twice[0]}, and which of them counts cannot be told")
+        found.update(of)
+
     if there := weight_files(source, revision):
         for file in there:
             with safe_open(file, "pt") as opened:
-                for key in opened.keys():  # noqa: SIM118 (no dict)
-                    if key in found:
-                        raise ValueError(f"two of its files have {key}, and which of them counts cannot be told")
-                    part = opened.get_slice(key)
-                    found[key] = part.get_dtype(), part.get_shape()
+                parts = ((key, opened.get_slice(key)) for key in opened.keys())  # noqa: SIM118 (no dict)
+                add({key: (part.get_dtype(), part.get_shape()) for key, part in parts})
         index = there[0].parent / INDEX
         promised = _index(index) if index.is_file() else {}
     else:
         known = get_safetensors_metadata(source, revision=revision or None)
         for header in known.files_metadata.values():
-            if twice := sorted(header.tensors.keys() & found.keys()):
-                raise ValueError(f"two of its files have {twice[0]}, and which of them counts cannot be told")
-            found |= {key: (part.dtype, part.shape) for key, part in header.tensors.items()}
+            add({key: (part.dtype, part.shape) for key, part in header.tensors.items()})
         promised = known.weight_map
     if lacking := sorted(promised.keys() - found.keys()):
         raise ValueError(f"its {INDEX} names {_list(lacking)}, which no file has")

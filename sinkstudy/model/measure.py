@@ -135,12 +135,14 @@ def _read_by(leaf: torch.Tensor, read: torch.Tensor, layers: int) -> tuple[torch
     Patches may stand side by side in a row, which become one visual token, and then a row is only as wide as the tower.
     Where several layers are read and a wider row holds a single patch, these stand side by side in it.
     """
-    table = reached(leaf, _rows(read))
-    if read.shape[-1] == WIDTH or layers > 1:
+    narrow = read.shape[-1] == WIDTH
+    if narrow or layers > 1:
+        table = reached(leaf, _rows(read))
         rows = None if table is None or table.shape[1] > 1 else table[table >= 0]
-        if rows is not None and len(rows.unique()) == len(rows):
-            return table, True
-    return (table if read.shape[-1] == WIDTH else reached(leaf, read.reshape(-1, WIDTH))), False
+        alone = rows is not None and len(rows.unique()) == len(rows)
+        if narrow or alone:
+            return table, alone
+    return reached(leaf, read.reshape(-1, WIDTH)), False
 
 
 class _Stop(Exception):
