@@ -25,6 +25,7 @@ from sinkstudy.answers.evaluate import Intervention, Prefixes
 from sinkstudy.effects.ablation import Masks, attentions, marked_at, of_images
 from sinkstudy.effects.neurons import moved_to_register
 from sinkstudy.model import capture
+from sinkstudy.model.groups import judged
 from sinkstudy.model.layout import ImageLayout
 from sinkstudy.model.lvlm import LVLM
 
@@ -39,7 +40,10 @@ def _judging(lvlm: LVLM, layouts: list[ImageLayout], chosen: Chosen) -> Iterator
             layout.lift(mask, "any")  # raises where it does not fit
         yield list(chosen)
         return
-    with capture.norms_at_connector(lvlm, layouts, chosen) as masks:
+    def judge(norms: torch.Tensor, layout: ImageLayout) -> torch.Tensor:
+        return judged(chosen, norms, layout.read)
+
+    with capture.norms_at_connector(lvlm, layouts, judge) as masks:
         yield masks
 
 

@@ -199,13 +199,15 @@ def test_changes_in_several_benchmarks(llava, benchmark):
 
 
 def test_without_sinks_the_tail_stands_for_them(llava, benchmark):
-    of = neurons.norms(llava, benchmark[1], batch_size=3)
+    of = neurons.norms_and_read(llava, benchmark[1], batch_size=3)
     for name, picture in benchmark[1].items():
-        torch.testing.assert_close(of[name], hand_norms(llava, picture))
+        torch.testing.assert_close(of[name][0], hand_norms(llava, picture))
+        assert of[name][1].all()
     name, own, random = methods.targets(of, "absolute", 1e9)
-    assert name == "top 2 %" and all(mask.sum() == 1 and of[key][mask] == of[key].max() for key, mask in own.items())
+    assert name == "top 2 %"
+    assert all(mask.sum() == 1 and of[key][0][mask] == of[key][0].max() for key, mask in own.items())
     assert all(mask.sum() == 1 and not (mask & own[key]).any() for key, mask in random.items())
-    half = sorted(of[key].max().item() for key in of)[1:]
+    half = sorted(norms.max().item() for norms, _ in of.values())[1:]
     assert methods.targets(of, "absolute", half[1]).name == "sinks"  # one in two pictures
     assert methods.targets(of, "absolute", half[2]).name == "top 2 %"  # one in four
 
