@@ -1,6 +1,8 @@
 """`sinkstudy route`: every method of the table, and the command with its errors."""
 
 
+import shutil
+
 import architectures
 import numpy as np
 import pandas as pd
@@ -274,6 +276,16 @@ def test_the_command_on_public_files(elsewhere):
     assert file.read_bytes() == written
     assert set(pd.read_csv(file.with_name("public-pope-keep-top-k-2-bfloat16.csv")).dtype) == {"bfloat16"}
     assert set(rows.option_value) == {2} and set(rows.data) == {"public"} and set(rows.measure) == {"right", "logp"}
+    shutil.copytree(elsewhere / "data", elsewhere / "same")
+    shutil.copytree(elsewhere / "data", elsewhere / "other")
+    changed = next((elsewhere / "other").rglob("*.parquet"))
+    of = pq.read_table(changed).to_pylist()
+    pq.write_table(pa.Table.from_pylist([row | {"question": row["question"] + " Say."} for row in of]), changed)
+    assert call(*how[:-1], str(elsewhere / "same")).exit_code == 0 and file.read_bytes() == written
+    refused = call(*how[:-1], str(elsewhere / "other"))
+    assert "is about other data of POPE: give the run about these a name" in str(refused.exception)
+    assert file.read_bytes() == written
+    assert call(*how[:-1], str(elsewhere / "other"), "--name", "others").exit_code == 0
 
 
 LAB = ["lab-llava"]
