@@ -67,7 +67,7 @@ def test_the_first_token_is_no_padding(load, kind):
 def test_phi_does_not_depend_on_the_batch(load, kind, monkeypatch):
     """Where the whole prompt sees itself, its first token differs from picture to picture."""
     lvlm, of = load(kind), sinks.sink_dimensions
-    monkeypatch.setattr(sinks, "sink_dimensions", lambda profile, factor=2.0: of(profile, factor))  # tiny ones light few
+    monkeypatch.setattr(sinks, "sink_dimensions", lambda profile: of(profile, 2.0))  # tiny ones light few
     pictures, questions = [picture(i, 64, 64) for i in range(4)], ["how many"] * 4
     n = len(lvlm.layout(lvlm.inputs(pictures[:1], questions[:1]))[0].visual)
     masks = {"all": torch.ones(4, n, dtype=torch.bool)}
