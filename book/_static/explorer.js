@@ -350,7 +350,7 @@
         place: ["What lies here", picture().contents ? picture().contents[patch] : "not known for this picture"],
         tower_norm: [`Norm in the tower, ${where("tower_norm")}`, `${text(raw("tower_norm"))} = ${text(value("tower_norm"))} × median`],
         tower_attention: [`Attention received in the tower, ${where("tower_attention")}`,
-          `${text(raw("tower_attention"))} % = ${text(raw("tower_attention") / model().uniform)} × uniform`],
+          `${text(raw("tower_attention"))} % = ${text(raw("tower_attention") / model().uniform[layerOf(state.model, "tower_attention")])} × uniform`],
         decoder_norm: [`Norm in the language model, ${where("decoder_norm")}`,
           `${text(raw("decoder_norm"))} = ${text(value("decoder_norm"))} × median${token}`],
         decoder_attention: [`Attention from the last prompt token, ${where("decoder_attention")}`, `${text(raw("decoder_attention"))} %`],

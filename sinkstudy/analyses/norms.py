@@ -5,8 +5,9 @@ these masks against the pictures, against each other and against the attention; 
 measured value, with the index of its `image`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ class Seen:
 
     norms: torch.Tensor  # [images, layers, patches], L2 norm after each layer
     received: torch.Tensor  # the same shape, attention received in units of uniform attention, mean over heads
+    read: torch.Tensor  # bool [images, patches]: those that the decoder gets; others are padding, and no sinks
     layer: int  # index of the layer whose output the connector reads
 
     @property
@@ -40,7 +42,7 @@ class Seen:
     @property
     def relative(self) -> torch.Tensor:
         """The same in units of the picture's median."""
-        return self.top / self.top.quantile(0.5, dim=1, keepdim=True)
+        return self.top / groups.median(self.top, self.read)
 
     @property
     def attention(self) -> torch.Tensor:
@@ -54,8 +56,8 @@ def look(lvlm: LVLM, pictures: Sequence[Any], batch_size: int = 16) -> Seen:
     Raises:
         ValueError: as `capture.trace_tower`.
     """
-    norms, received = capture.trace_tower(lvlm, pictures, batch_size)
-    return Seen(norms, received.mean(2), lvlm.feature_layer)
+    norms, received, layouts = capture.trace_tower(lvlm, pictures, batch_size)
+    return Seen(norms, received.mean(2), groups.all_read(layouts), lvlm.feature_layer)
 
 
 def by_rule(seen: Seen, *, criterion: str, threshold: float, tau: float) -> dict[str, torch.Tensor]:
@@ -68,26 +70,27 @@ def by_rule(seen: Seen, *, criterion: str, threshold: float, tau: float) -> dict
     Raises:
         ValueError: as `sinks.rule`.
     """
-    return {
-        RUN_RULE: sinks.rule(criterion, threshold)(seen.top),
-        "absolute": sinks.absolute(seen.top, tau),
-        "mean + 3 sd": sinks.mean_sd(seen.top, 3),
-        "top 2 %": sinks.percentile(seen.top, 98),
-        "× median": sinks.above_median(seen.top, threshold),
-        "norm drop": sinks.norm_drop(seen.top),
-        "attention": sinks.attended(seen.attention, 1.0, 5.0),
+    rules: dict[str, Callable[..., torch.Tensor]] = {
+        RUN_RULE: sinks.rule(criterion, threshold),
+        "absolute": partial(sinks.absolute, tau=tau),
+        "mean + 3 sd": sinks.mean_sd,
+        "top 2 %": partial(sinks.percentile, q=98),
+        "× median": partial(sinks.above_median, ratio=threshold),
+        "norm drop": sinks.norm_drop,
     }
+    found = {name: groups.judged(rule, seen.top, seen.read) for name, rule in rules.items()}
+    return found | {"attention": sinks.attended(seen.attention, 1.0, 5.0) & seen.read}
 
 
 def by_layer(seen: Seen) -> pd.DataFrame:
-    """The distribution of the norms after each layer, all pictures together.
+    """The distribution of the norms after each layer, all pictures together, without what is padding in one of them.
 
     Returns:
         A row a layer: `layer` (from 1), `connector` (bool: it reads this layer's output), what `sinks.norm_summary`
         gives, and `max`.
     """
     rows = [{"layer": layer + 1, "connector": layer == seen.layer, **sinks.norm_summary(of), "max": of.max().item()}
-            for layer, of in enumerate(seen.norms.unbind(1))]
+            for layer, of in enumerate(seen.norms[..., seen.read.all(0)].unbind(1))]
     return pd.DataFrame(rows)
 
 
@@ -185,7 +188,7 @@ def attention(seen: Seen, masks: Mapping[str, torch.Tensor]) -> pd.DataFrame:
     layer, image = (of.flatten() for of in np.mgrid[1 : seen.received.shape[1] + 1, : len(seen.received)])
     parts = []
     for rule, mask in masks.items():
-        inside, outside = (groups.mean(seen.received, of[:, None]).T.flatten() for of in (mask, ~mask))
+        inside, outside = (groups.mean(seen.received, of[:, None]).T.flatten() for of in (mask, ~mask & seen.read))
         parts.append(pd.DataFrame({"rule": rule, "layer": layer, "image": image, "inside": inside, "outside": outside}))
     return pd.concat(parts, ignore_index=True)
 

@@ -19,7 +19,7 @@ import torch
 
 from sinkstudy import sinks
 from sinkstudy.model import capture
-from sinkstudy.model.groups import lifted, mean, of_patches
+from sinkstudy.model.groups import all_read, lifted, mean, median, of_patches
 from sinkstudy.model.layout import ImageLayout
 from sinkstudy.model.lvlm import LVLM
 from sinkstudy.world import drawing
@@ -73,8 +73,8 @@ def token_groups(
     """
     if (layouts[0].tiles, *layouts[0].grid) != (1, drawing.GRID, drawing.GRID):
         scenes = None
-    read = torch.stack([layout.read for layout in layouts])
-    relative = lifted(layouts, norms / norms.where(read, torch.nan).nanquantile(0.5, dim=1, keepdim=True), "max")
+    read = all_read(layouts)
+    relative = lifted(layouts, norms / median(norms, read), "max")
     chosen = of_patches(norms, sinks.rule(criterion, threshold), scenes, read)
     of = {group: lifted(layouts, mask) for group, mask in chosen.items()}
     sink, patches = of["sinks"], relative.isfinite()
@@ -208,14 +208,12 @@ def _look(lvlm: LVLM, inputs: Any, masks: Mapping[str, torch.Tensor]) -> dict[st
     with (
         capture.hidden_states(lvlm, "decoder", of_states) as states,
         capture.attention_rows(lvlm, "decoder", of_last) as last,
-        capture.attention_received(lvlm, "decoder") as received,
+        capture.attention_received(lvlm, "decoder", relative=True) as received,
     ):
         lvlm.model(**inputs, logits_to_keep=1)
     alpha = torch.stack([calls[0].mean(1).cpu() for calls in received.values()], 1)  # [batch, layers, keys]
     alpha = alpha.gather(-1, visual[:, None].expand(-1, alpha.shape[1], -1))
-    uniform = torch.stack([sinks.causal_uniform(n)[places - b] for n, places, b in
-                           zip(inputs.attention_mask.sum(-1).tolist(), visual, begin, strict=True)])
-    return {"received": alpha / uniform[:, None], **_by_layer(states, masks), **_by_layer(last)}
+    return {"received": alpha, **_by_layer(states, masks), **_by_layer(last)}
 
 
 def _relative_phi(tokens: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
@@ -224,10 +222,11 @@ def _relative_phi(tokens: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
     |RMSNorm(x)|, [batch, tokens, width] and [batch, width] -> [batch, tokens]. The first token sees itself only: it is
     the same in every picture.
     """
-    dimensions = sinks.sink_dimensions(first[0].cpu())
-    if not dimensions:
-        return torch.zeros(tokens.shape[:2])
-    return tokens[..., dimensions].amax(-1) / first[:, dimensions].amax(-1, keepdim=True)
+    of = []
+    for own, one in zip(tokens, first, strict=True):
+        dimensions = sinks.sink_dimensions(one.cpu())
+        of.append(own[:, dimensions].amax(-1) / one[dimensions].amax() if dimensions else torch.zeros_like(own[:, 0]))
+    return torch.stack(of)
 
 
 def _by_layer(calls: Mapping[int, list], sums: Iterable[str] = ()) -> dict[str, torch.Tensor]:

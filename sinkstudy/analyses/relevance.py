@@ -26,7 +26,7 @@ from transformers import BatchFeature
 
 from sinkstudy import sinks, stats
 from sinkstudy.model import capture
-from sinkstudy.model.groups import mean, of_patches
+from sinkstudy.model.groups import all_read, mean, of_patches
 from sinkstudy.model.layout import ImageLayout
 from sinkstudy.model.lvlm import LVLM
 from sinkstudy.world import drawing
@@ -124,6 +124,7 @@ class Relevance:
     rows: dict[str, torch.Tensor]  # the same, of rows
     uniform: dict[str, torch.Tensor]  # [images, layers, 1, patches], of a map that is even over all patches it can have
     norms: torch.Tensor  # [images, patches], at the connector's input
+    read: torch.Tensor  # bool [images, patches]: those that the decoder gets
 
 
 @torch.no_grad()
@@ -144,7 +145,7 @@ def measure(
         ValueError: no images, images of different numbers of patches, a `cover` that does not fit, or values that are
             not finite.
     """
-    parts, sizes = [], set()
+    parts, sizes, read = [], set(), []
     for of, inputs in lvlm.batches(images, batch_size):
         layouts = lvlm.layout(inputs)
         sizes |= {(layout.tiles, *layout.grid) for layout in layouts}
@@ -152,6 +153,7 @@ def measure(
             raise ValueError(f"images need one size; these have (tiles, rows, columns) of patches {sorted(sizes)}")
         if cover is not None and (len(cover), cover[0].numel()) != (len(images), len(layouts[0].vision)):
             raise ValueError(f"cover needs [images, patches], here [{len(images)}, {len(layouts[0].vision)}]")
+        read.append(all_read(layouts))
         covered = None if cover is None else cover[of].flatten(1).to(lvlm.device)
         parts.append(_measure_batch(lvlm, inputs, layouts, covered))
         norms = parts[-1][-1]  # what is not finite in a layer is not in those behind it either
@@ -163,7 +165,7 @@ def measure(
     def joined(dicts: Sequence[dict]) -> dict[str, torch.Tensor]:
         return {name: torch.cat([d[name] for d in dicts]) for name in dicts[0]}
 
-    return Relevance(joined(columns), joined(rows), joined(uniform), torch.cat(norms))
+    return Relevance(joined(columns), joined(rows), joined(uniform), torch.cat(norms), torch.cat(read))
 
 
 def _measure_batch(
@@ -263,6 +265,7 @@ def patch_groups(
     norms: torch.Tensor,
     rule: Callable[[torch.Tensor], torch.Tensor],
     scenes: drawing.Scenes | None = None,
+    read: torch.Tensor | None = None,
     *,
     draws: int = 8,
     seed: int = 0,
@@ -272,17 +275,18 @@ def patch_groups(
     Args:
         norms: [images, patches].
         rule: what a sink is, of `sinks.rule`.
-        scenes: see `model.groups.of_patches`.
+        scenes, read: see `model.groups.of_patches`.
         draws: random groups beside each of these.
 
     Returns:
         With "others", all patches that are no sinks, and "next in norm", as many as there are sinks.
     """
-    chosen = of_patches(norms, rule, scenes)
+    chosen = of_patches(norms, rule, scenes, read)
     sink = chosen["sinks"]
-    random = {group: [sinks.random_like(mask, seed + draw, among=~sink) for draw in range(draws)]
+    others = ~sink if read is None else ~sink & read
+    random = {group: [sinks.random_like(mask, seed + draw, among=others) for draw in range(draws)]
               for group, mask in chosen.items()}
-    return PatchGroups(chosen | {"others": ~sink, "next in norm": sinks.next_in_norm(norms, sink)}, random)
+    return PatchGroups(chosen | {"others": others, "next in norm": sinks.next_in_norm(norms, sink, others)}, random)
 
 
 def stacked(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:

@@ -25,7 +25,7 @@ from sinkstudy.book import chapter, report
 from sinkstudy.effects import ablation, moving, neurons
 from sinkstudy.effects.neurons import Neurons
 from sinkstudy.model import capture
-from sinkstudy.model.groups import mean
+from sinkstudy.model.groups import all_read, judged, mean
 from sinkstudy.model.layout import ImageLayout
 from sinkstudy.model.lvlm import LVLM
 
@@ -61,6 +61,16 @@ class PatchReadings:
         return self.by_layer[:, -1]
 
     @property
+    def read(self) -> torch.Tensor:
+        """Which patches the decoder gets, bool [pictures, patches]; others are padding, and no rule finds them."""
+        return all_read(self.layouts)
+
+    @property
+    def median(self) -> torch.Tensor:
+        """The median norm over these of all pictures."""
+        return self.norms[self.read].median()
+
+    @property
     def phi_of_patches(self) -> torch.Tensor:
         """phi of the visual token that reads each patch, [pictures, patches]."""
         return per_patch(self.layouts, self.phi[0])
@@ -69,6 +79,10 @@ class PatchReadings:
         """All patches of the visual tokens that read a patch of a mask: bool [first pictures, patches]."""
         layouts = self.layouts[: len(mask)]
         return per_patch(layouts, [layout.lift(own, "any") for layout, own in zip(layouts, mask, strict=True)])
+
+    def others(self, mask: torch.Tensor) -> torch.Tensor:
+        """The patches of all other visual tokens: bool [first pictures, patches]."""
+        return ~self.whole(mask) & self.read[: len(mask)]
 
 
 def read_patches(
@@ -87,7 +101,7 @@ def read_patches(
         lit, draws, seed: as for `decoder_phi`.
     """
     layouts, phi = decoder_phi(lvlm, pictures, questions, lit, draws, batch_size, seed)
-    norms, received = capture.trace_tower(lvlm, pictures, batch_size)
+    norms, received, _ = capture.trace_tower(lvlm, pictures, batch_size)
     end = lvlm.feature_layer + 1
     return PatchReadings(layouts, norms[:, :end], received[:, 1:end].mean((1, 2)), phi)
 
@@ -196,11 +210,11 @@ def rule_masks(patches: PatchReadings, median: float, criterion: str, threshold:
     for rule, thresholds in THRESHOLDS.items():
         unit = median if rule == "absolute" else 1
         for value in thresholds:
-            found[f"{rule} {value:g}"] = sinks.NORM_CRITERIA[rule](patches.norms, value * unit)
-    found[f"{criterion} {threshold:g}"] = sinks.rule(criterion, threshold)(patches.norms)
+            found[f"{rule} {value:g}"] = judged(sinks.rule(rule, value * unit), patches.norms, patches.read)
+    found[f"{criterion} {threshold:g}"] = judged(sinks.rule(criterion, threshold), patches.norms, patches.read)
     for factor in ATTENDED:
-        found[f"attended {factor}"] = sinks.attended(patches.received, 1.0, factor)
-    return found | {"φ": patches.phi_of_patches >= PHI}
+        found[f"attended {factor}"] = sinks.attended(patches.received, 1.0, factor) & patches.read
+    return found | {"φ": (patches.phi_of_patches >= PHI) & patches.read}
 
 
 def rule_label(rule: str) -> str:
@@ -254,7 +268,7 @@ def against_others(
         if not mask.any():
             continue
         own = mask if headline == "spread" else patches.whole(mask)
-        inside, outside = (mean(numbers[headline], m) for m in (own, ~own))
+        inside, outside = (mean(numbers[headline], m) for m in (own, ~own & patches.read))
         found = (stats.difference_interval(inside, outside, missing="drop", seed=seed) if headline == "spread"
                  else stats.ratio_interval(inside, outside, missing="drop"))
         rows.append((rule, headline, *found))
@@ -289,7 +303,7 @@ def left_out(
     ways = []
     for rule in (shared[0] for shared in of.values()):
         mask = masks[rule][:n]
-        drawn = sinks.random_like(mask, seed, among=~patches.whole(mask))
+        drawn = sinks.random_like(mask, seed, among=patches.others(mask))
         ways += [ablation.replace(f"{way} {rule}", tokens, by_id(m)) for way, m in (("group", mask), ("random", drawn))]
     said = answer_changes(lvlm, asked, ways, images=images, **how)
     said[["way", "of"]] = said.intervention.str.split(n=1, expand=True)
@@ -347,7 +361,7 @@ def probed(fit: ProbeSide, judged: ProbeSide, draws: int, seed: int = 0) -> pd.D
         key = mask.numpy().tobytes() + fit.masks[rule].numpy().tobytes()  # rules may find the same patches
         if key not in same:
             own = _read_rightly(fit, judged, fit.masks[rule], mask, 1000 * seed)
-            to_fit, to_judge = (~side.patches.whole(m) & m.any(1, keepdim=True)
+            to_fit, to_judge = (side.patches.others(m) & m.any(1, keepdim=True)
                                 for side, m in ((fit, fit.masks[rule]), (judged, mask)))
             random = [_read_rightly(fit, judged, to_fit, to_judge, 1000 * seed + draw) for draw in range(1, draws + 1)]
             same[key] = torch.tensor(own - np.mean(random, axis=0))

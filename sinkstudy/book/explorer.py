@@ -58,7 +58,7 @@ class Explored:
     """All that is known of a picture in a model; maps are of patches, row by row."""
 
     layout: ImageLayout
-    uniform: float  # share of a query's attention that a patch would get if all got the same
+    uniform: torch.Tensor  # [layers], share of a query's attention that a patch would get if all that it sees got alike
     maps: dict[str, torch.Tensor]  # of `MAPS`, [layers or questions (, layers), patches]
     rules: torch.Tensor  # bool [rules, patches]
     groups: dict[str, torch.Tensor]  # bool [patches]
@@ -136,9 +136,11 @@ def explore(lvlm: LVLM, picture: Any, asked: pd.DataFrame, marks: Sequence[SinkR
     texts = asked.question.tolist()
     trace = capture.trace(lvlm, [picture] * len(texts), texts, batch_size=batch_size)
     layout, at = trace.layouts[0], lvlm.feature_layer
-    uniform = 1 / (lvlm.n_prefix + layout.grid[0] * layout.grid[1])
     norms, received = trace.vision_norms[0], trace.vision_received[0].mean(1)  # [vision layers, patches]
-    found = torch.stack([rule(norms[at], received[at] / uniform) for rule in marks]) & layout.read  # [rules, patches]
+    relative = capture.trace_tower(lvlm, [picture], 1)[1][0].mean(1)  # the same in units of uniform attention
+    uniform = (received / relative).nanmean(1)
+    found = torch.zeros(len(marks), len(layout.read), dtype=torch.bool)  # [rules, patches]
+    found[:, layout.read] = torch.stack([rule(norms[at, layout.read], relative[at, layout.read]) for rule in marks])
     groups = {"sinks": found[0], "top_2_percent": found[2], **known}
     outcomes, top = without(lvlm, picture, asked, groups, layout, means, draws=draws, seed=seed, batch_size=batch_size)
     words = [truth or _word(lvlm, own) for truth, own in zip(asked.answer, outcomes[None].word, strict=True)]
@@ -274,6 +276,6 @@ def _model(name: str, lvlm: LVLM, seen: Sequence[Explored]) -> dict[str, Any]:
         maps = {key: packed(one.maps[key][..., :patches]) for key in MAPS}
         said = [packed_answers(lvlm, one, q) for q in range(len(one.outcomes[None].p))]
         of_pictures.append(maps | {"rules": bits(one.rules), "answers": said})
-    return {"name": name, "merge": lvlm.merge, "uniform": float(f"{100 * seen[0].uniform:.6g}"),
+    return {"name": name, "merge": lvlm.merge, "uniform": [float(f"{100 * of:.6g}") for of in seen[0].uniform],
             "tower_layers": len(lvlm.vision_layers), "decoder_layers": len(lvlm.decoder_layers),
             "feature_layer": lvlm.feature_layer, "pictures": of_pictures}

@@ -15,6 +15,7 @@ from matplotlib.patches import ConnectionPatch, Rectangle
 from sinkstudy.analyses import probing, relevance
 from sinkstudy.book import chapter, report
 from sinkstudy.book.explorer import Explored
+from sinkstudy.model.groups import median
 from sinkstudy.model.lvlm import LVLM
 
 PANELS = {"norm": "norm in the tower,\n× median", "seen": "who attends to it\nin the tower, %",
@@ -47,7 +48,7 @@ def follow(lvlm: LVLM, picture: Any, asked: pd.DataFrame, seen: Explored, truth:
     top = int(norms[: rows * columns].argmax())
     attending = 100 * relevance.relevance_maps(lvlm, picture, [top], lvlm.feature_layer)[:, 0].mean(0)  # [patches]
     said = _said(lvlm, picture, seen)
-    maps = {"norm": norms / norms.quantile(0.5), "seen": attending,
+    maps = {"norm": norms / median(norms, seen.layout.read), "seen": attending,
             "decoder": seen.maps["decoder_attention"].mean((0, 1)), "true": torch.tensor([w in truth for w in said])}
     group = "sinks" if "sinks" in seen.outcomes else "top_2_percent"
     before, gone = seen.outcomes[None].p, seen.outcomes[group]

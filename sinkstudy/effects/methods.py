@@ -72,11 +72,13 @@ def decoder_sink_dimensions(lvlm: LVLM, pictures: Sequence[Any]) -> list[int]:
     """The decoder's sink dimensions: lit at the first token behind the middle layer, see `sinks.sink_dimensions`."""
     middle = len(lvlm.decoder_layers) // 2
 
+    inputs = lvlm.inputs(pictures, [""] * len(pictures))
+    begin = inputs["attention_mask"].argmax(-1)  # behind the padding
+
     def first_token(hidden: torch.Tensor, layer: int) -> torch.Tensor:
-        return sinks.dimension_profile(hidden[:, :1])
+        return sinks.dimension_profile(hidden[torch.arange(len(begin)), begin.cpu()])
 
     with capture.hidden_states(lvlm, "decoder", first_token, [middle]) as seen:
-        inputs = lvlm.inputs(pictures, [""] * len(pictures))
         lvlm.model(**inputs, logits_to_keep=1)
     return sinks.sink_dimensions(seen[middle][0].cpu())
 

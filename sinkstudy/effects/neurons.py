@@ -19,6 +19,7 @@ from torch import nn
 from sinkstudy.answers.evaluate import NONE, Intervention, Prefixes
 from sinkstudy.effects.ablation import Masks, of_images
 from sinkstudy.model import capture
+from sinkstudy.model.groups import all_read, median
 from sinkstudy.model.lvlm import LVLM
 
 Neurons = Mapping[int, torch.Tensor]  # {vision layer: long [neurons]}
@@ -65,7 +66,7 @@ def mean_activations(
     return {group: torch.stack(of_layers) / counts[group] for group, of_layers in sums.items()}
 
 
-def layer_of_rise(norms: torch.Tensor, masks: torch.Tensor) -> int:
+def layer_of_rise(norms: torch.Tensor, masks: torch.Tensor, read: torch.Tensor | None = None) -> int:
     """The layer in which a group's norm rises: the first where it has come half the way to its largest value.
 
     Jiang et al., "Vision Transformers Don't Need Trained Registers" (2506.08010), look for neurons no further than the
@@ -77,11 +78,13 @@ def layer_of_rise(norms: torch.Tensor, masks: torch.Tensor) -> int:
     Args:
         norms: float [pictures, layers, patches], in the layers up to the one that the connector reads.
         masks: the group, bool [pictures, patches].
+        read: patches over which the median is, likewise; all by default.
 
     Raises:
         ValueError: in no layer is it above 1.
     """
-    over_median = norms / norms.quantile(0.5, dim=-1, keepdim=True)
+    read = torch.ones_like(masks) if read is None else read
+    over_median = norms / median(norms, read[:, None].expand_as(norms))
     ratio = torch.stack([of_layer[masks].mean() for of_layer in over_median.unbind(1)])  # [layers]
     if not ratio.max() > 1:
         raise ValueError("no neurons write the group's norm: in no layer of the tower is it above its picture's median")
@@ -105,9 +108,10 @@ def register_scores(lvlm: LVLM, pictures: Sequence[Any], masks: torch.Tensor, ba
     """
     if not masks.any() or masks.all():
         raise ValueError("register neurons are found by a group of patches and the others: one of the two is empty")
-    norms = capture.trace_tower(lvlm, pictures, batch_size)[0][:, : lvlm.feature_layer + 1]
-    active = mean_activations(lvlm, pictures, {"group": masks, "others": ~masks}, batch_size=batch_size)
-    return (active["group"] - active["others"])[: layer_of_rise(norms, masks) + 1]
+    norms, _, layouts = capture.trace_tower(lvlm, pictures, batch_size)
+    read = all_read(layouts)
+    active = mean_activations(lvlm, pictures, {"group": masks, "others": ~masks & read}, batch_size=batch_size)
+    return (active["group"] - active["others"])[: layer_of_rise(norms[:, : lvlm.feature_layer + 1], masks, read) + 1]
 
 
 def strongest(scores: torch.Tensor, k: int) -> dict[int, torch.Tensor]:

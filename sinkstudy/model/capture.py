@@ -152,16 +152,21 @@ def attention_received(
 
     def see(layer: int, attention: "_Attention") -> None:
         index = torch.arange(attention.n_queries, device=attention.query.device)
-        total = count = 0
+        total = count = even = 0
         for rows in index[queries].split(block):
             if attention.all_visible:  # a vision tower, where this takes most of a trace's time
                 total = total + attention.weights(rows).sum(2)
                 count = count + len(rows)
                 continue
-            asking = attention.visible(rows) & attention.real(rows)  # [batch or 1, 1, rows, keys]
+            visible = attention.visible(rows)
+            asking = visible & attention.real(rows)  # [batch or 1, 1, rows, keys]
+            even = even + (asking / visible.sum(-1, keepdim=True).clamp(min=1)).sum(2)  # if it were uniform
             total = total + (attention.weights(rows) * asking).sum(2)  # [batch, heads, keys]
             count = count + asking.sum(2)
-        chunks[layer].append(total / count * (attention.n_keys if relative else 1))
+        if relative and not attention.all_visible:
+            chunks[layer].append(total / even)
+        else:
+            chunks[layer].append(total / count * (attention.n_keys if relative else 1))
 
     def finish(layer: int) -> None:
         results[layer].append(torch.cat(chunks[layer], dim=-1))
@@ -231,13 +236,15 @@ def trace(
 
 
 @torch.no_grad()
-def trace_tower(lvlm: LVLM, images: Sequence[Any], batch_size: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+def trace_tower(
+    lvlm: LVLM, images: Sequence[Any], batch_size: int = 16
+) -> tuple[torch.Tensor, torch.Tensor, list[ImageLayout]]:
     """Follow each image through the tower alone.
 
     Returns:
-        On the CPU in float32: the norms of patches after each layer [images, vision layers, patches]; and the mean
+        On the CPU in float32: the norms of patches after each layer [images, vision layers, patches]; the mean
         attention that they receive from all tokens that see them, in units of uniform attention, [images, vision
-        layers, heads, patches]. Patches stand row by row, tile after tile.
+        layers, heads, patches]; and the images' layouts. Patches stand row by row, tile after tile.
 
     Raises:
         ValueError: as `LVLM.batches`, or if the images have different numbers of patches.
@@ -255,7 +262,7 @@ def trace_tower(lvlm: LVLM, images: Sequence[Any], batch_size: int = 16) -> tupl
         norms.append(_of_patches(norms_of, of_batch))
         check_finite(lvlm, norms[-1], of.start, "tower")
         received.append(_of_patches(received_by, of_batch))
-    return torch.cat(norms), torch.cat(received)
+    return torch.cat(norms), torch.cat(received), layouts
 
 
 def _joined(parts: list) -> torch.Tensor | list | None:

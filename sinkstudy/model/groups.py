@@ -59,6 +59,18 @@ def of_scenes(scenes: drawing.Scenes | None) -> dict[str, torch.Tensor]:
     return {"calm": scenes.calm.flatten(1), "things": scenes.thing_share.flatten(1) > 0.5}
 
 
+def all_read(layouts: Sequence[ImageLayout]) -> torch.Tensor:
+    """Which patches of pictures the decoder gets, bool [pictures, patches], see `ImageLayout.read`."""
+    return torch.stack([layout.read for layout in layouts])
+
+
+def median(norms: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
+    """Median of each picture's norms over the patches that the decoder gets: two [.., patches] -> [.., 1]."""
+    if read.all():
+        return norms.quantile(0.5, dim=-1, keepdim=True)
+    return norms.where(read, torch.nan).nanquantile(0.5, dim=-1, keepdim=True)
+
+
 def lifted(
     layouts: Sequence[ImageLayout], values: torch.Tensor, how: Literal["any", "mean", "max"] = "any"
 ) -> torch.Tensor:

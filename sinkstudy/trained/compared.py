@@ -105,9 +105,10 @@ CONTROL_COMPARISONS = ("random_minus_one", "kept_minus_one", "matched_minus_one"
 
 # ------------------------------------------------------------------------------------------------- what was trained
 def folders(methods: Path) -> dict[str, list[Path]]:
-    """The folders of one model's trained methods, by arm in the order of `ARM_LABELS`, a folder a seed."""
+    """The folders of one model's trained methods, by arm in the order of `ARM_LABELS`, a folder a seed, in their order.
+    """
     found: dict[str, list[Path]] = {}
-    for folder in sorted(methods.glob("*-*")):
+    for folder in sorted(methods.glob("*-*"), key=lambda folder: (len(folder.name), folder.name)):
         arm, _, number = folder.name.rpartition("-")
         if arm in ARM_LABELS and number.isdigit():
             found.setdefault(arm, []).append(folder)
@@ -133,8 +134,9 @@ def trained(models: Mapping[str, Arms]) -> pd.DataFrame:
         the lab trained it with fewer questions than its own schedule has) and `parameters` (numbers that were trained).
     """
     rows = []
+    known = {(model, arm, seed): folder for model, arms in models.items() for arm, seed, folder in _each(arms)}
     for (model, arm, seed), of in losses(models).groupby(["model", "arm", "seed"], sort=False):
-        folder = models[model][arm][seed]
+        folder = known[model, arm, seed]
         steps = loop.Method.described(folder).get("steps")  # by stage, of the lab's connectors
         rows.append({"model": model, "arm": arm, "seed": seed, "loss": of.loss.tail(20).mean(),
                      "steps": len(pd.read_csv(folder / "training.csv")),
@@ -172,10 +174,10 @@ def unfair(comparison: Comparison, weak: Collection[str]) -> bool:
 
 
 def _each(arms: Arms, names: Iterable[str] = ARM_LABELS, seeds: int | None = None) -> Iterator[tuple[str, int, Path]]:
-    """(arm, seed, folder), of each arm `seeds` at most."""
+    """(arm, seed, folder), of each arm `seeds` at most. The seed is that by which the folder is called."""
     for arm in names:
-        for seed, folder in enumerate(arms.get(arm, [])[:seeds]):
-            yield arm, seed, folder
+        for folder in arms.get(arm, [])[:seeds]:
+            yield arm, int(folder.name.rpartition("-")[2]), folder
 
 
 def _table(parts: Sequence[pd.DataFrame], columns: Sequence[str]) -> pd.DataFrame:
@@ -183,10 +185,13 @@ def _table(parts: Sequence[pd.DataFrame], columns: Sequence[str]) -> pd.DataFram
     return (pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()).reindex(columns=columns)
 
 
-def methods(arms: Arms, arm: str, seeds: int | None = None, **where: Any) -> Iterator[Any]:
-    """Load the trained methods of an arm one by one, `seeds` of them at most; `where` as `load_method` takes it."""
-    for _, _, folder in _each(arms, [arm], seeds):
-        yield load_method(folder, **where)
+def methods(arms: Arms, arm: str, seeds: int | None = None, **where: Any) -> Iterator[tuple[int, Any]]:
+    """Load the trained methods of an arm one by one, (seed, method), `seeds` of them at most.
+
+    `where` is as `load_method` takes it.
+    """
+    for _, seed, folder in _each(arms, [arm], seeds):
+        yield seed, load_method(folder, **where)
 
 
 def of_each(
@@ -203,7 +208,7 @@ def of_each(
     The columns are there even where no method is.
     """
     found = [measure(method).assign(model=model, seed=seed) for model, arms in models.items()
-             for seed, method in enumerate(methods(arms, arm, seeds, **where))]
+             for seed, method in methods(arms, arm, seeds, **where)]
     return _table(found, ["model", "seed", *columns])
 
 
@@ -415,7 +420,7 @@ def judgements(exam: Exam, models: Mapping[str, Arms], **where: Any) -> dict[tup
     """
     found = {}
     for model, arms in models.items():
-        for number, pair in enumerate(methods(arms, "two", **where)):
+        for number, pair in methods(arms, "two", **where):
             try:
                 found[model, number] = exam.asked_itself(pair)
             except ValueError as error:

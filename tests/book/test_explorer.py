@@ -128,7 +128,8 @@ def test_numbers_are_those_of_the_data(page, data):
 
     norm = of(data, model, picture, "tower_norm")[tower]
     assert all(map(agree, numbers(read(page, "tower_norm")), (norm[patch], norm[patch] / np.median(norm))))
-    received, uniform = of(data, model, picture, "tower_attention")[tower, patch], data["models"][model]["uniform"]
+    received = of(data, model, picture, "tower_attention")[tower, patch]
+    uniform = data["models"][model]["uniform"][tower]
     assert all(map(agree, numbers(read(page, "tower_attention")), (received, received / uniform)))
     inner = of(data, model, picture, "decoder_norm")[decoder + 1]  # the first is the connector's
     assert all(map(agree, numbers(read(page, "decoder_norm")), (inner[patch], inner[patch] / np.median(inner))))

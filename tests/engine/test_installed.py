@@ -149,7 +149,7 @@ from sinkstudy.model import capture, loading
 model, pictures = sys.argv[1:]
 table = benchmarks.load("own", path=pictures)
 lvlm = loading.load(model)
-norms, _ = capture.trace_tower(lvlm, [table.image[0].open()])
+norms, *_ = capture.trace_tower(lvlm, [table.image[0].open()])
 print(len(table), norms.isfinite().all().item(), paths.CHECKOUT)
 """
 

@@ -409,7 +409,7 @@ def test_trace_of_the_tower_alone(lvlm, pictures):
     whole = trace(lvlm, several, QUESTIONS)
     decoder = []
     hook = lvlm.decoder.register_forward_hook(lambda module, args, out: decoder.append(1))
-    norms, received = trace_tower(lvlm, several, batch_size=2)
+    norms, received, _ = trace_tower(lvlm, several, batch_size=2)
     hook.remove()
     assert not decoder
     torch.testing.assert_close(norms, whole.vision_norms, **close)

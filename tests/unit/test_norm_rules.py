@@ -18,7 +18,7 @@ def seen() -> norms.Seen:
     of[0, 1, [5, 40]] = 6
     received = torch.ones(2, 2, 144)
     received[0, :, 5] = 9
-    return norms.Seen(of, received, 1)
+    return norms.Seen(of, received, torch.ones(2, 144, dtype=torch.bool), 1)
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_attention_of_sinks_against_that_of_others(seen, masks):
 def test_rank_correlation_is_spearmans():
     up = torch.tensor([[1.0, 2.0, 4.0, 9.0]])
     for values, expected in ((up, 1), (-up, -1)):
-        found = norms.rank_correlation(norms.Seen(up[:, None], values[:, None], 0))
+        found = norms.rank_correlation(norms.Seen(up[:, None], values[:, None], up > -1, 0))
         pd.testing.assert_frame_equal(found, pd.DataFrame({"image": [0], "value": [float(expected)]}))
 
 

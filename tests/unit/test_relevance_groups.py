@@ -24,7 +24,7 @@ def some_maps(share_on: torch.Tensor | None = None) -> Relevance:
     if share_on is not None:
         columns["share_on"] = share_on
     uniform = {name: noise(IMAGES, LAYERS, 1, PATCHES, seed=30 + i) for i, name in enumerate(names)}
-    return Relevance(columns, rows, uniform, noise(IMAGES, PATCHES))
+    return Relevance(columns, rows, uniform, noise(IMAGES, PATCHES), torch.ones(IMAGES, PATCHES, dtype=torch.bool))
 
 
 def some_groups(draws: int = 3) -> PatchGroups:
