@@ -7,11 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
+import noise
 import pytest
 import typer
 from architectures import write
-from PIL import Image
 
 from sinkstudy import cli
 
@@ -63,11 +62,9 @@ def model(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
     """Four pictures, questions about them, and conversations."""
-    folder = tmp_path_factory.mktemp("data") / "own"
-    folder.mkdir()
-    random, questions, samples = np.random.default_rng(0), [], []
+    folder = noise.write(tmp_path_factory.mktemp("data") / "own", [(48, 40)] * 4)
+    questions, samples = [], []
     for i in range(4):
-        Image.fromarray(random.integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(folder / f"{i}.png")
         questions.append({"question": "is the texture red", "answer": ("yes", "no")[i % 2], "image": f"{i}.png"})
         said = [{"from": "human", "value": "<image>\nhow many"}, {"from": "gpt", "value": "red"}]
         samples.append({"id": str(i), "image": f"{i}.png", "conversations": said})

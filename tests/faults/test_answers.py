@@ -16,22 +16,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from architectures import write
 
 from sinkstudy import sinks
 from sinkstudy.analyses import attribution, probing, relevance
 from sinkstudy.answers.evaluate import NONE, Intervention, evaluate
 from sinkstudy.effects import ablation, neurons
-from sinkstudy.model import capture, loading
-from sinkstudy.model.lvlm import LVLM
+from sinkstudy.model import capture
 from sinkstudy.paths import ROOT
-
-
-@pytest.fixture(scope="module")
-def llava(tmp_path_factory) -> LVLM:
-    folder = tmp_path_factory.mktemp("llava")
-    write(folder, "llava")
-    return loading.load(str(folder))
 
 
 @pytest.fixture(scope="module")

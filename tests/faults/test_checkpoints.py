@@ -175,9 +175,7 @@ def test_pickled_weights_are_not_read(copy):
 
 @pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq", "torchao", "compressed-tensors"])
 def test_quantised_weights(copy, method):
-    config = json.loads((copy / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": method, "load_in_4bit": True}
-    (copy / "config.json").write_text(json.dumps(config))
+    configure(copy, quantization_config={"quant_method": method, "load_in_4bit": True})
     refused(copy, f"quantised .{method}.; the study needs the unquantised checkpoint")
 
 
@@ -210,9 +208,7 @@ def test_a_chat_format_that_drops_the_picture(copy):
 
 def test_another_image_token(copy):
     config = json.loads((copy / "config.json").read_text())
-    key = "image_token_id" if "image_token_id" in config else "image_token_index"
-    config[key] = 9
-    (copy / "config.json").write_text(json.dumps(config))
+    configure(copy, **{"image_token_id" if "image_token_id" in config else "image_token_index": 9})
     refused(copy, "different image tokens|does not prepare")
 
 

@@ -6,6 +6,7 @@ large, so that attention is far from uniform. Towers have three layers of two he
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers as hf
@@ -13,7 +14,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
-from sinkstudy.model.loading import spec_of
+from sinkstudy.model import loading
+from sinkstudy.model.lvlm import LVLM
 
 SPECIAL = "<pad> <s> </s> <unk> <image> <video> <boi> <eoi> <fake_token_around_image> <end_of_utterance>".split()
 SPECIAL += ["<global-img>"] + [f"<row_{i}_col_{j}>" for i in (1, 2, 3) for j in (1, 2, 3)]
@@ -246,7 +248,7 @@ def write(folder: Path, name: str) -> None:
     """Write the tiny model folder of an architecture."""
     torch.manual_seed(0)
     config, image_processor, processor = (ARCHITECTURES | MEASURED)[name]()
-    spec = spec_of(name, config.model_type)
+    spec = loading.spec_of(name, config.model_type)
     model = getattr(hf, spec.model_class)(config)
     for parameter in model.parameters():  # biases, zero at first, must not hide a wrong order
         if parameter.ndim == 1 or parameter.std() < 0.05:
@@ -268,3 +270,9 @@ def write(folder: Path, name: str) -> None:
     if not spec.prompt:
         image = "<boi>" if name == "gemma3" else "<image>"
         (folder / "chat_template.jinja").write_text(CHAT.replace("IMAGE", image))
+
+
+def load(folder: Path, name: str, **how: Any) -> LVLM:
+    """The tiny model of an architecture, written and loaded."""
+    write(folder, name)
+    return loading.load(str(folder), **how)

@@ -3,10 +3,10 @@
 import copy
 from contextlib import nullcontext
 
-import numpy as np
+import noise
 import pytest
 import torch
-from PIL import Image
+from passes import logits
 
 from sinkstudy import sinks
 from sinkstudy.answers.evaluate import Prefixes
@@ -32,14 +32,7 @@ def made(folder: str, **how) -> DIYSink:
 
 
 def asked(lvlm) -> Prefixes:
-    random = np.random.default_rng(0)
-    pictures = [Image.fromarray(random.integers(0, 256, (high, wide, 3), dtype=np.uint8)) for wide, high in SIZES]
-    return Prefixes(lvlm.inputs(pictures, QUESTIONS), list("abc"), QUESTIONS)
-
-
-@torch.no_grad()
-def logits(lvlm, inputs) -> torch.Tensor:
-    return lvlm.model(**inputs).logits
+    return Prefixes(lvlm.inputs(noise.pictures(SIZES), QUESTIONS), list("abc"), QUESTIONS)
 
 
 @torch.no_grad()

@@ -3,14 +3,16 @@
 import copy
 import importlib
 import math
+from contextlib import nullcontext
 
 import architectures
+import noise
 import numpy as np
 import pandas as pd
+import passes
 import pytest
 import torch
 import transformers
-from PIL import Image
 
 from sinkstudy import sinks
 from sinkstudy.answers.evaluate import evaluate
@@ -30,31 +32,19 @@ DECODE = dict(
 )
 
 
-def loaded(name, folder) -> LVLM:
-    architectures.write(folder, name)
-    return loading.load(str(folder))
-
-
-@pytest.fixture(scope="module", params=architectures.ARCHITECTURES)
-def lvlm(request, tmp_path_factory) -> LVLM:
-    return loaded(request.param, tmp_path_factory.mktemp(request.param))
-
-
 @pytest.fixture(scope="module", params=["llava", "qwen2_vl"])
 def two(request, tmp_path_factory) -> LVLM:
-    return loaded(request.param, tmp_path_factory.mktemp(request.param))
+    return architectures.load(tmp_path_factory.mktemp(request.param), request.param)
 
 
 @pytest.fixture
 def llava(tmp_path) -> LVLM:
     """One that a test may change."""
-    return loaded("llava", tmp_path / "llava")
+    return architectures.load(tmp_path / "llava", "llava")
 
 
-def pictures(n=3, seed=0, sizes=SIZES):
-    random = np.random.default_rng(seed)
-    shapes = [(sizes[i % len(sizes)][1], sizes[i % len(sizes)][0], 3) for i in range(n)]
-    return [Image.fromarray(random.integers(0, 256, shape, dtype=np.uint8)) for shape in shapes]
+def pictures():
+    return noise.pictures(SIZES)
 
 
 def shaken(lvlm, **how) -> Gates:
@@ -68,12 +58,9 @@ def shaken(lvlm, **how) -> Gates:
     return gates
 
 
-@torch.no_grad()
 def logits(lvlm, inputs, context=None) -> torch.Tensor:
-    if context is None:
-        return lvlm.model(**inputs).logits
-    with context:
-        return lvlm.model(**inputs).logits
+    with context or nullcontext():
+        return passes.logits(lvlm, inputs)
 
 
 def real(inputs) -> torch.Tensor:
@@ -202,7 +189,7 @@ def test_padding_and_the_rest_of_the_batch_do_not_matter(lvlm):
 
 
 def test_in_evaluate_as_question_by_question(llava):
-    images = {name: np.asarray(picture) for name, picture in zip("ab", pictures(2), strict=True)}
+    images = {name: np.asarray(picture) for name, picture in zip("ab", pictures()[:2], strict=True)}
     images = {name: pixels.transpose(2, 0, 1).copy() for name, pixels in images.items()}
     rows = [{"id": f"{name}{q}", "image_id": name, "question": q} for name in images for q in QUESTIONS]
     gates = shaken(llava)
@@ -265,7 +252,7 @@ def planted(lvlm, seed, n, rules):
         Prompts, prompts with answers, labels, and the kind of each row. Only questions whose answers tell the two
         rules apart are there; answers are words.
     """
-    words, images = len(architectures.SPECIAL), pictures(n, seed, [(32, 32)])
+    words, images = len(architectures.SPECIAL), noise.pictures([(32, 32)] * n, seed)
     asked, answers, kinds = [], [], []
     for kind, question in enumerate(QUESTIONS[:2]):
         inputs = lvlm.inputs(images, [question] * n)
@@ -424,8 +411,7 @@ def test_lora_trained_saved_and_read(llava, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_in_half_precision_what_is_trained_is_in_float32(tmp_path, dtype):
-    architectures.write(tmp_path, "llava")
-    llava = loading.load(str(tmp_path), dtype=dtype)
+    llava = architectures.load(tmp_path, "llava", dtype=dtype)
     whole, labels = answered(llava, llava.inputs(pictures(), QUESTIONS), [[30, 31], [32], [33]])
     for method in (Gates(llava, **RULE), LoRA(llava, parameters=1000)):
         method(whole, labels).backward()

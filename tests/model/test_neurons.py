@@ -1,13 +1,12 @@
 """Planted neurons are found, silenced and moved; nothing else changes, and nothing stays behind."""
 
 import architectures
-import numpy as np
+import noise
 import pytest
 import torch
 from PIL import Image
 
 from sinkstudy.effects import neurons
-from sinkstudy.model import loading
 from sinkstudy.model.lvlm import LVLM
 
 QUESTIONS = ["how many", "what is the texture", "what is the texture red blue yes no"]
@@ -17,25 +16,18 @@ close = dict(atol=1e-4, rtol=1e-4)
 
 @pytest.fixture(scope="module")
 def pictures() -> list[Image.Image]:
-    pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
-    return [Image.fromarray(p) for p in pixels]
-
-
-def load(name, tmp_path_factory) -> LVLM:
-    folder = tmp_path_factory.mktemp(name)
-    architectures.write(folder, name)
-    return loading.load(str(folder))
+    return noise.pictures([(32, 32)] * 3)
 
 
 @pytest.fixture(scope="module", params=["llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl"])
 def lvlm(request, tmp_path_factory) -> LVLM:
-    return load(request.param, tmp_path_factory)
+    return architectures.load(tmp_path_factory.mktemp(request.param), request.param)
 
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory) -> LVLM:
     """A tower that does nothing, but for one neuron that fires at one patch and writes a huge vector there."""
-    lvlm = load("llava", tmp_path_factory)
+    lvlm = architectures.load(tmp_path_factory.mktemp("planted"), "llava")
     embeddings = lvlm.vision.embeddings
     embeddings.patch_embedding.weight.data[0] = 0  # dimension 0 says whether this is the spot
     embeddings.class_embedding.data[0] = 0
@@ -231,8 +223,8 @@ def test_setting_dimensions_touches_those_entries_only(lvlm, pictures):
 @pytest.mark.parametrize(
     "name", ["llava", "llava-siglip-qwen2", "llava_next", "llava_onevision", "gemma3", "paligemma", "idefics3"]
 )
-def test_a_register_takes_the_largest_activation_and_leaves_no_token(name, pictures, tmp_path_factory):
-    lvlm = load(name, tmp_path_factory)
+def test_a_register_takes_the_largest_activation_and_leaves_no_token(name, pictures, tmp_path):
+    lvlm = architectures.load(tmp_path, name)
     plain, n = logits(lvlm, pictures), hooks(lvlm)
     of = torch.tensor([2, 9])
     reader = lvlm.vision_layers[1].get_submodule(lvlm.spec.vision_neurons)
@@ -263,7 +255,7 @@ def test_a_register_takes_the_planted_norm(planted, pictures):
 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "internvl"])
-def test_towers_that_take_no_further_token(name, tmp_path_factory):
-    lvlm = load(name, tmp_path_factory)
+def test_towers_that_take_no_further_token(name, tmp_path):
+    lvlm = architectures.load(tmp_path, name)
     with pytest.raises(ValueError, match="takes no added token; silence"), neurons.moved_to_register(lvlm, {}):
         pass
