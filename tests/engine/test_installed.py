@@ -54,9 +54,7 @@ def python(site, tmp_path):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    write(folder, "llava")
-    return folder
+    return write(tmp_path_factory.mktemp("models") / "tiny", "llava")
 
 
 @pytest.fixture(scope="module")

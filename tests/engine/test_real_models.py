@@ -19,9 +19,7 @@ COMMITS = {"main": "1" * 40, "v1": "0123456789abcdef" * 2 + "01234567"}
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "tiny-qwen"
-    architectures.write(folder, "qwen2_5_vl")
-    return folder
+    return architectures.write(tmp_path_factory.mktemp("models") / "tiny-qwen", "qwen2_5_vl")
 
 
 def printed(page) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from architectures import WORDS, write
+from architectures import WORDS, configure, write
 from huggingface_hub import get_local_safetensors_metadata
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -31,24 +31,13 @@ def copy(folder, tmp_path) -> Path:
 @pytest.fixture(scope="module")
 def one(tmp_path_factory) -> Path:
     """A tiny LLaVA."""
-    folder = tmp_path_factory.mktemp("llava")
-    write(folder, "llava")
-    return folder
+    return write(tmp_path_factory.mktemp("llava"), "llava")
 
 
 @pytest.fixture
 def llava(one, tmp_path) -> Path:
     """A copy of it, to be damaged."""
     return Path(shutil.copytree(one, tmp_path / "model"))
-
-
-def configure(folder: Path, file: str = "config.json", **entries) -> None:
-    """Change entries of a configuration; `part__entry` is one of a part."""
-    config = json.loads((folder / file).read_text())
-    for key, value in entries.items():
-        *part, entry = key.split("__")
-        (config[part[0]] if part else config)[entry] = value
-    (folder / file).write_text(json.dumps(config))
 
 
 def rewrite(folder: Path, change) -> None:
@@ -182,10 +171,8 @@ def test_quantised_weights(copy, method):
 @pytest.mark.parametrize("switch", ["output_attentions", "output_hidden_states", "use_cache", "return_dict"])
 def test_switches_of_an_earlier_use_play_no_part(copy, switch):
     plain = loading.load(str(copy))
-    config = json.loads((copy / "config.json").read_text())
-    for of in (config, config["text_config"], config["vision_config"]):
-        of[switch] = switch.startswith("output")
-    (copy / "config.json").write_text(json.dumps(config))
+    on = switch.startswith("output")
+    configure(copy, **{switch: on, f"text_config__{switch}": on, f"vision_config__{switch}": on})
     switched = loading.load(str(copy))
     assert {k: v for k, v in switched.model.config.to_dict().items() if k != "_name_or_path"} == {
         k: v for k, v in plain.model.config.to_dict().items() if k != "_name_or_path"}

@@ -8,7 +8,7 @@ import noise
 import pandas as pd
 import pytest
 import torch
-from architectures import write
+from architectures import configure, write
 from PIL import Image
 from transformers import LlavaForConditionalGeneration
 
@@ -117,10 +117,8 @@ ROPES = {
 def test_rotary_embeddings_of_every_kind(kind, tmp_path, table):
     """Answers behind a shared prefix are those of a fresh model to the whole prompt in eager attention, or there are
     none: where frequencies depend on the length of the text, longer prompts than those are refused."""
-    write(tmp_path, "llava")
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["text_config"] |= {"rope_parameters": ROPES[kind] | {"rope_theta": 10_000.0}, "max_position_embeddings": 26}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    configure(write(tmp_path, "llava"), text_config__rope_parameters=ROPES[kind] | {"rope_theta": 10_000.0},
+              text_config__max_position_embeddings=26)
     asked, images = table
     lvlm = loading.load(str(tmp_path))
     asked = asked.assign(answer="yes")

@@ -244,8 +244,8 @@ ARCHITECTURES = {
 MEASURED = {"vipllava": vipllava}
 
 
-def write(folder: Path, name: str) -> None:
-    """Write the tiny model folder of an architecture."""
+def write(folder: Path, name: str) -> Path:
+    """Write the tiny model folder of an architecture, and return it."""
     torch.manual_seed(0)
     config, image_processor, processor = (ARCHITECTURES | MEASURED)[name]()
     spec = loading.spec_of(name, config.model_type)
@@ -270,9 +270,18 @@ def write(folder: Path, name: str) -> None:
     if not spec.prompt:
         image = "<boi>" if name == "gemma3" else "<image>"
         (folder / "chat_template.jinja").write_text(CHAT.replace("IMAGE", image))
+    return folder
 
 
 def load(folder: Path, name: str, **how: Any) -> LVLM:
     """The tiny model of an architecture, written and loaded."""
-    write(folder, name)
-    return loading.load(str(folder), **how)
+    return loading.load(str(write(folder, name)), **how)
+
+
+def configure(folder: Path, file: str = "config.json", **entries: Any) -> None:
+    """Change entries of a configuration; `part__entry` is one of a part."""
+    config = json.loads((folder / file).read_text())
+    for key, value in entries.items():
+        *part, entry = key.split("__")
+        (config[part[0]] if part else config)[entry] = value
+    (folder / file).write_text(json.dumps(config))

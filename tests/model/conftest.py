@@ -29,9 +29,7 @@ def tiny_siglip(tmp_path_factory) -> LVLM:
 @pytest.fixture(scope="module", params=architectures.ARCHITECTURES)
 def folder(request, tmp_path_factory) -> str:
     """A tiny random model of every architecture, on disk."""
-    folder = tmp_path_factory.mktemp(request.param)
-    architectures.write(folder, request.param)
-    return str(folder)
+    return str(architectures.write(tmp_path_factory.mktemp(request.param), request.param))
 
 
 @pytest.fixture(scope="module")

@@ -23,3 +23,8 @@ def decoder_arguments(lvlm: LVLM, inputs: Mapping[str, Any]) -> dict[str, Any]:
     finally:
         hook.remove()
     return seen
+
+
+def real(inputs: Mapping[str, Any]) -> torch.Tensor:
+    """Tokens that are no padding, bool [batch, tokens]: what padding says is nobody's business."""
+    return inputs["attention_mask"].bool()

@@ -17,9 +17,7 @@ ASKED = [claim["metric"] for claim in LEDGER if claim["chapter"] == "05-content"
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     """Patches of 8 x 8 in blocks of four, pictures shrunk to 64 x 64; any patch above 1.2 medians is called a sink."""
-    folder = tmp_path_factory.mktemp("models") / "tiny-qwen"
-    architectures.write(folder, "qwen2_vl")
-    return folder
+    return architectures.write(tmp_path_factory.mktemp("models") / "tiny-qwen", "qwen2_vl")
 
 
 def run(model: Path, folder: Path, **parameters) -> tuple[Path, pd.DataFrame]:

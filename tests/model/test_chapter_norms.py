@@ -11,9 +11,7 @@ from tests.model import architectures, chapters, noise
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "tiny-llava"
-    architectures.write(folder, "llava")
-    return folder
+    return architectures.write(tmp_path_factory.mktemp("models") / "tiny-llava", "llava")
 
 
 def run(model: Path, folder: Path, **parameters) -> pd.DataFrame:

@@ -63,10 +63,6 @@ def logits(lvlm, inputs, context=None) -> torch.Tensor:
         return passes.logits(lvlm, inputs)
 
 
-def real(inputs) -> torch.Tensor:
-    return inputs["attention_mask"].bool()
-
-
 def answered(lvlm, inputs, answers):
     """Prompts with answers behind them, and their labels; later answers of a row are padded on the right."""
     n = max(map(len, answers))
@@ -136,7 +132,7 @@ def test_against_an_eager_computation(two, monkeypatch, normalised):
         rho = gate_by_hand(gates.gates[str(layer)], last).float() * (2 if normalised else 1)
         assert (rho[:, 0] - rho[:, 1]).abs().max() > 0.1
         scales[layer + 1] = torch.cat([torch.ones(len(rho), 1), rho], 1).gather(1, group)
-    here = real(inputs)
+    here = passes.real(inputs)
     assert (group == 1).any(1).all() and (group == 2).any(1).all()
     torch.testing.assert_close(ours[here], plain(**inputs).logits[here], atol=1e-4, rtol=1e-3)
     assert not torch.allclose(ours[:, -1], logits(two, inputs)[:, -1], atol=1e-2)
@@ -355,7 +351,7 @@ def test_lora_begins_at_the_untouched_model_and_leaves_its_parts_in_place(lvlm):
             if hasattr(two, "lora_A"):
                 one.weight.data += two.lora_B["default"].weight.data @ two.lora_A["default"].weight.data
     assert not torch.allclose(logits(own, inputs)[:, -1], logits(lvlm, inputs)[:, -1], atol=1e-2)
-    here = real(inputs)
+    here = passes.real(inputs)
     for contexts in ([None, None], [moving.gated(x, inputs, sinks.rule(**RULE), 2.0, 0.5) for x in (own, by_hand)]):
         ours, expected = (logits(x, inputs, context) for x, context in zip((own, by_hand), contexts, strict=True))
         torch.testing.assert_close(ours[here], expected[here], atol=1e-4, rtol=1e-3)

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from passes import decoder_arguments, logits
+from passes import decoder_arguments, logits, real
 
 from sinkstudy.answers.evaluate import evaluate
 from sinkstudy.effects import ablation, moving
@@ -49,11 +49,6 @@ def keeper(lvlm):
         return patches
 
     return norms, keep
-
-
-def real(inputs) -> torch.Tensor:
-    """Tokens that are no padding: what padding says is nobody's business."""
-    return inputs["attention_mask"].bool()
 
 
 @pytest.mark.parametrize("ids", ["travel", "renumber"])

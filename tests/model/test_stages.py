@@ -44,9 +44,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module", params=["llava", "qwen2_vl"])
 def model(request, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp(request.param)
-    architectures.write(folder, request.param)
-    return folder
+    return architectures.write(tmp_path_factory.mktemp(request.param), request.param)
 
 
 def options(model, data: Path, out: Path, stage: str, *more: str) -> list[str]:
