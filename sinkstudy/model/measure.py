@@ -225,7 +225,7 @@ class Twin:
             ValueError: no layer of the tower reaches the decoder's input.
         """
         if self.between is None:
-            self.between = self.connector(inputs) or ""
+            self.between = self.connector(inputs)
         through: list[tuple[torch.Tensor, torch.Tensor]] = []  # what the connector read and put out
 
         def keep(module: nn.Module, args: tuple, output: Any) -> None:
@@ -257,7 +257,7 @@ class Twin:
             output=reached(leaf, _rows(through[0][1])) if len(through) == 1 else None,
         )
 
-    def connector(self, inputs: Mapping[str, Any]) -> str | None:
+    def connector(self, inputs: Mapping[str, Any]) -> str:
         """The path of the module between tower and decoder: the last outermost one whose output the tower reaches."""
         names = {id(module): path for path, module in self.model.named_modules()}
         kept = [self.parts["vision_layers"], self.parts["decoder"]]
@@ -275,7 +275,7 @@ class Twin:
 
         with register_module_forward_hook(note), torch.enable_grad(), self._leaves():
             self.embedded(inputs)
-        return called[-1] if called else None
+        return called[-1] if called else ""
 
     @torch.enable_grad()
     def pixels(self, inputs: Mapping[str, Any]) -> torch.Tensor:
@@ -337,7 +337,7 @@ def spec(config: PretrainedConfig, inputs: Mapping[str, Any], processor_class: s
             model_class=type(copy.model).__name__,
             processor_class=processor_class,
             **copy.parts,
-            connector=copy.between or "",
+            connector=copy.between,
             deepstack=next((p for p, _ in copy.model.named_modules() if p.endswith(".deepstack_merger_list")), None),
             merge=round(float(several) ** 0.5),
             packed=packed,
