@@ -108,7 +108,7 @@ def test_methods_are_measured_on_own_pictures(python, site, model, pictures):
         path for path in before if path.suffix != ""]
 
 
-def test_a_lab_model_is_not_there(python, pictures):
+def test_a_lab_model_is_not_there(python):
     _, told, folder = python("-m", "sinkstudy.cli", "route", "lab-llava", "--method", "front", code=1)
     assert f"unknown model 'lab-llava': not one of the lab models (none is in {folder / 'data/models'})" in told
     assert len(told.splitlines()) == 1 and not any(folder.iterdir())

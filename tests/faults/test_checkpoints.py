@@ -45,7 +45,7 @@ def rewrite(folder: Path, change) -> None:
     save_file(change(load_file(folder / WEIGHTS)), folder / WEIGHTS, metadata={"format": "pt"})
 
 
-def part(folder: str, path: str) -> str:
+def part(path: str) -> str:
     """How the names of a part's weights begin in the file, or end in it: the last names of its dotted path."""
     return path.removeprefix("model.").split(".")[-1]
 
@@ -70,7 +70,7 @@ def refused(folder: Path, match: str, **how: str) -> None:
 @pytest.mark.parametrize("what", ["tower", "connector", "one layer of the decoder", "one weight"])
 def test_weights_that_are_absent(copy, what):
     spec = SPECS[json.loads((copy / "config.json").read_text())["model_type"]]
-    piece = {"tower": part(copy, spec.vision) + ".", "connector": part(copy, spec.connector) + ".",
+    piece = {"tower": part(spec.vision) + ".", "connector": part(spec.connector) + ".",
              "one layer of the decoder": None, "one weight": None}[what]
     if piece is None:
         seen = ("vision", "visual")
@@ -169,7 +169,7 @@ def test_quantised_weights(copy, method):
 
 
 @pytest.mark.parametrize("switch", ["output_attentions", "output_hidden_states", "use_cache", "return_dict"])
-def test_switches_of_an_earlier_use_play_no_part(copy, switch):
+def test_switches_of_an_earlier_use_play_no_part(switch):
     plain = loading.load(str(copy))
     on = switch.startswith("output")
     configure(copy, **{switch: on, f"text_config__{switch}": on, f"vision_config__{switch}": on})

@@ -88,7 +88,7 @@ def test_a_decoder_that_was_trained_without_cache(folder, tmp_path, table, expec
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_several_end_tokens_are_the_checkpoints(folder, tmp_path, table, expected):
+def test_several_end_tokens_are_the_checkpoints(folder, tmp_path, table):
     """The one thing that counts: where an answer ends."""
     lvlm, (_, images) = loading.load(folder), table
     inputs = lvlm.inputs([images["0"]], ["how many"])

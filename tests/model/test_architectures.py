@@ -143,7 +143,7 @@ def test_vision_attention(lvlm, inputs):
         assert expected[layer].max() > 2 * expected[layer].mean()  # a wrong order would show
 
 
-def test_windows(lvlm, inputs, layouts):
+def test_windows(lvlm, inputs):
     """How many chunks a layer of a packed tower has."""
     with attention_rows(lvlm, "vision") as rows:
         logits(lvlm, inputs)

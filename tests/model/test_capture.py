@@ -251,7 +251,7 @@ def test_restores_eager(tiny, inputs):
         tiny.decoder.set_attn_implementation("sdpa")
 
 
-def test_trace(tiny, eager, images, questions, inputs, reference):
+def test_trace(tiny, images, questions, inputs, reference):
     vision_passes = []
     hook = tiny.vision.register_forward_hook(lambda module, args, out: vision_passes.append(len(args[0])))
     seen = trace(tiny, images, questions, max_new_tokens=4, batch_size=2)

@@ -63,7 +63,7 @@ def logits(lvlm, inputs, context=None) -> torch.Tensor:
         return passes.logits(lvlm, inputs)
 
 
-def answered(lvlm, inputs, answers):
+def answered(inputs, answers):
     """Prompts with answers behind them, and their labels; later answers of a row are padded on the right."""
     n = max(map(len, answers))
     ids = torch.tensor([[*answer, *[0] * (n - len(answer))] for answer in answers])
@@ -219,7 +219,7 @@ def test_training_computes_what_generation_does(two):
         out = two.model.generate(**inputs, **DECODE, suppress_tokens=[two.image_token_id, 5])
     n = inputs["input_ids"].shape[1]
     answers = [ids.tolist()[: 3 - i] for i, ids in enumerate(out.sequences[:, n:])]  # the later ones cut
-    whole, labels = answered(two, inputs, answers)
+    whole, labels = answered(inputs, answers)
     read = logits(two, whole, gates.around(whole, labels))
     for i, answer in enumerate(answers):
         for j in range(len(answer)):
@@ -230,7 +230,7 @@ def test_training_computes_what_generation_does(two):
 
 
 def test_gradient_reaches_every_gate_and_nothing_else(two):
-    whole, labels = answered(two, two.inputs(pictures(), QUESTIONS), [[5, 6, 7], [8, 9], [10]])
+    whole, labels = answered(two.inputs(pictures(), QUESTIONS), [[5, 6, 7], [8, 9], [10]])
     for gates in (shaken(two), Gates(two, **RULE)):
         gates(whole, labels).backward()
         found = {name for name, p in gates.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
@@ -259,7 +259,7 @@ def planted(lvlm, seed, n, rules):
             answers.append([said[kind][i].item()])
             kinds.append(kind)
     inputs = lvlm.inputs(*zip(*asked, strict=True))
-    return inputs, *answered(lvlm, inputs, answers), torch.tensor(kinds)
+    return inputs, *answered(inputs, answers), torch.tensor(kinds)
 
 
 @pytest.mark.parametrize("sinks_first", [True, False])
@@ -287,7 +287,7 @@ def test_planted_rule(llava, sinks_first):
 @pytest.mark.parametrize("kind", ["lsg", "lora"])
 def test_fit_trains_what_is_the_methods_own(llava, tmp_path, kind):
     """By the project's own training, and twice with the same weights."""
-    whole, labels = answered(llava, llava.inputs(pictures(), QUESTIONS), [[30, 31], [32], [33]])
+    whole, labels = answered(llava.inputs(pictures(), QUESTIONS), [[30, 31], [32], [33]])
     untouched = copy.deepcopy(llava.model.state_dict())
     ends = []
     for again in ("a", "b"):
@@ -325,7 +325,7 @@ def test_bad_choices(llava):
             Gates(llava, layers=layers)
     with pytest.raises(ValueError, match="unknown criterion"):
         Gates(llava, criterion="loud")
-    gates, (whole, labels) = Gates(llava, **RULE), answered(llava, llava.inputs(pictures(), QUESTIONS), [[5], [5], [5]])
+    gates, (whole, labels) = Gates(llava, **RULE), answered(llava.inputs(pictures(), QUESTIONS), [[5], [5], [5]])
     with pytest.raises(ValueError, match="row 1: labels begin before"):
         labels[1, whole["input_ids"][1] == llava.image_token_id] = 4
         gates(whole, labels)
@@ -383,7 +383,7 @@ def test_lora_as_large_as_gates(llava):
 
 def test_lora_trained_saved_and_read(llava, tmp_path):
     inputs = llava.inputs(pictures(), QUESTIONS)
-    whole, labels = answered(llava, inputs, [[30, 31], [32], [33]])
+    whole, labels = answered(inputs, [[30, 31], [32], [33]])
     again, lora = LoRA(copy.deepcopy(llava), parameters=1000), LoRA(llava, parameters=1000)
     plain = copy.deepcopy(dict(llava.model.named_parameters()))
     optimiser = torch.optim.AdamW(lora.changed().values(), lr=1e-2)
@@ -408,7 +408,7 @@ def test_lora_trained_saved_and_read(llava, tmp_path):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_in_half_precision_what_is_trained_is_in_float32(tmp_path, dtype):
     llava = architectures.load(tmp_path, "llava", dtype=dtype)
-    whole, labels = answered(llava, llava.inputs(pictures(), QUESTIONS), [[30, 31], [32], [33]])
+    whole, labels = answered(llava.inputs(pictures(), QUESTIONS), [[30, 31], [32], [33]])
     for method in (Gates(llava, **RULE), LoRA(llava, parameters=1000)):
         method(whole, labels).backward()
         assert all(p.dtype == torch.float32 and p.grad is not None for p in method.changed().values())

@@ -143,7 +143,7 @@ def test_a_hub_model_without_network(monkeypatch):
         loading.load("llava-hf/no-such-model")
 
 
-def test_a_hub_model_that_cannot_be_reached(monkeypatch, tmp_path):
+def test_a_hub_model_that_cannot_be_reached(monkeypatch):
     """A connection that is refused, at once and at every further trial."""
 
     def refused(*args, **kwargs):

@@ -53,7 +53,7 @@ def test_the_code_moves_the_sinks_of_a_lab_model(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("architecture", ["qwen2_vl", "qwen2_5_vl"])
-def test_the_code_runs_on_qwen_without_torchvision(architecture, tmp_path, monkeypatch, capsys):
+def test_the_code_runs_on_qwen_without_torchvision(architecture, tmp_path, monkeypatch):
     write(tmp_path / "qwen", architecture)
     Image.new("RGB", (64, 64), "red").save(tmp_path / "picture.png")
     monkeypatch.chdir(tmp_path)

@@ -77,7 +77,7 @@ def moved(a: Path, b: Path) -> set[str]:
     return {name.split(".")[0] for name in first if not torch.equal(first[name], second[name])}
 
 
-def test_two_connectors(train, model, data, tmp_path: Path, capsys):
+def test_two_connectors(train, model, data, tmp_path: Path):
     """Every stage trains what it should and the last one goes on from the first ones; killed, it ends the same."""
     low = ("--threshold", "1.02")  # so that the tiny tower has some
     sinks, others, out, killed = (tmp_path / name for name in ("sinks", "others", "tune", "killed"))
