@@ -17,11 +17,8 @@ def logits(lvlm: LVLM, inputs: Mapping[str, Any]) -> torch.Tensor:
 def decoder_arguments(lvlm: LVLM, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """`inputs_embeds` [batch, tokens, width], positions and mask, by name."""
     seen: dict[str, Any] = {}
-    hook = lvlm.decoder.register_forward_pre_hook(lambda m, args, kwargs: seen.update(kwargs), with_kwargs=True)
-    try:
+    with lvlm.decoder.register_forward_pre_hook(lambda m, args, kwargs: seen.update(kwargs), with_kwargs=True):
         logits(lvlm, inputs)
-    finally:
-        hook.remove()
     return seen
 
 

@@ -55,12 +55,10 @@ def groups(lvlm, images, k=3, seed=0) -> dict[str, torch.Tensor]:
 def entering(lvlm, inputs) -> torch.Tensor:
     """What the decoder reads, [batch, tokens, width]."""
     seen = []
-    hook = lvlm.decoder_layers[0].register_forward_pre_hook(
+    with lvlm.decoder_layers[0].register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-    )
-    with torch.no_grad():
-        lvlm.model(**inputs)
-    hook.remove()
+    ):
+        passes.logits(lvlm, inputs)
     return seen[0]
 
 

@@ -192,13 +192,11 @@ def test_layout(lvlm, inputs, layouts):
 
 def test_pixels_to_patches(lvlm, pictures, inputs, layouts):
     """Paint one square of a picture or tile and see which token of the tower's first layer changes."""
-    seen = []
-    hook = lvlm.vision_layers[0].register_forward_pre_hook(
+    seen, tile_before = [], 0
+    with lvlm.vision_layers[0].register_forward_pre_hook(
         lambda m, args, kwargs: seen.append((args[0] if args else kwargs["hidden_states"]).flatten(0, -2)),
         with_kwargs=True,
-    )
-    tile_before = 0
-    try:
+    ):
         decoder_input(lvlm, inputs)
         for layout, picture in zip(layouts, pictures):
             rows, columns = layout.grid
@@ -220,8 +218,6 @@ def test_pixels_to_patches(lvlm, pictures, inputs, layouts):
                     moved = (seen[-1] - seen[0]).abs().amax(-1).nonzero()[:, 0].tolist()
                     assert moved == [layout.vision[tile * rows * columns + row * columns + column]]
             tile_before += layout.tiles
-    finally:
-        hook.remove()
 
 
 def test_tower_to_connector(lvlm, inputs, layouts):
@@ -388,9 +384,8 @@ def test_trace_of_the_tower_alone(lvlm, pictures):
     several = [pictures[2]] * 3
     whole = trace(lvlm, several, QUESTIONS)
     decoder = []
-    hook = lvlm.decoder.register_forward_hook(lambda module, args, out: decoder.append(1))
-    norms, received = trace_tower(lvlm, several, batch_size=2)
-    hook.remove()
+    with lvlm.decoder.register_forward_hook(lambda module, args, out: decoder.append(1)):
+        norms, received = trace_tower(lvlm, several, batch_size=2)
     assert not decoder
     torch.testing.assert_close(norms, whole.vision_norms, **close)
     assert received.shape == whole.vision_received.shape
@@ -429,13 +424,11 @@ def test_lift(lvlm, layouts):
 def test_vision_neurons(lvlm, inputs):
     """The map behind the neurons reads all of them, behind the nonlinearity, of every token of the tower."""
     seen, hidden, layer = [], [], lvlm.vision_layers[1]
-    hooks = [
+    with (
         layer.get_submodule(lvlm.spec.vision_neurons).register_forward_pre_hook(lambda m, args: seen.append(args[0])),
         layer.register_forward_hook(lambda m, args, out: hidden.append(out)),
-    ]
-    logits(lvlm, inputs)
-    for hook in hooks:
-        hook.remove()
+    ):
+        logits(lvlm, inputs)
     assert seen[0].shape == (*hidden[0].shape[:-1], 32)  # twice the width, see `architectures`
     if not hasattr(layer.mlp, "gate_proj"):  # both forms of gelu stay above -0.17; quick gelu, of CLIP, too
         assert seen[0].min() > -0.3 and seen[0].max() > 1
@@ -496,9 +489,8 @@ def test_without_a_spec(kind, pictures, tmp_path):
         hidden.view(-1, hidden.shape[-1])[layout.vision[patch]] += torch.linspace(-1, 1, hidden.shape[-1])
         return hidden
 
-    hook = lvlm.vision_layers[lvlm.feature_layer].register_forward_hook(shift, prepend=True)
-    moved = (decoder_input(lvlm, alone)[0] != plain[0]).any(-1).nonzero()[:, 0]
-    hook.remove()
+    with lvlm.vision_layers[lvlm.feature_layer].register_forward_hook(shift, prepend=True):
+        moved = (decoder_input(lvlm, alone)[0] != plain[0]).any(-1).nonzero()[:, 0]
     assert moved.tolist() == layout.positions[patch].tolist()
     assert torch.equal(logits(lvlm, inputs), before)
 

@@ -94,15 +94,8 @@ def test_answers_are_those_of_one_generate_for_each_question(name, table, tmp_pa
 def test_an_intervention_changes_what_it_does_not_keep(llava, table, keeps):
     part = {"nothing": llava.vision_layers[0], "tower": llava.connector, "prefix": llava.decoder.norm}[keeps]
 
-    class Doubled:
-        def __enter__(self):
-            self.hook = part.register_forward_hook(lambda module, args, out: 2 * out)
-
-        def __exit__(self, *error):
-            self.hook.remove()
-
     def around(lvlm, inputs):
-        return Doubled()
+        return part.register_forward_hook(lambda module, args, out: 2 * out)
 
     ways = [NONE, Intervention("doubled", around, keeps=keeps)]
     found = evaluate(llava, table, ways, max_new_tokens=STEPS, cache=None)
@@ -160,14 +153,13 @@ def test_a_killed_run_goes_on_where_it_stopped(llava, table, tmp_path):
     with open(file, "a") as stream:
         stream.write('{"key": "cut of')  # as a kill leaves it
     forward = []
-    hook = counting(llava, forward)
-    again = evaluate(llava, table, max_new_tokens=STEPS, cache=tmp_path, batch_size=2)
-    assert 0 < len(forward) <= 1 + STEPS  # one prefix, one answer
-    forward.clear()
-    third = evaluate(llava, table, max_new_tokens=STEPS, cache=tmp_path, batch_size=2)
-    assert not forward and file.read_text().startswith(lines)
-    evaluate(llava, table, max_new_tokens=STEPS, cache=tmp_path, batch_size=64)
-    hook.remove()
+    with counting(llava, forward):
+        again = evaluate(llava, table, max_new_tokens=STEPS, cache=tmp_path, batch_size=2)
+        assert 0 < len(forward) <= 1 + STEPS  # one prefix, one answer
+        forward.clear()
+        third = evaluate(llava, table, max_new_tokens=STEPS, cache=tmp_path, batch_size=2)
+        assert not forward and file.read_text().startswith(lines)
+        evaluate(llava, table, max_new_tokens=STEPS, cache=tmp_path, batch_size=64)
     assert forward and file.read_text().startswith(lines)  # other batches round differently
     for found in (again, third):
         pd.testing.assert_frame_equal(found, whole, check_exact=True)  # the batches are those of an undisturbed run
@@ -209,9 +201,8 @@ def test_answers_outlive_a_kill(llava, tmp_path):
     kept = [json.loads(line.rpartition(" ")[0])["key"] for line in file.read_text().split("\n")[:-1] if line]
     table = many().head(len(kept) + 3)
     passes = []
-    hook = llava.connector.register_forward_hook(lambda module, args, out: passes.append(len(out)))
-    found = evaluate(llava, table, max_new_tokens=1, cache=tmp_path, batch_size=1)
-    hook.remove()
+    with llava.connector.register_forward_hook(lambda module, args, out: passes.append(len(out))):
+        found = evaluate(llava, table, max_new_tokens=1, cache=tmp_path, batch_size=1)
     assert 0 < len(kept) < 2000 and sum(passes) == 3
     fresh = evaluate(llava, table, max_new_tokens=1, cache=None, batch_size=1)
     pd.testing.assert_frame_equal(found, fresh, atol=1e-5)
@@ -220,9 +211,8 @@ def test_answers_outlive_a_kill(llava, tmp_path):
 def test_the_cache_tells_apart_whatever_changes_answers(llava, table, tmp_path):
     def asks_again(table=table, interventions=(NONE,), **how) -> bool:
         forward = []
-        hook = counting(llava, forward)
-        evaluate(llava, table, interventions, **{"max_new_tokens": 1, "cache": tmp_path, **how})
-        hook.remove()
+        with counting(llava, forward):
+            evaluate(llava, table, interventions, **{"max_new_tokens": 1, "cache": tmp_path, **how})
         return bool(forward)
 
     assert asks_again() and not asks_again()

@@ -81,9 +81,8 @@ def answered(inputs, answers):
 def sinks_by_hand(lvlm, inputs) -> torch.Tensor:
     """0 for text, 1 for visual tokens of sinks, 2 for others, [rows, tokens]: without `layout` and `sinks`."""
     seen = []
-    hook = lvlm.connector.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
-    logits(lvlm, inputs)
-    hook.remove()
+    with lvlm.connector.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach())):
+        logits(lvlm, inputs)
     norms = seen[0].reshape(-1, 16).norm(dim=-1).double().numpy()
     grids = inputs.get("image_grid_thw", torch.tensor([[1, 4, 4]] * len(inputs["input_ids"])))
     counts = grids.prod(1).tolist()

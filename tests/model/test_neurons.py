@@ -166,10 +166,8 @@ def test_setting_changes_what_it_should_to_the_bit(lvlm, pictures):
     of, at = torch.tensor([2, 9]), torch.tensor([3, 8, 12])
     value = torch.tensor([1.5, -2.0])
     for context in (neurons.setting(lvlm, {}), neurons.setting(lvlm, {1: of}, at, {1: value})):
-        with context:
-            hook = reader.register_forward_pre_hook(lambda m, args: seen.append(args[0].flatten(0, -2).clone()))
+        with context, reader.register_forward_pre_hook(lambda m, args: seen.append(args[0].flatten(0, -2).clone())):
             logits(lvlm, pictures)
-            hook.remove()
     before, after = seen
     expected = before.clone()
     expected[at[:, None], of] = value
@@ -210,10 +208,8 @@ def test_setting_dimensions_touches_those_entries_only(lvlm, pictures):
 
     value = torch.tensor([9.0, -3.0])
     for context in (neurons.setting(lvlm, {}), neurons.setting_dimensions(lvlm, [4, 11], patches, value)):
-        with context:
-            hook = lvlm.connector.register_forward_pre_hook(read)
+        with context, lvlm.connector.register_forward_pre_hook(read):
             logits(lvlm, pictures)
-            hook.remove()
     expected = seen[0].clone()
     expected[patches, 4], expected[patches, 11] = 9.0, -3.0
     assert torch.equal(seen[1], expected) and not torch.equal(seen[0], expected)
@@ -229,14 +225,14 @@ def test_a_register_takes_the_largest_activation_and_leaves_no_token(name, pictu
     of = torch.tensor([2, 9])
     reader = lvlm.vision_layers[1].get_submodule(lvlm.spec.vision_neurons)
     seen = []
-    with neurons.moved_to_register(lvlm, {}):  # a token that nobody writes to
-        hook = reader.register_forward_pre_hook(lambda m, args: seen.append(args[0].clone()))
+
+    def see(module, args):
+        seen.append(args[0].clone())
+
+    with neurons.moved_to_register(lvlm, {}), reader.register_forward_pre_hook(see):  # a token that nobody writes to
         logits(lvlm, pictures)
-        hook.remove()
-    with neurons.moved_to_register(lvlm, {1: of}):
-        hook = reader.register_forward_pre_hook(lambda m, args: seen.append(args[0].clone()))
+    with neurons.moved_to_register(lvlm, {1: of}), reader.register_forward_pre_hook(see):
         moved = logits(lvlm, pictures)
-        hook.remove()
     before, after = seen  # [tiles, tokens + 1, neurons]
     high, low = before[..., of].amax(1), before[..., of].amin(1)
     torch.testing.assert_close(after[:, -1, of], torch.where(high > -low, high, low))

@@ -39,10 +39,9 @@ def test_the_code_moves_the_sinks_of_a_lab_model(tmp_path, monkeypatch, capsys):
     lvlm = given["lvlm"]
     assert lvlm.name in told() and not lvlm.decoder._forward_pre_hooks
     seen: list[torch.Tensor] = []
-    handle = next(iter(lvlm.connectors.values())).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    inputs = lvlm.inputs([pixels], ["What is in the picture?"])
-    lvlm.model(**inputs)
-    handle.remove()
+    with next(iter(lvlm.connectors.values())).register_forward_pre_hook(lambda module, args: seen.append(args[0])):
+        inputs = lvlm.inputs([pixels], ["What is in the picture?"])
+        lvlm.model(**inputs)
     norms = seen[0].reshape(-1, seen[0].shape[-1]).norm(dim=-1)
     mask = norms >= 3 * norms.median()
     assert 0 < mask.sum() < 20

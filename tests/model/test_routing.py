@@ -298,15 +298,16 @@ def test_var_against_attention_computed_anew(deeper):
     def projected(module, args):
         seen["heads"] = args[0]
 
-    hooks = [layer.register_forward_hook(keep, with_kwargs=True), layer.o_proj.register_forward_pre_hook(projected),
-             lvlm.decoder_layers[2].register_forward_pre_hook(entering, with_kwargs=True)]
-    with attention_rows(lvlm, "decoder", rows="all", layers=[2]) as rows:
-        logits(lvlm, inputs)
-    plain_heads, value = seen["heads"], layer.v_proj(seen["hidden"])
-    with moving.redistributed(lvlm, inputs, **settings):
-        logits(lvlm, inputs)
-    for hook in hooks:
-        hook.remove()
+    with (
+        layer.register_forward_hook(keep, with_kwargs=True),
+        layer.o_proj.register_forward_pre_hook(projected),
+        lvlm.decoder_layers[2].register_forward_pre_hook(entering, with_kwargs=True),
+    ):
+        with attention_rows(lvlm, "decoder", rows="all", layers=[2]) as rows:
+            logits(lvlm, inputs)
+        plain_heads, value = seen["heads"], layer.v_proj(seen["hidden"])
+        with moving.redistributed(lvlm, inputs, **settings):
+            logits(lvlm, inputs)
     weights = rows[2][0]  # [batch, heads, queries, keys]
     heads = weights.shape[1]
     value = value.unflatten(-1, (-1, 8)).transpose(1, 2)  # [batch, key heads, keys, head width]

@@ -100,16 +100,15 @@ def test_each_tile_passes_its_own_register(name, norm_behind, tmp_path):
     lvlm = architectures.load(tmp_path, name)
     inputs = lvlm.inputs(noise.pictures([(32, 64)], seed=1) * 2, QUESTIONS)
     last, read = [], []
-    hooks = [lvlm.vision_layers[lvlm.feature_layer].register_forward_hook(
-        lambda module, args, output: last.append(output))]
     masks = [torch.zeros(len(layout.vision), dtype=torch.bool) for layout in lvlm.layout(inputs)]
     masks[0][[1, -2]] = True
-    with moving.registered(lvlm, inputs, masks, neurons=FOUND):
-        hooks.append(lvlm.connector.register_forward_pre_hook(lambda module, args: read.append(args[0])))
-        with torch.no_grad():
-            lvlm.model(**inputs)
-    for hook in hooks:
-        hook.remove()
+    with (
+        torch.no_grad(),
+        lvlm.vision_layers[lvlm.feature_layer].register_forward_hook(lambda module, args, output: last.append(output)),
+        moving.registered(lvlm, inputs, masks, neurons=FOUND),
+        lvlm.connector.register_forward_pre_hook(lambda module, args: read.append(args[0])),
+    ):
+        lvlm.model(**inputs)
     tiles = lvlm.vision.post_layernorm(last[0]) if norm_behind else last[0]
     patches, n = tiles[:, lvlm.n_prefix : -1], tiles.shape[1] - lvlm.n_prefix - 1
     expected = patches.flatten(0, 1).clone()
