@@ -139,7 +139,9 @@ def route(
 
 
 def _route(method: str, benchmark: str, values: dict, weight: float | None, k: int | None, name: str | None) -> None:
-    from sinkstudy import stats
+    import pandas as pd
+
+    from sinkstudy import digests, stats
     from sinkstudy.answers import evaluate
     from sinkstudy.book import report
     from sinkstudy.effects import methods
@@ -163,9 +165,14 @@ def _route(method: str, benchmark: str, values: dict, weight: float | None, k: i
     part += [values["dtype"]] if values["dtype"] != "float32" else []
     stem = "-".join(["public" if public else "lab", found[0].lower(), *words, *part])
     target = paths.RESULTS / run / "route" / f"{stem}.csv"
+    asked = digests.of_values(sorted(found[1].attrs.get("sha256", {}).values()))[:16]
+    there = pd.read_csv(target, dtype=str) if target.is_file() else pd.DataFrame()
+    if len(there) and "data_sha256" in there and set(there.data_sha256) != {asked}:
+        raise engine.UserError(f"{target} is about other data of {found[0]}: give the run about these a name (--name)")
     beside = target.with_suffix("") if public else None
     rows = methods.effect(lvlm, method, value, *found, public=public, cache=evaluate.ANSWERS, harnesses=beside, **of)
     rows = rows.assign(model=run, revision=lvlm.revision or "", dtype=values["dtype"], limit=values["limit"])
+    rows = rows.assign(data_sha256=asked)
     paths.claimed(run, model)
     with paths.atomic(target) as temporary:
         rows.to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")

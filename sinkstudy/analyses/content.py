@@ -132,10 +132,10 @@ class PatchSampler:
 
     def masks(self, index: int, layout: ImageLayout, norms: torch.Tensor) -> dict[str, torch.Tensor]:
         """The groups in the picture of this index, bool [patches]; patches that no visual token holds are in none."""
-        masks = of_patches(norms, self.rule)
+        masks = of_patches(norms, self.rule, read=layout.read)
         if self.known.calm is not None and self.known.things is not None:
             masks |= {"calm": self.known.calm[index], "things": self.known.things[index]}
-        masks = {group: mask & (layout.positions[:, 0] >= 0) for group, mask in masks.items()}
+        masks = {group: mask & layout.read for group, mask in masks.items()}
         if self.known.calm is not None:  # no more than there are other patches on things
             others = self._outside("sinks on things", masks, layout)
             masks["sinks on things"] = sinks.random_like(others, self._seed(index), masks["sinks"] & masks["things"])
@@ -157,12 +157,12 @@ class PatchSampler:
         masks = self.masks(index, layout, norms)
         randoms = {group: sinks.random_like(mask.expand(self.draws, -1), self._seed(index),
                                             self._outside(group, masks, layout)) for group, mask in masks.items()}
-        next_to = sinks.next_in_norm(norms, masks["sinks"])
+        next_to = sinks.next_in_norm(norms, masks["sinks"], among=layout.read)
         of = torch.cat([torch.stack([*masks.values(), next_to]), *randoms.values()])  # [singles, patches]
         order = torch.rand(len(norms), generator=torch.Generator().manual_seed(self._seed(index)))
         patch = order.masked_fill(~of, -1).topk(self.most).indices
         one = torch.nn.functional.one_hot(patch, len(norms)) * of[:, None]  # [singles, most, patches]
-        every = (layout.positions[:, 0] >= 0)[None]
+        every = layout.read[None]
         together = [torch.cat([masks[group][None], randoms[group]]) for group in self.names]
         return patch, torch.cat([_average(of) for of in (one[:, 0], every, one[:, 1:].flatten(0, 1), *together)])
 
@@ -183,7 +183,7 @@ class PatchSampler:
 
     def _outside(self, group: str, masks: Mapping[str, torch.Tensor], layout: ImageLayout) -> torch.Tensor:
         """Patches that a control is drawn from: those of visual tokens without a patch of the group."""
-        of, among = ("sinks", masks["things"]) if group == "sinks on things" else (group, layout.positions[:, 0] >= 0)
+        of, among = ("sinks", masks["things"]) if group == "sinks on things" else (group, layout.read)
         return ~layout.lower(layout.lift(masks[of], "any")) & among
 
     def _seed(self, index: int) -> int:

@@ -73,8 +73,9 @@ def token_groups(
     """
     if (layouts[0].tiles, *layouts[0].grid) != (1, drawing.GRID, drawing.GRID):
         scenes = None
-    relative = lifted(layouts, norms / norms.quantile(0.5, dim=1, keepdim=True), "max")
-    chosen = of_patches(norms, sinks.rule(criterion, threshold), scenes)
+    read = torch.stack([layout.read for layout in layouts])
+    relative = lifted(layouts, norms / norms.where(read, torch.nan).nanquantile(0.5, dim=1, keepdim=True), "max")
+    chosen = of_patches(norms, sinks.rule(criterion, threshold), scenes, read)
     of = {group: lifted(layouts, mask) for group, mask in chosen.items()}
     sink, patches = of["sinks"], relative.isfinite()
     masks = {

@@ -98,7 +98,8 @@ def load(
         revision: of the model, if it is one of the hub; not of the controls.
 
     Returns:
-        The models by the name of their run, the model first; and the names of the controls that are left out.
+        The models by the name of their run, the model first; and the names of the controls that are left out. Why is
+        said on stderr.
 
     Raises:
         ValueError: as `loading.load`, for the model itself.
@@ -108,12 +109,13 @@ def load(
     for name in controls:
         try:
             control = loading.load(name, device=device, dtype=dtype)
-            fits = patch_grid(control, picture) == own
-        except ValueError:  # it is not there, or takes no picture of this size
-            fits = False
-        if not fits:
+            if (grid := patch_grid(control, picture)) != own:
+                raise ValueError(f"cuts a picture into {grid} (tiles, rows, columns), not {own}")
+        except ValueError as problem:  # it is not there, say, or takes no picture of this size
+            progress.say(f"{name} is left out of the controls: {problem}")
             left_out.append(name)
-        elif name != model:
+            continue
+        if name != model:
             lvlms[paths.slug(name)] = control
     return lvlms, left_out
 

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from sinkstudy import paths, stats
-from sinkstudy.book import chapter, claims
+from sinkstudy.book import chapter, claims, report
 from sinkstudy.effects import methods
 
 CELL = ["model", "method", "way", "benchmark"]
@@ -62,6 +62,32 @@ def read(patterns: Sequence[str]) -> tuple[pd.DataFrame, list[str]]:
     own = rows.run.where(~full, paths.DEFAULT_MODEL) == rows.model.map(paths.slug)
     rows = rows.assign(df=rows.get("df", np.nan), rank=-3.0 * own - 2.0 * full - default, fewer=-rows.n)
     return rows.sort_values(["rank", "run", "source", "fewer"], kind="stable", ignore_index=True), left_out
+
+
+def answered(patterns: Sequence[str], asked: Sequence[tuple[str, str]] = ()) -> pd.DataFrame:
+    """What models answer right, untouched, by the tables that chapter 09 writes as `headline.csv`.
+
+    Args:
+        patterns: of the tables, under the project's folder.
+        asked: (model, "lab" or "public"), which are shown if they were not run, too.
+
+    Returns:
+        A row a model and kind of data, a column a benchmark and measure, as text with interval and pictures. A control
+        stands as it was scored beside its model, unless a run of its own is there; of several runs the first of
+        `paths.written` counts.
+    """
+    tables = [pd.read_csv(file, keep_default_na=False, na_values=[""])
+              for _, _, file in paths.written(*patterns, root=paths.ROOT)]
+    found = pd.concat([pd.DataFrame(columns=["model", "role", "arm", "data", "benchmark", "measure"]), *tables])
+    found = found[found.arm == "model"].sort_values("role", ascending=False, kind="stable")  # "model", then "control"
+    found = found.drop_duplicates(["model", "data", "benchmark", "measure"])
+    found["what"] = found.benchmark + ", " + found.measure.replace("accuracy", "right")
+    found["text"] = [report.shown(stats.Interval(row.value, row.low, row.high, row.pictures), fmt)
+                     + f"{of}, n = {row.pictures:.0f}"
+                     for row in found.itertuples()
+                     for fmt, of in [(".0f", f" of {row.most:.0f}") if row.most > 100 else (".1f", " %")]]
+    table = found.pivot_table(index=["model", "data"], columns="what", values="text", aggfunc="first", sort=False)
+    return table.reindex(table.index.union(list(asked), sort=False)).fillna("not run").rename_axis(None, axis=1)
 
 
 def _tidied(rows: pd.DataFrame) -> pd.DataFrame:

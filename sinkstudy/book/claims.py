@@ -286,12 +286,16 @@ def metrics(results: Path = RESULTS) -> pd.DataFrame:
     """Every headline number under `results`: `run`, `chapter`, `name`, `value`, `low`, `high`, `n`, `unit`, `df`.
 
     The full run comes first, then the default run, then the others by name.
+
+    Raises:
+        ValueError: a file that is damaged, with its name.
     """
-    rows = [
-        {"run": run, "chapter": chapter, **row}
-        for run, chapter, file in written("*/*/metrics.json", root=results)
-        for row in json.loads(file.read_text(encoding="utf-8"))
-    ]
+    rows = []
+    for run, chapter, file in written("*/*/metrics.json", root=results):
+        try:
+            rows += [{"run": run, "chapter": chapter, **row} for row in json.loads(file.read_text(encoding="utf-8"))]
+        except (ValueError, TypeError) as problem:
+            raise ValueError(f"{file} is damaged ({problem}): execute its chapter again") from None
     table = pd.DataFrame(rows, columns=["run", "chapter", "name", "value", "low", "high", "n", "unit", "df"])
     return table.astype({"value": float, "low": float, "high": float, "n": float, "df": float})
 

@@ -23,7 +23,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib import metadata
@@ -475,7 +475,7 @@ def run(
         if run_name in plans:
             raise UserError(f"two of the models have runs of the same name, {run_name}")
         plans[run_name] = plan
-        claim(run_name, check_model(model))
+        claim(run_name, check_model(model), plan)
         for folder in (WORK, RUNS / run_name, RESULTS / run_name):
             _writable(folder)
         outdated |= {(run_name, nb): defaults(nb) | plan[nb] for nb in plan if not is_fresh(run_name, nb, plan[nb])}
@@ -618,20 +618,30 @@ def end_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def claim(run: str, model: str) -> None:
+def claim(run: str, model: str, plan: Mapping[str, Mapping[str, Any]] | None = None) -> None:
     """Make sure that the results of a run are of this model, or that there are none yet. Nothing is written.
 
+    Args:
+        plan: the parameters of the notebooks that will be executed: what stays beside them is of their revision.
+
     Raises:
-        UserError: the run is that of another model, or its name is none.
+        UserError: the run is that of another model or revision, or its name is none.
     """
     try:
         paths.check_claim(run, model)
-        noted = (record(run, name).get("values", {}) for name in executed(run))
-        of = next((values["model"] for values in noted if "model" in values), model)
+        noted = {name: record(run, name).get("values", {}) for name in executed(run)}
+        of = next((values["model"] for values in noted.values() if "model" in values), model)
     except ValueError as problem:
         raise UserError(str(problem)) from None
     if of != model:
         raise UserError(f"the run {run} holds results of {of}: give those of {model} another name (--name)")
+    plan = plan or {}
+    stays = {values["revision"]: name for name, values in noted.items() if name not in plan and "revision" in values}
+    for revision in {(defaults(name) | of)["revision"] for name, of in plan.items() if "revision" in defaults(name)}:
+        if other := stays.keys() - {revision}:
+            left = stays[min(other)]
+            raise UserError(f"the run {run} holds {left} of revision {min(other) or 'main'}, and this would be of "
+                            f"{revision or 'main'}: give it another name (--name), or execute all of it anew")
 
 
 def check_memory(asked: Sequence[tuple[str, dict[str, Any]]], *, elsewhere: bool = False) -> dict[str, int]:

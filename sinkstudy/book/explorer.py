@@ -138,7 +138,7 @@ def explore(lvlm: LVLM, picture: Any, asked: pd.DataFrame, marks: Sequence[SinkR
     layout, at = trace.layouts[0], lvlm.feature_layer
     uniform = 1 / (lvlm.n_prefix + layout.grid[0] * layout.grid[1])
     norms, received = trace.vision_norms[0], trace.vision_received[0].mean(1)  # [vision layers, patches]
-    found = torch.stack([rule(norms[at], received[at] / uniform) for rule in marks])  # [rules, patches]
+    found = torch.stack([rule(norms[at], received[at] / uniform) for rule in marks]) & layout.read  # [rules, patches]
     groups = {"sinks": found[0], "top_2_percent": found[2], **known}
     outcomes, top = without(lvlm, picture, asked, groups, layout, means, draws=draws, seed=seed, batch_size=batch_size)
     words = [truth or _word(lvlm, own) for truth, own in zip(asked.answer, outcomes[None].word, strict=True)]

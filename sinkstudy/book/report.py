@@ -197,7 +197,7 @@ def glue(name: str, value: float | str, fmt: str = ".3g") -> None:
         fmt: format specification, ".1f", ".1%", "d" (numbers only).
     """
     if not isinstance(value, str):
-        value = format(int(value) if fmt.endswith("d") else float(value), fmt)
+        value = format(int(value) if fmt.endswith("d") else float(value), fmt).replace("%", " %")
     if get_ipython() is not None:
         import myst_nb
 
@@ -317,16 +317,16 @@ def provenance(lvlm: Any, parameters: Mapping[str, Any]) -> HTML:
         "Attention": str(getattr(weights.config, "_attn_implementation", "unknown")),
         "Device": _device_name(one.device),
         **{f"Parameter {name}": str(value) for name, value in parameters.items()},
-        "Versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+        "Versions": versions(),
     }
     body = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in rows.items())
     return HTML(f'<table class="dataframe provenance"><tbody>{body}</tbody></table>')
 
 
-def versions() -> dict[str, str]:
+def versions() -> str:
     """Versions of Python and of the libraries that the numbers depend on."""
-    libraries = ("torch", "transformers", "numpy", "scipy", "pandas")
-    return {"Python": platform.python_version(), **{name: metadata.version(name) for name in libraries}}
+    libraries = [f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "numpy", "scipy", "pandas")]
+    return ", ".join([f"Python {platform.python_version()}", *libraries])
 
 
 def _weights_sha256(name: str) -> str | None:

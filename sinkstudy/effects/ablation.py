@@ -50,9 +50,9 @@ class Tokens:
         return {layer: tokens[inside] for layer, tokens in self.of[image].items()}
 
     def mean(self) -> dict[int, torch.Tensor]:
-        """The mean over all tokens of all images: layer -> float64 [width]."""
-        layers = next(iter(self.of.values()))
-        return {layer: torch.cat([own[layer] for own in self.of.values()]).double().mean(0) for layer in layers}
+        """The mean over all tokens of all images that the decoder gets: layer -> float64 [width]."""
+        read = [self.group(image, layout.read) for image, layout in self.layouts.items()]
+        return {layer: torch.cat([own[layer] for own in read]).double().mean(0) for layer in read[0]}
 
 
 def _places(layout: ImageLayout, mask: torch.Tensor, site: Site) -> torch.Tensor:

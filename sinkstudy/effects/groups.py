@@ -25,6 +25,7 @@ from sinkstudy.answers.evaluate import Intervention, evaluate
 from sinkstudy.effects import ablation
 from sinkstudy.effects.ablation import Masks, Tokens
 from sinkstudy.model.groups import NAMES, of_patches
+from sinkstudy.model.layout import ImageLayout
 from sinkstudy.model.lvlm import LVLM
 from sinkstudy.world import drawing
 
@@ -40,16 +41,26 @@ class Patches:
     """The patches of one picture, and the visual tokens that the connector makes of them."""
 
     norms: torch.Tensor  # float [patches], at the connector's input
-    token: torch.Tensor  # long [patches], the visual token that a patch ends in, from 0
+    token: torch.Tensor  # long [patches], the visual token that a patch ends in, from 0; -1 for padding that is cut off
+
+    @property
+    def read(self) -> torch.Tensor:
+        """The patches that are in some visual token: bool [patches]."""
+        return self.token >= 0
 
     @property
     def highest(self) -> torch.Tensor:
         """The highest norm among the patches of each visual token: float [visual tokens]."""
-        return torch.zeros(int(self.token.max()) + 1).scatter_reduce(0, self.token, self.norms, "amax")
+        n = int(self.token.max()) + 1
+        return torch.zeros(n).scatter_reduce(0, self.token[self.read], self.norms[self.read], "amax")
 
     def tokens(self, patches: torch.Tensor) -> torch.Tensor:
         """The visual tokens that have some of these patches: bool [patches] -> bool [visual tokens]."""
-        return torch.zeros_like(self.highest).index_add_(0, self.token, patches.float()) > 0
+        return torch.zeros_like(self.highest).index_add_(0, self.token[self.read], patches[self.read].float()) > 0
+
+    def patches(self, tokens: torch.Tensor) -> torch.Tensor:
+        """All patches of some visual tokens: bool [visual tokens] -> bool [patches]."""
+        return tokens[self.token] & self.read
 
 
 @dataclass(frozen=True)
@@ -105,7 +116,7 @@ def choose(
         doses: numbers of visual tokens to take in the order of norms, and in random order. Those that a picture does
             not have are left out.
     """
-    known = {image: Patches(tokens.of[image][layer].float().norm(dim=-1), layout.at("output") - layout.output.min())
+    known = {image: Patches(tokens.of[image][layer].float().norm(dim=-1), _visual_token(layout))
              for image, layout in tokens.layouts.items()}
     fewest = min(len(patches.highest) for patches in known.values())
     masks: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
@@ -117,8 +128,15 @@ def choose(
         if "things" in marked:
             chosen |= alike(marked["sinks"], marked["things"], 7919 * seed + i)
         for name, inside in chosen.items():
-            masks.setdefault(name, {})[image] = inside[patches.token]
+            masks.setdefault(name, {})[image] = patches.patches(inside)
     return Groups(known, {**masks})
+
+
+def _visual_token(layout: ImageLayout) -> torch.Tensor:
+    """The visual token that each patch ends in, as `Patches.token`: those of one row of the connector's output."""
+    token = torch.full_like(layout.output, -1)
+    token[layout.read] = layout.at("output")[layout.read].unique(return_inverse=True)[1]
+    return token
 
 
 def _marked(
@@ -126,7 +144,7 @@ def _marked(
 ) -> dict[str, torch.Tensor]:
     """The visual tokens of each group in picture number i: bool [visual tokens]."""
     scene = scenes[i : i + 1] if scenes is not None and len(patches.norms) == drawing.GRID**2 else None
-    marked = of_patches(patches.norms[None], sinks.rule(criterion, threshold), scene)
+    marked = of_patches(patches.norms[None], sinks.rule(criterion, threshold), scene, patches.read[None])
     return {group: patches.tokens(mask[0]) for group, mask in marked.items()}
 
 

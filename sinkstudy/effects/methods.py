@@ -4,7 +4,7 @@ What a method acts on is found from the pictures alone: no answer is looked at. 
 random others. What helps with any tokens is no use of sinks.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -42,25 +42,28 @@ class Targets(NamedTuple):
 
 
 def targets(
-    of: Mapping[Hashable, torch.Tensor], criterion: str = "above_median", threshold: float = 3.0, seed: int = 0
+    of: Mapping[tuple[str, str], tuple[torch.Tensor, torch.Tensor]],
+    criterion: str = "above_median",
+    threshold: float = 3.0,
+    seed: int = 0,
 ) -> Targets:
-    """The sinks among patches of these norms, and as many random others.
+    """The sinks among the patches of pictures, and as many random others; only patches that the decoder gets.
 
     Where there are fewer than one in two pictures, the 2 % of highest norm of each picture stand for them.
 
     Args:
-        of: norms, float [patches] of each picture.
+        of: norms, float [patches], and which the decoder gets, bool [patches], of each picture.
         criterion, threshold: what a sink is, see `sinks.rule`.
 
     Raises:
         ValueError: an unknown criterion.
     """
     rule = sinks.rule(criterion, threshold)
-    found = {key: of_patches(n, rule) for key, n in of.items()}
+    found = {key: of_patches(n, rule, read=read) for key, (n, read) in of.items()}
     enough = sum(int(masks["sinks"].sum()) for masks in found.values()) >= 0.5 * len(found)
     name: Literal["sinks", "top 2 %"] = "sinks" if enough else "top 2 %"
     chosen = {key: masks[name] for key, masks in found.items()}
-    random = {key: sinks.random_like(mask, seed=seed + i) for i, (key, mask) in enumerate(chosen.items())}
+    random = {key: sinks.random_like(mask, seed + i, of[key][1]) for i, (key, mask) in enumerate(chosen.items())}
     return Targets(name, chosen, random)
 
 
@@ -107,8 +110,10 @@ class Case:
     ) -> None:
         self.lvlm, self.pictures, self.batch_size, self.seed = lvlm, pictures, batch_size, seed
         self._all = {(name, image): picture for name, of in pictures.items() for image, picture in of.items()}
-        self.norms = neurons.norms(lvlm, self._all, batch_size=batch_size)  # by benchmark and image id, like the groups
-        self.targets = targets(self.norms, criterion, threshold, seed)
+        of = neurons.norms_and_read(lvlm, self._all, batch_size=batch_size)
+        self.norms = {key: norms for key, (norms, _) in of.items()}  # by benchmark and image id, like the groups
+        self.read = {key: read for key, (_, read) in of.items()}
+        self.targets = targets(of, criterion, threshold, seed)
 
     @cached_property
     def dimensions(self) -> list[int]:
@@ -186,13 +191,15 @@ class ActedOn:
         Raises:
             ValueError: a picture has no more than k patches, or fewer others.
         """
-        norms = self._here(self.case.norms)
-        if k is not None and (few := [image for image, n in norms.items() if len(n) <= k]):
-            raise ValueError(f"k is {k}, and picture {few[0]!r} has no more than {len(norms[few[0]])} patches")
-        highest = {image: sinks.top_k(n, k or max(1, len(n) // 4)) for image, n in norms.items()}
+        norms, read = self._here(self.case.norms), self._here(self.case.read)
+        there = {image: int(mask.sum()) for image, mask in read.items()}
+        if k is not None and (few := [image for image, n in there.items() if n <= k]):
+            raise ValueError(f"k is {k}, and picture {few[0]!r} has no more than {there[few[0]]} patches")
+        highest = {image: sinks.top_k(n.masked_fill(~read[image], -1), k or max(1, there[image] // 4))
+                   for image, n in norms.items()}
         if not self.at_random:
             return highest
-        return _as_many(highest, {image: sinks.random_like(mask, self.case.seed + i)
+        return _as_many(highest, {image: sinks.random_like(mask, self.case.seed + i, read[image])
                                   for i, (image, mask) in enumerate(highest.items())})
 
     def neurons(self, k: int) -> dict[int, list[int]]:

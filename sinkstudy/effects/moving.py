@@ -11,6 +11,7 @@ token that reads several patches is meant if any of them is.
 To leave tokens out, or all but some, see `ablation.hidden`.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
@@ -25,6 +26,7 @@ from sinkstudy.answers.evaluate import Intervention, Prefixes
 from sinkstudy.effects.ablation import Masks, attentions, marked_at, of_images
 from sinkstudy.effects.neurons import moved_to_register
 from sinkstudy.model import capture
+from sinkstudy.model.groups import judged
 from sinkstudy.model.layout import ImageLayout
 from sinkstudy.model.lvlm import LVLM
 
@@ -39,7 +41,10 @@ def _judging(lvlm: LVLM, layouts: list[ImageLayout], chosen: Chosen) -> Iterator
             layout.lift(mask, "any")  # raises where it does not fit
         yield list(chosen)
         return
-    with capture.norms_at_connector(lvlm, layouts, chosen) as masks:
+    def judge(norms: torch.Tensor, layout: ImageLayout) -> torch.Tensor:
+        return judged(chosen, norms, layout.read)
+
+    with capture.norms_at_connector(lvlm, layouts, judge) as masks:
         yield masks
 
 
@@ -227,17 +232,21 @@ def scaled_keys(
 
 
 def key_makers(lvlm: LVLM) -> list[nn.Module]:
-    """What makes the keys in each layer of the decoder, last before they are turned by position.
+    """What makes the keys in each layer of the decoder: their norm, which would undo a weight, or else their map.
 
     Raises:
-        ValueError: as `attentions`, or where keys and values come from one latent vector.
+        ValueError: as `attentions`; where keys and values come from one latent vector, or one norm is for keys and
+            queries.
     """
     found = []
     for attention in attentions(lvlm):
-        made = getattr(attention, "k_norm", None) or getattr(attention, "k_proj", None)  # a norm would undo a weight
-        if made is None:
-            raise ValueError(f"{lvlm.name}: {type(attention).__name__} has no map that makes keys alone (k_proj)")
-        found.append(made)
+        parts, kind = dict(attention.named_children()), type(attention).__name__
+        norms = [part for name, part in parts.items() if re.fullmatch(r"(k|key)_?(layer_?)?norm", name)]
+        if "k_proj" not in parts:
+            raise ValueError(f"{lvlm.name}: {kind} has no map that makes keys alone (k_proj)")
+        if shared := [name for name in parts if re.fullmatch(r"qk_?(layer_?)?norms?", name)]:
+            raise ValueError(f"{lvlm.name}: {kind} norms keys and queries by one module ({shared[0]})")
+        found.append(norms[0] if norms else parts["k_proj"])
     return found
 
 

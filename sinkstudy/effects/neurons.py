@@ -293,6 +293,16 @@ def norms(
 ) -> dict[Hashable, torch.Tensor]:
     """Norms of each picture's patches where the connector reads them: float32 [patches], on the CPU.
 
+    Args and errors are those of `norms_and_read`.
+    """
+    return {key: of for key, (of, _) in norms_and_read(lvlm, pictures, way, batch_size).items()}
+
+
+def norms_and_read(
+    lvlm: LVLM, pictures: Mapping[Any, Any], way: Intervention = NONE, batch_size: int = 16
+) -> dict[Any, tuple[torch.Tensor, torch.Tensor]]:
+    """`norms`, and which of the patches the decoder gets, bool [patches], see `ImageLayout.read`.
+
     Args:
         pictures: by any key; of any sizes, as for `LVLM.inputs` or in a parquet file.
         way: under which the tower sees them.
@@ -300,12 +310,13 @@ def norms(
     Raises:
         ValueError: norms that are not finite, with the picture's key.
     """
-    found: dict[Hashable, torch.Tensor] = {}
+    found: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
     for _, inputs in _batches(lvlm, pictures, batch_size):
-        with way.around(lvlm, inputs), capture.norms_at_connector(lvlm, lvlm.layout(inputs)) as read:
+        layouts = lvlm.layout(inputs)
+        with way.around(lvlm, inputs), capture.norms_at_connector(lvlm, layouts) as norms:
             lvlm.see(inputs)
-        found |= dict(zip(inputs.image_ids, read, strict=True))
-        if odd := [key for key in inputs.image_ids if not found[key].isfinite().all()]:
+        found |= zip(inputs.image_ids, zip(norms, [layout.read for layout in layouts], strict=True), strict=True)
+        if odd := [key for key in inputs.image_ids if not found[key][0].isfinite().all()]:
             raise capture.not_finite(lvlm, "at the connector's input", repr(odd[0]))
     return found
 

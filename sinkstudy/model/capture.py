@@ -177,15 +177,15 @@ def attention_received(
 def norms_at_connector(
     lvlm: LVLM,
     layouts: Sequence[ImageLayout],
-    reduce: Callable[[torch.Tensor], torch.Tensor] = lambda norms: norms,
+    reduce: Callable[[torch.Tensor, ImageLayout], torch.Tensor] = lambda norms, layout: norms,
 ) -> Iterator[list[torch.Tensor]]:
-    """Collect `reduce(norms)` of each image's patches as the connector reads them: float32 [patches], on the CPU."""
+    """Collect `reduce(norms, layout)` of each image: norms of its patches at the connector, float32, on the CPU."""
     found: list[torch.Tensor] = []
 
     def keep(patches: torch.Tensor, layer: int) -> torch.Tensor:
         if layer == lvlm.feature_layer:
             norms = token_norms(patches.detach()).cpu()  # [patches of the batch]
-            found[:] = [reduce(norms[layout.at("input")]) for layout in layouts]
+            found[:] = [reduce(norms[layout.at("input")], layout) for layout in layouts]
         return patches
 
     with lvlm.editing(before=keep):

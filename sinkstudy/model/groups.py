@@ -18,19 +18,38 @@ NAMES = ("sinks", "top 2 %", "calm", "things")
 
 
 def of_patches(
-    norms: torch.Tensor, rule: Callable[[torch.Tensor], torch.Tensor], scenes: drawing.Scenes | None = None
+    norms: torch.Tensor,
+    rule: Callable[[torch.Tensor], torch.Tensor],
+    scenes: drawing.Scenes | None = None,
+    read: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """Which patches are in each group of `NAMES`; those of a scene only where it is known.
 
     Args:
-        norms: [pictures, patches], at the connector's input.
+        norms: [.., patches], at the connector's input.
         rule: what a sink is, of `sinks.rule`.
         scenes: of the lab, if the patches are the lab's.
+        read: where it matters which patches the decoder gets, these, bool [.., patches], see `ImageLayout.read`. Norms
+            are judged among them alone, as padding has norms of its own.
 
     Returns:
-        Bool [pictures, patches] by group.
+        Bool [.., patches] by group.
     """
-    return {"sinks": rule(norms), "top 2 %": sinks.percentile(norms, 98)} | of_scenes(scenes)
+    rules = {"sinks": rule, "top 2 %": lambda norms: sinks.percentile(norms, 98)}
+    return {group: judged(judge, norms, read) for group, judge in rules.items()} | of_scenes(scenes)
+
+
+def judged(
+    judge: Callable[[torch.Tensor], torch.Tensor], norms: torch.Tensor, read: torch.Tensor | None
+) -> torch.Tensor:
+    """What a rule finds among the patches that the decoder gets, see `of_patches`; no other is among it."""
+    if read is None or read.all():
+        return judge(norms)
+    if norms.ndim > 1:
+        return torch.stack([judged(judge, *of) for of in zip(norms, read, strict=True)])
+    found = torch.zeros_like(read)
+    found[read] = judge(norms[read])
+    return found
 
 
 def of_scenes(scenes: drawing.Scenes | None) -> dict[str, torch.Tensor]:

@@ -23,6 +23,11 @@ class ImageLayout:
     output: torch.Tensor  # [patches], index in the connector's output as [tokens of the batch, decoder width]; likewise
     positions: torch.Tensor  # [patches, k], positions in `input_ids[row]`; -1 where there is none (k is mostly 1)
 
+    @property
+    def read(self) -> torch.Tensor:
+        """Patches that some visual token holds: bool [patches]. Others are padding, which LLaVA-NeXT cuts off."""
+        return (self.positions >= 0).any(1)
+
     def at(self, site: Literal["input", "output"]) -> torch.Tensor:
         """Where the patches stand in what the connector reads or puts out: `connector` or `output`.
 

@@ -20,6 +20,7 @@ from sinkstudy.answers.evaluate import Intervention, Prefixes
 from sinkstudy.effects import moving
 from sinkstudy.effects.ablation import narrowed, token_places
 from sinkstudy.model import capture
+from sinkstudy.model.groups import judged
 from sinkstudy.model.layout import ImageLayout
 from sinkstudy.model.lvlm import LVLM
 from sinkstudy.trained.loop import Method
@@ -117,7 +118,7 @@ class DIYSink(OneConnector):
 
     def chosen(self, norms: torch.Tensor, layout: ImageLayout) -> torch.Tensor:
         """The patches that the sinks' connector reads: norms, float [patches] -> bool [patches]."""
-        mask = self.rule(norms)
+        mask = judged(self.rule, norms, layout.read)
         return random_split(mask, norms, layout) if self.settings["split"] == "random" else mask
 
     @contextmanager

@@ -163,3 +163,28 @@ def outputs(page, kind: str) -> list[str]:
 def test_nothing_to_read(checkout: Commands):
     printed = checkout.call("run", "--only", "12", "--name", "empty", "-p", 'effects=["results/none/*.csv"]', code=1)
     assert "no table of effects is there (results/none/*.csv): 'sinkstudy run --only 10' makes one" in printed
+
+
+def test_what_models_answer(tmp_path, monkeypatch):
+    """A model's own run before its scores beside another; whoever was not run is said to be so."""
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    monkeypatch.setattr(paths, "RESULTS", tmp_path / "results")
+    columns = ["model", "role", "arm", "data", "benchmark", "measure", "value", "low", "high", "pictures", "most"]
+    tables = {
+        "lab-llava": [("lab-llava", "model", "model", "lab", "POPE", "accuracy", 80.0, 70.0, 90.0, 9, 100),
+                      ("lab-llava", "model", "blind", "lab", "POPE", "accuracy", 50.0, 50.0, 50.0, 9, 100),
+                      ("null", "control", "model", "lab", "POPE", "accuracy", 60.0, 50.0, 70.0, 9, 100),
+                      ("null", "control", "model", "lab", "MME", "cognition", 300.0, 250.0, 350.0, 5, 800)],
+        "null": [("null", "model", "model", "lab", "POPE", "accuracy", 65.0, 60.0, 70.0, 90, 100)],
+    }  # fmt: skip
+    for run, rows in tables.items():
+        (tmp_path / "results" / run / "09-benchmarks").mkdir(parents=True)
+        file = tmp_path / "results" / run / "09-benchmarks" / "headline.csv"
+        pd.DataFrame(rows, columns=columns).to_csv(file, index=False)
+    found = across.answered(["results/*/09-benchmarks/headline.csv"], [("null", "lab"), ("other", "public")])
+    assert found["POPE, right"].to_dict() == {
+        ("null", "lab"): "65.0 [60.0, 70.0] %, n = 90", ("lab-llava", "lab"): "80.0 [70.0, 90.0] %, n = 9",
+        ("other", "public"): "not run"}  # fmt: skip
+    of_mme = {"null": "300 [250, 350] of 800, n = 5", "lab-llava": "not run", "other": "not run"}
+    assert found["MME, cognition"].droplevel("data").to_dict() == of_mme
+    assert list(across.answered(["results/*/nothing.csv"], [("other", "lab")]).index) == [("other", "lab")]

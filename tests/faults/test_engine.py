@@ -103,6 +103,27 @@ def test_a_mistyped_parameter_of_a_plan(project: Project):
     assert not list(project.root.glob("results/x/*")) + list(project.root.glob("book/runs/x/*"))
 
 
+@pytest.mark.parametrize("first, second, ends", [
+    ("", "v2", "main, and this would be of v2"), ("v1", "", "v1, and this would be of main"), ("v1", "v1", None),
+])
+def test_a_run_is_of_one_revision(monkeypatch, tmp_path, first, second, ends):
+    """Its verdicts would be of none. Whatever is executed anew may be of another."""
+    monkeypatch.setattr(engine, "RUNS", tmp_path)
+    model = {"model": "owner/name"}
+    for notebook, values in (("01-norms", model | {"revision": first}), ("12-across-models", model)):
+        page = tmp_path / "owner--name" / f"{notebook}.ipynb"
+        page.parent.mkdir(exist_ok=True)
+        noted = {"sinkstudy": {"params": {}, "values": values}}
+        page.write_text(json.dumps({"cells": [], "metadata": noted}))
+    given = {"revision": second} if second else {}
+    engine.claim("owner--name", "owner/name", {"01-norms": given, "03-propagation": given})
+    engine.claim("owner--name", "owner/name", {"12-across-models": {}})
+    if ends is None:
+        return engine.claim("owner--name", "owner/name", {"03-propagation": given})
+    with pytest.raises(engine.UserError, match=f"^the run owner--name holds 01-norms of revision {ends}: .*--name"):
+        engine.claim("owner--name", "owner/name", {"03-propagation": given})
+
+
 # ------------------------------------------------------------------------------------------- damaged notebooks
 DAMAGE = {"empty": b"", "cut off": None, "garbage": b"\x00\xff\x00", "a list": b"[]", "no cells": b'{"metadata": {}}',
           "other notes": b'{"cells": [], "metadata": {"sinkstudy": 3}}',

@@ -119,6 +119,15 @@ def judged(folder, ledger, value, low, high, n=400) -> str:
     return claims.verdicts(folder, ledger).verdict.iloc[0]
 
 
+@pytest.mark.parametrize("content", ["", "[{", "3", '["x"]', '{"name": 1}'])
+def test_damaged_numbers_are_named(tmp_path, content):
+    judged(tmp_path, toy({"above": 5}, "points", 2), 7, 6, 8)
+    file = tmp_path / "lab-llava" / "90-toy" / "metrics.json"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(file))} is damaged .*: execute its chapter again"):
+        claims.metrics(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("rule", "unit", "matters", "interval", "expected"),
     [

@@ -9,9 +9,11 @@ is made a sink.
 import functools
 import importlib.util
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import bare
 import pandas as pd
@@ -139,6 +141,34 @@ def answers(lvlm: Bare) -> None:
     assert seen.answers == SPEECH.batch_decode(own[:, inputs["input_ids"].shape[1] :]), "answers"
 
 
+def halved(lvlm: Bare, inputs, sink: torch.Tensor) -> None:
+    """With weight 0.5 the first keys that attention sees otherwise are half as long, and those of the sink alone.
+
+    A norm behind what makes the keys would undo any weight but 0.
+    """
+    seen: list[list[torch.Tensor]] = []
+
+    def noting(query, key, *args, **kwargs):
+        seen[-1].append(key.detach().clone())
+        return attend(query, key, *args, **kwargs)
+
+    attend = torch.nn.functional.scaled_dot_product_attention
+    with mock.patch("torch.nn.functional.scaled_dot_product_attention", noting), torch.no_grad():
+        for context in (nullcontext(), moving.gated(lvlm, inputs, [sink], 0.5)):
+            seen.append([])
+            with context:
+                lvlm.model(**inputs)
+    if not seen[0]:
+        return  # its attention is eager
+    own, weighed = next((pair for pair in zip(*seen, strict=True) if not torch.equal(*pair)), (None, None))
+    if own is None:
+        raise ValueError("keys are as long as before")
+    moved = (own != weighed).any(-1).any(1)[0].nonzero()[:, 0]  # places of keys
+    layout = lvlm.layout(inputs)[0]
+    assert set(moved.tolist()) <= set(layout.visual[layout.lift(sink, "any")].tolist()), "other keys are weighed"
+    torch.testing.assert_close(weighed[:, :, moved], own[:, :, moved] / 2)
+
+
 def methods(lvlm: Bare) -> list[str]:
     """The training-free methods that do not run, or change nothing, each with the reason."""
     inputs = lvlm.inputs([(8, 8)], [""])
@@ -161,6 +191,8 @@ def methods(lvlm: Bare) -> list[str]:
                 changed = lvlm.model(**inputs).logits[:, -1]
             if torch.equal(changed, plain):
                 raise ValueError("nothing changes")
+            if name == "keys":
+                halved(lvlm, inputs, sink)
         except Exception as error:
             missing.append(f"{name} ({said(error)})")
     return missing

@@ -1,6 +1,8 @@
 """`sinkstudy route`: every method of the table, and the command with its errors."""
 
 
+import shutil
+
 import architectures
 import numpy as np
 import pandas as pd
@@ -188,13 +190,15 @@ def test_changes_in_several_benchmarks(llava, benchmark):
 
 
 def test_without_sinks_the_tail_stands_for_them(llava, benchmark):
-    of = neurons.norms(llava, benchmark[1], batch_size=3)
+    of = neurons.norms_and_read(llava, benchmark[1], batch_size=3)
     for name, picture in benchmark[1].items():
-        torch.testing.assert_close(of[name], hand_norms(llava, picture))
+        torch.testing.assert_close(of[name][0], hand_norms(llava, picture))
+        assert of[name][1].all()
     name, own, random = methods.targets(of, "absolute", 1e9)
-    assert name == "top 2 %" and all(mask.sum() == 1 and of[key][mask] == of[key].max() for key, mask in own.items())
+    assert name == "top 2 %"
+    assert all(mask.sum() == 1 and of[key][0][mask] == of[key][0].max() for key, mask in own.items())
     assert all(mask.sum() == 1 and not (mask & own[key]).any() for key, mask in random.items())
-    half = sorted(of[key].max().item() for key in of)[1:]
+    half = sorted(norms.max().item() for norms, _ in of.values())[1:]
     assert methods.targets(of, "absolute", half[1]).name == "sinks"  # one in two pictures
     assert methods.targets(of, "absolute", half[2]).name == "top 2 %"  # one in four
 
@@ -258,6 +262,16 @@ def test_the_command_on_public_files(elsewhere):
     assert file.read_bytes() == written
     assert set(pd.read_csv(file.with_name("public-pope-keep-top-k-2-bfloat16.csv")).dtype) == {"bfloat16"}
     assert set(rows.option_value) == {2} and set(rows.data) == {"public"} and set(rows.measure) == {"right", "logp"}
+    shutil.copytree(elsewhere / "data", elsewhere / "same")
+    shutil.copytree(elsewhere / "data", elsewhere / "other")
+    changed = next((elsewhere / "other").rglob("*.parquet"))
+    of = pq.read_table(changed).to_pylist()
+    pq.write_table(pa.Table.from_pylist([row | {"question": row["question"] + " Say."} for row in of]), changed)
+    assert call(*how[:-1], str(elsewhere / "same")).exit_code == 0 and file.read_bytes() == written
+    refused = call(*how[:-1], str(elsewhere / "other"))
+    assert "is about other data of POPE: give the run about these a name" in str(refused.exception)
+    assert file.read_bytes() == written
+    assert call(*how[:-1], str(elsewhere / "other"), "--name", "others").exit_code == 0
 
 
 LAB = ["lab-llava"]

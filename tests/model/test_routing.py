@@ -27,6 +27,12 @@ def TWO(norms: torch.Tensor) -> torch.Tensor:  # noqa: N802
     return norms >= norms.topk(2).values[-1]
 
 
+def two(norms, layout) -> torch.Tensor:
+    """Those of a picture that are no padding; norms as the connector reads them, [patches of the batch]."""
+    of = norms[layout.connector].masked_fill((layout.positions < 0).all(1), -1)
+    return torch.zeros_like(of).scatter(0, of.topk(2).indices, 1).bool()
+
+
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +77,7 @@ def test_order_and_ids(lvlm, inputs, to):
         with moving.reordered(lvlm, inputs, TWO, to, ids):
             after = decoder_arguments(lvlm, inputs)
         for layout in layouts:
-            strongest = set(norms[0][layout.connector].topk(2).indices.tolist())
+            strongest = set(two(norms[0], layout).nonzero()[:, 0].tolist())
             tokens = {p for patch in strongest for p in layout.positions[patch].tolist() if p >= 0}
             visual = layout.visual.tolist()
             moved, rest = [p for p in visual if p in tokens], [p for p in visual if p not in tokens]
@@ -106,7 +112,7 @@ def test_renumbered_is_a_permutation_of_what_the_connector_puts_out(lvlm, inputs
         order = torch.arange(len(tokens))
         start = 0
         for layout in layouts:
-            mask = layout.lift(TWO(norms[-1][layout.connector]), "any")
+            mask = layout.lift(two(norms[-1], layout), "any")
             in_order = start + torch.cat([mask.nonzero()[:, 0], (~mask).nonzero()[:, 0]])
             # Qwen2.5-VL's connector reads windows; behind it tokens are put back in order
             at = window[start:start + len(mask)] if window is not None else torch.arange(start, start + len(mask))
@@ -167,7 +173,7 @@ def test_gate_against_eager_attention(lvlm, inputs):
     with moving.gated(lvlm, inputs, TWO, 0.5, layers=[1]):
         after = scores()
     for layout in layouts:
-        mask = layout.lift(TWO(norms[0][layout.connector]), "any")
+        mask = layout.lift(two(norms[0], layout), "any")
         row, visual = layout.row, layout.visual
         other = visual[~mask][-1]
         was, now = ((s[1][row][:, visual] - s[1][row][:, other, None]) for s in (before, after))  # [heads, visual]
@@ -228,7 +234,7 @@ def test_masks_given_for_each_image_are_as_good_as_a_rule(lvlm, inputs):
     norms, keep = keeper(lvlm)
     with lvlm.editing(before=keep):
         logits(lvlm, inputs)
-    masks = [TWO(norms[0][layout.connector]) for layout in lvlm.layout(inputs)]
+    masks = [two(norms[0], layout) for layout in lvlm.layout(inputs)]
     ways = (moving.reordered, lambda *args: moving.gated(*args, 0.5), lambda *args: moving.reweighted(*args, 2))
     for method in ways:
         with method(lvlm, inputs, TWO):

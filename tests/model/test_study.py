@@ -1,5 +1,8 @@
 """What chapters begin with: pictures of a folder or of the lab, questions, and controls that fit."""
 
+import re
+import shutil
+
 import architectures
 import numpy as np
 import pandas as pd
@@ -58,20 +61,25 @@ def test_other_pictures_are_all_asked_the_prompt():
     assert table.image_id.tolist() == ["0", "1"]
 
 
-def test_controls_of_the_same_grid_stand_beside_the_model():
+def test_controls_of_the_same_grid_stand_beside_the_model(capsys):
     shown, _ = study.pictures("", 1)
     lvlms, left_out = study.load("lab-llava", ["lab-llava-sinks", "no-such-model", "lab-llava"], shown[0])
     assert list(lvlms) == ["lab-llava", "lab-llava-sinks"] and left_out == ["no-such-model"]
+    assert "no-such-model is left out of the controls: " in capsys.readouterr().err
     assert study.patch_grid(lvlms["lab-llava"], shown[0]) == (1, 12, 12)
 
 
-def test_a_control_that_takes_no_such_picture_is_left_out(tmp_path):
-    """Lab models take 96 x 96 pixels only; another model resizes."""
+def test_a_control_that_takes_no_such_picture_is_left_out(tmp_path, capsys):
+    """Lab models take 96 x 96 pixels only; another model resizes. One that is damaged is said to be so."""
     architectures.write(tmp_path / "tiny", "llava")
     picture = Image.new("RGB", (200, 90))
     lvlms, left_out = study.load(str(tmp_path / "tiny"), ["lab-llava"], picture)
     assert list(lvlms) == ["tiny"] and left_out == ["lab-llava"]
     assert study.patch_grid(lvlms["tiny"], picture) == (1, 4, 4)
+    shutil.copytree(tmp_path / "tiny", tmp_path / "cut")
+    (tmp_path / "cut/model.safetensors").write_bytes((tmp_path / "tiny/model.safetensors").read_bytes()[:-1])
+    assert study.load(str(tmp_path / "tiny"), [str(tmp_path / "cut")], picture)[1] == [str(tmp_path / "cut")]
+    assert re.search(r"cut is left out of the controls: .*cut cannot be read: .*metadata", capsys.readouterr().err)
 
 
 def test_a_revision_is_the_models_and_not_the_controls(monkeypatch):

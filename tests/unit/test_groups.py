@@ -28,7 +28,7 @@ def tokens(scenes: drawing.Scenes, per_token: int, on_things: bool = True) -> To
         norms[wanted] += HIGH
         of[f"p{i}"] = {LAYER: norms[:, None]}
         output, nothing = 100 * i + torch.arange(len(share)) // per_token, torch.empty(0)
-        layouts[f"p{i}"] = ImageLayout(i, (drawing.GRID,) * 2, 1, nothing, nothing, nothing, output, nothing)
+        layouts[f"p{i}"] = ImageLayout(i, (drawing.GRID,) * 2, 1, nothing, nothing, nothing, output, output[:, None])
     return Tokens("input", of, layouts)
 
 
@@ -47,7 +47,7 @@ def test_a_group_is_of_whole_tokens(found):
     for masks in found.masks.values():
         for image, mask in masks.items():
             patches = found.patches[image]
-            assert torch.equal(mask, patches.tokens(mask)[patches.token])
+            assert torch.equal(mask, patches.patches(patches.tokens(mask)))
 
 
 def test_what_is_chosen(found, scenes):

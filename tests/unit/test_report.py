@@ -109,7 +109,7 @@ def test_glue_does_nothing_outside_a_kernel(monkeypatch):
         (torch.tensor(1 / 3), ".3g", "0.333"),
         (np.float64(7.0456), ".2f", "7.05"),
         (np.int64(1234), ",d", "1,234"),
-        (0.125, ".1%", "12.5%"),
+        (0.125, ".1%", "12.5 %"),
         ("lab-llava", ".3g", "lab-llava"),
     ],
 )
