@@ -6,15 +6,13 @@ They cannot be what a method acts on, nor its control, nor count as taken away.
 from types import SimpleNamespace
 
 import architectures
-import numpy as np
+import noise
 import pytest
 import torch
-from PIL import Image
 
 from sinkstudy import sinks
 from sinkstudy.analyses import content, propagation
 from sinkstudy.effects import ablation, groups, methods, moving, neurons
-from sinkstudy.model import loading
 from sinkstudy.model.groups import of_patches
 from sinkstudy.trained.connectors import DIYSink
 
@@ -29,11 +27,8 @@ def models(tmp_path_factory):
 
     def model(kind: str) -> SimpleNamespace:
         if kind not in made:
-            folder = tmp_path_factory.mktemp(kind)
-            architectures.write(folder, kind)
-            lvlm = loading.load(str(folder))
-            pixels = np.random.default_rng(3).integers(0, 256, (20, 64, 3), dtype=np.uint8)
-            picture = Image.fromarray(pixels)
+            lvlm = architectures.load(tmp_path_factory.mktemp(kind), kind)
+            (picture,) = noise.pictures([(64, 20)], seed=3)
             inputs = lvlm.inputs([picture], ["what"])
             (layout,) = lvlm.layout(inputs)
             tiles = inputs["pixel_values"].flatten(0, 1)
