@@ -33,8 +33,6 @@ def two(norms, layout) -> torch.Tensor:
     return torch.zeros_like(of).scatter(0, of.topk(2).indices, 1).bool()
 
 
-
-
 @pytest.fixture(scope="module")
 def inputs(lvlm):
     return lvlm.inputs(noise.pictures(SIZES), QUESTIONS)
