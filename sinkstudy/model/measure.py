@@ -75,8 +75,8 @@ def _attention(layers: nn.ModuleList) -> str | None:
 
 def _neurons(layer: nn.Module, attention: str) -> str | None:
     """The last linear map of a layer outside its attention: it reads the neurons of the MLP."""
-    linear = [path for path, module in layer.named_modules() if isinstance(module, nn.Linear)]
-    linear = [path for path in linear if not path.startswith(attention.split(".")[0] + ".")]
+    inside = attention.split(".")[0] + "."
+    linear = [p for p, module in layer.named_modules() if isinstance(module, nn.Linear) and not p.startswith(inside)]
     return linear[-1] if linear else None
 
 
@@ -331,8 +331,8 @@ def spec(config: PretrainedConfig, inputs: Mapping[str, Any], processor_class: s
         layout, patches = found[0], sum(len(one.vision) for one in found)
         in_own_size = "image_sizes" in like and not getattr(config, "image_grid_pinpoints", None)  # Pixtral
         packed = in_own_size or _grids(like, patches) is not None
-        real = layout.positions >= 0
-        several = 0 if flow.tokens is None else real.any(1).sum() / len(layout.positions[real].unique())
+        tokens = layout.positions[layout.positions >= 0].unique()
+        several = 0 if flow.tokens is None else layout.read.sum() / len(tokens)
         copy.spec = Spec(
             model_class=type(copy.model).__name__,
             processor_class=processor_class,
