@@ -50,9 +50,11 @@ ALIGN = loop.Settings(steps=120, batch_size=32, lr=3e-3, weight_decay=0.05)  # o
 TUNE = loop.Settings(steps=1300, batch_size=24, lr=3e-3, weight_decay=0.05)
 ROUTER = loop.Settings(steps=60, batch_size=20, lr=1e-2)  # the paper's: 120 samples ten times
 RIVALS = loop.Settings(steps=120, batch_size=32, lr=3e-3)
-# Models with arms, and what a sink is there; lab-llava has none by norm, so its largest norms stand for them.
+# Models with arms, and what a sink is there; lab-llava has none by norm, so its largest norms stand for them. Those of
+# lab-qwen2vl lie on things.
 BASES: dict[str, dict[str, Any]] = {
     "lab-llava-gist": {"criterion": "above_median", "threshold": 3.0},
+    "lab-qwen2vl": {"criterion": "above_median", "threshold": 3.0},
     "lab-llava": {"criterion": "percentile", "threshold": 98.0},
 }
 CONNECTOR_ARMS = ("one", "two", "matched", "others", "sinks", "normed", "random", "kept")
