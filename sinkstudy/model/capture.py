@@ -18,7 +18,7 @@ the hidden states of layer l - 1.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property, partial
 from typing import Any, Literal
@@ -114,7 +114,8 @@ def attention_rows(
     Raises:
         IndexError: in the forward pass, if a call has fewer queries than a row asks for.
     """
-    results: dict[int, list] = {layer: [] for layer in _attending(lvlm, side, layers)}
+    modules = _attending(lvlm, side, layers)
+    results: dict[int, list] = {layer: [] for layer in modules}
 
     def see(layer: int, attention: "_Attention") -> None:
         index = torch.arange(attention.n_queries, device=attention.query.device)
@@ -122,7 +123,7 @@ def attention_rows(
             index = index[torch.as_tensor([rows] if isinstance(rows, int) else rows, device=index.device)]
         results[layer].append(reduce(attention.weights(index), layer))
 
-    with _watching(lvlm, side, layers, see):
+    with _watching(lvlm, side, modules, see):
         yield results
 
 
@@ -147,8 +148,9 @@ def attention_received(
     With `relative`, values are multiplied by the number of keys: in a tower 1 is then what uniform attention gives,
     in windows too, which have fewer keys than the image.
     """
-    results: dict[int, list] = {layer: [] for layer in _attending(lvlm, side, None)}
-    chunks: dict[int, list] = {layer: [] for layer in results}
+    modules = _attending(lvlm, side, None)
+    results: dict[int, list] = {layer: [] for layer in modules}
+    chunks: dict[int, list] = {layer: [] for layer in modules}
 
     def see(layer: int, attention: "_Attention") -> None:
         index = torch.arange(attention.n_queries, device=attention.query.device)
@@ -172,7 +174,7 @@ def attention_received(
         results[layer].append(torch.cat(chunks[layer], dim=-1))
         chunks[layer].clear()
 
-    with _watching(lvlm, side, None, see, finish):
+    with _watching(lvlm, side, modules, see, finish):
         yield results
 
 
@@ -316,8 +318,8 @@ def _trace_batch(lvlm: LVLM, inputs: BatchFeature, max_new_tokens: int, first: i
         else:
             lvlm.model(**inputs, logits_to_keep=1)
 
-    def stack(results: dict[int, list]) -> torch.Tensor:
-        seen = {layer: calls[0].cpu() for layer, calls in results.items()}
+    def stack(results: dict[int, list], call: int = 0) -> torch.Tensor:
+        seen = {layer: calls[call].cpu() for layer, calls in results.items()}
         none = torch.full_like(next(iter(seen.values())), float("nan"))  # of a layer without attention
         return torch.stack([seen.get(layer, none) for layer in range(len(lvlm.decoder_layers))], dim=1)
 
@@ -330,7 +332,7 @@ def _trace_batch(lvlm: LVLM, inputs: BatchFeature, max_new_tokens: int, first: i
     if max_new_tokens:
         tokens = sequences[:, inputs.input_ids.shape[1] :]  # [batch, steps]
         n_steps = len(next(iter(rows.values())))
-        steps = torch.stack([stack({layer: calls[i:] for layer, calls in rows.items()}) for i in range(n_steps)])
+        steps = torch.stack([stack(rows, call) for call in range(n_steps)])
         weight = until_end(tokens.cpu(), lvlm.ends).T  # [steps, batch]
         weight = (weight / weight.sum(0))[:, :, None, None, None]
         output_attention = (steps * weight).sum(0)  # [steps, batch, layers, heads, visual tokens] -> [batch, ..]
@@ -413,8 +415,6 @@ class _Attention:
 
     def real(self, rows: torch.Tensor) -> torch.Tensor:
         """Which queries see themselves, so are no padding: bool [batch or 1, 1 or heads, rows, 1]."""
-        if self.mask is None:
-            return torch.ones(1, 1, len(rows), 1, dtype=torch.bool, device=rows.device)
         itself = self.n_keys - self.n_queries + rows  # the queries are the newest keys
         visible = self.visible(rows)
         return visible.gather(-1, itself.view(1, 1, -1, 1).expand(*visible.shape[:2], -1, 1))
@@ -467,12 +467,11 @@ AttentionInterface.register("sinkstudy_watched", _watched_attention)
 AttentionMaskInterface.register("sinkstudy_watched", sdpa_mask)
 
 
-@contextmanager
 def editing_attention(
     lvlm: LVLM,
     edit: Callable[[int, "_Attention", torch.Tensor, torch.Tensor], torch.Tensor],
-    layers: Sequence[int] | None = None,
-) -> Iterator[None]:
+    layers: Sequence[int],
+) -> AbstractContextManager[None]:
     """Change what attention modules of the decoder put out, before their output projection.
 
     `edit(layer, attention, value, output)` gets queries, keys and mask as `attention`, the values
@@ -480,24 +479,22 @@ def editing_attention(
     output. Whoever watches attention inside sees it as it was before the change.
     """
     modules = _attending(lvlm, "decoder", layers)
-    with _attached(lvlm.decoder, "_editors", {module: partial(edit, layer) for layer, module in modules.items()}):
-        yield
+    return _attached(lvlm.decoder, "_editors", {module: partial(edit, layer) for layer, module in modules.items()})
 
 
 @contextmanager
 def _watching(
     lvlm: LVLM,
     side: Side,
-    layers: Sequence[int] | None,
+    modules: Mapping[int, nn.Module],
     see: Callable[[int, _Attention], None],
     finish: Callable[[int], None] = lambda layer: None,
 ) -> Iterator[None]:
-    """Call `see(layer, attention)` at every attention of these layers, and `finish(layer)` when its module is done.
+    """Call `see(layer, attention)` at every attention of these modules, and `finish(layer)` when one is done.
 
     A module attends more than once where the tower is packed. Contexts may be nested.
     """
     part = lvlm.vision if side == "vision" else lvlm.decoder
-    modules = _attending(lvlm, side, layers)
     with ExitStack() as stack:
         for layer, module in modules.items():
             stack.enter_context(module.register_forward_hook(lambda m, args, out, layer=layer: finish(layer)))

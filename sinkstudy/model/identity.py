@@ -96,6 +96,8 @@ class Identity:
                 return list(value)
             case CodeType():
                 return [value.co_code, value.co_exceptiontable, value.co_names, value.co_consts]
+            case FunctionType() | type() if _installed(value.__module__) and "<" not in value.__qualname__:
+                return f"{value.__module__}.{value.__qualname__}".encode()
             case FunctionType():
                 return self._function(value)
             case MethodType():
@@ -112,8 +114,6 @@ class Identity:
                 own = not _installed(value.__name__) and getattr(value, "__file__", None)
                 return Path(value.__file__).read_bytes() if own else value.__name__.encode()
             case type():
-                if _installed(value.__module__) and "<" not in value.__qualname__:
-                    return f"{value.__module__}.{value.__qualname__}".encode()
                 own = {k: v for k, v in vars(value).items() if not k.startswith("__") or isinstance(v, FunctionType)}
                 return [value.__qualname__, value.__bases__, own]
         if callable(identity := getattr(type(value), "identity", None)):
@@ -122,9 +122,7 @@ class Identity:
             return [type(value), vars(value)]
         raise Unknown(f"what a {type(value).__module__}.{type(value).__qualname__} holds cannot be told")
 
-    def _function(self, value: FunctionType) -> bytes | list:
-        if _installed(value.__module__) and "<" not in value.__qualname__:
-            return f"{value.__module__}.{value.__qualname__}".encode()
+    def _function(self, value: FunctionType) -> list:
         reads = {name: value.__globals__[name] for name in sorted(set(_globals(value.__code__)))
                  if name in value.__globals__}  # fmt: skip
         try:
@@ -148,7 +146,7 @@ def _installed(module: str | None) -> bool:
     if root == "__main__":  # which a kernel of Jupyter has from an installed file
         return False
     file = getattr(sys.modules.get(root), "__file__", None)
-    return root in ("sinkstudy", *sys.builtin_module_names) or root in sys.stdlib_module_names or (
+    return root == "sinkstudy" or root in sys.stdlib_module_names or (
         file is not None and Path(file).is_relative_to(_INSTALLED)
     )
 

@@ -75,8 +75,8 @@ def _attention(layers: nn.ModuleList) -> str | None:
 
 def _neurons(layer: nn.Module, attention: str) -> str | None:
     """The last linear map of a layer outside its attention: it reads the neurons of the MLP."""
-    linear = [path for path, module in layer.named_modules() if isinstance(module, nn.Linear)]
-    linear = [path for path in linear if not path.startswith(attention.split(".")[0] + ".")]
+    inside = attention.split(".")[0] + "."
+    linear = [p for p, module in layer.named_modules() if isinstance(module, nn.Linear) and not p.startswith(inside)]
     return linear[-1] if linear else None
 
 
@@ -225,7 +225,7 @@ class Twin:
             ValueError: no layer of the tower reaches the decoder's input.
         """
         if self.between is None:
-            self.between = self.connector(inputs) or ""
+            self.between = self.connector(inputs)
         through: list[tuple[torch.Tensor, torch.Tensor]] = []  # what the connector read and put out
 
         def keep(module: nn.Module, args: tuple, output: Any) -> None:
@@ -257,7 +257,7 @@ class Twin:
             output=reached(leaf, _rows(through[0][1])) if len(through) == 1 else None,
         )
 
-    def connector(self, inputs: Mapping[str, Any]) -> str | None:
+    def connector(self, inputs: Mapping[str, Any]) -> str:
         """The path of the module between tower and decoder: the last outermost one whose output the tower reaches."""
         names = {id(module): path for path, module in self.model.named_modules()}
         kept = [self.parts["vision_layers"], self.parts["decoder"]]
@@ -275,7 +275,7 @@ class Twin:
 
         with register_module_forward_hook(note), torch.enable_grad(), self._leaves():
             self.embedded(inputs)
-        return called[-1] if called else None
+        return called[-1] if called else ""
 
     @torch.enable_grad()
     def pixels(self, inputs: Mapping[str, Any]) -> torch.Tensor:
@@ -331,13 +331,13 @@ def spec(config: PretrainedConfig, inputs: Mapping[str, Any], processor_class: s
         layout, patches = found[0], sum(len(one.vision) for one in found)
         in_own_size = "image_sizes" in like and not getattr(config, "image_grid_pinpoints", None)  # Pixtral
         packed = in_own_size or _grids(like, patches) is not None
-        real = layout.positions >= 0
-        several = 0 if flow.tokens is None else real.any(1).sum() / len(layout.positions[real].unique())
+        tokens = layout.positions[layout.positions >= 0].unique()
+        several = 0 if flow.tokens is None else layout.read.sum() / len(tokens)
         copy.spec = Spec(
             model_class=type(copy.model).__name__,
             processor_class=processor_class,
             **copy.parts,
-            connector=copy.between or "",
+            connector=copy.between,
             deepstack=next((p for p, _ in copy.model.named_modules() if p.endswith(".deepstack_merger_list")), None),
             merge=round(float(several) ** 0.5),
             packed=packed,

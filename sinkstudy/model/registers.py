@@ -15,6 +15,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
+from transformers.utils import can_return_tuple
 
 
 @strict
@@ -61,20 +62,15 @@ class CLIPVisionModelWithRegisters(CLIPVisionModel):
             # as the parent initialises CLS: random directions, so that the registers can differ
             init.normal_(module.register_tokens, std=module.embed_dim**-0.5 * self.config.initializer_factor)
 
-    def forward(
-        self,
-        pixel_values: torch.Tensor | None = None,
-        interpolate_pos_encoding: bool | None = False,
-        return_dict: bool | None = None,
-        **kwargs,
-    ) -> BaseModelOutputWithPooling | tuple:
-        output = super().forward(pixel_values, interpolate_pos_encoding, return_dict=True, **kwargs)
+    @can_return_tuple
+    def forward(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling | tuple:
+        output = super().forward(pixel_values, return_dict=True, **kwargs)
         output.last_hidden_state = self._without_registers(output.last_hidden_state)
         if output.hidden_states is not None:
             output.hidden_states = tuple(
                 None if hidden is None else self._without_registers(hidden) for hidden in output.hidden_states
             )
-        return output.to_tuple() if return_dict is False else output
+        return output
 
     def _without_registers(self, hidden: torch.Tensor) -> torch.Tensor:
         n = self.config.num_register_tokens

@@ -17,10 +17,10 @@ from sinkstudy.benchmarks.parquet import Picture
 NAMES = list(SOURCES)
 
 
-def image(shade: int = 0) -> dict:
+def image(shade: int = 0, size: tuple[int, int] = (4, 2)) -> dict:
     """An image as the Hub's data sets store it."""
     stream = io.BytesIO()
-    PIL.Image.new("RGB", (4, 2), (shade, 0, 0)).save(stream, "PNG")
+    PIL.Image.new("RGB", size, (shade, 0, 0)).save(stream, "PNG")
     return {"bytes": stream.getvalue(), "path": None}
 
 

@@ -80,9 +80,9 @@ class Commands:
         self.processes.append(process)
         return process
 
-    def call(self, *arguments: str, code: int = 0) -> str:
+    def call(self, *arguments: str, code: int = 0, module: str = "sinkstudy.cli") -> str:
         """Run the command to its end and return what it printed."""
-        process = self.start(*arguments)
+        process = self.start(*arguments, module=module)
         printed, _ = process.communicate(timeout=600)
         assert process.returncode == code, printed
         return printed
@@ -134,10 +134,7 @@ class Project(Commands):
 
     def snakemake(self, *arguments: str) -> str:
         """Run plain Snakemake to its end and return what it printed."""
-        process = self.start(*(arguments or ("--cores", "2")), module="snakemake")
-        printed, _ = process.communicate(timeout=600)
-        assert process.returncode == 0, printed
-        return printed
+        return self.call(*(arguments or ("--cores", "2")), module="snakemake")
 
     def executed(self, *arguments: str, by: Callable[..., str] | None = None) -> list[str]:
         """The notebooks that `sinkstudy run`, or `by`, executes, in alphabetical order."""

@@ -17,11 +17,7 @@ COLUMNS = ["model", "group", "method", "way", "benchmark", "measure", "value", "
 
 def effects(root: Path, folder: str, rows: list[tuple]) -> None:
     """Write a table of (model, method, way, benchmark, value, low, high)."""
-    tidy = [
-        (model, "sinks", *what, "right", *numbers, PICTURES)
-        for model, *what, value, low, high in rows
-        for numbers in [(value, low, high)]
-    ]
+    tidy = [(model, "sinks", *what, "right", value, low, high, PICTURES) for model, *what, value, low, high in rows]
     tidy += [(*row[:5], "logp", 9.0, 8.0, 10.0, PICTURES) for row in tidy]  # another measure, of no interest here
     file = root / "results" / folder
     file.parent.mkdir(parents=True)

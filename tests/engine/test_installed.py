@@ -7,11 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
+import noise
 import pytest
 import typer
 from architectures import write
-from PIL import Image
 
 from sinkstudy import cli
 
@@ -55,19 +54,15 @@ def python(site, tmp_path):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    write(folder, "llava")
-    return folder
+    return write(tmp_path_factory.mktemp("models") / "tiny", "llava")
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
     """Four pictures, questions about them, and conversations."""
-    folder = tmp_path_factory.mktemp("data") / "own"
-    folder.mkdir()
-    random, questions, samples = np.random.default_rng(0), [], []
+    folder = noise.write(tmp_path_factory.mktemp("data") / "own", [(48, 40)] * 4)
+    questions, samples = [], []
     for i in range(4):
-        Image.fromarray(random.integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(folder / f"{i}.png")
         questions.append({"question": "is the texture red", "answer": ("yes", "no")[i % 2], "image": f"{i}.png"})
         said = [{"from": "human", "value": "<image>\nhow many"}, {"from": "gpt", "value": "red"}]
         samples.append({"id": str(i), "image": f"{i}.png", "conversations": said})
@@ -113,7 +108,7 @@ def test_methods_are_measured_on_own_pictures(python, site, model, pictures):
         path for path in before if path.suffix != ""]
 
 
-def test_a_lab_model_is_not_there(python, pictures):
+def test_a_lab_model_is_not_there(python):
     _, told, folder = python("-m", "sinkstudy.cli", "route", "lab-llava", "--method", "front", code=1)
     assert f"unknown model 'lab-llava': not one of the lab models (none is in {folder / 'data/models'})" in told
     assert len(told.splitlines()) == 1 and not any(folder.iterdir())

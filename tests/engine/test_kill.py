@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -19,10 +20,16 @@ def half_way(root: Path) -> bool:
     return any((root / "book/runs/.work").glob("run-*/results/lab-llava/01-first/a.csv"))
 
 
-def test_killed_group_resumes(project: Project):
-    project.write("pause", "600")
+def begun(project: Project, pause: str = "600") -> subprocess.Popen:
+    """A run that is in the middle of the first chapter, where it pauses for so many seconds."""
+    project.write("pause", pause)
     process = project.start("run", "--only", "01")
     wait_for(lambda: half_way(project.root))
+    return process
+
+
+def test_killed_group_resumes(project: Project):
+    process = begun(project)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert not (project.root / "results/lab-llava/01-first").exists()
@@ -36,10 +43,8 @@ def test_killed_group_resumes(project: Project):
 def test_killed_rerun_keeps_the_earlier_whole(project: Project):
     project.call("run", "--only", "01")
     before = (project.root / "book/runs/lab-llava/01-first.ipynb").read_bytes()
-    project.write("pause", "3")
     project.write("sinkstudy/beta.py", "TWO = 5\n")
-    process = project.start("run", "--only", "01")
-    wait_for(lambda: half_way(project.root))
+    process = begun(project, "3")
     process.kill()  # the command alone: Snakemake and the kernel live on as orphans
     process.wait()
     assert (project.root / "book/runs/lab-llava/01-first.ipynb").read_bytes() == before

@@ -5,45 +5,21 @@ import os
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
-from tests.benchmarks.test_data import FILES
+from tests.benchmarks.test_data import FILES, write
 from tests.engine.conftest import Commands
-from tests.model import architectures
+from tests.model import architectures, noise
 
 COMMITS = {"main": "1" * 40, "v1": "0123456789abcdef" * 2 + "01234567"}
 
 
-def draw(folder: Path, sizes: list[tuple[int, int]]) -> Path:
-    """Random pictures of (width, height)."""
-    folder.mkdir()
-    random = np.random.default_rng(0)
-    for i, (wide, high) in enumerate(sizes):
-        Image.fromarray(random.integers(0, 256, (high, wide, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-    return folder
-
-
-def pope(folder: Path, change) -> Path:
-    """A folder of benchmarks with POPE's files, their rows changed."""
-    for name, rows in FILES["POPE"].items():
-        file = folder / "POPE" / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(change(pa.Table.from_pylist(rows)), file)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "tiny-qwen"
-    architectures.write(folder, "qwen2_5_vl")
-    return folder
+    return architectures.write(tmp_path_factory.mktemp("models") / "tiny-qwen", "qwen2_5_vl")
 
 
 def printed(page) -> str:
@@ -51,7 +27,8 @@ def printed(page) -> str:
 
 
 def test_chapters_run_on_a_folder(checkout: Commands, model: Path, tmp_path: Path):
-    pictures, data = draw(tmp_path / "pictures", [(64, 48)] * 4), pope(tmp_path / "data", lambda rows: rows)
+    pictures, data = noise.write(tmp_path / "pictures", [(64, 48)] * 4), tmp_path / "data"
+    write(data / "POPE", FILES["POPE"])
     options = ["--only", "03", "--only", "09", "--batch-size", "3"]
     options += ["-p", f"images_dir={pictures}", "-p", f"data_dir={data}", "-p", 'benchmarks=["POPE"]']
     checkout.call("run", str(model), *options)
@@ -90,7 +67,7 @@ def test_a_chapter_runs_on_a_revision_of_a_hub_model(checkout: Commands, model: 
     for reference, commit in COMMITS.items():
         (cache / "refs" / reference).write_text(commit)
         (cache / "snapshots" / commit).symlink_to(model)
-    pictures = draw(tmp_path / "pictures", [(64, 48)] * 2)
+    pictures = noise.write(tmp_path / "pictures", [(64, 48)] * 2)
     checkout.call("run", "owner/tiny", "--revision", "v1", "--only", "01", "-p", f"images_dir={pictures}")
     page = checkout.page("01-norms", "owner--tiny")
     assert printed(page).startswith("2 pictures, 6 x 8 patches; models: owner--tiny, lab-qwen2vl\n")
@@ -118,10 +95,12 @@ def test_a_model_that_cannot_be_used_is_refused_before_a_kernel_starts(checkout:
 
 
 def test_data_that_cannot_be_used_is_named_in_the_last_line(checkout: Commands, model: Path, tmp_path: Path):
-    pictures = draw(tmp_path / "pictures", [(64, 64)] * 2)
+    pictures = noise.write(tmp_path / "pictures", [(64, 64)] * 2)
     os.truncate(pictures / "1.png", 300)
-    data = pope(tmp_path / "data", lambda rows: rows.drop_columns("answer"))
+    files = {name: [{k: v for k, v in row.items() if k != "answer"} for row in rows]
+             for name, rows in FILES["POPE"].items()}
+    write(tmp_path / "data" / "POPE", files)
     printed = checkout.call("run", str(model), "--only", "01", "-p", f"images_dir={pictures}", code=1)
     assert printed == "sinkstudy: 01-norms: picture 1.png cannot be read: it ends too early, the file is truncated\n"
-    printed = checkout.call("run", str(model), "--only", "09", "-p", f"data_dir={data}", code=1)
+    printed = checkout.call("run", str(model), "--only", "09", "-p", f"data_dir={tmp_path / 'data'}", code=1)
     assert printed.startswith("sinkstudy: POPE: column 'answer' is missing in ") and len(printed.splitlines()) == 1

@@ -44,11 +44,16 @@ def write(folder):
 """
 
 
-def test_render(project: Project):
+def begin(project: Project) -> None:
+    """The book's own files."""
     project.write("_config.yml", CONFIG)
     project.write("_toc.yml", TOC)
     project.write("book/intro.md", "# Intro\n")
     (project.root / "book/dot.png").write_bytes(DOT)
+
+
+def test_render(project: Project):
+    begin(project)
     project.notebook("01-first", "print(limit)", prose=PROSE)
     project.notebook("02-second", "print(seed)")
 
@@ -100,10 +105,7 @@ def test_render(project: Project):
 
 def test_any_chapters_of_a_run(project: Project):
     """A page refers to its run's other pages where they are, else to the default run's; also once they come or go."""
-    project.write("_config.yml", CONFIG)
-    project.write("_toc.yml", TOC)
-    project.write("book/intro.md", "# Intro\n")
-    (project.root / "book/dot.png").write_bytes(DOT)
+    begin(project)
     project.notebook("01-first", "print(limit)", prose=PROSE)
     project.notebook("02-second", "print(seed)", prose="# Two\n\nSee {ref}`that <part>`, [](01-first.ipynb).")
     project.call("run", "--only", "02")
@@ -127,10 +129,7 @@ def test_any_chapters_of_a_run(project: Project):
 
 def test_renamed_notebook(project: Project):
     """The page of the old name goes, so no label stands twice; a page of another run stays."""
-    project.write("_config.yml", CONFIG)
-    project.write("_toc.yml", TOC)
-    project.write("book/intro.md", "# Intro\n")
-    (project.root / "book/dot.png").write_bytes(DOT)
+    begin(project)
     project.notebook("01-first", "print(limit)")
     project.notebook("02-second", "print(seed)", prose=PROSE)
     project.call("run")

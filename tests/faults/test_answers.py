@@ -16,22 +16,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from architectures import write
 
 from sinkstudy import sinks
 from sinkstudy.analyses import attribution, probing, relevance
 from sinkstudy.answers.evaluate import NONE, Intervention, evaluate
 from sinkstudy.effects import ablation, neurons
-from sinkstudy.model import capture, loading
-from sinkstudy.model.lvlm import LVLM
+from sinkstudy.model import capture
 from sinkstudy.paths import ROOT
-
-
-@pytest.fixture(scope="module")
-def llava(tmp_path_factory) -> LVLM:
-    folder = tmp_path_factory.mktemp("llava")
-    write(folder, "llava")
-    return loading.load(str(folder))
 
 
 @pytest.fixture(scope="module")
@@ -108,9 +99,8 @@ def test_what_does_not_prove_itself_is_answered_again(llava, table, tmp_path, na
     pd.testing.assert_frame_equal(evaluate(llava, table, max_new_tokens=2, cache=tmp_path), whole, check_exact=True)
     # and is there again, whole
     asked = []
-    hook = llava.decoder.register_forward_pre_hook(lambda *_: asked.append(1))
-    evaluate(llava, table, max_new_tokens=2, cache=tmp_path)
-    hook.remove()
+    with llava.decoder.register_forward_pre_hook(lambda *_: asked.append(1)):
+        evaluate(llava, table, max_new_tokens=2, cache=tmp_path)
     assert not asked
 
 
@@ -208,9 +198,8 @@ def test_interventions_that_differ_in_what_they_reach_have_answers_of_their_own(
     for again in (False, True):
         for by, new in fresh.items():
             how = REACHED[name](by)
-            hook = llava.decoder.register_forward_pre_hook(lambda *_: asked.append(1))
-            kept = evaluate(llava, table, [how], max_new_tokens=2, cache=tmp_path)
-            hook.remove()
+            with llava.decoder.register_forward_pre_hook(lambda *_: asked.append(1)):
+                kept = evaluate(llava, table, [how], max_new_tokens=2, cache=tmp_path)
             pd.testing.assert_frame_equal(kept, new, check_exact=True)
             assert bool(asked) is not again
             asked.clear()
@@ -254,9 +243,8 @@ def test_answers_do_not_depend_on_what_was_asked_before(llava, table, tmp_path):
     """Kept are answers of a whole batch: some of its questions in another batch are not taken from there."""
     part, asked = table[table.question == "how many"], []
     evaluate(llava, table, max_new_tokens=2, cache=tmp_path, batch_size=4)
-    hook = llava.decoder.register_forward_pre_hook(lambda *_: asked.append(1))
-    kept = evaluate(llava, part, max_new_tokens=2, cache=tmp_path, batch_size=4)
-    hook.remove()
+    with llava.decoder.register_forward_pre_hook(lambda *_: asked.append(1)):
+        kept = evaluate(llava, part, max_new_tokens=2, cache=tmp_path, batch_size=4)
     assert asked
     pd.testing.assert_frame_equal(
         kept, evaluate(llava, part, max_new_tokens=2, cache=None, batch_size=4), check_exact=True
@@ -346,11 +334,8 @@ def poisoned(module, value: float):
         out[..., 0] = value
         return out
 
-    handle = module.register_forward_hook(spoil)
-    try:
+    with module.register_forward_hook(spoil):
         yield
-    finally:
-        handle.remove()
 
 
 SIDES = {"vision": ("vision_layers", 0), "decoder": ("decoder_layers", 1)}
@@ -392,23 +377,17 @@ def test_nan_behind_the_first_token_is_refused(llava, table, tmp_path, value):
     def spoil(module, args, out):
         return out * value if out.shape[1] == 1 else out
 
-    handle = llava.model.lm_head.register_forward_hook(spoil)
-    try:
+    with llava.model.lm_head.register_forward_hook(spoil):
         with pytest.raises(ValueError, match="among the logits, picture '0'.*another dtype"):
             evaluate(llava, table, max_new_tokens=3, cache=tmp_path)
-    finally:
-        handle.remove()
     assert not any(file.read_bytes().strip() for file in tmp_path.glob("*"))
 
 
 def test_a_candidate_of_probability_0_is_refused(llava, table, tmp_path):
     words = torch.tensor(llava.processor.tokenizer.convert_tokens_to_ids(["no"]))
-    handle = llava.model.lm_head.register_forward_hook(lambda m, args, out: out.index_fill(-1, words, -float("inf")))
-    try:
+    with llava.model.lm_head.register_forward_hook(lambda m, args, out: out.index_fill(-1, words, -float("inf"))):
         with pytest.raises(ValueError, match="among the logits, picture '0'"):
             evaluate(llava, table, max_new_tokens=2, cache=tmp_path)
-    finally:
-        handle.remove()
 
 
 def attributed(llava, pictures):
@@ -442,12 +421,9 @@ def test_the_first_text_token_is_watched_too(llava, table, value):
         out[:, 0, 3] = value
         return out
 
-    handle = llava.decoder_layers[-1].register_forward_hook(spoil)
-    try:
+    with llava.decoder_layers[-1].register_forward_hook(spoil):
         with pytest.raises(ValueError, match="behind layer 2 of the decoder, picture 0"):
             capture.trace(llava, list(table.image[::2]), ["how many"] * 3)
-    finally:
-        handle.remove()
 
 
 @pytest.mark.parametrize("criterion", sinks.NORM_CRITERIA)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from architectures import WORDS, write
+from architectures import WORDS, configure, write
 from huggingface_hub import get_local_safetensors_metadata
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -31,9 +31,7 @@ def copy(folder, tmp_path) -> Path:
 @pytest.fixture(scope="module")
 def one(tmp_path_factory) -> Path:
     """A tiny LLaVA."""
-    folder = tmp_path_factory.mktemp("llava")
-    write(folder, "llava")
-    return folder
+    return write(tmp_path_factory.mktemp("llava"), "llava")
 
 
 @pytest.fixture
@@ -42,21 +40,12 @@ def llava(one, tmp_path) -> Path:
     return Path(shutil.copytree(one, tmp_path / "model"))
 
 
-def configure(folder: Path, file: str = "config.json", **entries) -> None:
-    """Change entries of a configuration; `part__entry` is one of a part."""
-    config = json.loads((folder / file).read_text())
-    for key, value in entries.items():
-        *part, entry = key.split("__")
-        (config[part[0]] if part else config)[entry] = value
-    (folder / file).write_text(json.dumps(config))
-
-
 def rewrite(folder: Path, change) -> None:
     """`change` gets all weights by name and returns those to be saved."""
     save_file(change(load_file(folder / WEIGHTS)), folder / WEIGHTS, metadata={"format": "pt"})
 
 
-def part(folder: str, path: str) -> str:
+def part(path: str) -> str:
     """How the names of a part's weights begin in the file, or end in it: the last names of its dotted path."""
     return path.removeprefix("model.").split(".")[-1]
 
@@ -81,7 +70,7 @@ def refused(folder: Path, match: str, **how: str) -> None:
 @pytest.mark.parametrize("what", ["tower", "connector", "one layer of the decoder", "one weight"])
 def test_weights_that_are_absent(copy, what):
     spec = SPECS[json.loads((copy / "config.json").read_text())["model_type"]]
-    piece = {"tower": part(copy, spec.vision) + ".", "connector": part(copy, spec.connector) + ".",
+    piece = {"tower": part(spec.vision) + ".", "connector": part(spec.connector) + ".",
              "one layer of the decoder": None, "one weight": None}[what]
     if piece is None:
         seen = ("vision", "visual")
@@ -175,19 +164,15 @@ def test_pickled_weights_are_not_read(copy):
 
 @pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq", "torchao", "compressed-tensors"])
 def test_quantised_weights(copy, method):
-    config = json.loads((copy / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": method, "load_in_4bit": True}
-    (copy / "config.json").write_text(json.dumps(config))
+    configure(copy, quantization_config={"quant_method": method, "load_in_4bit": True})
     refused(copy, f"quantised .{method}.; the study needs the unquantised checkpoint")
 
 
 @pytest.mark.parametrize("switch", ["output_attentions", "output_hidden_states", "use_cache", "return_dict"])
-def test_switches_of_an_earlier_use_play_no_part(copy, switch):
+def test_switches_of_an_earlier_use_play_no_part(switch):
     plain = loading.load(str(copy))
-    config = json.loads((copy / "config.json").read_text())
-    for of in (config, config["text_config"], config["vision_config"]):
-        of[switch] = switch.startswith("output")
-    (copy / "config.json").write_text(json.dumps(config))
+    on = switch.startswith("output")
+    configure(copy, **{switch: on, f"text_config__{switch}": on, f"vision_config__{switch}": on})
     switched = loading.load(str(copy))
     assert {k: v for k, v in switched.model.config.to_dict().items() if k != "_name_or_path"} == {
         k: v for k, v in plain.model.config.to_dict().items() if k != "_name_or_path"}
@@ -210,9 +195,7 @@ def test_a_chat_format_that_drops_the_picture(copy):
 
 def test_another_image_token(copy):
     config = json.loads((copy / "config.json").read_text())
-    key = "image_token_id" if "image_token_id" in config else "image_token_index"
-    config[key] = 9
-    (copy / "config.json").write_text(json.dumps(config))
+    configure(copy, **{"image_token_id" if "image_token_id" in config else "image_token_index": 9})
     refused(copy, "different image tokens|does not prepare")
 
 

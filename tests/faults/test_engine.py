@@ -19,14 +19,7 @@ import pytest
 from sinkstudy import digests, paths
 from sinkstudy.book import engine
 from tests.engine.conftest import PARAMETERS, Project
-from tests.engine.test_kill import half_way, wait_for
-
-
-@pytest.fixture
-def project(tmp_path: Path):
-    made = Project(tmp_path)
-    yield made
-    made.end()
+from tests.engine.test_kill import begun, wait_for
 
 
 def leftovers(root: Path) -> list[str]:
@@ -43,9 +36,7 @@ def ended(process: subprocess.Popen, seconds: float = 60) -> tuple[int, str]:
 # ------------------------------------------------------------------------------------------- signals and pipes
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_ends_at_once_with_its_kernels(project: Project, sent: int):
-    project.write("pause", "600")
-    process = project.start("run", "--only", "01")
-    wait_for(lambda: half_way(project.root))
+    process = begun(project)
     began = time.time()
     process.send_signal(sent)
     code, printed = ended(process)
@@ -70,9 +61,7 @@ def alive(root: Path) -> list[str]:
 
 
 def test_a_run_whose_reader_goes_away_ends(project: Project):
-    project.write("pause", "600")
-    process = project.start("run", "--only", "01")
-    wait_for(lambda: half_way(project.root))
+    process = begun(project)
     process.kill()  # the command alone
     process.wait()
     process.stdout.close()
@@ -84,9 +73,7 @@ def test_a_run_whose_reader_goes_away_ends(project: Project):
 
 # ------------------------------------------------------------------------------------------- two of one name
 def test_two_runs_of_one_name(project: Project):
-    project.write("pause", "600")
-    first = project.start("run", "--only", "01")
-    wait_for(lambda: half_way(project.root))
+    first = begun(project)
     plan = project.root / "book/runs/.work/lab-llava.plan.json"
     before = plan.read_text()
     printed = project.call("run", "--only", "01", "--limit", "5", code=1)

@@ -4,7 +4,6 @@ JSON lines, MME's folders, tables, questions of one's own; and files for other h
 import base64
 import copy
 import csv
-import io
 import json
 import os
 import re
@@ -47,16 +46,14 @@ def refused(*words: str, name: str, path: Path) -> None:
     assert [word for word in words if word not in said] == [], said
 
 
-def picture(file: Path, value: int = 0, size: tuple[int, int] = (4, 2)) -> Path:
+def picture(file: Path, value: int = 0) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
-    PIL.Image.new("RGB", size, (value, 0, 0)).save(file)
+    PIL.Image.new("RGB", (4, 2), (value, 0, 0)).save(file)
     return file
 
 
 def coded(value: int, size: tuple[int, int] = (4, 2)) -> str:
-    stream = io.BytesIO()
-    PIL.Image.new("RGB", size, (value, 0, 0)).save(stream, "PNG")
-    return base64.b64encode(stream.getvalue()).decode()
+    return base64.b64encode(image(value, size)["bytes"]).decode()
 
 
 def lines(file: Path, rows: list[dict]) -> Path:
@@ -612,7 +609,7 @@ def test_mmstar_with_pictures_as_text(tmp_path, options):
     assert table.question[2].startswith('Say "it"\nin two\tlines?')
 
 
-def test_pictures_of_a_table_stay_in_its_file(tmp_path, monkeypatch):
+def test_pictures_of_a_table_stay_in_its_file(tmp_path):
     """Only opening one reads it."""
     big = coded(5, (300, 300))
     table = load("MMStar", path=tabbed(tmp_path / "MMStar.tsv", [star(i, image=big) for i in range(4)]))

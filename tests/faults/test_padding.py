@@ -3,18 +3,18 @@
 They cannot be what a method acts on, nor its control, nor count as taken away.
 """
 
+from functools import cache
 from types import SimpleNamespace
 
 import architectures
+import noise
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from sinkstudy import sinks
 from sinkstudy.analyses import content, propagation
 from sinkstudy.effects import ablation, groups, methods, moving, neurons
-from sinkstudy.model import loading
 from sinkstudy.model.groups import of_patches
 from sinkstudy.trained.connectors import DIYSink
 
@@ -25,24 +25,19 @@ HOW = {"criterion": "percentile", "threshold": 70.0}
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """By kind: the model, a picture that is padded, its layout, and the norms of its patches by plain transformers."""
-    made = {}
 
+    @cache
     def model(kind: str) -> SimpleNamespace:
-        if kind not in made:
-            folder = tmp_path_factory.mktemp(kind)
-            architectures.write(folder, kind)
-            lvlm = loading.load(str(folder))
-            pixels = np.random.default_rng(3).integers(0, 256, (20, 64, 3), dtype=np.uint8)
-            picture = Image.fromarray(pixels)
-            inputs = lvlm.inputs([picture], ["what"])
-            (layout,) = lvlm.layout(inputs)
-            tiles = inputs["pixel_values"].flatten(0, 1)
-            with torch.no_grad():
-                states = lvlm.vision(tiles, output_hidden_states=True).hidden_states[lvlm.feature_layer + 1]
-            norms = states.norm(dim=-1).flatten()[layout.vision]
-            assert 0 < (~layout.read).sum() < len(norms)
-            made[kind] = SimpleNamespace(lvlm=lvlm, picture=picture, inputs=inputs, layout=layout, norms=norms)
-        return made[kind]
+        lvlm = architectures.load(tmp_path_factory.mktemp(kind), kind)
+        (picture,) = noise.pictures([(64, 20)], seed=3)
+        inputs = lvlm.inputs([picture], ["what"])
+        (layout,) = lvlm.layout(inputs)
+        tiles = inputs["pixel_values"].flatten(0, 1)
+        with torch.no_grad():
+            states = lvlm.vision(tiles, output_hidden_states=True).hidden_states[lvlm.feature_layer + 1]
+        norms = states.norm(dim=-1).flatten()[layout.vision]
+        assert 0 < (~layout.read).sum() < len(norms)
+        return SimpleNamespace(lvlm=lvlm, picture=picture, inputs=inputs, layout=layout, norms=norms)
 
     return model
 

@@ -47,7 +47,6 @@ ODD = {  # by the type that a parameter is declared with
     "ResultFiles": [[], "results/*", [""], [3]],
 }
 DECLARED = {nb: parameters.declarations(nb) for nb in engine.notebooks()}
-TYPE = {kind: name for name, kind in vars(parameters).items() if name in ODD}
 
 
 def kind_of(declared: parameters.Declared) -> str:

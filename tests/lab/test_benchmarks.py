@@ -35,7 +35,7 @@ def asked_kind(question: str) -> str:
 
 
 @pytest.mark.parametrize("name", ["POPE", "MME", "MMStar"])
-def test_built_again_a_table_is_the_same(tables, name):
+def test_built_again_a_table_is_the_same(name):
     small = {"POPE": lambda: benchmarks.pope(4), "MME": lambda: benchmarks.mme(2),
              "MMStar": lambda: benchmarks.mmstar(2)}[name]
     pd.testing.assert_frame_equal(small(), small())

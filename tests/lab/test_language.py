@@ -39,7 +39,7 @@ def pictures() -> torch.Tensor:
 
 
 @pytest.fixture(scope="module", params=["plain", "registers", "qwen2vl"])
-def assembled(request, made, pictures, tmp_path_factory):
+def assembled(request, pictures, tmp_path_factory):
     """A random lab model: as assembled for training (weights rounded to bfloat16), and exported and loaded again."""
     tower = t.build(request.param)
     kind = family(tower.config)
@@ -86,7 +86,7 @@ def test_the_prompt_is_the_one_of_training(assembled, made):
     assert words[:len(made.codec.words)] == made.codec.words
 
 
-def test_the_connector_starts_at_the_scale_of_its_data(made, pictures):
+def test_the_connector_starts_at_the_scale_of_its_data(pictures):
     """Both families: unit pre-activations of mean 0 over all units, visual tokens as long as words."""
     for name in ("plain", "qwen2vl"):
         tower = t.build(name)

@@ -28,14 +28,11 @@ def test_inside_the_context_the_connector_reads_the_new_norms():
     lvlm, (shown, scenes) = loading.load("lab-llava"), pictures("", 2)
     masks, read = list(scenes.calm.flatten(1)), []
     inputs = lvlm.inputs(shown, ["", ""])
-    hook = lvlm.connector.linear_1.register_forward_pre_hook(lambda module, args: read.append(args[0]))
-    try:
+    with lvlm.connector.linear_1.register_forward_pre_hook(lambda module, args: read.append(args[0])):
         plain = lvlm.model(**inputs).logits
         with norms.lengthened(lvlm, inputs, masks, norms.LONG):
             lvlm.model(**inputs)
         after = lvlm.model(**inputs).logits
-    finally:
-        hook.remove()
     assert torch.equal(plain, after), "outside, the model is as it was"
     before, inside = read[0].norm(dim=-1), read[1].norm(dim=-1)  # [pictures, patches]
     for own, old, new in zip(masks, before, inside, strict=True):

@@ -6,6 +6,7 @@ large, so that attention is far from uniform. Towers have three layers of two he
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers as hf
@@ -13,7 +14,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
-from sinkstudy.model.loading import spec_of
+from sinkstudy.model import loading
+from sinkstudy.model.lvlm import LVLM
 
 SPECIAL = "<pad> <s> </s> <unk> <image> <video> <boi> <eoi> <fake_token_around_image> <end_of_utterance>".split()
 SPECIAL += ["<global-img>"] + [f"<row_{i}_col_{j}>" for i in (1, 2, 3) for j in (1, 2, 3)]
@@ -28,6 +30,7 @@ NAMED = {  # the processors ask the tokenizer for these
     "start_image_token": "<boi>",
     "end_image_token": "<eoi>",
 }
+ENDS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
 CHAT = (
     "{% for m in messages %}{{ m['role'] }} : {% for c in m['content'] %}"
     "{% if c['type'] == 'image' %}IMAGE {% else %}{{ c['text'] }} {% endif %}{% endfor %}{% endfor %}"
@@ -36,6 +39,9 @@ CHAT = (
 TOWER = dict(
     hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=32, patch_size=8
 )
+CLIP = dict(TOWER, initializer_factor=3.0)
+CROP = dict(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+PATCHES = dict(patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1)
 TEXT = dict(
     vocab_size=len(WORDS),
     hidden_size=32,
@@ -55,55 +61,50 @@ LAYER_TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
 PINPOINTS = [[32, 64], [64, 32], [64, 64]]
 
 
-def llava(tower: str = "clip") -> tuple:
-    clip = tower == "clip"
+def llava() -> tuple:
     config = hf.LlavaConfig(
-        vision_config=hf.CLIPVisionConfig(**TOWER, initializer_factor=3.0) if clip else hf.SiglipVisionConfig(**TOWER),
-        text_config=hf.LlamaConfig(**TEXT) if clip else hf.Qwen2Config(**TEXT),
-        vision_feature_select_strategy="default" if clip else "full",
+        vision_config=hf.CLIPVisionConfig(**CLIP),
+        text_config=hf.LlamaConfig(**TEXT),
         image_token_index=4,
         image_seq_length=16,
     )
-    images = (
-        hf.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-        if clip
-        else hf.SiglipImageProcessorPil(size={"height": 32, "width": 32})
+    return config, hf.CLIPImageProcessorPil(**CROP), PATCHES
+
+
+def llava_siglip_qwen2() -> tuple:
+    config = hf.LlavaConfig(
+        vision_config=hf.SiglipVisionConfig(**TOWER),
+        text_config=hf.Qwen2Config(**TEXT),
+        vision_feature_select_strategy="full",
+        image_token_index=4,
+        image_seq_length=16,
     )
-    strategy = config.vision_feature_select_strategy
-    return config, images, dict(
-        patch_size=8, vision_feature_select_strategy=strategy, num_additional_image_tokens=int(clip)
-    )
+    settings = dict(patch_size=8, vision_feature_select_strategy="full", num_additional_image_tokens=0)
+    return config, hf.SiglipImageProcessorPil(size={"height": 32, "width": 32}), settings
 
 
 def vipllava() -> tuple:
     """Without a `Spec`: its parts are measured. The connector reads two layers at once."""
     config = hf.VipLlavaConfig(
-        vision_config=hf.CLIPVisionConfig(**TOWER, initializer_factor=3.0),
+        vision_config=hf.CLIPVisionConfig(**CLIP),
         text_config=hf.LlamaConfig(**TEXT),
         vision_feature_layers=[-2, -3],
         image_token_index=4,
         image_seq_length=16,
     )
-    images = hf.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    settings = dict(patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1)
-    return config, images, settings
+    return config, hf.CLIPImageProcessorPil(**CROP), PATCHES
 
 
 def llava_next(layers: int | list[int] = -2) -> tuple:
     """Granite Vision is one whose connector reads several layers side by side."""
     config = hf.LlavaNextConfig(
-        vision_config=hf.CLIPVisionConfig(**TOWER, initializer_factor=3.0),
+        vision_config=hf.CLIPVisionConfig(**CLIP),
         text_config=hf.LlamaConfig(**TEXT),
         image_grid_pinpoints=PINPOINTS,
         vision_feature_layer=layers,
         image_token_index=4,
     )
-    images = hf.LlavaNextImageProcessorPil(
-        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, image_grid_pinpoints=PINPOINTS
-    )
-    return config, images, dict(
-        patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1
-    )
+    return config, hf.LlavaNextImageProcessorPil(**CROP, image_grid_pinpoints=PINPOINTS), PATCHES
 
 
 def llava_onevision() -> tuple:
@@ -225,7 +226,7 @@ def idefics(version: str) -> tuple:
 
 ARCHITECTURES = {
     "llava": llava,
-    "llava-siglip-qwen2": lambda: llava("siglip"),
+    "llava-siglip-qwen2": llava_siglip_qwen2,
     "llava_next": llava_next,
     "llava_next-layers": lambda: llava_next([-3, 1, -1]),
     "llava_onevision": llava_onevision,
@@ -242,29 +243,43 @@ ARCHITECTURES = {
 MEASURED = {"vipllava": vipllava}
 
 
-def write(folder: Path, name: str) -> None:
-    """Write the tiny model folder of an architecture."""
+def knowing(words: list[str]) -> Tokenizer:
+    """A tokenizer of these words."""
+    made = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    made.pre_tokenizer = WhitespaceSplit()
+    return made
+
+
+def write(folder: Path, name: str) -> Path:
+    """Write the tiny model folder of an architecture, and return it."""
     torch.manual_seed(0)
     config, image_processor, processor = (ARCHITECTURES | MEASURED)[name]()
-    spec = spec_of(name, config.model_type)
+    spec = loading.spec_of(name, config.model_type)
     model = getattr(hf, spec.model_class)(config)
     for parameter in model.parameters():  # biases, zero at first, must not hide a wrong order
         if parameter.ndim == 1 or parameter.std() < 0.05:
             parameter.data += 0.1 * torch.randn_like(parameter)
     model.save_pretrained(folder)
     image_processor.save_pretrained(folder)
-    words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = WhitespaceSplit()
+    words = knowing(WORDS)
     words.add_special_tokens(SPECIAL)
-    hf.PreTrainedTokenizerFast(
-        tokenizer_object=words,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-        extra_special_tokens=NAMED,
-    ).save_pretrained(folder)
+    hf.PreTrainedTokenizerFast(tokenizer_object=words, extra_special_tokens=NAMED, **ENDS).save_pretrained(folder)
     (folder / "processor_config.json").write_text(json.dumps({"processor_class": spec.processor_class, **processor}))
     if not spec.prompt:
         image = "<boi>" if name == "gemma3" else "<image>"
         (folder / "chat_template.jinja").write_text(CHAT.replace("IMAGE", image))
+    return folder
+
+
+def load(folder: Path, name: str, **how: Any) -> LVLM:
+    """The tiny model of an architecture, written and loaded."""
+    return loading.load(str(write(folder, name)), **how)
+
+
+def configure(folder: Path, file: str = "config.json", **entries: Any) -> None:
+    """Change entries of a configuration; `part__entry` is one of a part."""
+    config = json.loads((folder / file).read_text())
+    for key, value in entries.items():
+        *part, entry = key.split("__")
+        (config[part[0]] if part else config)[entry] = value
+    (folder / file).write_text(json.dumps(config))

@@ -1,8 +1,8 @@
 """Tiny random LLaVAs, made here without any download, and the lab models where their weights are there."""
 
-import numpy as np
+import architectures
+import noise
 import pytest
-from architectures import ARCHITECTURES, write
 from PIL import Image
 from tiny_llava import write_tiny_llava
 from transformers import LlavaForConditionalGeneration
@@ -26,18 +26,21 @@ def tiny_siglip(tmp_path_factory) -> LVLM:
     return loading.load(str(folder))
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+@pytest.fixture(scope="module", params=architectures.ARCHITECTURES)
 def folder(request, tmp_path_factory) -> str:
     """A tiny random model of every architecture, on disk."""
-    folder = tmp_path_factory.mktemp(request.param)
-    write(folder, request.param)
-    return str(folder)
+    return str(architectures.write(tmp_path_factory.mktemp(request.param), request.param))
 
 
 @pytest.fixture(scope="module")
 def lvlm(folder) -> LVLM:
     """The same, loaded."""
     return loading.load(folder)
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory) -> LVLM:
+    return architectures.load(tmp_path_factory.mktemp("llava"), "llava")
 
 
 @pytest.fixture(scope="session")
@@ -48,8 +51,7 @@ def eager(tiny) -> LlavaForConditionalGeneration:
 
 @pytest.fixture(scope="session")
 def images() -> list[Image.Image]:
-    pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
-    return [Image.fromarray(p) for p in pixels]
+    return noise.pictures([(32, 32)] * 3)
 
 
 @pytest.fixture(scope="session")

@@ -1,15 +1,17 @@
 """Replacing, removing and hiding visual tokens do what they say and nothing else, for several architectures."""
 
 import architectures
+import noise
 import numpy as np
 import pandas as pd
+import passes
 import pytest
 import torch
 from PIL import Image
 
 from sinkstudy.answers.evaluate import NONE, evaluate
 from sinkstudy.effects import ablation
-from sinkstudy.model import capture, loading
+from sinkstudy.model import capture
 from sinkstudy.model.identity import Identity
 from sinkstudy.model.lvlm import LVLM
 
@@ -22,8 +24,7 @@ SHARING = ["llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "ge
 
 @pytest.fixture(scope="module")
 def images() -> dict[str, Image.Image]:
-    pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
-    return {name: Image.fromarray(p) for name, p in zip("abc", pixels)}
+    return dict(zip("abc", noise.pictures([(32, 32)] * 3)))
 
 
 @pytest.fixture(scope="module")
@@ -37,18 +38,7 @@ def table() -> pd.DataFrame:
 
 @pytest.fixture(scope="module", params=SHARING)
 def lvlm(request, tmp_path_factory) -> LVLM:
-    return load(request.param, tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def llava(tmp_path_factory) -> LVLM:
-    return load("llava", tmp_path_factory)
-
-
-def load(name, tmp_path_factory) -> LVLM:
-    folder = tmp_path_factory.mktemp(name)
-    architectures.write(folder, name)
-    return loading.load(str(folder))
+    return architectures.load(tmp_path_factory.mktemp(request.param), request.param)
 
 
 def groups(lvlm, images, k=3, seed=0) -> dict[str, torch.Tensor]:
@@ -65,12 +55,10 @@ def groups(lvlm, images, k=3, seed=0) -> dict[str, torch.Tensor]:
 def entering(lvlm, inputs) -> torch.Tensor:
     """What the decoder reads, [batch, tokens, width]."""
     seen = []
-    hook = lvlm.decoder_layers[0].register_forward_pre_hook(
+    with lvlm.decoder_layers[0].register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-    )
-    with torch.no_grad():
-        lvlm.model(**inputs)
-    hook.remove()
+    ):
+        passes.logits(lvlm, inputs)
     return seen[0]
 
 
@@ -155,29 +143,19 @@ def test_shuffle_moves_everything_whatever_the_sizes():
 
 # ------------------------------------------------------------------------------------------------- removal
 def last_logits(lvlm, inputs) -> torch.Tensor:
-    with torch.no_grad():
-        return lvlm.model(**inputs).logits[:, -1]
-
-
-def decoder_inputs(lvlm, inputs) -> dict:
-    """What the model hands to its decoder."""
-    seen = []
-    hook = lvlm.decoder.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs), with_kwargs=True)
-    last_logits(lvlm, inputs)
-    hook.remove()
-    return seen[0]
+    return passes.logits(lvlm, inputs)[:, -1]
 
 
 @pytest.mark.parametrize("others", [False, True])
 @pytest.mark.parametrize("name", DROPPING)
-def test_removal_is_the_sequence_without_the_tokens(name, others, images, tmp_path_factory):
-    lvlm = load(name, tmp_path_factory)
+def test_removal_is_the_sequence_without_the_tokens(name, others, images, tmp_path):
+    lvlm = architectures.load(tmp_path, name)
     image = images["a"]
     inputs = lvlm.inputs([image], [TEXTS[1]])
     (layout,), mask = lvlm.layout(inputs), groups(lvlm, {"a": image})["a"]
     with ablation.hidden(lvlm, inputs, [mask], others=others):
         found = last_logits(lvlm, inputs)
-    given = decoder_inputs(lvlm, inputs)
+    given = passes.decoder_arguments(lvlm, inputs)
     places = torch.arange(inputs.input_ids.shape[1])
     with_patch = layout.positions[layout.positions >= 0].unique()
     of_group = layout.positions[mask][layout.positions[mask] >= 0].unique()
@@ -194,13 +172,13 @@ def test_removal_is_the_sequence_without_the_tokens(name, others, images, tmp_pa
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
 @pytest.mark.parametrize("visible_to", ["nobody", "visual"])
-def test_hiding_is_eager_attention_with_that_mask(name, visible_to, images, tmp_path_factory):
-    lvlm = load(name, tmp_path_factory)
+def test_hiding_is_eager_attention_with_that_mask(name, visible_to, images, tmp_path):
+    lvlm = architectures.load(tmp_path, name)
     inputs = lvlm.inputs(list(images.values()), TEXTS)
     masks = list(groups(lvlm, images).values())
     with ablation.hidden(lvlm, inputs, masks, visible_to=visible_to):
         found = last_logits(lvlm, inputs)
-    given = decoder_inputs(lvlm, inputs)
+    given = passes.decoder_arguments(lvlm, inputs)
     n = inputs.input_ids.shape[1]
     seen = torch.ones(n, n).tril().bool() & inputs.attention_mask.bool()[:, None]  # [batch, queries, keys]
     for layout, mask in zip(lvlm.layout(inputs), masks):
@@ -242,9 +220,9 @@ def test_hiding_only_reaches_the_answer_through_attention(lvlm, images):
 
 @pytest.mark.parametrize("visible_to", ["nobody", "visual"])
 @pytest.mark.parametrize("name", ["llava", "gemma3"])
-def test_hidden_tokens_stay_hidden_while_the_answer_is_written(name, visible_to, images, tmp_path_factory):
+def test_hidden_tokens_stay_hidden_while_the_answer_is_written(name, visible_to, images, tmp_path):
     """With kept keys as without: also where a sliding window has forgotten the first ones (Gemma 3)."""
-    lvlm = load(name, tmp_path_factory)
+    lvlm = architectures.load(tmp_path, name)
     inputs = lvlm.inputs([images["a"]], [TEXTS[0]])
     masks = [groups(lvlm, {"a": images["a"]})["a"]]
     how = {"max_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
@@ -256,9 +234,9 @@ def test_hidden_tokens_stay_hidden_while_the_answer_is_written(name, visible_to,
 # ------------------------------------------------------------------------------------------------- with evaluate
 @pytest.mark.filterwarnings("ignore:.*share no prefix")
 @pytest.mark.parametrize("name", [*SHARING, "paligemma", "aya_vision", "idefics3"])
-def test_answers_are_those_of_one_generate_each(name, images, table, tmp_path_factory):
+def test_answers_are_those_of_one_generate_each(name, images, table, tmp_path):
     """Several images in a batch, prefixes shared, keys kept from one pass to the next."""
-    lvlm = load(name, tmp_path_factory)
+    lvlm = architectures.load(tmp_path, name)
     masks = groups(lvlm, images)
     tokens = {site: ablation.read_tokens(lvlm, images, site) for site in ("input", "output")}
     new = {site: ablation.values(tokens[site], masks, "shuffle") for site in tokens}

@@ -1,6 +1,5 @@
 """A folder with an adapter of peft and its base, against peft itself and against the closed form."""
 
-import json
 import math
 import shutil
 from copy import deepcopy
@@ -9,7 +8,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from architectures import write
+from architectures import configure, write
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
@@ -29,9 +28,7 @@ KINDS = {
 
 @pytest.fixture(scope="module", params=["llava", "qwen2_vl"])
 def base(request, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("base") / request.param
-    write(folder, request.param)
-    return folder
+    return write(tmp_path_factory.mktemp("base") / request.param, request.param)
 
 
 def adapter(base: Path, folder: Path, **how) -> torch.nn.Module:
@@ -145,8 +142,7 @@ def copy(one, tmp_path) -> Path:
 
 
 def settle(folder: Path, **settings) -> None:
-    file = folder / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    configure(folder, "adapter_config.json", **settings)
 
 
 def rename(folder: Path, names: dict[str, str]) -> None:
@@ -176,9 +172,7 @@ def beside(folder: Path, file: str, old: str, new: str) -> None:
 def tie(folder: Path) -> None:
     """The base's output layer is its embedding, and the adapter has one of the two."""
     base = folder.parent / "base"
-    config = json.loads((base / "config.json").read_text())
-    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = True
-    (base / "config.json").write_text(json.dumps(config))
+    configure(base, tie_word_embeddings=True, text_config__tie_word_embeddings=True)
     weights = load_file(base / "model.safetensors")
     head = next(key for key in weights if "lm_head" in key)
     kept = {key: value for key, value in weights.items() if key != head}

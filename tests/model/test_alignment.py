@@ -39,9 +39,8 @@ def test_planted_dimension_is_found(tiny, images, questions, masks):
         return tokens + 400 * mask[..., None] * torch.nn.functional.one_hot(torch.tensor(5), tokens.shape[-1])
 
     before = propagation.light(tiny, images, questions, batch_size=2)
-    handle = tiny.connector.register_forward_hook(plant)
-    after = propagation.light(tiny, images, questions, batch_size=2)
-    handle.remove()
+    with tiny.connector.register_forward_hook(plant):
+        after = propagation.light(tiny, images, questions, batch_size=2)
     found = propagation.excess(after, chosen, others)
     assert found.argmax(-1).tolist() == [5] * len(found)
     assert (found[:, 5] > 5 * propagation.excess(before, chosen, others)[:, 5].abs()).all()

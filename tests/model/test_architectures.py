@@ -3,11 +3,13 @@
 import json
 from types import SimpleNamespace
 
+import noise
 import numpy as np
 import pytest
 import torch
 import transformers
 from architectures import MEASURED, write
+from passes import decoder_arguments, logits
 from PIL import Image
 from transformers import CONFIG_MAPPING, LlamaConfig
 
@@ -29,8 +31,7 @@ QUESTIONS = ["how many", "what is the texture", "what is the texture red blue ye
 
 @pytest.fixture(scope="module")
 def pictures() -> list[Image.Image]:
-    random = np.random.default_rng(0)
-    return [Image.fromarray(random.integers(0, 256, (high, wide, 3), dtype=np.uint8)) for wide, high in SIZES]
+    return noise.pictures(SIZES)
 
 
 @pytest.fixture(scope="module")
@@ -48,33 +49,12 @@ def layouts(lvlm, inputs):
 @pytest.fixture(scope="module")
 def plain(lvlm, inputs):
     """Logits of an untouched model."""
-    return run(lvlm, inputs)
-
-
-def run(lvlm, inputs):
-    with torch.no_grad():
-        return lvlm.model(**inputs).logits
-
-
-class Stop(Exception):
-    pass
+    return logits(lvlm, inputs)
 
 
 def decoder_input(lvlm, inputs) -> torch.Tensor:
-    """What enters the decoder: [batch, tokens, width]; the decoder itself does not run."""
-    seen = []
-
-    def stop(module, args, kwargs):
-        seen.append(kwargs["inputs_embeds"])
-        raise Stop
-
-    hook = lvlm.decoder.register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        with pytest.raises(Stop):
-            run(lvlm, inputs)
-    finally:
-        hook.remove()
-    return seen[0]
+    """What enters the decoder: [batch, tokens, width]."""
+    return decoder_arguments(lvlm, inputs)["inputs_embeds"]
 
 
 def vision_modules(lvlm) -> list[torch.nn.Module]:
@@ -92,8 +72,8 @@ def test_capture_changes_nothing(lvlm, inputs, plain):
         attention_received(lvlm, "vision"),
         attention_received(lvlm, "decoder"),
     ):
-        assert torch.equal(run(lvlm, inputs), plain)
-    assert torch.equal(run(lvlm, inputs), plain)
+        assert torch.equal(logits(lvlm, inputs), plain)
+    assert torch.equal(logits(lvlm, inputs), plain)
 
 
 def test_vision_norms(lvlm, inputs, layouts):
@@ -102,7 +82,7 @@ def test_vision_norms(lvlm, inputs, layouts):
     expected = []
     hooks = [m.register_forward_hook(lambda m, args, out: expected.append(out)) for m in modules]
     with hidden_states(lvlm, "vision") as norms:
-        run(lvlm, inputs)
+        logits(lvlm, inputs)
     for hook in hooks:
         hook.remove()
     for layer in range(3):
@@ -141,13 +121,13 @@ def test_vision_attention(lvlm, inputs):
         lvlm.vision.set_attn_implementation("eager")
     hooks = [m.register_forward_hook(see, with_kwargs=True) for m in modules]
     try:
-        run(lvlm, inputs)
+        logits(lvlm, inputs)
     finally:
         lvlm.vision.set_attn_implementation("sdpa")
         for hook in hooks:
             hook.remove()
     with attention_rows(lvlm, "vision", rows="all") as rows, attention_received(lvlm, "vision") as received:
-        run(lvlm, inputs)
+        logits(lvlm, inputs)
     for layer in range(3):
         if lvlm.spec.packed:  # one result for each chunk: an image or a window
             whole = torch.block_diag(*[torch.ones(r.shape[-2:]) for r in rows[layer]])
@@ -163,10 +143,10 @@ def test_vision_attention(lvlm, inputs):
         assert expected[layer].max() > 2 * expected[layer].mean()  # a wrong order would show
 
 
-def test_windows(lvlm, inputs, layouts):
+def test_windows(lvlm, inputs):
     """How many chunks a layer of a packed tower has."""
     with attention_rows(lvlm, "vision") as rows:
-        run(lvlm, inputs)
+        logits(lvlm, inputs)
     chunks = [len(rows[layer]) for layer in range(3)]
     if lvlm.spec.order == "windows":  # windows of 4 x 4 patches, layer 1 sees whole images
         assert chunks == [2 + 2 + 4, 3, 2 + 2 + 4]
@@ -185,7 +165,7 @@ def test_decoder_attention(lvlm, pictures, inputs, padded):
     finally:
         lvlm.model.set_attn_implementation("sdpa")
     with attention_rows(lvlm, "decoder", rows="all") as rows, attention_received(lvlm, "decoder") as received:
-        run(lvlm, inputs)
+        logits(lvlm, inputs)
     real = inputs["attention_mask"].bool()
     for layer in range(3):
         weights = rows[layer][0]
@@ -212,13 +192,11 @@ def test_layout(lvlm, inputs, layouts):
 
 def test_pixels_to_patches(lvlm, pictures, inputs, layouts):
     """Paint one square of a picture or tile and see which token of the tower's first layer changes."""
-    seen = []
-    hook = lvlm.vision_layers[0].register_forward_pre_hook(
+    seen, tile_before = [], 0
+    with lvlm.vision_layers[0].register_forward_pre_hook(
         lambda m, args, kwargs: seen.append((args[0] if args else kwargs["hidden_states"]).flatten(0, -2)),
         with_kwargs=True,
-    )
-    tile_before = 0
-    try:
+    ):
         decoder_input(lvlm, inputs)
         for layout, picture in zip(layouts, pictures):
             rows, columns = layout.grid
@@ -240,8 +218,6 @@ def test_pixels_to_patches(lvlm, pictures, inputs, layouts):
                     moved = (seen[-1] - seen[0]).abs().amax(-1).nonzero()[:, 0].tolist()
                     assert moved == [layout.vision[tile * rows * columns + row * columns + column]]
             tile_before += layout.tiles
-    finally:
-        hook.remove()
 
 
 def test_tower_to_connector(lvlm, inputs, layouts):
@@ -253,7 +229,7 @@ def test_tower_to_connector(lvlm, inputs, layouts):
         return features
 
     with lvlm.editing(before=keep), hidden_states(lvlm, "vision", lambda hidden, layer: hidden.flatten(0, -2)) as out:
-        run(lvlm, inputs)
+        logits(lvlm, inputs)
     assert max(seen) == lvlm.feature_layer and list(seen) == list(lvlm.connectors)
     norm = getattr(lvlm.vision, "post_layernorm", None)  # on the way only where the last layer is read
     for layer in seen:
@@ -327,23 +303,23 @@ def test_connector_output(lvlm, inputs, layouts):
 
 def test_injecting_the_same(lvlm, inputs, plain):
     with lvlm.editing(before=lambda x, layer: x.clone(), after=lambda x, layer: x.clone()):
-        assert torch.equal(run(lvlm, inputs), plain)
+        assert torch.equal(logits(lvlm, inputs), plain)
     with lvlm.editing(before=lambda x, layer: x + torch.randn_like(x)):
-        assert not torch.allclose(run(lvlm, inputs), plain)
-    assert torch.equal(run(lvlm, inputs), plain)
+        assert not torch.allclose(logits(lvlm, inputs), plain)
+    assert torch.equal(logits(lvlm, inputs), plain)
 
 
 def test_bfloat16(lvlm, pictures):
     """Neither capture nor unchanged features may change how bfloat16 rounds."""
     half = loading.load(lvlm.name, dtype="bfloat16")
     inputs = half.inputs(pictures, QUESTIONS)
-    expected = run(half, inputs)
+    expected = logits(half, inputs)
     with (
         half.editing(before=lambda x, layer: x, after=lambda x, layer: x),
         attention_rows(half, "vision"),
         attention_rows(half, "decoder"),
     ):
-        assert torch.equal(run(half, inputs), expected)
+        assert torch.equal(logits(half, inputs), expected)
 
 
 def test_generate(lvlm, inputs):
@@ -376,7 +352,7 @@ def test_trace(lvlm, pictures):
         hidden_states(lvlm, "decoder") as decoder_norms,
         attention_rows(lvlm, "decoder") as rows,
     ):
-        run(lvlm, inputs)
+        logits(lvlm, inputs)
     with attention_rows(lvlm, "decoder") as steps:
         lvlm.model.generate(**inputs, max_new_tokens=2, do_sample=False, pad_token_id=0)
     n, visual = len(layout.vision), layout.visual
@@ -408,9 +384,8 @@ def test_trace_of_the_tower_alone(lvlm, pictures):
     several = [pictures[2]] * 3
     whole = trace(lvlm, several, QUESTIONS)
     decoder = []
-    hook = lvlm.decoder.register_forward_hook(lambda module, args, out: decoder.append(1))
-    norms, received, _ = trace_tower(lvlm, several, batch_size=2)
-    hook.remove()
+    with lvlm.decoder.register_forward_hook(lambda module, args, out: decoder.append(1)):
+        norms, received, _ = trace_tower(lvlm, several, batch_size=2)
     assert not decoder
     torch.testing.assert_close(norms, whole.vision_norms, **close)
     assert received.shape == whole.vision_received.shape
@@ -449,13 +424,11 @@ def test_lift(lvlm, layouts):
 def test_vision_neurons(lvlm, inputs):
     """The map behind the neurons reads all of them, behind the nonlinearity, of every token of the tower."""
     seen, hidden, layer = [], [], lvlm.vision_layers[1]
-    hooks = [
+    with (
         layer.get_submodule(lvlm.spec.vision_neurons).register_forward_pre_hook(lambda m, args: seen.append(args[0])),
         layer.register_forward_hook(lambda m, args, out: hidden.append(out)),
-    ]
-    run(lvlm, inputs)
-    for hook in hooks:
-        hook.remove()
+    ):
+        logits(lvlm, inputs)
     assert seen[0].shape == (*hidden[0].shape[:-1], 32)  # twice the width, see `architectures`
     if not hasattr(layer.mlp, "gate_proj"):  # both forms of gelu stay above -0.17; quick gelu, of CLIP, too
         assert seen[0].min() > -0.3 and seen[0].max() > 1
@@ -493,10 +466,10 @@ def test_without_a_spec(kind, pictures, tmp_path):
     lvlm = loading.load(str(tmp_path))
     assert lvlm.spec.measured and kind not in SPECS
     inputs = lvlm.inputs(pictures, QUESTIONS)
-    before, layouts = run(lvlm, inputs), lvlm.layout(inputs)
+    before, layouts = logits(lvlm, inputs), lvlm.layout(inputs)
     last = layouts[2]
     with lvlm.editing(before=lambda read, layer: read), norms_at_connector(lvlm, layouts) as read:
-        assert torch.equal(run(lvlm, inputs), before)
+        assert torch.equal(logits(lvlm, inputs), before)
     with torch.no_grad():
         states = lvlm.vision(inputs["pixel_values"], output_hidden_states=True).hidden_states
     side_by_side = torch.cat([states[layer][:, 1:] for layer in lvlm.model.config.vision_feature_layer], -1)
@@ -516,11 +489,10 @@ def test_without_a_spec(kind, pictures, tmp_path):
         hidden.view(-1, hidden.shape[-1])[layout.vision[patch]] += torch.linspace(-1, 1, hidden.shape[-1])
         return hidden
 
-    hook = lvlm.vision_layers[lvlm.feature_layer].register_forward_hook(shift, prepend=True)
-    moved = (decoder_input(lvlm, alone)[0] != plain[0]).any(-1).nonzero()[:, 0]
-    hook.remove()
+    with lvlm.vision_layers[lvlm.feature_layer].register_forward_hook(shift, prepend=True):
+        moved = (decoder_input(lvlm, alone)[0] != plain[0]).any(-1).nonzero()[:, 0]
     assert moved.tolist() == layout.positions[patch].tolist()
-    assert torch.equal(run(lvlm, inputs), before)
+    assert torch.equal(logits(lvlm, inputs), before)
 
 
 def test_layout_needs_the_image(lvlm, inputs):

@@ -1,9 +1,11 @@
 """Attributions against closed forms, planted answers, brute force and Captum's own route for pictures."""
 
+from functools import cache
 from itertools import permutations
 from types import SimpleNamespace
 
 import architectures
+import noise
 import numpy as np
 import pytest
 import torch
@@ -11,8 +13,6 @@ from captum.attr import FeatureAblation, ImageMaskInput, LLMAttribution
 from PIL import Image
 
 from sinkstudy.analyses import attribution
-from sinkstudy.model import loading
-from sinkstudy.model.lvlm import LVLM
 
 TEXTS = ["how many", "what is the texture red blue", "what is the texture"]
 ANSWERS = ["red", "blue texture yes", "no"]
@@ -20,22 +20,13 @@ ANSWERS = ["red", "blue texture yes", "no"]
 
 @pytest.fixture(scope="module")
 def pictures() -> list[Image.Image]:
-    pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
-    return [Image.fromarray(p) for p in pixels]
+    return noise.pictures([(32, 32)] * 3)
 
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
-    kept = {}
-
-    def load(name: str) -> LVLM:
-        if name not in kept:
-            folder = tmp_path_factory.mktemp(name)
-            architectures.write(folder, name)
-            kept[name] = loading.load(str(folder))
-        return kept[name]
-
-    return load
+    """A function from an architecture's name to its model, loaded once."""
+    return cache(lambda name: architectures.load(tmp_path_factory.mktemp(name), name))
 
 
 @torch.no_grad()

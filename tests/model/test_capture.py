@@ -251,11 +251,10 @@ def test_restores_eager(tiny, inputs):
         tiny.decoder.set_attn_implementation("sdpa")
 
 
-def test_trace(tiny, eager, images, questions, inputs, reference):
+def test_trace(tiny, images, questions, inputs, reference):
     vision_passes = []
-    hook = tiny.vision.register_forward_hook(lambda module, args, out: vision_passes.append(len(args[0])))
-    seen = trace(tiny, images, questions, max_new_tokens=4, batch_size=2)
-    hook.remove()
+    with tiny.vision.register_forward_hook(lambda module, args, out: vision_passes.append(len(args[0]))):
+        seen = trace(tiny, images, questions, max_new_tokens=4, batch_size=2)
     assert vision_passes == [2, 1]
     assert seen.vision_norms.shape == (3, 3, 16)
     assert seen.vision_received.shape == (3, 3, 2, 16)

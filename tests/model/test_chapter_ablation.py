@@ -1,16 +1,13 @@
 """Chapter 07 on models, pictures and questions that are not the lab's: it runs, and says what it leaves out."""
 
-import json
 from pathlib import Path
 
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 import yaml
 
 from sinkstudy.paths import DATA
-from tests.benchmarks.test_data import FILES
-from tests.model import architectures, chapters
+from tests.benchmarks.test_data import FILES, write
+from tests.model import architectures, chapters, noise
 
 LEDGER = [c for c in yaml.safe_load((DATA / "claims.yml").read_text())["claims"] if c["chapter"] == "07-ablation"]
 
@@ -20,15 +17,13 @@ def run(folder: Path, name: str, **parameters) -> tuple[dict, pd.DataFrame, str]
     if name in architectures.ARCHITECTURES:
         architectures.write(folder / "tiny", name)
     given = {"model": str(folder / "tiny"), "controls": [], "doses": [1, 3], "max_new_tokens": 2} | parameters
-    chapters.execute("07-ablation", folder, **given)
-    tables = folder / Path(given["model"]).name / "07-ablation"
-    metrics = {row["name"]: row for row in json.loads((tables / "metrics.json").read_text())}
-    return metrics, pd.read_csv(tables / "effects.csv"), chapters.printed(folder)
+    tables = chapters.execute("07-ablation", folder, **given)
+    return chapters.metrics(tables), pd.read_csv(tables / "effects.csv"), chapters.printed(folder)
 
 
 def test_pictures_of_a_folder(tmp_path: Path):
     """Of two sizes, with a tower that packs them; without answers the model's own is what has to stay."""
-    chapters.write_pictures(tmp_path / "pictures", [(64, 32), (32, 64)] * 3)
+    noise.write(tmp_path / "pictures", [(32, 64), (64, 32)] * 3)
     how = {"images_dir": str(tmp_path / "pictures"), "prompt": "what is the texture", "criterion": "percentile"}
     metrics, effects, printed = run(tmp_path, "qwen2_5_vl", threshold=90.0, **how)
     assert "calm: not known for these pictures" in printed and "things: not known for these pictures" in printed
@@ -51,10 +46,7 @@ def test_a_model_without_sinks(tmp_path: Path):
 
 def test_a_public_benchmark(tmp_path: Path):
     """Its categories are the types of question."""
-    for name, rows in FILES["MME"].items():
-        file = tmp_path / "data" / "MME" / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.Table.from_pylist(rows), file)
+    write(tmp_path / "data" / "MME", FILES["MME"])
     metrics, effects, printed = run(tmp_path, "llava", benchmark="MME", data_dir=str(tmp_path / "data"), min_pictures=1)
     assert set(effects.measure) == {"accuracy", "logp"}
     assert "things: not known for these pictures" in printed

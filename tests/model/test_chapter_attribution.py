@@ -1,14 +1,11 @@
 """Chapter 06 on models and pictures that are not the lab's: tiny random models, a folder of pictures."""
 
-import json
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image
 
-from tests.model import architectures, chapters
+from tests.model import architectures, chapters, noise
 
 FEW = {"limit": 3, "checked": 2, "steps": 2, "draws": 2, "orders": 1, "controls": [], "max_new_tokens": 2}
 
@@ -17,15 +14,10 @@ FEW = {"limit": 3, "checked": 2, "steps": 2, "draws": 2, "orders": 1, "controls"
 def test_other_models_and_pictures(name, folder, tmp_path: Path):
     """In the first run nothing is known of the pictures; in the second there are answers, but not the lab's patches."""
     architectures.write(tmp_path / f"tiny-{name}", name)
-    random = np.random.default_rng(0)
-    (tmp_path / "pictures").mkdir()
-    for i in range(3):
-        pixels = random.integers(0, 256, (48, 32, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "pictures" / f"{i}.png")
-    given = FEW | {"model": str(tmp_path / f"tiny-{name}"), "images_dir": str(tmp_path / "pictures") if folder else ""}
-    chapters.execute("06-attribution", tmp_path, **given)
-    tables = tmp_path / f"tiny-{name}" / "06-attribution"
-    metrics = {row["name"]: row for row in json.loads((tables / "metrics.json").read_text())}
+    pictures = noise.write(tmp_path / "pictures", [(32, 48)] * 3)
+    tables = chapters.execute("06-attribution", tmp_path, model=tmp_path / f"tiny-{name}",
+                              images_dir=str(pictures) if folder else "", **FEW)
+    metrics = chapters.metrics(tables)
     ratio = metrics[f"tiny-{name}.attribution.top_2_percent_over_random.all"]
     assert ratio["n"] == 3 and 0 < ratio["low"] <= ratio["value"] <= ratio["high"]
     types = pd.read_csv(tables / "ratios.csv").questions.unique()

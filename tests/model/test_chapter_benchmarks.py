@@ -3,10 +3,8 @@
 from pathlib import Path
 
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from tests.benchmarks.test_data import FILES
+from tests.benchmarks.test_data import FILES, write
 from tests.model import architectures, chapters
 from tests.model.chapters import printed
 
@@ -15,16 +13,12 @@ def run(folder: Path, name: str, notebook: str = "09-benchmarks", **parameters) 
     """Execute a chapter on the tiny model `name`; returns the folder of its tables, beside it `out.ipynb`."""
     architectures.write(folder / f"tiny-{name}", name)
     short = {"max_new_tokens": 3} if notebook == "09-benchmarks" else {}
-    chapters.execute(notebook, folder, model=str(folder / f"tiny-{name}"), **(short | parameters))
-    return folder / f"tiny-{name}" / notebook
+    return chapters.execute(notebook, folder, model=folder / f"tiny-{name}", **(short | parameters))
 
 
 def test_public_files(tmp_path: Path):
     for benchmark in ("POPE", "MME", "GQA"):
-        for name, rows in FILES[benchmark].items():
-            file = tmp_path / "data" / benchmark / name
-            file.parent.mkdir(parents=True, exist_ok=True)
-            pq.write_table(pa.Table.from_pylist(rows), file)
+        write(tmp_path / "data" / benchmark, FILES[benchmark])
     tables = run(tmp_path, "qwen2_5_vl", data_dir=str(tmp_path / "data"), benchmarks=["POPE", "MME", "MMStar", "GQA"])
 
     assert "controls not run: lab-llava-gist, lab-llava-registers" in printed(tmp_path)

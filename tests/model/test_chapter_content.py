@@ -1,16 +1,14 @@
 """Chapter 05 on a model that is not the lab's: what the ledger asks for is written, whatever the pictures."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from PIL import Image
 
 from sinkstudy.paths import DATA
-from tests.model import architectures, chapters
+from tests.model import architectures, chapters, noise
 
 LEDGER = yaml.safe_load((DATA / "claims.yml").read_text(encoding="utf-8"))["claims"]
 ASKED = [claim["metric"] for claim in LEDGER if claim["chapter"] == "05-content"]
@@ -19,17 +17,14 @@ ASKED = [claim["metric"] for claim in LEDGER if claim["chapter"] == "05-content"
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     """Patches of 8 x 8 in blocks of four, pictures shrunk to 64 x 64; any patch above 1.2 medians is called a sink."""
-    folder = tmp_path_factory.mktemp("models") / "tiny-qwen"
-    architectures.write(folder, "qwen2_vl")
-    return folder
+    return architectures.write(tmp_path_factory.mktemp("models") / "tiny-qwen", "qwen2_vl")
 
 
 def run(model: Path, folder: Path, **parameters) -> tuple[Path, pd.DataFrame]:
     """Execute the chapter; returns the folder of its tables and its metrics."""
-    given = {"model": str(model), "controls": [], "threshold": 1.2, "fit": 60, "limit": 12, "draws": 2} | parameters
-    chapters.execute("05-content", folder, **given)
-    tables = folder / "tiny-qwen" / "05-content"
-    return tables, pd.DataFrame(json.loads((tables / "metrics.json").read_text())).set_index("name")
+    given = {"controls": [], "threshold": 1.2, "fit": 60, "limit": 12, "draws": 2} | parameters
+    tables = chapters.execute("05-content", folder, model=model, **given)
+    return tables, pd.DataFrame(chapters.metrics(tables).values()).set_index("name")
 
 
 def test_scenes_of_the_lab(model: Path, tmp_path: Path):
@@ -45,11 +40,8 @@ def test_scenes_of_the_lab(model: Path, tmp_path: Path):
 
 
 def test_pictures_without_facts(model: Path, tmp_path: Path):
-    (tmp_path / "pictures").mkdir()
-    for i in range(80):
-        pixels = np.random.default_rng(i).integers(0, 256, (48, 64, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "pictures" / f"{i:02}.png")
-    _, metrics = run(model, tmp_path, images_dir=str(tmp_path / "pictures"))
+    pictures = noise.write(tmp_path / "pictures", [(64, 48)] * 80)
+    _, metrics = run(model, tmp_path, images_dir=str(pictures))
     known = {metric for metric in ASKED if metrics.n[metric.format(model="tiny-qwen")] > 0}
     of_place = {"{model}.probe.position.sinks_minus_random", "{model}.probe.pixels.sinks_minus_random"}
     assert known == of_place | {"{model}.decode.entropy.sinks_minus_random"}

@@ -1,11 +1,8 @@
 """Chapter 11 on a model of one's own, with methods that were not trained: it counts as a plain evaluation does."""
 
-import json
 from pathlib import Path
 
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -16,7 +13,7 @@ from sinkstudy.trained.connectors import DIYSink, OneConnector
 from sinkstudy.trained.gates import Gates, LoRA
 from sinkstudy.trained.kinds import load_method
 from sinkstudy.trained.routers import ReW
-from tests.benchmarks.test_data import FILES
+from tests.benchmarks.test_data import FILES, write
 from tests.model import architectures, chapters
 
 
@@ -33,16 +30,13 @@ def test_own_model(tmp_path: Path, name: str):
     LoRA(loading.load(base), parameters=500).save(methods / "adapters-0")
     for folder in methods.iterdir():
         pd.DataFrame({"step": [1], "loss": [1.0]}).to_csv(folder / "training.csv", index=False)
-    for file, rows in FILES["POPE"].items():
-        (tmp_path / "data" / "POPE" / file).parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data" / "POPE" / file)
+    write(tmp_path / "data" / "POPE", FILES["POPE"])
 
     given = {"model": base, "controls": [], "data_dir": str(tmp_path / "data"), "sweep": [1.0]}
     given["methods_dir"] = str(tmp_path / "methods")
-    chapters.execute("11-diysink", tmp_path, **given, limit=1, max_new_tokens=2)
+    folder = chapters.execute("11-diysink", tmp_path, **given, limit=1, max_new_tokens=2)
     said = chapters.printed(tmp_path)
     assert "methods trained on: tiny" in said and "CoT router not run" in said  # its tokenizer has few words
-    folder = tmp_path / "tiny" / "11-diysink"
     effects = pd.read_csv(folder / "comparisons.csv")
     assert {"two_minus_one", "soft_router_minus_both", "gates_minus_base", "gates_minus_adapters"} <= set(effects.key)
     assert "two_minus_random" not in set(effects.key) and "true_router_minus_both" not in set(effects.key)
@@ -61,5 +55,4 @@ def test_own_model(tmp_path: Path, name: str):
                                         max_new_tokens=2, cache=None, batch_size=1)
         of_seeds.append(100 * benchmarks.right(answers, "POPE", "official").mean())
     assert found["two others"] == pytest.approx(sum(of_seeds) / 2)
-    metrics = {row["name"] for row in json.loads((folder / "metrics.json").read_text())}
-    assert "tiny.two_minus_one.mean.accuracy" in metrics
+    assert "tiny.two_minus_one.mean.accuracy" in chapters.metrics(folder)

@@ -15,6 +15,7 @@ from PIL import Image
 from sinkstudy.answers import evaluate, study
 from sinkstudy.model import capture, loading
 from sinkstudy.paths import RESULTS
+from tests.model import noise
 from tests.model.chapters import printed
 from tests.model.test_chapter_benchmarks import run
 
@@ -150,11 +151,8 @@ def test_what_lies_there(shown):
 
 
 def test_pictures_of_a_folder_and_merged_patches(tmp_path):
-    rng = np.random.default_rng(0)
-    for name, size in (("a", (48, 64)), ("b", (64, 32))):
-        (tmp_path / "pictures").mkdir(exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(tmp_path / "pictures" / f"{name}.png")
-    folder = run(tmp_path, "qwen2_vl", "13-explorer", images_dir=str(tmp_path / "pictures"), prompt="how many")
+    pictures = noise.write(tmp_path / "pictures", [(64, 48), (32, 64)])
+    folder = run(tmp_path, "qwen2_vl", "13-explorer", images_dir=str(pictures), prompt="how many")
     assert "no facts are known of these patches" in printed(tmp_path)
     found = data(folder)
     assert {"tiny-qwen2_vl", "lab-llava"} & {model["name"].rpartition("/")[2] for model in found["models"]} == {

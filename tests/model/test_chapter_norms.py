@@ -1,28 +1,24 @@
 """Chapter 01 on a model that is not the lab's: what other pages ask for is written, whatever the pictures."""
 
-import json
 from pathlib import Path
 
 import nbformat
 import pandas as pd
 import pytest
 
-from tests.model import architectures, chapters
+from tests.model import architectures, chapters, noise
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "tiny-llava"
-    architectures.write(folder, "llava")
-    return folder
+    return architectures.write(tmp_path_factory.mktemp("models") / "tiny-llava", "llava")
 
 
 def run(model: Path, folder: Path, **parameters) -> pd.DataFrame:
     """Execute the chapter, with any patch above 1.05 medians called a sink; returns its metrics."""
-    given = {"model": str(model), "controls": [], "threshold": 1.05, "limit": 6} | parameters
-    chapters.execute("01-norms", folder, **given)
-    text = (folder / "tiny-llava" / "01-norms" / "metrics.json").read_text()
-    return pd.DataFrame(json.loads(text)).set_index("name")
+    given = {"controls": [], "threshold": 1.05, "limit": 6} | parameters
+    tables = chapters.execute("01-norms", folder, model=model, **given)
+    return pd.DataFrame(chapters.metrics(tables).values()).set_index("name")
 
 
 def glued(folder: Path, name: str) -> str:
@@ -51,8 +47,8 @@ def test_no_sinks_at_all(model: Path, tmp_path: Path):
 
 
 def test_pictures_of_a_folder(model: Path, tmp_path: Path):
-    chapters.write_pictures(tmp_path / "pictures", [(48, 64)] * 6)
-    metrics = run(model, tmp_path, images_dir=str(tmp_path / "pictures"))
+    pictures = noise.write(tmp_path / "pictures", [(64, 48)] * 6)
+    metrics = run(model, tmp_path, images_dir=str(pictures))
     assert not metrics.index.str.contains("calm").any()
     assert "on things" not in glued(tmp_path, "answer")
     assert glued(tmp_path, "on-things") == "'not known for these pictures'"

@@ -5,7 +5,7 @@ import pickle
 import re
 from pathlib import Path
 
-import numpy as np
+import noise
 import pytest
 import torch
 from PIL import Image
@@ -19,9 +19,8 @@ TURNS = [("what is the texture", "red blue"), ("how many", "yes"), ("is the red"
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("images")
-    random = np.random.default_rng(0)
-    for name, (wide, high) in {"a.png": (48, 32), "b.png": (64, 64)}.items():
-        Image.fromarray(random.integers(0, 256, (high, wide, 3), dtype=np.uint8)).save(folder / name)
+    for name, picture in zip(("a.png", "b.png"), noise.pictures([(48, 32), (64, 64)])):
+        picture.save(folder / name)
     return folder
 
 

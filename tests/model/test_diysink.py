@@ -3,10 +3,10 @@
 import copy
 from contextlib import nullcontext
 
-import numpy as np
+import noise
 import pytest
 import torch
-from PIL import Image
+from passes import logits
 
 from sinkstudy import sinks
 from sinkstudy.answers.evaluate import Prefixes
@@ -32,14 +32,7 @@ def made(folder: str, **how) -> DIYSink:
 
 
 def asked(lvlm) -> Prefixes:
-    random = np.random.default_rng(0)
-    pictures = [Image.fromarray(random.integers(0, 256, (high, wide, 3), dtype=np.uint8)) for wide, high in SIZES]
-    return Prefixes(lvlm.inputs(pictures, QUESTIONS), list("abc"), QUESTIONS)
-
-
-@torch.no_grad()
-def logits(lvlm, inputs) -> torch.Tensor:
-    return lvlm.model(**inputs).logits
+    return Prefixes(lvlm.inputs(noise.pictures(SIZES), QUESTIONS), list("abc"), QUESTIONS)
 
 
 @torch.no_grad()
@@ -148,9 +141,8 @@ def test_one_block_alone_is_the_sequence_without_the_other(tiny, images, questio
     inputs = Prefixes(lvlm.inputs(images[:1], questions[:1]), ["a"], questions[:1])
     (layout,) = lvlm.layout(inputs)
     features = []
-    handle = lvlm.connector.register_forward_pre_hook(lambda module, args: features.append(args[0][0]))
-    logits(lvlm, inputs)
-    handle.remove()
+    with lvlm.connector.register_forward_pre_hook(lambda module, args: features.append(args[0][0])):
+        logits(lvlm, inputs)
     chosen = features[0][sinks.percentile(features[0].norm(dim=-1), RULE["threshold"])]
     start, end, n = int(layout.visual[0]), int(layout.visual[-1]) + 1, inputs["input_ids"].shape[1]
     ids = torch.cat([torch.arange(start + len(chosen)), torch.arange(end, n)])

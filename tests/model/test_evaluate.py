@@ -10,15 +10,14 @@ import warnings
 from pathlib import Path
 
 import architectures
+import noise
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from PIL import Image
 
 from sinkstudy.answers.evaluate import NONE, Intervention, evaluate
 from sinkstudy.model import loading
-from sinkstudy.model.lvlm import LVLM
 from sinkstudy.paths import ROOT
 
 STEPS = 4
@@ -35,11 +34,7 @@ def half(lvlm, inputs):
 @pytest.fixture(scope="module")
 def table() -> pd.DataFrame:
     """Mixed rows, of an image four, three or one."""
-    random = np.random.default_rng(0)
-    pictures = {
-        name: Image.fromarray(random.integers(0, 256, (high, wide, 3), dtype=np.uint8))
-        for name, (wide, high) in SIZES.items()
-    }
+    pictures = dict(zip(SIZES, noise.pictures(SIZES.values())))
     asked = [("high", 0), ("wide", 2), ("high", 1), ("square", 1), ("wide", 0), ("high", 2), ("wide", 3), ("high", 3)]
     return pd.DataFrame(
         [
@@ -48,17 +43,6 @@ def table() -> pd.DataFrame:
         ],
         index=[5, 6, 7, 8] * 2,
     )
-
-
-def loaded(name, tmp_path_factory) -> LVLM:
-    folder = tmp_path_factory.mktemp(name)
-    architectures.write(folder, name)
-    return loading.load(str(folder))
-
-
-@pytest.fixture(scope="module")
-def llava(tmp_path_factory) -> LVLM:
-    return loaded("llava", tmp_path_factory)
 
 
 @torch.no_grad()
@@ -79,8 +63,8 @@ def one_by_one(lvlm, table, around=NONE.around) -> tuple[list[str], torch.Tensor
 @pytest.mark.parametrize(
     "name", ["llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "paligemma", "gemma3", "aya_vision", "idefics3"]
 )
-def test_answers_are_those_of_one_generate_for_each_question(name, table, tmp_path_factory):
-    lvlm = loaded(name, tmp_path_factory)
+def test_answers_are_those_of_one_generate_for_each_question(name, table, tmp_path):
+    lvlm = architectures.load(tmp_path, name)
     ways = [NONE, Intervention("half", half)]
     sizes = (3, 64) if name in ("llava", "qwen2_vl") else (5,)
     expected = {how.name: one_by_one(lvlm, table, how.around) for how in ways}
@@ -110,15 +94,8 @@ def test_answers_are_those_of_one_generate_for_each_question(name, table, tmp_pa
 def test_an_intervention_changes_what_it_does_not_keep(llava, table, keeps):
     part = {"nothing": llava.vision_layers[0], "tower": llava.connector, "prefix": llava.decoder.norm}[keeps]
 
-    class Doubled:
-        def __enter__(self):
-            self.hook = part.register_forward_hook(lambda module, args, out: 2 * out)
-
-        def __exit__(self, *error):
-            self.hook.remove()
-
     def around(lvlm, inputs):
-        return Doubled()
+        return part.register_forward_hook(lambda module, args, out: 2 * out)
 
     ways = [NONE, Intervention("doubled", around, keeps=keeps)]
     found = evaluate(llava, table, ways, max_new_tokens=STEPS, cache=None)
@@ -140,19 +117,18 @@ def test_an_intervention_finds_visual_tokens_where_they_stand(llava, table):
     assert seen == [(3, list(range(2, 18)))] * 3  # user : <image> x 16
 
 
-def test_a_question_in_front_of_the_image_shares_no_prefix(table, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("behind")
-    architectures.write(folder, "llava")
+def test_a_question_in_front_of_the_image_shares_no_prefix(table, tmp_path):
+    architectures.write(tmp_path, "llava")
     template = "{% for c in messages[0]['content'] | reverse %}{{ '<image>' if c['type'] == 'image' else c['text'] }} "
-    (folder / "chat_template.jinja").write_text(template + "{% endfor %}")
-    lvlm = loading.load(str(folder))
+    (tmp_path / "chat_template.jinja").write_text(template + "{% endfor %}")
+    lvlm = loading.load(str(tmp_path))
     with pytest.warns(UserWarning, match="puts the question before the image, so questions share no prefix"):
         found = evaluate(lvlm, table, max_new_tokens=STEPS, cache=None)
     assert found.prediction.tolist() == one_by_one(lvlm, table)[0]
 
 
-def test_half_precision_goes_through(table, tmp_path_factory):
-    lvlm = loaded("qwen2_vl", tmp_path_factory)
+def test_half_precision_goes_through(table, tmp_path):
+    lvlm = architectures.load(tmp_path, "qwen2_vl")
     lvlm.model.to(torch.bfloat16)
     found = evaluate(lvlm, table, max_new_tokens=1, cache=None)
     assert np.isfinite(found.logp_yes).all()
@@ -177,14 +153,13 @@ def test_a_killed_run_goes_on_where_it_stopped(llava, table, tmp_path):
     with open(file, "a") as stream:
         stream.write('{"key": "cut of')  # as a kill leaves it
     forward = []
-    hook = counting(llava, forward)
-    again = evaluate(llava, table, max_new_tokens=STEPS, cache=tmp_path, batch_size=2)
-    assert 0 < len(forward) <= 1 + STEPS  # one prefix, one answer
-    forward.clear()
-    third = evaluate(llava, table, max_new_tokens=STEPS, cache=tmp_path, batch_size=2)
-    assert not forward and file.read_text().startswith(lines)
-    evaluate(llava, table, max_new_tokens=STEPS, cache=tmp_path, batch_size=64)
-    hook.remove()
+    with counting(llava, forward):
+        again = evaluate(llava, table, max_new_tokens=STEPS, cache=tmp_path, batch_size=2)
+        assert 0 < len(forward) <= 1 + STEPS  # one prefix, one answer
+        forward.clear()
+        third = evaluate(llava, table, max_new_tokens=STEPS, cache=tmp_path, batch_size=2)
+        assert not forward and file.read_text().startswith(lines)
+        evaluate(llava, table, max_new_tokens=STEPS, cache=tmp_path, batch_size=64)
     assert forward and file.read_text().startswith(lines)  # other batches round differently
     for found in (again, third):
         pd.testing.assert_frame_equal(found, whole, check_exact=True)  # the batches are those of an undisturbed run
@@ -226,9 +201,8 @@ def test_answers_outlive_a_kill(llava, tmp_path):
     kept = [json.loads(line.rpartition(" ")[0])["key"] for line in file.read_text().split("\n")[:-1] if line]
     table = many().head(len(kept) + 3)
     passes = []
-    hook = llava.connector.register_forward_hook(lambda module, args, out: passes.append(len(out)))
-    found = evaluate(llava, table, max_new_tokens=1, cache=tmp_path, batch_size=1)
-    hook.remove()
+    with llava.connector.register_forward_hook(lambda module, args, out: passes.append(len(out))):
+        found = evaluate(llava, table, max_new_tokens=1, cache=tmp_path, batch_size=1)
     assert 0 < len(kept) < 2000 and sum(passes) == 3
     fresh = evaluate(llava, table, max_new_tokens=1, cache=None, batch_size=1)
     pd.testing.assert_frame_equal(found, fresh, atol=1e-5)
@@ -237,9 +211,8 @@ def test_answers_outlive_a_kill(llava, tmp_path):
 def test_the_cache_tells_apart_whatever_changes_answers(llava, table, tmp_path):
     def asks_again(table=table, interventions=(NONE,), **how) -> bool:
         forward = []
-        hook = counting(llava, forward)
-        evaluate(llava, table, interventions, **{"max_new_tokens": 1, "cache": tmp_path, **how})
-        hook.remove()
+        with counting(llava, forward):
+            evaluate(llava, table, interventions, **{"max_new_tokens": 1, "cache": tmp_path, **how})
         return bool(forward)
 
     assert asks_again() and not asks_again()
@@ -311,8 +284,8 @@ def test_other_bad_input_is_named(llava, table, tmp_path):
         evaluate(llava, table, candidates=[("yes",), ("no",)], cache=None)
 
 
-def test_a_model_that_cannot_share_says_so(table, tmp_path_factory):
-    lvlm = loaded("paligemma", tmp_path_factory)
+def test_a_model_that_cannot_share_says_so(table, tmp_path):
+    lvlm = architectures.load(tmp_path, "paligemma")
     with warnings.catch_warnings(), pytest.warns(UserWarning, match="share no prefix"):
         warnings.simplefilter("always")
         evaluate(lvlm, table.head(1), max_new_tokens=1, cache=None)

@@ -155,7 +155,7 @@ def test_a_finished_training_is_read(tmp_path: Path, capsys):
 
 
 @pytest.mark.parametrize("muon", [False, True])
-def test_killed_and_resumed(tmp_path: Path, muon: bool, capsys):
+def test_killed_and_resumed(tmp_path: Path, muon: bool):
     """With dropout, so that the random state matters; a half-written checkpoint does not."""
     how = {"optimizers": lambda named: optimizers(named, 0.02, 0.1, 0.03)} if muon else {}
     whole, resumed = Net(0.3), Net(0.3)

@@ -3,14 +3,16 @@
 import copy
 import importlib
 import math
+from contextlib import nullcontext
 
 import architectures
+import noise
 import numpy as np
 import pandas as pd
+import passes
 import pytest
 import torch
 import transformers
-from PIL import Image
 
 from sinkstudy import sinks
 from sinkstudy.answers.evaluate import evaluate
@@ -30,31 +32,19 @@ DECODE = dict(
 )
 
 
-def loaded(name, folder) -> LVLM:
-    architectures.write(folder, name)
-    return loading.load(str(folder))
-
-
-@pytest.fixture(scope="module", params=architectures.ARCHITECTURES)
-def lvlm(request, tmp_path_factory) -> LVLM:
-    return loaded(request.param, tmp_path_factory.mktemp(request.param))
-
-
 @pytest.fixture(scope="module", params=["llava", "qwen2_vl"])
 def two(request, tmp_path_factory) -> LVLM:
-    return loaded(request.param, tmp_path_factory.mktemp(request.param))
+    return architectures.load(tmp_path_factory.mktemp(request.param), request.param)
 
 
 @pytest.fixture
 def llava(tmp_path) -> LVLM:
     """One that a test may change."""
-    return loaded("llava", tmp_path / "llava")
+    return architectures.load(tmp_path / "llava", "llava")
 
 
-def pictures(n=3, seed=0, sizes=SIZES):
-    random = np.random.default_rng(seed)
-    shapes = [(sizes[i % len(sizes)][1], sizes[i % len(sizes)][0], 3) for i in range(n)]
-    return [Image.fromarray(random.integers(0, 256, shape, dtype=np.uint8)) for shape in shapes]
+def pictures():
+    return noise.pictures(SIZES)
 
 
 def shaken(lvlm, **how) -> Gates:
@@ -68,19 +58,12 @@ def shaken(lvlm, **how) -> Gates:
     return gates
 
 
-@torch.no_grad()
 def logits(lvlm, inputs, context=None) -> torch.Tensor:
-    if context is None:
-        return lvlm.model(**inputs).logits
-    with context:
-        return lvlm.model(**inputs).logits
+    with context or nullcontext():
+        return passes.logits(lvlm, inputs)
 
 
-def real(inputs) -> torch.Tensor:
-    return inputs["attention_mask"].bool()
-
-
-def answered(lvlm, inputs, answers):
+def answered(inputs, answers):
     """Prompts with answers behind them, and their labels; later answers of a row are padded on the right."""
     n = max(map(len, answers))
     ids = torch.tensor([[*answer, *[0] * (n - len(answer))] for answer in answers])
@@ -98,9 +81,8 @@ def answered(lvlm, inputs, answers):
 def sinks_by_hand(lvlm, inputs) -> torch.Tensor:
     """0 for text, 1 for visual tokens of sinks, 2 for others, [rows, tokens]: without `layout` and `sinks`."""
     seen = []
-    hook = lvlm.connector.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
-    logits(lvlm, inputs)
-    hook.remove()
+    with lvlm.connector.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach())):
+        logits(lvlm, inputs)
     norms = seen[0].reshape(-1, 16).norm(dim=-1).double().numpy()
     grids = inputs.get("image_grid_thw", torch.tensor([[1, 4, 4]] * len(inputs["input_ids"])))
     counts = grids.prod(1).tolist()
@@ -149,7 +131,7 @@ def test_against_an_eager_computation(two, monkeypatch, normalised):
         rho = gate_by_hand(gates.gates[str(layer)], last).float() * (2 if normalised else 1)
         assert (rho[:, 0] - rho[:, 1]).abs().max() > 0.1
         scales[layer + 1] = torch.cat([torch.ones(len(rho), 1), rho], 1).gather(1, group)
-    here = real(inputs)
+    here = passes.real(inputs)
     assert (group == 1).any(1).all() and (group == 2).any(1).all()
     torch.testing.assert_close(ours[here], plain(**inputs).logits[here], atol=1e-4, rtol=1e-3)
     assert not torch.allclose(ours[:, -1], logits(two, inputs)[:, -1], atol=1e-2)
@@ -202,7 +184,7 @@ def test_padding_and_the_rest_of_the_batch_do_not_matter(lvlm):
 
 
 def test_in_evaluate_as_question_by_question(llava):
-    images = {name: np.asarray(picture) for name, picture in zip("ab", pictures(2), strict=True)}
+    images = {name: np.asarray(picture) for name, picture in zip("ab", pictures()[:2], strict=True)}
     images = {name: pixels.transpose(2, 0, 1).copy() for name, pixels in images.items()}
     rows = [{"id": f"{name}{q}", "image_id": name, "question": q} for name in images for q in QUESTIONS]
     gates = shaken(llava)
@@ -236,7 +218,7 @@ def test_training_computes_what_generation_does(two):
         out = two.model.generate(**inputs, **DECODE, suppress_tokens=[two.image_token_id, 5])
     n = inputs["input_ids"].shape[1]
     answers = [ids.tolist()[: 3 - i] for i, ids in enumerate(out.sequences[:, n:])]  # the later ones cut
-    whole, labels = answered(two, inputs, answers)
+    whole, labels = answered(inputs, answers)
     read = logits(two, whole, gates.around(whole, labels))
     for i, answer in enumerate(answers):
         for j in range(len(answer)):
@@ -247,7 +229,7 @@ def test_training_computes_what_generation_does(two):
 
 
 def test_gradient_reaches_every_gate_and_nothing_else(two):
-    whole, labels = answered(two, two.inputs(pictures(), QUESTIONS), [[5, 6, 7], [8, 9], [10]])
+    whole, labels = answered(two.inputs(pictures(), QUESTIONS), [[5, 6, 7], [8, 9], [10]])
     for gates in (shaken(two), Gates(two, **RULE)):
         gates(whole, labels).backward()
         found = {name for name, p in gates.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
@@ -265,7 +247,7 @@ def planted(lvlm, seed, n, rules):
         Prompts, prompts with answers, labels, and the kind of each row. Only questions whose answers tell the two
         rules apart are there; answers are words.
     """
-    words, images = len(architectures.SPECIAL), pictures(n, seed, [(32, 32)])
+    words, images = len(architectures.SPECIAL), noise.pictures([(32, 32)] * n, seed)
     asked, answers, kinds = [], [], []
     for kind, question in enumerate(QUESTIONS[:2]):
         inputs = lvlm.inputs(images, [question] * n)
@@ -276,7 +258,7 @@ def planted(lvlm, seed, n, rules):
             answers.append([said[kind][i].item()])
             kinds.append(kind)
     inputs = lvlm.inputs(*zip(*asked, strict=True))
-    return inputs, *answered(lvlm, inputs, answers), torch.tensor(kinds)
+    return inputs, *answered(inputs, answers), torch.tensor(kinds)
 
 
 @pytest.mark.parametrize("sinks_first", [True, False])
@@ -304,7 +286,7 @@ def test_planted_rule(llava, sinks_first):
 @pytest.mark.parametrize("kind", ["lsg", "lora"])
 def test_fit_trains_what_is_the_methods_own(llava, tmp_path, kind):
     """By the project's own training, and twice with the same weights."""
-    whole, labels = answered(llava, llava.inputs(pictures(), QUESTIONS), [[30, 31], [32], [33]])
+    whole, labels = answered(llava.inputs(pictures(), QUESTIONS), [[30, 31], [32], [33]])
     untouched = copy.deepcopy(llava.model.state_dict())
     ends = []
     for again in ("a", "b"):
@@ -342,7 +324,7 @@ def test_bad_choices(llava):
             Gates(llava, layers=layers)
     with pytest.raises(ValueError, match="unknown criterion"):
         Gates(llava, criterion="loud")
-    gates, (whole, labels) = Gates(llava, **RULE), answered(llava, llava.inputs(pictures(), QUESTIONS), [[5], [5], [5]])
+    gates, (whole, labels) = Gates(llava, **RULE), answered(llava.inputs(pictures(), QUESTIONS), [[5], [5], [5]])
     with pytest.raises(ValueError, match="row 1: labels begin before"):
         labels[1, whole["input_ids"][1] == llava.image_token_id] = 4
         gates(whole, labels)
@@ -368,7 +350,7 @@ def test_lora_begins_at_the_untouched_model_and_leaves_its_parts_in_place(lvlm):
             if hasattr(two, "lora_A"):
                 one.weight.data += two.lora_B["default"].weight.data @ two.lora_A["default"].weight.data
     assert not torch.allclose(logits(own, inputs)[:, -1], logits(lvlm, inputs)[:, -1], atol=1e-2)
-    here = real(inputs)
+    here = passes.real(inputs)
     for contexts in ([None, None], [moving.gated(x, inputs, sinks.rule(**RULE), 2.0, 0.5) for x in (own, by_hand)]):
         ours, expected = (logits(x, inputs, context) for x, context in zip((own, by_hand), contexts, strict=True))
         torch.testing.assert_close(ours[here], expected[here], atol=1e-4, rtol=1e-3)
@@ -400,7 +382,7 @@ def test_lora_as_large_as_gates(llava):
 
 def test_lora_trained_saved_and_read(llava, tmp_path):
     inputs = llava.inputs(pictures(), QUESTIONS)
-    whole, labels = answered(llava, inputs, [[30, 31], [32], [33]])
+    whole, labels = answered(inputs, [[30, 31], [32], [33]])
     again, lora = LoRA(copy.deepcopy(llava), parameters=1000), LoRA(llava, parameters=1000)
     plain = copy.deepcopy(dict(llava.model.named_parameters()))
     optimiser = torch.optim.AdamW(lora.changed().values(), lr=1e-2)
@@ -424,9 +406,8 @@ def test_lora_trained_saved_and_read(llava, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_in_half_precision_what_is_trained_is_in_float32(tmp_path, dtype):
-    architectures.write(tmp_path, "llava")
-    llava = loading.load(str(tmp_path), dtype=dtype)
-    whole, labels = answered(llava, llava.inputs(pictures(), QUESTIONS), [[30, 31], [32], [33]])
+    llava = architectures.load(tmp_path, "llava", dtype=dtype)
+    whole, labels = answered(llava.inputs(pictures(), QUESTIONS), [[30, 31], [32], [33]])
     for method in (Gates(llava, **RULE), LoRA(llava, parameters=1000)):
         method(whole, labels).backward()
         assert all(p.dtype == torch.float32 and p.grad is not None for p in method.changed().values())

@@ -1,29 +1,26 @@
 """Groups taken away from a tiny model: each way is the one that it says, and losses are those of `ablation`."""
 
 import architectures
-import numpy as np
+import noise
 import pandas as pd
 import pytest
 import torch
 from PIL import Image
 
 from sinkstudy.effects import ablation, groups
-from sinkstudy.model import loading
+from sinkstudy.model.lvlm import LVLM
 
 WAYS = ["only", "without", "knockout", "mean", "zero", "noise", "shuffle", "mean at the input"]
 
 
 @pytest.fixture(scope="module", params=["llava", "qwen2_vl"])
-def lvlm(request, tmp_path_factory) -> loading.LVLM:
-    folder = tmp_path_factory.mktemp(request.param)
-    architectures.write(folder, request.param)
-    return loading.load(str(folder))
+def lvlm(request, tmp_path_factory) -> LVLM:
+    return architectures.load(tmp_path_factory.mktemp(request.param), request.param)
 
 
 @pytest.fixture(scope="module")
 def images() -> dict[str, Image.Image]:
-    pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
-    return {name: Image.fromarray(p) for name, p in zip("abc", pixels)}
+    return dict(zip("abc", noise.pictures([(32, 32)] * 3)))
 
 
 @pytest.fixture(scope="module")

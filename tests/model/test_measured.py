@@ -67,10 +67,6 @@ def tiny(kind: str) -> Bare:
 def repainted(lvlm: Bare, inputs: dict, layout, patch: int) -> int:
     """The token of the tower's first layer, counted through the batch, that changes most with the pixels of a patch."""
     seen = []
-    hook = lvlm.vision_layers[0].register_forward_pre_hook(
-        lambda m, args, kwargs: seen.append([*args, *kwargs.values()][0].flatten(0, -2)),
-        with_kwargs=True,
-    )
     pixels = inputs["pixel_values"].clone()
     n, (rows, columns) = layout.grid[0] * layout.grid[1], layout.grid
     tile, (row, column) = patch // n, divmod(patch % n, columns)
@@ -89,12 +85,11 @@ def repainted(lvlm: Bare, inputs: dict, layout, patch: int) -> int:
         high = size if lvlm.spec.packed else planes.shape[-2] // rows
         wide = size if lvlm.spec.packed else planes.shape[-1] // columns
         planes[tile, :, high * row : high * (row + 1), wide * column : wide * (column + 1)] += 1
-    try:
-        with torch.no_grad():
-            lvlm.model(**inputs)
-            lvlm.model(**{**inputs, "pixel_values": pixels})
-    finally:
-        hook.remove()
+    with torch.no_grad(), lvlm.vision_layers[0].register_forward_pre_hook(
+        lambda m, args, kwargs: seen.append([*args, *kwargs.values()][0].flatten(0, -2)), with_kwargs=True
+    ):
+        lvlm.model(**inputs)
+        lvlm.model(**{**inputs, "pixel_values": pixels})
     moved = (seen[1] - seen[0]).abs().amax(-1)
     return int(moved.argmax())
 
@@ -122,11 +117,8 @@ def follow(lvlm: Bare, grids: list) -> None:
     token = repainted(lvlm, inputs, layout, patch + before * layout.grid[0] * layout.grid[1])
     assert token == layout.vision[patch], "the tower"
     plain = trace(lvlm, grids, [""] * len(grids))
-    hook = planted(lvlm, token)
-    try:
+    with planted(lvlm, token):
         sunk = trace(lvlm, grids, [""] * len(grids))
-    finally:
-        hook.remove()
     assert sunk.vision_norms[-1, lvlm.feature_layer].argmax() == patch, "the tower's norms"
     assert torch.isfinite(sunk.vision_received).all(), "the tower's attention"
     read = layout.lift(torch.arange(len(layout.vision)) == patch, "any")

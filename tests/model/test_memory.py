@@ -31,8 +31,7 @@ def test_weights_of_a_lab_model(lab, dtype):
 
 @pytest.mark.parametrize("name", architectures.ARCHITECTURES)
 def test_weights_and_cache_of_every_architecture(name, tmp_path):
-    architectures.write(tmp_path, name)
-    there = loading.load(str(tmp_path), dtype="bfloat16")
+    there = architectures.load(tmp_path, name, dtype="bfloat16")
     need = memory.need(loading.outline(str(tmp_path), dtype="bfloat16"), batch_size=2)
     assert need.weights == stored(there)
     inputs = there.inputs([Image.new("RGB", memory.PICTURE)] * 2, [""] * 2)

@@ -31,13 +31,11 @@ def test_parts(tiny):
 
 def test_feature_layer_is_what_the_connector_reads(tiny, images):
     seen = {}
-    hooks = [
+    with (
         tiny.vision_layers[tiny.feature_layer].register_forward_hook(lambda m, a, out: seen.update(layer=out)),
         tiny.connector.register_forward_hook(lambda m, args, out: seen.update(connector=args[0])),
-    ]
-    tiny.model(**tiny.inputs(images[:1], ["how many"]))
-    for hook in hooks:
-        hook.remove()
+    ):
+        tiny.model(**tiny.inputs(images[:1], ["how many"]))
     assert torch.equal(seen["layer"][:, tiny.n_prefix :], seen["connector"])
     assert seen["connector"].shape[1] == tiny.grid[0] * tiny.grid[1]
 
@@ -143,7 +141,7 @@ def test_a_hub_model_without_network(monkeypatch):
         loading.load("llava-hf/no-such-model")
 
 
-def test_a_hub_model_that_cannot_be_reached(monkeypatch, tmp_path):
+def test_a_hub_model_that_cannot_be_reached(monkeypatch):
     """A connection that is refused, at once and at every further trial."""
 
     def refused(*args, **kwargs):

@@ -1,13 +1,12 @@
 """Planted neurons are found, silenced and moved; nothing else changes, and nothing stays behind."""
 
 import architectures
-import numpy as np
+import noise
 import pytest
 import torch
 from PIL import Image
 
 from sinkstudy.effects import neurons
-from sinkstudy.model import loading
 from sinkstudy.model.lvlm import LVLM
 
 QUESTIONS = ["how many", "what is the texture", "what is the texture red blue yes no"]
@@ -17,25 +16,18 @@ close = dict(atol=1e-4, rtol=1e-4)
 
 @pytest.fixture(scope="module")
 def pictures() -> list[Image.Image]:
-    pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
-    return [Image.fromarray(p) for p in pixels]
-
-
-def load(name, tmp_path_factory) -> LVLM:
-    folder = tmp_path_factory.mktemp(name)
-    architectures.write(folder, name)
-    return loading.load(str(folder))
+    return noise.pictures([(32, 32)] * 3)
 
 
 @pytest.fixture(scope="module", params=["llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl"])
 def lvlm(request, tmp_path_factory) -> LVLM:
-    return load(request.param, tmp_path_factory)
+    return architectures.load(tmp_path_factory.mktemp(request.param), request.param)
 
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory) -> LVLM:
     """A tower that does nothing, but for one neuron that fires at one patch and writes a huge vector there."""
-    lvlm = load("llava", tmp_path_factory)
+    lvlm = architectures.load(tmp_path_factory.mktemp("planted"), "llava")
     embeddings = lvlm.vision.embeddings
     embeddings.patch_embedding.weight.data[0] = 0  # dimension 0 says whether this is the spot
     embeddings.class_embedding.data[0] = 0
@@ -174,10 +166,8 @@ def test_setting_changes_what_it_should_to_the_bit(lvlm, pictures):
     of, at = torch.tensor([2, 9]), torch.tensor([3, 8, 12])
     value = torch.tensor([1.5, -2.0])
     for context in (neurons.setting(lvlm, {}), neurons.setting(lvlm, {1: of}, at, {1: value})):
-        with context:
-            hook = reader.register_forward_pre_hook(lambda m, args: seen.append(args[0].flatten(0, -2).clone()))
+        with context, reader.register_forward_pre_hook(lambda m, args: seen.append(args[0].flatten(0, -2).clone())):
             logits(lvlm, pictures)
-            hook.remove()
     before, after = seen
     expected = before.clone()
     expected[at[:, None], of] = value
@@ -218,10 +208,8 @@ def test_setting_dimensions_touches_those_entries_only(lvlm, pictures):
 
     value = torch.tensor([9.0, -3.0])
     for context in (neurons.setting(lvlm, {}), neurons.setting_dimensions(lvlm, [4, 11], patches, value)):
-        with context:
-            hook = lvlm.connector.register_forward_pre_hook(read)
+        with context, lvlm.connector.register_forward_pre_hook(read):
             logits(lvlm, pictures)
-            hook.remove()
     expected = seen[0].clone()
     expected[patches, 4], expected[patches, 11] = 9.0, -3.0
     assert torch.equal(seen[1], expected) and not torch.equal(seen[0], expected)
@@ -231,20 +219,20 @@ def test_setting_dimensions_touches_those_entries_only(lvlm, pictures):
 @pytest.mark.parametrize(
     "name", ["llava", "llava-siglip-qwen2", "llava_next", "llava_onevision", "gemma3", "paligemma", "idefics3"]
 )
-def test_a_register_takes_the_largest_activation_and_leaves_no_token(name, pictures, tmp_path_factory):
-    lvlm = load(name, tmp_path_factory)
+def test_a_register_takes_the_largest_activation_and_leaves_no_token(name, pictures, tmp_path):
+    lvlm = architectures.load(tmp_path, name)
     plain, n = logits(lvlm, pictures), hooks(lvlm)
     of = torch.tensor([2, 9])
     reader = lvlm.vision_layers[1].get_submodule(lvlm.spec.vision_neurons)
     seen = []
-    with neurons.moved_to_register(lvlm, {}):  # a token that nobody writes to
-        hook = reader.register_forward_pre_hook(lambda m, args: seen.append(args[0].clone()))
+
+    def see(module, args):
+        seen.append(args[0].clone())
+
+    with neurons.moved_to_register(lvlm, {}), reader.register_forward_pre_hook(see):  # a token that nobody writes to
         logits(lvlm, pictures)
-        hook.remove()
-    with neurons.moved_to_register(lvlm, {1: of}):
-        hook = reader.register_forward_pre_hook(lambda m, args: seen.append(args[0].clone()))
+    with neurons.moved_to_register(lvlm, {1: of}), reader.register_forward_pre_hook(see):
         moved = logits(lvlm, pictures)
-        hook.remove()
     before, after = seen  # [tiles, tokens + 1, neurons]
     high, low = before[..., of].amax(1), before[..., of].amin(1)
     torch.testing.assert_close(after[:, -1, of], torch.where(high > -low, high, low))
@@ -263,7 +251,7 @@ def test_a_register_takes_the_planted_norm(planted, pictures):
 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "internvl"])
-def test_towers_that_take_no_further_token(name, tmp_path_factory):
-    lvlm = load(name, tmp_path_factory)
+def test_towers_that_take_no_further_token(name, tmp_path):
+    lvlm = architectures.load(tmp_path, name)
     with pytest.raises(ValueError, match="takes no added token; silence"), neurons.moved_to_register(lvlm, {}):
         pass

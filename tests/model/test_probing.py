@@ -1,36 +1,25 @@
 """What `states` and `words` take from a model, against the model's own passes."""
 
 import architectures
-import numpy as np
+import noise
+import passes
 import pytest
 import torch
 from PIL import Image
 
 from sinkstudy.analyses import probing
-from sinkstudy.model import loading
-from sinkstudy.model.lvlm import LVLM
-
-
-def load(folder, name) -> LVLM:
-    architectures.write(folder / name, name)
-    return loading.load(str(folder / name))
 
 
 @pytest.fixture(scope="module")
 def pictures() -> list[Image.Image]:
-    random = np.random.default_rng(0)
-    return [Image.fromarray(random.integers(0, 256, (64, 64, 3), dtype=np.uint8)) for _ in range(3)]
+    return noise.pictures([(64, 64)] * 3)
 
 
 @torch.no_grad()
 def passed(lvlm, pictures) -> tuple:
     """Inputs, arguments of the decoder and its outputs in the ordinary pass of all pictures."""
     inputs = lvlm.inputs(pictures, [""] * len(pictures))
-    seen = []
-    hook = lvlm.decoder.register_forward_hook(lambda m, args, kwargs, out: seen.append(kwargs), with_kwargs=True)
-    out = lvlm.model(**inputs, output_hidden_states=True)
-    hook.remove()
-    return inputs, seen[0], out
+    return inputs, passes.decoder_arguments(lvlm, inputs), lvlm.model(**inputs, output_hidden_states=True)
 
 
 @torch.no_grad()
@@ -49,7 +38,7 @@ def blocked(lvlm, arguments, sees_first: bool) -> torch.Tensor:
 @pytest.mark.parametrize("name", ["llava", "llava-siglip-qwen2", "llava_next", "qwen2_vl", "qwen2_5_vl", "gemma3",
                                   "paligemma"])
 def test_alone_is_the_pass_with_all_other_attention_blocked(tmp_path, pictures, name):
-    lvlm = load(tmp_path, name)
+    lvlm = architectures.load(tmp_path, name)
     inputs, arguments, out = passed(lvlm, pictures)
     found = probing.words(lvlm, pictures, batch_size=2)
     visual = [layout.visual for layout in lvlm.layout(inputs)]
@@ -64,12 +53,12 @@ def test_alone_is_the_pass_with_all_other_attention_blocked(tmp_path, pictures, 
 
 def test_no_token_is_alone_where_features_are_stacked(tmp_path, pictures):
     with pytest.raises(ValueError, match="no visual token stands alone"):
-        probing.words(load(tmp_path, "qwen3_vl"), pictures)
+        probing.words(architectures.load(tmp_path, "qwen3_vl"), pictures)
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl", "qwen2_5_vl"])
 def test_states_are_those_of_the_patches(tmp_path, pictures, name):
-    lvlm = load(tmp_path, name)
+    lvlm = architectures.load(tmp_path, name)
     inputs, arguments, out = passed(lvlm, pictures)
     layouts = lvlm.layout(inputs)
     asked = []

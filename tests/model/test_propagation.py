@@ -1,6 +1,5 @@
 """Groups of visual tokens, what the decoder holds of them against an eager reference; chapter 03 on a tiny model."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ from sinkstudy import sinks
 from sinkstudy.analyses import propagation
 from sinkstudy.book import chapter
 from sinkstudy.model.layout import ImageLayout
-from tests.model import architectures, chapters
+from tests.model import architectures, chapters, noise
 
 close = dict(atol=1e-5, rtol=1e-4)
 
@@ -141,18 +140,17 @@ def test_chapter_on_pictures_of_a_folder(tmp_path: Path):
     """A tiny model, whose alignment stage nobody followed."""
     model = "tiny-qwen2_5_vl"
     architectures.write(tmp_path / model, "qwen2_5_vl")
-    chapters.write_pictures(tmp_path / "pictures", [(64, 32)] * 5)
-    chapters.execute("03-propagation", tmp_path, model=str(tmp_path / model), images_dir=str(tmp_path / "pictures"),
-                     criterion="percentile", threshold=90.0, controls=[])
-    rows = json.loads((tmp_path / model / "03-propagation" / "metrics.json").read_text())
-    metrics = {row["name"].removeprefix(f"{model.lower()}."): row for row in rows}
+    pictures = noise.write(tmp_path / "pictures", [(32, 64)] * 5)
+    tables = chapters.execute("03-propagation", tmp_path, model=tmp_path / model, images_dir=str(pictures),
+                              criterion="percentile", threshold=90.0, controls=[])
+    metrics = {name.removeprefix(f"{model.lower()}."): row for name, row in chapters.metrics(tables).items()}
     assert not [name for name in metrics if "right" in name or "calm" in name or "things" in name]
     assert metrics["attention_ratio.random.output_tokens.generic"]["n"] <= 5  # half of the tokens may be sinks
     for name in ("attention_ratio.sinks.output_tokens.all", "output_attention.ordinary", "attention_on_visual"):
         assert metrics[name]["n"] == 5 and metrics[name]["low"] <= metrics[name]["value"] <= metrics[name]["high"]
     tokens = sum(metrics[f"norm.{kind}"]["value"] for kind in ("propagated", "stopped"))
-    assert tokens == pytest.approx(pd.read_csv(tmp_path / model / "03-propagation" / "kinds.csv").eval(
+    assert tokens == pytest.approx(pd.read_csv(tables / "kinds.csv").eval(
         "propagated + stopped").mean(), abs=1e-4)
 
-    assert not (tmp_path / model / "03-propagation" / "alignment.csv").exists() and "alignment" not in str(metrics)
+    assert not (tables / "alignment.csv").exists() and "alignment" not in str(metrics)
     assert "are kept for lab-llava, lab-llava-gist only" in (tmp_path / "out.ipynb").read_text()

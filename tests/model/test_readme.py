@@ -39,10 +39,9 @@ def test_the_code_moves_the_sinks_of_a_lab_model(tmp_path, monkeypatch, capsys):
     lvlm = given["lvlm"]
     assert lvlm.name in told() and not lvlm.decoder._forward_pre_hooks
     seen: list[torch.Tensor] = []
-    handle = next(iter(lvlm.connectors.values())).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    inputs = lvlm.inputs([pixels], ["What is in the picture?"])
-    lvlm.model(**inputs)
-    handle.remove()
+    with next(iter(lvlm.connectors.values())).register_forward_pre_hook(lambda module, args: seen.append(args[0])):
+        inputs = lvlm.inputs([pixels], ["What is in the picture?"])
+        lvlm.model(**inputs)
     norms = seen[0].reshape(-1, seen[0].shape[-1]).norm(dim=-1)
     mask = norms >= 3 * norms.median()
     assert 0 < mask.sum() < 20
@@ -53,7 +52,7 @@ def test_the_code_moves_the_sinks_of_a_lab_model(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("architecture", ["qwen2_vl", "qwen2_5_vl"])
-def test_the_code_runs_on_qwen_without_torchvision(architecture, tmp_path, monkeypatch, capsys):
+def test_the_code_runs_on_qwen_without_torchvision(architecture, tmp_path, monkeypatch):
     write(tmp_path / "qwen", architecture)
     Image.new("RGB", (64, 64), "red").save(tmp_path / "picture.png")
     monkeypatch.chdir(tmp_path)

@@ -3,19 +3,14 @@
 from math import dist, log2
 
 import architectures
+import noise
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from sinkstudy.analyses import relevance
-from sinkstudy.model import capture, loading
+from sinkstudy.model import capture
 from sinkstudy.model.layout import ImageLayout
-
-
-def noise(width: int, height: int, seed: int) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
 
 
 def whole_attention(lvlm, picture) -> tuple[list[torch.Tensor], ImageLayout]:
@@ -43,7 +38,7 @@ def by_hand(weights: np.ndarray, own: int, where: list[tuple], cover: np.ndarray
 
 
 def test_shapes_of_all_maps(lvlm):
-    pictures = [noise(64, 32, 1), noise(64, 32, 2), noise(64, 32, 3)]
+    pictures = noise.pictures([(64, 32)] * 3, seed=1)
     layers, layout = whole_attention(lvlm, pictures[1])
     n = len(layout.vision)
     rows, columns = layout.grid
@@ -68,10 +63,11 @@ def test_shapes_of_all_maps(lvlm):
 
 
 def test_maps_of_chosen_patches(lvlm):
-    layers, layout = whole_attention(lvlm, noise(64, 32, 1))
+    (picture,) = noise.pictures([(64, 32)], seed=1)
+    layers, layout = whole_attention(lvlm, picture)
     chosen = [5, 0, len(layout.vision) - 1]
     for layer in (0, 1):
-        maps = relevance.relevance_maps(lvlm, noise(64, 32, 1), chosen, layer)
+        maps = relevance.relevance_maps(lvlm, picture, chosen, layer)
         patches = layers[layer][:, layout.vision[:, None], layout.vision[None]]
         torch.testing.assert_close(maps, patches[:, :, chosen].transpose(1, 2), atol=1e-6, rtol=1e-4)
 
@@ -83,7 +79,7 @@ def test_norms_are_those_of_the_trace(tiny, images):
 
 @pytest.mark.parametrize("pictures, cover, message", [
     ([], None, "no images"),
-    ([noise(32, 32, 0)] * 2, torch.zeros(2, 9), r"cover needs \[images, patches\], here \[2, 16\]"),
+    (noise.pictures([(32, 32)]) * 2, torch.zeros(2, 9), r"cover needs \[images, patches\], here \[2, 16\]"),
 ])
 def test_bad_input(tiny, pictures, cover, message):
     with pytest.raises(ValueError, match=message):
@@ -92,6 +88,6 @@ def test_bad_input(tiny, pictures, cover, message):
 
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_pictures_of_two_sizes(tmp_path, batch_size):
-    architectures.write(tmp_path, "qwen2_vl")
+    lvlm = architectures.load(tmp_path, "qwen2_vl")
     with pytest.raises(ValueError, match="images need one size"):
-        relevance.measure(loading.load(str(tmp_path)), [noise(64, 32, 0), noise(32, 64, 0)], batch_size=batch_size)
+        relevance.measure(lvlm, noise.pictures([(64, 32), (32, 64)]), batch_size=batch_size)

@@ -18,17 +18,9 @@ from sinkstudy.benchmarks import prompts
 from sinkstudy.book import engine, parameters
 from sinkstudy.effects import ablation, methods, moving, neurons
 from sinkstudy.model import loading
-from sinkstudy.model.lvlm import LVLM
-from tests.benchmarks.test_data import FILES
+from tests.benchmarks.test_data import FILES, write
 
 YES_NO = ("yes", "no")
-
-
-@pytest.fixture(scope="module")
-def llava(tmp_path_factory) -> LVLM:
-    folder = tmp_path_factory.mktemp("llava")
-    architectures.write(folder, "llava")
-    return loading.load(str(folder))
 
 
 @pytest.fixture(scope="module")
@@ -156,8 +148,7 @@ def test_norm_that_a_register_leaves(llava, benchmark):
 
 @torch.no_grad()
 def test_var_is_about_the_dimension_that_the_first_token_lights(benchmark, tmp_path, monkeypatch, capsys):
-    architectures.write(tmp_path, "llava")
-    lvlm = loading.load(str(tmp_path))
+    lvlm = architectures.load(tmp_path, "llava")
     first = lvlm.inputs([benchmark[1]["a"]], [""])["input_ids"][0, 0]
     lvlm.model.get_input_embeddings().weight.data[first, 3] = 1000
     case = methods.Case(lvlm, {"POPE": benchmark[1]})
@@ -262,10 +253,7 @@ def test_the_command_writes_what_it_prints_and_answers_once(elsewhere, monkeypat
 
 def test_the_command_on_public_files(elsewhere):
     architectures.write(elsewhere / "tiny", "llava")
-    for name, rows in FILES["POPE"].items():
-        file = elsewhere / "data" / "POPE" / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.Table.from_pylist(rows), file)
+    write(elsewhere / "data" / "POPE", FILES["POPE"])
     how = (str(elsewhere / "tiny"), "--method", "keep-top-k", "--k", "2", "--data-dir", str(elsewhere / "data"))
     ended = call(*how)
     assert ended.exit_code == 0, ended.exception

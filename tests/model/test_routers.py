@@ -78,15 +78,13 @@ def test_weights_multiply_the_features(lvlm, images):
     method, inputs, seen, norms = rew(lvlm), asked(lvlm, images), {}, []
     weights = method.weights(ASKED).detach()
     assert (weights - weights[0]).abs().max() > 0.1  # questions differ
-    with method.diysink.around(inputs):
-        hooks = [
-            lvlm.decoder.register_forward_pre_hook(lambda m, args, kwargs: seen.update(kwargs), with_kwargs=True),
-            lvlm.connector.register_forward_pre_hook(lambda m, args: norms.append(args[0].flatten(0, -2).norm(dim=-1))),
-        ]
-        with torch.no_grad():
-            plain = lvlm.model(**inputs).logits
-    for hook in hooks:
-        hook.remove()
+    with (
+        torch.no_grad(),
+        method.diysink.around(inputs),
+        lvlm.decoder.register_forward_pre_hook(lambda m, args, kwargs: seen.update(kwargs), with_kwargs=True),
+        lvlm.connector.register_forward_pre_hook(lambda m, args: norms.append(args[0].flatten(0, -2).norm(dim=-1))),
+    ):
+        plain = lvlm.model(**inputs).logits
     embeds = seen["inputs_embeds"].clone()
     for row, layout in enumerate(lvlm.layout(inputs)):
         of_image = norms[0][layout.connector]

@@ -4,15 +4,15 @@ import copy
 from dataclasses import replace
 
 import architectures
+import noise
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from PIL import Image
+from passes import decoder_arguments, logits, real
 
 from sinkstudy.answers.evaluate import evaluate
 from sinkstudy.effects import ablation, moving
-from sinkstudy.model import loading
 from sinkstudy.model.capture import attention_rows
 from sinkstudy.model.lvlm import LVLM
 from sinkstudy.model.specs import SPECS
@@ -33,37 +33,14 @@ def two(norms, layout) -> torch.Tensor:
     return torch.zeros_like(of).scatter(0, of.topk(2).indices, 1).bool()
 
 
-
-
 @pytest.fixture(scope="module")
 def inputs(lvlm):
-    random = np.random.default_rng(0)
-    pictures = [Image.fromarray(random.integers(0, 256, (high, wide, 3), dtype=np.uint8)) for wide, high in SIZES]
-    return lvlm.inputs(pictures, QUESTIONS)
+    return lvlm.inputs(noise.pictures(SIZES), QUESTIONS)
 
 
 @pytest.fixture(scope="module")
 def plain(lvlm, inputs):
     return logits(lvlm, inputs)
-
-
-@torch.no_grad()
-def logits(lvlm, inputs) -> torch.Tensor:
-    return lvlm.model(**inputs).logits
-
-
-@torch.no_grad()
-def watched(lvlm, inputs) -> dict:
-    """What the decoder is called with, and what the whole model says."""
-    seen = {}
-
-    def keep(module, args, kwargs):
-        seen.update(kwargs)
-
-    hook = lvlm.decoder.register_forward_pre_hook(keep, with_kwargs=True)
-    seen["logits"] = lvlm.model(**inputs).logits
-    hook.remove()
-    return seen
 
 
 def keeper(lvlm):
@@ -76,11 +53,6 @@ def keeper(lvlm):
         return patches
 
     return norms, keep
-
-
-def real(inputs) -> torch.Tensor:
-    """Tokens that are no padding: what padding says is nobody's business."""
-    return inputs["attention_mask"].bool()
 
 
 @pytest.mark.parametrize("ids", ["travel", "renumber"])
@@ -98,10 +70,10 @@ def test_order_and_ids(lvlm, inputs, to):
     layouts = lvlm.layout(inputs)
     norms, keep = keeper(lvlm)
     with lvlm.editing(before=keep):
-        before = watched(lvlm, inputs)
+        before = decoder_arguments(lvlm, inputs)
     for ids in ("travel", "renumber"):
         with moving.reordered(lvlm, inputs, TWO, to, ids):
-            after = watched(lvlm, inputs)
+            after = decoder_arguments(lvlm, inputs)
         for layout in layouts:
             strongest = set(two(norms[0], layout).nonzero()[:, 0].tolist())
             tokens = {p for patch in strongest for p in layout.positions[patch].tolist() if p >= 0}
@@ -237,9 +209,9 @@ def test_weights_of_one_change_nothing_and_others_scale_the_tokens(lvlm, inputs,
         assert torch.equal(logits(lvlm, inputs), plain)
     if lvlm.spec.anyres:
         return  # tokens are mixed and padding is cut off behind the connector
-    before = watched(lvlm, inputs)["inputs_embeds"]
+    before = decoder_arguments(lvlm, inputs)["inputs_embeds"]
     with moving.reweighted(lvlm, inputs, TWO, 0.25, 3.0):
-        after = watched(lvlm, inputs)["inputs_embeds"]
+        after = decoder_arguments(lvlm, inputs)["inputs_embeds"]
     ratios = (after / before)[inputs["input_ids"] == lvlm.image_token_id]
     one = [0.25, 3.0]
     assert all(min(abs(r - w) for w in one) < 1e-3 for r in ratios.median(-1).values.tolist())
@@ -303,18 +275,14 @@ def deep(lvlm) -> LVLM:
 
 @pytest.fixture(scope="module")
 def deeper(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("deeper")
-    architectures.write(folder, request.param)
-    return deep(loading.load(str(folder)))
+    return deep(architectures.load(tmp_path_factory.mktemp("deeper"), request.param))
 
 
 SOME = ("llava", "llava-siglip-qwen2", "qwen2_vl", "internvl")
 
 
 def tokens_of(lvlm):
-    random = np.random.default_rng(1)
-    pictures = [Image.fromarray(random.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(2)]
-    return lvlm.inputs(pictures, QUESTIONS[:2])
+    return lvlm.inputs(noise.pictures([(32, 32)] * 2, seed=1), QUESTIONS[:2])
 
 
 @pytest.mark.parametrize("deeper", SOME, indirect=True)
@@ -334,15 +302,16 @@ def test_var_against_attention_computed_anew(deeper):
     def projected(module, args):
         seen["heads"] = args[0]
 
-    hooks = [layer.register_forward_hook(keep, with_kwargs=True), layer.o_proj.register_forward_pre_hook(projected),
-             lvlm.decoder_layers[2].register_forward_pre_hook(entering, with_kwargs=True)]
-    with attention_rows(lvlm, "decoder", rows="all", layers=[2]) as rows:
-        logits(lvlm, inputs)
-    plain_heads, value = seen["heads"], layer.v_proj(seen["hidden"])
-    with moving.redistributed(lvlm, inputs, **settings):
-        logits(lvlm, inputs)
-    for hook in hooks:
-        hook.remove()
+    with (
+        layer.register_forward_hook(keep, with_kwargs=True),
+        layer.o_proj.register_forward_pre_hook(projected),
+        lvlm.decoder_layers[2].register_forward_pre_hook(entering, with_kwargs=True),
+    ):
+        with attention_rows(lvlm, "decoder", rows="all", layers=[2]) as rows:
+            logits(lvlm, inputs)
+        plain_heads, value = seen["heads"], layer.v_proj(seen["hidden"])
+        with moving.redistributed(lvlm, inputs, **settings):
+            logits(lvlm, inputs)
     weights = rows[2][0]  # [batch, heads, queries, keys]
     heads = weights.shape[1]
     value = value.unflatten(-1, (-1, 8)).transpose(1, 2)  # [batch, key heads, keys, head width]
@@ -392,10 +361,8 @@ def test_var_where_a_sliding_window_has_forgotten_keys(kind, tmp_path, monkeypat
     """Its cache begins later than the sequence: sinks and visual tokens are still where they are."""
     monkeypatch.setitem(architectures.TEXT, "num_hidden_layers", 6)
     monkeypatch.setattr(architectures, "LAYER_TYPES", ["full_attention", *["sliding_attention"] * 4, "full_attention"])
-    architectures.write(tmp_path, kind)
-    lvlm = loading.load(str(tmp_path))
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8))
-    inputs = lvlm.inputs([picture], QUESTIONS[:1])
+    lvlm = architectures.load(tmp_path, kind)
+    inputs = lvlm.inputs(noise.pictures([(64, 48)]), QUESTIONS[:1])
     settings = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0, output_logits=True,
                     return_dict_in_generate=True, suppress_tokens=[lvlm.image_token_id])
     plain = logits(lvlm, inputs)
@@ -408,8 +375,7 @@ def test_var_where_a_sliding_window_has_forgotten_keys(kind, tmp_path, monkeypat
 
 # ------------------------------------------------------------------------------------------------- in evaluate
 def test_interventions_answer_as_generate_does_under_the_same_context(tmp_path):
-    architectures.write(tmp_path, "llava")
-    lvlm = deep(loading.load(str(tmp_path)))
+    lvlm = deep(architectures.load(tmp_path, "llava"))
     random = np.random.default_rng(2)
     images = {name: random.integers(0, 256, (3, 32, 32), dtype=np.uint8) for name in "ab"}
     masks = {name: torch.from_numpy(random.random(16) < 0.3) for name in images}

@@ -1,7 +1,7 @@
 """Rules compared on a tiny model: what is read, masked and set is what a plain computation gives."""
 
 import architectures
-import numpy as np
+import noise
 import pandas as pd
 import pytest
 import torch
@@ -11,7 +11,7 @@ from sinkstudy.analyses import attribution
 from sinkstudy.answers.evaluate import NONE
 from sinkstudy.book import criteria
 from sinkstudy.effects import neurons
-from sinkstudy.model import loading
+from sinkstudy.model.lvlm import LVLM
 
 QUESTIONS = ["how many", "what is the texture", "what is the texture red blue yes no"]
 close = dict(atol=1e-5, rtol=1e-4)
@@ -19,15 +19,12 @@ close = dict(atol=1e-5, rtol=1e-4)
 
 @pytest.fixture(scope="module")
 def pictures() -> list[Image.Image]:
-    pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
-    return [Image.fromarray(p) for p in pixels]
+    return noise.pictures([(32, 32)] * 3)
 
 
 @pytest.fixture(scope="module", params=["llava", "qwen2_vl", "internvl"])
-def lvlm(request, tmp_path_factory) -> loading.LVLM:
-    folder = tmp_path_factory.mktemp(request.param)
-    architectures.write(folder, request.param)
-    return loading.load(str(folder))
+def lvlm(request, tmp_path_factory) -> LVLM:
+    return architectures.load(tmp_path_factory.mktemp(request.param), request.param)
 
 
 def test_attribution_is_that_of_the_models_own_first_token(lvlm, pictures):

@@ -3,10 +3,10 @@
 Whatever reads a weight by itself, and not through the module that has it, finds nothing there.
 """
 
+import architectures
 import pandas as pd
 import pytest
 import torch
-from architectures import write
 from PIL import Image
 from transformers.integrations import accelerate
 
@@ -19,8 +19,7 @@ from sinkstudy.model.lvlm import LVLM
 def models(request, tmp_path_factory) -> tuple[LVLM, LVLM]:
     """A tiny model in memory, and one of which the last layers and the output are on disk."""
     folder = tmp_path_factory.mktemp(request.param)
-    write(folder, request.param)
-    whole = loading.load(str(folder))
+    whole = architectures.load(folder, request.param)
     size = sum(weight.nbytes for weight in whole.model.parameters())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(accelerate, "get_max_memory", lambda max_memory=None: {"cpu": int(0.6 * size)})

@@ -8,11 +8,10 @@ import sys
 from pathlib import Path
 
 import architectures
-import numpy as np
+import noise
 import pandas as pd
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -31,11 +30,9 @@ SHORT = ["--steps", "5", "--lr", "0.01"]
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data")
-    random = np.random.default_rng(0)
     samples = []
-    for i in range(6):
-        pixels = random.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i}.png")
+    for i, picture in enumerate(noise.pictures([(32, 32)] * 6)):
+        picture.save(folder / f"{i}.png")
         turns = [
             {"from": "human", "value": "<image>\nwhat is the texture"}, {"from": "gpt", "value": WORDS[i % 2]},
             {"from": "human", "value": "how many"}, {"from": "gpt", "value": WORDS[2 + i % 2]},
@@ -47,9 +44,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module", params=["llava", "qwen2_vl"])
 def model(request, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp(request.param)
-    architectures.write(folder, request.param)
-    return folder
+    return architectures.write(tmp_path_factory.mktemp(request.param), request.param)
 
 
 def options(model, data: Path, out: Path, stage: str, *more: str) -> list[str]:
@@ -82,7 +77,7 @@ def moved(a: Path, b: Path) -> set[str]:
     return {name.split(".")[0] for name in first if not torch.equal(first[name], second[name])}
 
 
-def test_two_connectors(train, model, data, tmp_path: Path, capsys):
+def test_two_connectors(train, model, data, tmp_path: Path):
     """Every stage trains what it should and the last one goes on from the first ones; killed, it ends the same."""
     low = ("--threshold", "1.02")  # so that the tiny tower has some
     sinks, others, out, killed = (tmp_path / name for name in ("sinks", "others", "tune", "killed"))

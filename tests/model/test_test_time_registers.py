@@ -1,7 +1,7 @@
 """Test-time registers and the choice by norm against arithmetic of the test's own, on tiny random models."""
 
 import architectures
-import numpy as np
+import noise
 import pandas as pd
 import pytest
 import torch
@@ -11,7 +11,6 @@ from torch.nn.functional import layer_norm
 from sinkstudy import sinks
 from sinkstudy.answers.evaluate import evaluate
 from sinkstudy.effects import ablation, moving, neurons
-from sinkstudy.model import loading
 from sinkstudy.model.lvlm import LVLM
 
 QUESTIONS = ["how many", "what is the texture red blue yes no"]
@@ -21,9 +20,7 @@ close = dict(atol=2e-5, rtol=1e-4)
 
 @pytest.fixture(scope="module")
 def llava(tmp_path_factory) -> LVLM:
-    folder = tmp_path_factory.mktemp("llava")
-    architectures.write(folder, "llava")
-    lvlm = loading.load(str(folder))
+    lvlm = architectures.load(tmp_path_factory.mktemp("llava"), "llava")
     first = lvlm.vision_layers[0].mlp.fc1  # a neuron that is below zero everywhere: its largest is its most negative
     first.weight.data[17] *= 0.1
     first.bias.data[17] = -0.6
@@ -32,8 +29,7 @@ def llava(tmp_path_factory) -> LVLM:
 
 @pytest.fixture(scope="module")
 def pictures() -> dict[str, Image.Image]:
-    pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
-    return {name: Image.fromarray(p) for name, p in zip("ab", pixels)}
+    return dict(zip("ab", noise.pictures([(32, 32)] * 2)))
 
 
 def normed(x: torch.Tensor, norm) -> torch.Tensor:
@@ -99,24 +95,20 @@ def test_the_answer_is_that_of_a_tower_computed_by_hand(llava, pictures):
 
 
 @pytest.mark.parametrize("name, norm_behind", [("llava_onevision", False), ("gemma3", True), ("idefics3", True)])
-def test_each_tile_passes_its_own_register(name, norm_behind, tmp_path_factory):
+def test_each_tile_passes_its_own_register(name, norm_behind, tmp_path):
     """Where a picture is cut into tiles, and where several patches make a token: what the connector reads."""
-    folder = tmp_path_factory.mktemp(name)
-    architectures.write(folder, name)
-    lvlm = loading.load(str(folder))
-    random = np.random.default_rng(1)
-    inputs = lvlm.inputs([Image.fromarray(random.integers(0, 256, (64, 32, 3), dtype=np.uint8))] * 2, QUESTIONS)
+    lvlm = architectures.load(tmp_path, name)
+    inputs = lvlm.inputs(noise.pictures([(32, 64)], seed=1) * 2, QUESTIONS)
     last, read = [], []
-    hooks = [lvlm.vision_layers[lvlm.feature_layer].register_forward_hook(
-        lambda module, args, output: last.append(output))]
     masks = [torch.zeros(len(layout.vision), dtype=torch.bool) for layout in lvlm.layout(inputs)]
     masks[0][[1, -2]] = True
-    with moving.registered(lvlm, inputs, masks, neurons=FOUND):
-        hooks.append(lvlm.connector.register_forward_pre_hook(lambda module, args: read.append(args[0])))
-        with torch.no_grad():
-            lvlm.model(**inputs)
-    for hook in hooks:
-        hook.remove()
+    with (
+        torch.no_grad(),
+        lvlm.vision_layers[lvlm.feature_layer].register_forward_hook(lambda module, args, output: last.append(output)),
+        moving.registered(lvlm, inputs, masks, neurons=FOUND),
+        lvlm.connector.register_forward_pre_hook(lambda module, args: read.append(args[0])),
+    ):
+        lvlm.model(**inputs)
     tiles = lvlm.vision.post_layernorm(last[0]) if norm_behind else last[0]
     patches, n = tiles[:, lvlm.n_prefix : -1], tiles.shape[1] - lvlm.n_prefix - 1
     expected = patches.flatten(0, 1).clone()
@@ -147,10 +139,8 @@ def test_in_evaluate_the_tower_is_computed_again(llava, pictures):
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "internvl"])
-def test_towers_that_take_no_further_token(name, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(name)
-    architectures.write(folder, name)
-    lvlm = loading.load(str(folder))
+def test_towers_that_take_no_further_token(name, tmp_path):
+    lvlm = architectures.load(tmp_path, name)
     inputs = lvlm.inputs([Image.new("RGB", (32, 32))], ["how many"])
     with pytest.raises(ValueError, match="takes no added token"), moving.registered(lvlm, inputs, neurons=FOUND):
         pass

@@ -18,11 +18,7 @@ def layout(patches: int = 16, newline: bool = False) -> ImageLayout:
     """A square picture whose patches are a token each; with a newline, a last token without a patch."""
     side, every = int(patches**0.5), torch.arange(patches)
     visual = torch.arange(patches + newline) + 5  # behind five tokens of text
-    fields = {"grid": (side, side), "tiles": 1, "visual": visual, "vision": every, "positions": visual[:patches, None]}
-    made = SimpleNamespace(**fields)
-    made.lift = lambda values, how: ImageLayout.lift(made, values, how)
-    made.lower = lambda values: ImageLayout.lower(made, values)
-    return made
+    return ImageLayout(0, (side, side), 1, visual, every, every, every, visual[:patches, None])
 
 
 @pytest.fixture

@@ -71,9 +71,8 @@ def test_what_a_sink_holds_reaches_nobody(tower):
         return (x, *args[1:])
 
     before = hidden(tower, picture(1))
-    handle = tower.encoder.layers[1].register_forward_pre_hook(other)
-    after = hidden(tower, picture(1))
-    handle.remove()
+    with tower.encoder.layers[1].register_forward_pre_hook(other):
+        after = hidden(tower, picture(1))
     ordinary = [place for place in range(SIDE**2) if place not in SINKS]
     assert torch.equal(before[:, ordinary], after[:, ordinary])
     assert (before[1:, list(SINKS)] != after[1:, list(SINKS)]).any(-1).all()
@@ -118,13 +117,10 @@ def test_an_added_token_sees_the_picture_and_tells_nothing_of_it(tower):
     def add(module, args, kwargs):
         return (torch.cat([args[0], torch.zeros_like(args[0][:, :1])], 1), *args[1:]), kwargs
 
-    handle = tower.encoder.layers[0].register_forward_pre_hook(add, with_kwargs=True)
-    try:
+    with tower.encoder.layers[0].register_forward_pre_hook(add, with_kwargs=True):
         before, other = picture(1), picture(1)
         at(other, 17)[:] = at(picture(2), 17)  # an ordinary patch
         moved = (hidden(tower, before) - hidden(tower, other)).abs().amax(-1)  # [layers, patches + 1]
-    finally:
-        handle.remove()
     assert moved.shape[1] == SIDE**2 + 1
     assert (moved[1:, -1] > 1e-4).all(), "it sees every patch"
     elsewhere = [place for place in range(SIDE**2) if place not in SINKS and window(place) != window(17)]
