@@ -426,10 +426,8 @@ class MatchedGroups:
 
         A token of none of them has the index behind the last.
         """
-        first = torch.full(self.norms.shape, len(names))
-        for index, name in reversed(list(enumerate(names))):
-            first[self.members[name]] = index
-        return first
+        rest = torch.ones_like(self.norms, dtype=torch.bool)
+        return torch.stack([*(self.members[name] for name in names), rest]).int().argmax(0)  # the first that is true
 
 
 def matched_groups(

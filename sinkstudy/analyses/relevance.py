@@ -71,12 +71,12 @@ def spread(maps: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
     return (maps * distance).sum(-1)
 
 
-def within(maps: torch.Tensor, distance: torch.Tensor, radius: float = 1.5) -> torch.Tensor:
-    """Share of a map's mass no further than `radius` from its patch, 0-1; 1.5 takes in the eight neighbours.
+def within(maps: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
+    """Share of a map's mass no further than 1.5 from its patch, 0-1: on it and its eight neighbours.
 
     `maps` and `distance` as in `spread`; returns [.., maps].
     """
-    return (maps * (distance <= radius)).sum(-1)
+    return (maps * (distance <= 1.5)).sum(-1)
 
 
 def effective_patches(maps: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,7 @@ from sinkstudy.book import chapter, report
 from sinkstudy.effects import ablation, moving, neurons
 from sinkstudy.effects.neurons import Neurons
 from sinkstudy.model import capture
-from sinkstudy.model.groups import mean
+from sinkstudy.model.groups import lifted, mean
 from sinkstudy.model.layout import ImageLayout
 from sinkstudy.model.lvlm import LVLM
 
@@ -68,7 +68,7 @@ class PatchReadings:
     def whole(self, mask: torch.Tensor) -> torch.Tensor:
         """All patches of the visual tokens that read a patch of a mask: bool [first pictures, patches]."""
         layouts = self.layouts[: len(mask)]
-        return per_patch(layouts, [layout.lift(own, "any") for layout, own in zip(layouts, mask, strict=True)])
+        return per_patch(layouts, lifted(layouts, mask))
 
 
 def read_patches(
@@ -250,14 +250,13 @@ def against_others(
         Estimates: `rule`, `headline`, `value`, `low`, `high`, `n`. A rule that finds nothing has no rows.
     """
     rows = []
-    for (rule, mask), headline in ((of, h) for of in masks.items() for h in numbers):
-        if not mask.any():
-            continue
-        own = mask if headline == "spread" else patches.whole(mask)
-        inside, outside = (mean(numbers[headline], m) for m in (own, ~own))
-        found = (stats.difference_interval(inside, outside, missing="drop", seed=seed) if headline == "spread"
-                 else stats.ratio_interval(inside, outside, missing="drop"))
-        rows.append((rule, headline, *found))
+    for rule, mask in masks.items():
+        for headline, values in numbers.items() if mask.any() else ():
+            own = mask if headline == "spread" else patches.whole(mask)
+            inside, outside = mean(values, own), mean(values, ~own)
+            found = (stats.difference_interval(inside, outside, missing="drop", seed=seed) if headline == "spread"
+                     else stats.ratio_interval(inside, outside, missing="drop"))
+            rows.append((rule, headline, *found))
     return pd.DataFrame(rows, columns=["rule", "headline", "value", "low", "high", "n"])
 
 
