@@ -151,7 +151,7 @@ def model_folder(name: str) -> Path | None:
     )
 
 
-def hub_commit(model: str, revision: str | None = None) -> str | None:
+def hub_commit(model: str, revision: str | None) -> str | None:
     """The commit of a hub model in this machine's cache, once it was loaded; None for a folder or a lab model.
 
     Args:

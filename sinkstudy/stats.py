@@ -36,9 +36,6 @@ class Interval(NamedTuple):
     high: float
     n: int
 
-    def __str__(self) -> str:
-        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
-
 
 NOTHING = Interval(float("nan"), float("nan"), float("nan"), 0)
 
@@ -82,7 +79,7 @@ def mean_interval(
     parts, wholes = sums if over is not None else (*sums, sizes)
     if len(wholes) and wholes.sum() <= 0:
         raise ValueError("the sum of `over` must be above zero")
-    left_out = _leave_one_out(parts, wholes)
+    left_out = (parts.sum() - parts) / (wholes.sum() - wholes) if len(parts) > 1 else parts  # the ratio without each
     return _bootstrap(_ratio, [parts, wholes], left_out, method, resamples, seed, strata=strata)
 
 
@@ -462,11 +459,6 @@ def _drawn_apart(strata: np.ndarray | None, n: int) -> list[np.ndarray]:
 
 def _ratio(above: np.ndarray, below: np.ndarray, axis: int = -1) -> np.ndarray:
     return above.sum(axis) / below.sum(axis)
-
-
-def _leave_one_out(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """The ratio without each image, [images]."""
-    return (above.sum() - above) / (below.sum() - below) if len(above) > 1 else above
 
 
 def _bootstrap(

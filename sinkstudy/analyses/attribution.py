@@ -156,7 +156,7 @@ def answer_log_prob(
 
 
 @torch.no_grad()
-def first_of_answer(lvlm: LVLM, images: Sequence[Any], questions: Sequence[str], batch_size: int = 32) -> AnswerLogProb:
+def first_of_answer(lvlm: LVLM, images: Sequence[Any], questions: Sequence[str], batch_size: int) -> AnswerLogProb:
     """f(tokens) = log p(first token of the model's own greedy answer | tokens, question), see `answer_log_prob`.
 
     Raises:
@@ -208,7 +208,7 @@ def _finite(f: AnswerLogProb, found: torch.Tensor) -> torch.Tensor:
 
 # ------------------------------------------------------------------------------------------------- by token
 def integrated_gradients(
-    f: AnswerLogProb, baseline: torch.Tensor, *, steps: int = 16, batch_size: int = 64
+    f: AnswerLogProb, baseline: torch.Tensor, *, steps: int, batch_size: int = 64
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Integrated gradients (Sundararajan et al. 2017, eq. 1) by Gauss-Legendre steps, summed over a token's entries.
 
@@ -317,7 +317,7 @@ def shapley(
     baseline: torch.Tensor,
     groups: torch.Tensor,
     *,
-    samples: int = 8,
+    samples: int,
     seed: int = 0,
     batch_size: int = 64,
 ) -> torch.Tensor:
@@ -385,7 +385,7 @@ def occlusion(
     answers: Sequence[str],
     areas: torch.Tensor,
     *,
-    batch_size: int = 32,
+    batch_size: int,
 ) -> torch.Tensor:
     """What log p(answer) loses when an area of the picture is painted in the picture's mean colour.
 
@@ -629,7 +629,7 @@ def curves(
     said: pd.DataFrame,
     at: Sequence[float],
     *,
-    seed: int = 0,
+    seed: int,
     batch_size: int = 64,
 ) -> pd.DataFrame:
     """log p(answer) when the tokens of highest score are `perturbed` by the baseline, or all tokens but these.

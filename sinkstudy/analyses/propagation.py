@@ -164,7 +164,7 @@ class Inside:
 
 
 def look_inside(
-    lvlm: LVLM, images: Sequence[Any], questions: Sequence[str], masks: Mapping[str, torch.Tensor], batch_size: int = 16
+    lvlm: LVLM, images: Sequence[Any], questions: Sequence[str], masks: Mapping[str, torch.Tensor], batch_size: int
 ) -> Inside:
     """One prefill a picture: what the decoder's layers hold of groups of visual tokens, and whom they attend to.
 
@@ -284,7 +284,7 @@ def lit_by(profiles: Mapping[str, torch.Tensor], group: str, layer: int) -> dict
 # --- dimensions over a training ---
 
 
-def light(lvlm: LVLM, images: Sequence[Any], questions: Sequence[str], batch_size: int = 16) -> torch.Tensor:
+def light(lvlm: LVLM, images: Sequence[Any], questions: Sequence[str], batch_size: int) -> torch.Tensor:
     """`|RMSNorm(x)|` of visual tokens after every decoder layer, on the CPU: [images, layers, visual tokens, width].
 
     For models of the lab's size: it keeps all of them. There is one question for each picture.

@@ -65,7 +65,7 @@ def check(runs: Sequence[str], results: Path = RESULTS) -> None:
         raise ValueError(f"a comparison needs two or more different runs, not {' '.join(runs)}")
 
 
-def own_models(runs: Sequence[str], results: Path = RESULTS) -> dict[str, str]:
+def own_models(runs: Sequence[str], results: Path) -> dict[str, str]:
     """Of each run the model that is compared as `OWN_MODEL`, as metrics call it; nothing where all runs have the same.
 
     A run is that of the model whose name it has, or that `model.txt` in its folder notes.

@@ -76,8 +76,8 @@ def read_patches(
     pictures: Sequence[Any],
     questions: Sequence[str],
     lit: Sequence[Sequence[int]],
-    draws: int = 0,
-    batch_size: int = 16,
+    draws: int,
+    batch_size: int,
     seed: int = 0,
 ) -> PatchReadings:
     """What rules judge by. Attention is the mean over heads and over the layers from the second to the connector's.
@@ -153,8 +153,8 @@ def decoder_phi(
     pictures: Sequence[Any],
     questions: Sequence[str],
     lit: Sequence[Sequence[int]],
-    draws: int = 0,
-    batch_size: int = 16,
+    draws: int,
+    batch_size: int,
     seed: int = 0,
 ) -> tuple[list[ImageLayout], torch.Tensor]:
     """phi of each visual token as a share of its largest possible value, the root of the width.
@@ -221,7 +221,7 @@ def per_picture(values: torch.Tensor, **columns: Any) -> pd.DataFrame:
 
 # ------------------------------------------------------------------------------------------------- headline numbers
 def quantities(
-    lvlm: LVLM, pictures: Sequence[Any], questions: Sequence[str], max_new_tokens: int, batch_size: int = 16
+    lvlm: LVLM, pictures: Sequence[Any], questions: Sequence[str], max_new_tokens: int, batch_size: int
 ) -> dict[str, torch.Tensor]:
     """Three numbers of each patch, float32 [pictures, patches].
 
@@ -410,7 +410,7 @@ def flagged_of(
     """
     named = {"lit by the first token": "all", "random": "all, by random dimensions"}
     whole = flagged(patches.phi, [PHI])
-    rows = [pd.DataFrame({"group": whole.dimensions.map(named), "image_id": whole.image_id, "value": whole.value})]
+    rows = [whole.assign(group=whole.dimensions.map(named))[["group", "image_id", "value"]]]
     there = (patches.phi_of_patches >= PHI).float()
     rows += [per_picture(100 * mean(there, mask), group=group) for group, mask in groups.items()]
     found = pd.concat(rows, ignore_index=True)
@@ -507,7 +507,7 @@ def at_places(
     ways: Sequence[Intervention],
     places: torch.Tensor,
     behind: Sequence[int],
-    batch_size: int = 16,
+    batch_size: int,
 ) -> pd.DataFrame:
     """Norm of some patches, and the attention that they receive in the tower, under each intervention.
 
