@@ -84,7 +84,7 @@ def effective_patches(maps: torch.Tensor) -> torch.Tensor:
 
     1 for a map on one patch, n for one that is even over n; where they lie does not matter.
     """
-    return (-torch.xlogy(maps, maps).sum(-1)).exp()
+    return torch.special.entr(maps).sum(-1).exp()
 
 
 def share_on(maps: torch.Tensor, cover: torch.Tensor) -> torch.Tensor:

@@ -158,8 +158,9 @@ def _figures(runs: Sequence[str], ledger: claims.Ledger) -> list[str]:
     for chapter, label in dict.fromkeys((claim["chapter"], claim["figure"]) for claim in ledger["claims"]):
         images = ""
         for run, found in of[chapter].items():
-            image = f"<img alt='{label}' src='data:image/png;base64,{found.get(label)}'>"
-            image = image if label in found else "no executed page here has it"
+            image = "no executed page here has it"
+            if label in found:
+                image = f"<img alt='{label}' src='data:image/png;base64,{found[label]}'>"
             images += f"<figure><figcaption>{html.escape(run)}</figcaption>{image}</figure>"
         parts.append(f"<h3 id='{label}'>{chapter}: {label}</h3><div class='beside'>{images}</div>")
     return parts

@@ -280,20 +280,20 @@ def left_out(
     Returns:
         The rows of `answer_changes`, with `rule`, and `way`: "group" or "random". A rule that finds nothing has none.
     """
-    n, of = asked.image_id.nunique(), {}
     tokens = ablation.read_tokens(lvlm, images, batch_size=how.get("batch_size", 16))
-    for rule, mask in masks.items():
-        if mask[:n].any():
-            of.setdefault(mask[:n].numpy().tobytes(), []).append(rule)
-    ways = []
-    for rule in (shared[0] for shared in of.values()):
-        mask = masks[rule][:n]
-        drawn = sinks.random_like(mask, seed, among=~patches.whole(mask))
-        ways += [ablation.replace(f"{way} {rule}", tokens, by_id(m)) for way, m in (("group", mask), ("random", drawn))]
+    first, of, ways = {}, {}, []  # the first rule that finds some patches; that of each rule
+    for rule in masks:
+        mask = masks[rule][: asked.image_id.nunique()]
+        if not mask.any():
+            continue
+        of[rule] = first.setdefault(mask.numpy().tobytes(), rule)
+        if of[rule] == rule:
+            drawn = sinks.random_like(mask, seed, among=~patches.whole(mask))
+            ways += [ablation.replace(f"group {rule}", tokens, by_id(mask)),
+                     ablation.replace(f"random {rule}", tokens, by_id(drawn))]
     said = answer_changes(lvlm, asked, ways, images=images, **how)
     said[["way", "of"]] = said.intervention.str.split(n=1, expand=True)
-    shared = pd.DataFrame([(rules[0], rule) for rules in of.values() for rule in rules], columns=["of", "rule"])
-    return said.merge(shared, on="of")
+    return said.merge(pd.DataFrame(of.items(), columns=["rule", "of"]), on="of")
 
 
 def answer_changes(lvlm: LVLM, asked: pd.DataFrame, ways: Sequence[Intervention], **how: Any) -> pd.DataFrame:
