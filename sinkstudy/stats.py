@@ -36,6 +36,9 @@ class Interval(NamedTuple):
     high: float
     n: int
 
+    def __str__(self) -> str:
+        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
+
 
 NOTHING = Interval(float("nan"), float("nan"), float("nan"), 0)
 
