@@ -187,13 +187,12 @@ def _with_answers(inputs: BatchFeature, answers: torch.Tensor) -> dict[str, torc
     read = answers[:, :-1]  # [rows, longest - 1]
     real = torch.cat([torch.ones_like(inputs["input_ids"]), (read >= 0).long()], dim=1)
     order = real.argsort(dim=1, stable=True)  # padding between prompt and answer comes to the front
+    added = {"input_ids": read.clamp(min=0), "attention_mask": (read >= 0).long()}
     extended = {}
     for name, values in inputs.items():
         if name in _OF_TOKENS:
-            new = {"input_ids": read.clamp(min=0), "attention_mask": (read >= 0).long()}
-            # types of tokens (of an image or not) are 0 in text
-            longer = torch.cat([values, new.get(name, torch.zeros_like(read)).to(values.dtype)], dim=1)
-            extended[name] = longer.gather(1, order)
+            behind = added.get(name, torch.zeros_like(read))  # types of tokens (of an image or not) are 0 in text
+            extended[name] = torch.cat([values, behind.to(values.dtype)], dim=1).gather(1, order)
         elif not name.startswith("pixel"):
             extended[name] = values
     return extended
