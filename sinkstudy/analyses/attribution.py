@@ -271,8 +271,8 @@ class Explained:
     def take(self, rows: Sequence[int]) -> "Explained":
         """The same of some rows."""
         picked = torch.as_tensor(rows)
-        of_rows = {name: getattr(self, name)[picked] for name in ("baseline", "logp", "gain", "by_token", "delta")}
-        return Explained(self.f.take(rows), **of_rows)
+        return Explained(self.f.take(rows), self.baseline[picked], self.logp[picked], self.gain[picked],
+                         self.by_token[picked], self.delta[picked])  # fmt: skip
 
     def early(self, share: float = 0.001, batch_size: int = 64) -> float:
         """How much of the gain is there after a small share of the way from the baseline, in %.

@@ -303,12 +303,13 @@ def contents(groups: PatchGroups, things: torch.Tensor | None = None) -> pd.Data
     parts = []
     for group in groups.random:
         mask = groups.masks[group]
-        parts.append((group, "a picture", range(len(mask)), mask.sum(1)))
+        parts.append(pd.DataFrame({"group": group, "measure": "a picture", "image_id": range(len(mask)),
+                                   "value": mask.sum(1)}))
         if things is not None:
-            image, covered = mask.nonzero()[:, 0], 100 * things[mask]
-            parts.append((group, "on things, %", *((image, covered) if len(image) else ([0], [float("nan")]))))
-    columns = ["group", "measure", "image_id", "value"]
-    return pd.concat([pd.DataFrame(dict(zip(columns, part, strict=True))) for part in parts], ignore_index=True)
+            there = {"image_id": mask.nonzero()[:, 0], "value": 100 * things[mask]}
+            there = there if mask.any() else {"image_id": [0], "value": [float("nan")]}
+            parts.append(pd.DataFrame({"group": group, "measure": "on things, %", **there}))
+    return pd.concat(parts, ignore_index=True)
 
 
 # --- the maps of a group ---

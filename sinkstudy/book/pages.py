@@ -300,8 +300,8 @@ def verdict_tables(ledger: claims.Ledger, judged: pd.DataFrame) -> str:
 
 def power_table(ledger: claims.Ledger, judged: pd.DataFrame) -> str:
     """Of claims whose source gives its effect in the unit of the metric: how many pictures would show it, by model."""
-    cells = judged[judged.needed.notna()].set_index(["claim", "model"])
-    models = list(judged.model[judged.needed.notna()].unique())
+    testable = judged[judged.needed.notna()]
+    cells, models = testable.set_index(["claim", "model"]), list(testable.model.unique())
     rows = [["claim", "published", "bound", *(f"`{model}`" for model in models)]]
     for claim in ledger["claims"]:
         found = [cells.loc[(claim["id"], m)] if (claim["id"], m) in cells.index else None for m in models]
