@@ -48,7 +48,7 @@ class Seen:
         return self.received[:, self.layer]
 
 
-def look(lvlm: LVLM, pictures: Sequence[Any], batch_size: int) -> Seen:
+def look(lvlm: LVLM, pictures: Sequence[Any], batch_size: int = 16) -> Seen:
     """Follow pictures through the tower.
 
     Raises:

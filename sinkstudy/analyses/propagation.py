@@ -164,7 +164,7 @@ class Inside:
 
 
 def look_inside(
-    lvlm: LVLM, images: Sequence[Any], questions: Sequence[str], masks: Mapping[str, torch.Tensor], batch_size: int
+    lvlm: LVLM, images: Sequence[Any], questions: Sequence[str], masks: Mapping[str, torch.Tensor], batch_size: int = 16
 ) -> Inside:
     """One prefill a picture: what the decoder's layers hold of groups of visual tokens, and whom they attend to.
 

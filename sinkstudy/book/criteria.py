@@ -76,8 +76,8 @@ def read_patches(
     pictures: Sequence[Any],
     questions: Sequence[str],
     lit: Sequence[Sequence[int]],
-    draws: int,
-    batch_size: int,
+    draws: int = 0,
+    batch_size: int = 16,
     seed: int = 0,
 ) -> PatchReadings:
     """What rules judge by. Attention is the mean over heads and over the layers from the second to the connector's.
@@ -221,7 +221,7 @@ def per_picture(values: torch.Tensor, **columns: Any) -> pd.DataFrame:
 
 # ------------------------------------------------------------------------------------------------- headline numbers
 def quantities(
-    lvlm: LVLM, pictures: Sequence[Any], questions: Sequence[str], max_new_tokens: int, batch_size: int
+    lvlm: LVLM, pictures: Sequence[Any], questions: Sequence[str], max_new_tokens: int, batch_size: int = 16
 ) -> dict[str, torch.Tensor]:
     """Three numbers of each patch, float32 [pictures, patches].
 
