@@ -2,9 +2,9 @@
 
 import os
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -369,9 +369,7 @@ def gates() -> None:
     typer.echo(table.to_string(index=False, float_format="{:.3f}".format))
     typer.echo("\nright answers, %, and changes without sinks (calm patches) or as many random tokens, points:")
     typer.echo(answers.set_index("model").to_string(float_format="{:.1f}".format))
-    for name, made in (("gates", table), ("answers", answers)):
-        with paths.atomic(paths.DATA / "controls" / f"{name}.csv") as target:
-            made.to_csv(target, index=False, float_format="%.6g")
+    _keep_controls({"gates": table, "answers": answers})
     if not table.holds.all():
         raise engine.UserError(f"{(~table.holds).sum()} of {len(table)} gates are missed")
 
@@ -389,9 +387,14 @@ def norms() -> None:
 
     cells, training = factors.all_cells()
     typer.echo(cells.to_string(index=False, float_format="{:.2f}".format))
-    for name, made in (("norms", cells), ("norms-training", training)):
+    _keep_controls({"norms": cells, "norms-training": training})
+
+
+def _keep_controls(tables: Mapping[str, Any]) -> None:
+    """Write tables that a page of the book shows, by name: `data/controls/<name>.csv`."""
+    for name, table in tables.items():
         with paths.atomic(paths.DATA / "controls" / f"{name}.csv") as target:
-            made.to_csv(target, index=False, float_format="%.6g")
+            table.to_csv(target, index=False, float_format="%.6g")
 
 
 @lab.command("diysink")

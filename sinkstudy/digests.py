@@ -67,6 +67,4 @@ def _stored() -> dict:
     return found if isinstance(found, dict) else {}
 
 
-@cache
-def _known() -> dict:
-    return _stored()
+_known = cache(_stored)

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+
 PACKAGE = Path(__file__).resolve().parent
 CHECKOUT = PACKAGE.parent if (PACKAGE.parent / "Snakefile").is_file() else None
 ROOT = CHECKOUT or Path.cwd()
@@ -149,7 +151,7 @@ def model_folder(name: str) -> Path | None:
     )
 
 
-def hub_commit(model: str, revision: str | None = None) -> str | None:
+def hub_commit(model: str, revision: str | None) -> str | None:
     """The commit of a hub model in this machine's cache, once it was loaded; None for a folder or a lab model.
 
     Args:
@@ -242,15 +244,5 @@ def sweep(folder: Path, pattern: str = PARTIAL) -> None:
     `pattern` is that of their names, in which the process stands behind the first dash.
     """
     for left in folder.glob(pattern):
-        if (pid := left.name.split("-")[1]).isdigit() and not _lives(int(pid)):
+        if (pid := left.name.split("-")[1]).isdigit() and not psutil.pid_exists(int(pid)):
             shutil.rmtree(left, ignore_errors=True)
-
-
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True

@@ -82,7 +82,7 @@ def mean_interval(
     parts, wholes = sums if over is not None else (*sums, sizes)
     if len(wholes) and wholes.sum() <= 0:
         raise ValueError("the sum of `over` must be above zero")
-    left_out = _leave_one_out(parts, wholes)
+    left_out = (parts.sum() - parts) / (wholes.sum() - wholes) if len(parts) > 1 else parts  # the ratio without each
     return _bootstrap(_ratio, [parts, wholes], left_out, method, resamples, seed, strata=strata)
 
 
@@ -243,17 +243,16 @@ def seeds_interval(
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 2 or not values.size:
         raise ValueError(f"need [rows, seeds], not an array of shape {values.shape}")
-    lacking = np.where(np.isfinite(values).all(axis=1), 0.0, np.nan)  # a row counts under all seeds or under none
-    per_seed = [_per_image([column + lacking], clusters, strata, "drop") for column in values.T]
-    (_, sizes, stratum), seeds = per_seed[0], values.shape[1]
+    seeds = values.shape[1]
+    of_seeds, sizes, stratum = _per_image([*values.T], clusters, strata, "drop")
     if not len(sizes):
         return NOTHING, float("nan")
-    means = [_ratio(sums, sizes) for (sums,), _, _ in per_seed]  # of each seed
+    means = [_ratio(sums, sizes) for sums in of_seeds]
     value = float(np.mean(means))
     if seeds == 1:
         return Interval(value, float("nan"), float("nan"), len(sizes)), float("nan")
     parts = [(np.var(means, ddof=1) / seeds, seeds - 1)]  # (variance, degrees of freedom) of each source of chance
-    sums = np.mean([sums for (sums,), _, _ in per_seed], axis=0)  # [images]
+    sums = np.mean(of_seeds, axis=0)  # [images]
     for images in _drawn_apart(stratum, len(sizes)):
         n, above, below = len(images), sums[images], sizes[images]
         if n > 1:
@@ -462,11 +461,6 @@ def _drawn_apart(strata: np.ndarray | None, n: int) -> list[np.ndarray]:
 
 def _ratio(above: np.ndarray, below: np.ndarray, axis: int = -1) -> np.ndarray:
     return above.sum(axis) / below.sum(axis)
-
-
-def _leave_one_out(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """The ratio without each image, [images]."""
-    return (above.sum() - above) / (below.sum() - below) if len(above) > 1 else above
 
 
 def _bootstrap(

@@ -156,7 +156,7 @@ def answer_log_prob(
 
 
 @torch.no_grad()
-def first_of_answer(lvlm: LVLM, images: Sequence[Any], questions: Sequence[str], batch_size: int = 32) -> AnswerLogProb:
+def first_of_answer(lvlm: LVLM, images: Sequence[Any], questions: Sequence[str], batch_size: int) -> AnswerLogProb:
     """f(tokens) = log p(first token of the model's own greedy answer | tokens, question), see `answer_log_prob`.
 
     Raises:
@@ -187,13 +187,12 @@ def _with_answers(inputs: BatchFeature, answers: torch.Tensor) -> dict[str, torc
     read = answers[:, :-1]  # [rows, longest - 1]
     real = torch.cat([torch.ones_like(inputs["input_ids"]), (read >= 0).long()], dim=1)
     order = real.argsort(dim=1, stable=True)  # padding between prompt and answer comes to the front
+    added = {"input_ids": read.clamp(min=0), "attention_mask": (read >= 0).long()}
     extended = {}
     for name, values in inputs.items():
         if name in _OF_TOKENS:
-            new = {"input_ids": read.clamp(min=0), "attention_mask": (read >= 0).long()}
-            # types of tokens (of an image or not) are 0 in text
-            longer = torch.cat([values, new.get(name, torch.zeros_like(read)).to(values.dtype)], dim=1)
-            extended[name] = longer.gather(1, order)
+            behind = added.get(name, torch.zeros_like(read))  # types of tokens (of an image or not) are 0 in text
+            extended[name] = torch.cat([values, behind.to(values.dtype)], dim=1).gather(1, order)
         elif not name.startswith("pixel"):
             extended[name] = values
     return extended
@@ -208,7 +207,7 @@ def _finite(f: AnswerLogProb, found: torch.Tensor) -> torch.Tensor:
 
 # ------------------------------------------------------------------------------------------------- by token
 def integrated_gradients(
-    f: AnswerLogProb, baseline: torch.Tensor, *, steps: int = 16, batch_size: int = 64
+    f: AnswerLogProb, baseline: torch.Tensor, *, steps: int, batch_size: int = 64
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Integrated gradients (Sundararajan et al. 2017, eq. 1) by Gauss-Legendre steps, summed over a token's entries.
 
@@ -272,8 +271,8 @@ class Explained:
     def take(self, rows: Sequence[int]) -> "Explained":
         """The same of some rows."""
         picked = torch.as_tensor(rows)
-        of_rows = {name: getattr(self, name)[picked] for name in ("baseline", "logp", "gain", "by_token", "delta")}
-        return Explained(self.f.take(rows), **of_rows)
+        return Explained(self.f.take(rows), self.baseline[picked], self.logp[picked], self.gain[picked],
+                         self.by_token[picked], self.delta[picked])  # fmt: skip
 
     def early(self, share: float = 0.001, batch_size: int = 64) -> float:
         """How much of the gain is there after a small share of the way from the baseline, in %.
@@ -317,7 +316,7 @@ def shapley(
     baseline: torch.Tensor,
     groups: torch.Tensor,
     *,
-    samples: int = 8,
+    samples: int,
     seed: int = 0,
     batch_size: int = 64,
 ) -> torch.Tensor:
@@ -385,7 +384,7 @@ def occlusion(
     answers: Sequence[str],
     areas: torch.Tensor,
     *,
-    batch_size: int = 32,
+    batch_size: int,
 ) -> torch.Tensor:
     """What log p(answer) loses when an area of the picture is painted in the picture's mean colour.
 
@@ -426,10 +425,8 @@ class MatchedGroups:
 
         A token of none of them has the index behind the last.
         """
-        first = torch.full(self.norms.shape, len(names))
-        for index, name in reversed(list(enumerate(names))):
-            first[self.members[name]] = index
-        return first
+        rest = torch.ones_like(self.norms, dtype=torch.bool)
+        return torch.stack([*(self.members[name] for name in names), rest]).int().argmax(0)  # the first that is true
 
 
 def matched_groups(
@@ -631,7 +628,7 @@ def curves(
     said: pd.DataFrame,
     at: Sequence[float],
     *,
-    seed: int = 0,
+    seed: int,
     batch_size: int = 64,
 ) -> pd.DataFrame:
     """log p(answer) when the tokens of highest score are `perturbed` by the baseline, or all tokens but these.

@@ -215,7 +215,7 @@ class Probed:
 
 
 def fit_probes(
-    lvlm: LVLM, pictures: Sequence[Any], known: Known, groups: PatchSampler, *, batch_size: int = 32
+    lvlm: LVLM, pictures: Sequence[Any], known: Known, groups: PatchSampler, *, batch_size: int
 ) -> Probed:
     """Fit the probes on one model and judge them.
 

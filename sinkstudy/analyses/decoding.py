@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from sinkstudy import stats
 from sinkstudy.analyses import probing
 from sinkstudy.analyses.content import PatchSampler, Probed
 from sinkstudy.model.lvlm import LVLM
@@ -88,7 +89,7 @@ def _unspoken(n_test: int, groups: PatchSampler) -> Spoken:
     hits = [{"reading": reading, "layer": 0, "group": group, "image_id": i}
             for reading in READINGS[:2] for group in groups.names for i in range(n_test)]
     values = dict.fromkeys(["value", "chance", "random", "lead", "over_chance"], np.nan)
-    bits = [{"reading": reading, "group": group, "value": np.nan, "low": np.nan, "high": np.nan, "n": 0}
+    bits = [{"reading": reading, "group": group, **stats.NOTHING._asdict()}
             for reading in READINGS[:2] for group in groups.names]
     nothing = pd.DataFrame(columns=["reading", "group", "word", "class", "share"])
     return Spoken(pd.DataFrame(hits).assign(**values), pd.DataFrame(bits), nothing)
@@ -131,10 +132,7 @@ def _counts(said: Sequence[torch.Tensor], masks: Sequence[torch.Tensor], n_words
 
 
 def _bits(counts: Mapping[tuple[str, str], tuple[np.ndarray, np.ndarray]], seed: int) -> pd.DataFrame:
-    rows = []
-    for (reading, group), (own, random) in counts.items():
-        bits = probing.entropy_difference(own, random, seed=seed)
-        rows.append((reading, group, *(bits if bits.n >= 2 else bits._replace(n=0))))
+    rows = [(*of, *probing.entropy_difference(own, random, seed=seed)) for of, (own, random) in counts.items()]
     return pd.DataFrame(rows, columns=["reading", "group", "value", "low", "high", "n"])
 
 

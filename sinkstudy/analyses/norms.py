@@ -220,11 +220,11 @@ def natural_sink(rows: pd.DataFrame) -> pd.DataFrame:
 # --- pictures to draw ---
 
 
-def pixels(picture: Any, side: int = 336) -> np.ndarray:
-    """A picture to draw on: uint8 [rows, columns, 3]. One of a folder becomes a square of `side` pixels."""
+def pixels(picture: Any) -> np.ndarray:
+    """A picture to draw on: uint8 [rows, columns, 3]. One of a folder becomes a square of 336 pixels."""
     if torch.is_tensor(picture):
         return picture.permute(1, 2, 0).numpy()
-    return np.asarray(picture.open().resize((side, side)))
+    return np.asarray(picture.open().resize((336, 336)))
 
 
 def outlines(mask: torch.Tensor, size: tuple[int, int]) -> list[tuple[float, float, float, float]]:

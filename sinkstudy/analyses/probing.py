@@ -312,12 +312,13 @@ def entropy_difference(first: np.ndarray, others: np.ndarray, *, seed: int = 0) 
             counted from few words is too low, alike in groups of one size.
 
     Returns:
-        The difference; percentile bootstrap over pictures. `n` is the number of pictures in which anything was said.
+        The difference; percentile bootstrap over pictures. `n` is the number of pictures in which anything was said;
+        fewer than two give no estimate, and `n` 0.
     """
     said = first.sum(-1) > 0
     n = int(said.sum())
     if n < 2:
-        return stats.NOTHING._replace(n=n)
+        return stats.NOTHING
     first, others = first[said].astype(float), others[:, said].astype(float)
 
     def difference(times: np.ndarray) -> np.ndarray:  # how often each picture was drawn, [.., pictures]

@@ -283,7 +283,7 @@ def lit_by(profiles: Mapping[str, torch.Tensor], group: str, layer: int) -> dict
 # --- dimensions over a training ---
 
 
-def light(lvlm: LVLM, images: Sequence[Any], questions: Sequence[str], batch_size: int = 16) -> torch.Tensor:
+def light(lvlm: LVLM, images: Sequence[Any], questions: Sequence[str], batch_size: int) -> torch.Tensor:
     """`|RMSNorm(x)|` of visual tokens after every decoder layer, on the CPU: [images, layers, visual tokens, width].
 
     For models of the lab's size: it keeps all of them. There is one question for each picture.

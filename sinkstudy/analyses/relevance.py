@@ -71,12 +71,12 @@ def spread(maps: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
     return (maps * distance).sum(-1)
 
 
-def within(maps: torch.Tensor, distance: torch.Tensor, radius: float = 1.5) -> torch.Tensor:
-    """Share of a map's mass no further than `radius` from its patch, 0-1; 1.5 takes in the eight neighbours.
+def within(maps: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
+    """Share of a map's mass no further than 1.5 from its patch, 0-1: on it and its eight neighbours.
 
     `maps` and `distance` as in `spread`; returns [.., maps].
     """
-    return (maps * (distance <= radius)).sum(-1)
+    return (maps * (distance <= 1.5)).sum(-1)
 
 
 def effective_patches(maps: torch.Tensor) -> torch.Tensor:
@@ -84,7 +84,7 @@ def effective_patches(maps: torch.Tensor) -> torch.Tensor:
 
     1 for a map on one patch, n for one that is even over n; where they lie does not matter.
     """
-    return (-torch.xlogy(maps, maps).sum(-1)).exp()
+    return torch.special.entr(maps).sum(-1).exp()
 
 
 def share_on(maps: torch.Tensor, cover: torch.Tensor) -> torch.Tensor:
@@ -307,12 +307,13 @@ def contents(groups: PatchGroups, things: torch.Tensor | None = None) -> pd.Data
     parts = []
     for group in groups.random:
         mask = groups.masks[group]
-        parts.append((group, "a picture", range(len(mask)), mask.sum(1)))
+        parts.append(pd.DataFrame({"group": group, "measure": "a picture", "image_id": range(len(mask)),
+                                   "value": mask.sum(1)}))
         if things is not None:
-            image, covered = mask.nonzero()[:, 0], 100 * things[mask]
-            parts.append((group, "on things, %", *((image, covered) if len(image) else ([0], [float("nan")]))))
-    columns = ["group", "measure", "image_id", "value"]
-    return pd.concat([pd.DataFrame(dict(zip(columns, part, strict=True))) for part in parts], ignore_index=True)
+            there = {"image_id": mask.nonzero()[:, 0], "value": 100 * things[mask]}
+            there = there if mask.any() else {"image_id": [0], "value": [float("nan")]}
+            parts.append(pd.DataFrame({"group": group, "measure": "on things, %", **there}))
+    return pd.concat(parts, ignore_index=True)
 
 
 # --- the maps of a group ---

@@ -153,7 +153,7 @@ def keep(results: report.Results, rows: pd.DataFrame, name: str, unit: str | Map
 def text_table(rows: pd.DataFrame, index: str | Sequence[str], columns: str, fmt: str | None = None) -> pd.DataFrame:
     """Estimates as a table of text, "2.86 [2.70, 3.03]"; a dash where there is none. Order as in `rows`."""
     index = [index] if isinstance(index, str) else list(index)
-    text = [report.shown(of, fmt) for of in map(_interval, rows.itertuples())]
+    text = [report.shown(_interval(row), fmt) for row in rows.itertuples()]
     table = rows.assign(text=text).pivot_table(index=index, columns=columns, values="text", aggfunc="first", sort=False)
     return table.fillna("–").rename_axis(None, axis=1)
 

@@ -65,7 +65,7 @@ def check(runs: Sequence[str], results: Path = RESULTS) -> None:
         raise ValueError(f"a comparison needs two or more different runs, not {' '.join(runs)}")
 
 
-def own_models(runs: Sequence[str], results: Path = RESULTS) -> dict[str, str]:
+def own_models(runs: Sequence[str], results: Path) -> dict[str, str]:
     """Of each run the model that is compared as `OWN_MODEL`, as metrics call it; nothing where all runs have the same.
 
     A run is that of the model whose name it has, or that `model.txt` in its folder notes.
@@ -158,8 +158,9 @@ def _figures(runs: Sequence[str], ledger: claims.Ledger) -> list[str]:
     for chapter, label in dict.fromkeys((claim["chapter"], claim["figure"]) for claim in ledger["claims"]):
         images = ""
         for run, found in of[chapter].items():
-            image = f"<img alt='{label}' src='data:image/png;base64,{found.get(label)}'>"
-            image = image if label in found else "no executed page here has it"
+            image = "no executed page here has it"
+            if label in found:
+                image = f"<img alt='{label}' src='data:image/png;base64,{found[label]}'>"
             images += f"<figure><figcaption>{html.escape(run)}</figcaption>{image}</figure>"
         parts.append(f"<h3 id='{label}'>{chapter}: {label}</h3><div class='beside'>{images}</div>")
     return parts

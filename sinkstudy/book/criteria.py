@@ -25,7 +25,7 @@ from sinkstudy.book import chapter, report
 from sinkstudy.effects import ablation, moving, neurons
 from sinkstudy.effects.neurons import Neurons
 from sinkstudy.model import capture
-from sinkstudy.model.groups import all_read, judged, mean
+from sinkstudy.model.groups import all_read, judged, lifted, mean
 from sinkstudy.model.layout import ImageLayout
 from sinkstudy.model.lvlm import LVLM
 
@@ -78,7 +78,7 @@ class PatchReadings:
     def whole(self, mask: torch.Tensor) -> torch.Tensor:
         """All patches of the visual tokens that read a patch of a mask: bool [first pictures, patches]."""
         layouts = self.layouts[: len(mask)]
-        return per_patch(layouts, [layout.lift(own, "any") for layout, own in zip(layouts, mask, strict=True)])
+        return per_patch(layouts, lifted(layouts, mask))
 
     def others(self, mask: torch.Tensor) -> torch.Tensor:
         """The patches of all other visual tokens: bool [first pictures, patches]."""
@@ -167,8 +167,8 @@ def decoder_phi(
     pictures: Sequence[Any],
     questions: Sequence[str],
     lit: Sequence[Sequence[int]],
-    draws: int = 0,
-    batch_size: int = 16,
+    draws: int,
+    batch_size: int,
     seed: int = 0,
 ) -> tuple[list[ImageLayout], torch.Tensor]:
     """phi of each visual token as a share of its largest possible value, the root of the width.
@@ -264,14 +264,13 @@ def against_others(
         Estimates: `rule`, `headline`, `value`, `low`, `high`, `n`. A rule that finds nothing has no rows.
     """
     rows = []
-    for (rule, mask), headline in ((of, h) for of in masks.items() for h in numbers):
-        if not mask.any():
-            continue
-        own = mask if headline == "spread" else patches.whole(mask)
-        inside, outside = (mean(numbers[headline], m) for m in (own, ~own & patches.read))
-        found = (stats.difference_interval(inside, outside, missing="drop", seed=seed) if headline == "spread"
-                 else stats.ratio_interval(inside, outside, missing="drop"))
-        rows.append((rule, headline, *found))
+    for rule, mask in masks.items():
+        for headline, values in numbers.items() if mask.any() else ():
+            own = mask if headline == "spread" else patches.whole(mask)
+            inside, outside = mean(values, own), mean(values, ~own & patches.read)
+            found = (stats.difference_interval(inside, outside, missing="drop", seed=seed) if headline == "spread"
+                     else stats.ratio_interval(inside, outside, missing="drop"))
+            rows.append((rule, headline, *found))
     return pd.DataFrame(rows, columns=["rule", "headline", "value", "low", "high", "n"])
 
 
@@ -295,20 +294,20 @@ def left_out(
     Returns:
         The rows of `answer_changes`, with `rule`, and `way`: "group" or "random". A rule that finds nothing has none.
     """
-    n, of = asked.image_id.nunique(), {}
     tokens = ablation.read_tokens(lvlm, images, batch_size=how.get("batch_size", 16))
-    for rule, mask in masks.items():
-        if mask[:n].any():
-            of.setdefault(mask[:n].numpy().tobytes(), []).append(rule)
-    ways = []
-    for rule in (shared[0] for shared in of.values()):
-        mask = masks[rule][:n]
-        drawn = sinks.random_like(mask, seed, among=patches.others(mask))
-        ways += [ablation.replace(f"{way} {rule}", tokens, by_id(m)) for way, m in (("group", mask), ("random", drawn))]
+    first, of, ways = {}, {}, []  # the first rule that finds some patches; that of each rule
+    for rule in masks:
+        mask = masks[rule][: asked.image_id.nunique()]
+        if not mask.any():
+            continue
+        of[rule] = first.setdefault(mask.numpy().tobytes(), rule)
+        if of[rule] == rule:
+            drawn = sinks.random_like(mask, seed, among=patches.others(mask))
+            ways += [ablation.replace(f"group {rule}", tokens, by_id(mask)),
+                     ablation.replace(f"random {rule}", tokens, by_id(drawn))]
     said = answer_changes(lvlm, asked, ways, images=images, **how)
-    said[["way", "of"]] = said.intervention.str.split(n=1, expand=True)
-    shared = pd.DataFrame([(rules[0], rule) for rules in of.values() for rule in rules], columns=["of", "rule"])
-    return said.merge(shared, on="of")
+    said[["way", "of"]] = said.intervention.str.split(n=1, expand=True).reindex(columns=[0, 1])  # also of no row
+    return said.merge(pd.DataFrame(of.items(), columns=["rule", "of"]), on="of")
 
 
 def answer_changes(lvlm: LVLM, asked: pd.DataFrame, ways: Sequence[Intervention], **how: Any) -> pd.DataFrame:
@@ -425,7 +424,7 @@ def flagged_of(
     """
     named = {"lit by the first token": "all", "random": "all, by random dimensions"}
     whole = flagged(patches.phi, [PHI])
-    rows = [pd.DataFrame({"group": whole.dimensions.map(named), "image_id": whole.image_id, "value": whole.value})]
+    rows = [whole.assign(group=whole.dimensions.map(named))[["group", "image_id", "value"]]]
     there = (patches.phi_of_patches >= PHI).float()
     rows += [per_picture(100 * mean(there, mask), group=group) for group, mask in groups.items()]
     found = pd.concat(rows, ignore_index=True)
@@ -522,7 +521,7 @@ def at_places(
     ways: Sequence[Intervention],
     places: torch.Tensor,
     behind: Sequence[int],
-    batch_size: int = 16,
+    batch_size: int,
 ) -> pd.DataFrame:
     """Norm of some patches, and the attention that they receive in the tower, under each intervention.
 

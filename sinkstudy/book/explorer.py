@@ -180,9 +180,8 @@ def packed(values: torch.Tensor) -> dict[str, Any]:
 
 
 def bits(masks: torch.Tensor) -> str:
-    """Masks [masks, patches] as one byte a patch, in base64: mask m sets the bit 2^m."""
-    byte = (masks.long() << torch.arange(len(masks))[:, None]).sum(0)
-    return _base64(byte.numpy().astype(np.uint8).tobytes())
+    """Masks, at most eight, [masks, patches] as one byte a patch, in base64: mask m sets the bit 2^m."""
+    return _base64(np.packbits(masks.numpy(), axis=0, bitorder="little").tobytes())
 
 
 def png(lvlm: LVLM, picture: Any) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import matplotlib as mpl
@@ -113,7 +114,7 @@ def _link(fig: mpl.figure.Figure, row: Sequence[Any], of: Followed) -> None:
     colour = chapter.colour(of.group)
     for ax in row[:-1]:
         ax.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, ec=colour, lw=2))
-    for here, there in zip(row[:-1], row[1:], strict=True):
+    for here, there in pairwise(row):
         end: tuple[Any, Any] = ((0, 0.5), there.transAxes) if there is row[-1] else ((x - 0.5, y), "data")
         way = ConnectionPatch((x + 0.5, y), end[0], "data", end[1], axesA=here, axesB=there,
                               arrowstyle="->", color=colour, lw=0.9, mutation_scale=8)

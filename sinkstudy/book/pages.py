@@ -57,8 +57,10 @@ def write(folder: Path) -> None:
         "verdicts-power": power_table(ledger, judged),
         "verdicts-controls": control_table(ledger),
         "verdicts-agreement": full_run_agreement(),
+        "control-gates": control_gates(),
+        "control-answers": control_answers(),
+        "control-norms": control_norms(),
     }
-    parts |= {"control-gates": control_gates(), "control-answers": control_answers(), "control-norms": control_norms()}
     parts |= {f"paper-{table['table']}": paper_part(table, numbers, list(judged.model.unique())) for table in tables}
     for name, text in parts.items():
         with atomic(folder / f"{name}.md") as target:
@@ -85,7 +87,7 @@ def control_answers() -> str:
     rows = [["model", "questions", "n", "right, %", "without calm patches", "without random tokens", "difference"]]
     answers = pd.read_csv(CONTROLS / "answers.csv")
     for r in answers[answers["of"].isin(("gist", "local"))].itertuples():
-        found = report.shown(stats.Interval(r.by_sinks, r.low, r.high, 0), ".1f").replace(", ", f",{NBSP}")
+        found = _shown(r.by_sinks, r.low, r.high, ".1f")
         changes = (f"{value:.1f}".replace("-", "−") for value in (r.without, r.random))
         rows.append([f"`{r.model}`", r.of, str(r.questions), f"{r.untouched:.1f}", *changes, found])
     return list_table(rows, "here")
@@ -97,8 +99,8 @@ def control_norms() -> str:
     holds = {"lab-llava-gist": "hold the gist", "lab-llava": "do not"}
     cells = pd.read_csv(CONTROLS / "norms.csv")
     for r in cells[cells.about == "gist"].itertuples():
-        attention, lost = (report.shown(stats.Interval(*of, 0), fmt).replace(", ", f",{NBSP}") for of, fmt in (
-            ((r.attention, r.attention_low, r.attention_high), ".2f"), ((r.lost, r.low, r.high), ".1f")))
+        attention = _shown(r.attention, r.attention_low, r.attention_high, ".2f")
+        lost = _shown(r.lost, r.low, r.high, ".1f")
         rows.append([f"{holds[r.model]} (`{r.model}`)", r.norm, r.connector, attention, f"{r.right:.1f}", lost])
     return list_table(rows, "here")
 
@@ -110,11 +112,15 @@ def headlines(ledger: claims.Ledger, judged: pd.DataFrame, numbers: pd.DataFrame
     """A list: how many sinks each model has, then each of `HEADLINES` with number, interval, n, verdict and link."""
     sinks = sinks_counted(numbers, judged.model.unique())
     lines = [f"- **Sinks in a picture, by the rule:** {sinks}."] if sinks else []
-    cells = _by_claim(judged)
-    for claim in ledger["claims"]:
-        if claim["id"] in HEADLINES and (cell := (claim["id"], POSITIVE_CONTROL)) in cells.index:
-            lines.append(f"- **{claim['claim']}** {_outcome(claim, cells.loc[cell])}")
+    lines += [f"- **{claim['claim']}** {_outcome(claim, found)}" for claim, found in _headlines(ledger, judged)]
     return "\n".join(lines) or "No run has been made."
+
+
+def _headlines(ledger: claims.Ledger, judged: pd.DataFrame) -> list[tuple[dict, pd.Series]]:
+    """Those of `HEADLINES` that are judged in `POSITIVE_CONTROL`, each with its verdict there."""
+    cells = _by_claim(judged)
+    return [(claim, cells.loc[cell]) for claim in ledger["claims"]
+            if claim["id"] in HEADLINES and (cell := (claim["id"], POSITIVE_CONTROL)) in cells.index]
 
 
 def sinks_counted(numbers: pd.DataFrame, models: Iterable[str]) -> str:
@@ -132,17 +138,16 @@ def sinks_counted(numbers: pd.DataFrame, models: Iterable[str]) -> str:
 
 def five(ledger: claims.Ledger, judged: pd.DataFrame) -> str:
     """A table of `HEADLINES`: claim, number with interval, n and model, verdict, chapter."""
-    rows, cells = [["claim of others", "measured here", "verdict", "chapter"]], _by_claim(judged)
-    for claim in ledger["claims"]:
-        if claim["id"] in HEADLINES and (cell := (claim["id"], POSITIVE_CONTROL)) in cells.index:
-            found, title = cells.loc[cell], _chapter(claim["chapter"])[0]
-            number = f"**{_interval(found)}** {claim['unit']}\\\n" if np.isfinite(found.value) else ""
-            n = f"n{NBSP}={NBSP}{int(found.n)}, " if np.isfinite(found.value) else ""
-            sure = f"\\\n{p_phrase(found.p_holm)} after correction" if np.isfinite(found.p_holm) else ""
-            verdict = _of_claim(claim, found)
-            there = (RUNS / DEFAULT_MODEL / f"{claim['chapter']}.ipynb").is_file()
-            link = f"{{doc}}`{title} </book/runs/{DEFAULT_MODEL}/{claim['chapter']}>`" if there else title
-            rows.append([claim["claim"], f"{number}{n}`{cell[1]}`", f"{verdict}{sure}", link])
+    rows = [["claim of others", "measured here", "verdict", "chapter"]]
+    for claim, found in _headlines(ledger, judged):
+        number = f"`{POSITIVE_CONTROL}`"
+        if np.isfinite(found.value):
+            number = f"**{_interval(found)}** {claim['unit']}\\\nn{NBSP}={NBSP}{int(found.n)}, {number}"
+        sure = f"\\\n{p_phrase(found.p_holm)} after correction" if np.isfinite(found.p_holm) else ""
+        title = _chapter(claim["chapter"])[0]
+        there = (RUNS / DEFAULT_MODEL / f"{claim['chapter']}.ipynb").is_file()
+        link = f"{{doc}}`{title} </book/runs/{DEFAULT_MODEL}/{claim['chapter']}>`" if there else title
+        rows.append([claim["claim"], number, f"{_of_claim(claim, found)}{sure}", link])
     return list_table(rows, "verdicts", [40, 25, 20, 15]) if len(rows) > 1 else "No run has been made."
 
 
@@ -226,10 +231,10 @@ def themes(ledger: claims.Ledger, judged: pd.DataFrame) -> str:
 
 def _by_theme(ledger: claims.Ledger) -> dict[str, list[dict]]:
     """The claims of each theme that has any; a chapter that is in none stands for itself."""
-    found = {theme: [c for c in ledger["claims"] if c["chapter"] in chapters] for theme, chapters in THEMES.items()}
+    theme_of = {chapter: theme for theme, chapters in THEMES.items() for chapter in chapters}
+    found: dict[str, list[dict]] = {theme: [] for theme in THEMES}
     for claim in ledger["claims"]:
-        if not any(claim["chapter"] in chapters for chapters in THEMES.values()):
-            found.setdefault(f"Chapter {claim['chapter'][:2]}", []).append(claim)
+        found.setdefault(theme_of.get(claim["chapter"], f"Chapter {claim['chapter'][:2]}"), []).append(claim)
     return {theme: of for theme, of in found.items() if of}
 
 
@@ -295,8 +300,8 @@ def verdict_tables(ledger: claims.Ledger, judged: pd.DataFrame) -> str:
 
 def power_table(ledger: claims.Ledger, judged: pd.DataFrame) -> str:
     """Of claims whose source gives its effect in the unit of the metric: how many pictures would show it, by model."""
-    cells = judged[judged.needed.notna()].set_index(["claim", "model"])
-    models = list(judged.model[judged.needed.notna()].unique())
+    testable = judged[judged.needed.notna()]
+    cells, models = testable.set_index(["claim", "model"]), list(testable.model.unique())
     rows = [["claim", "published", "bound", *(f"`{model}`" for model in models)]]
     for claim in ledger["claims"]:
         found = [cells.loc[(claim["id"], m)] if (claim["id"], m) in cells.index else None for m in models]
@@ -556,8 +561,12 @@ def _own(entry: Mapping[str, str], numbers: pd.DataFrame, model: str) -> str:
 
 
 def _interval(row: pd.Series) -> str:
-    digits = ".1f" if 9.5 <= abs(row.value) < 100 else None
-    return report.shown(stats.Interval(row.value, row.low, row.high, 0), digits).replace(", ", f",{NBSP}")
+    return _shown(row.value, row.low, row.high, ".1f" if 9.5 <= abs(row.value) < 100 else None)
+
+
+def _shown(value: float, low: float, high: float, fmt: str | None) -> str:
+    """`report.shown` in one piece, which is not broken across lines."""
+    return report.shown(stats.Interval(value, low, high, 0), fmt).replace(", ", f",{NBSP}")
 
 
 def _grade(grade: str) -> str:

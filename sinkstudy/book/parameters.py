@@ -342,13 +342,13 @@ def check(namespace: dict[str, Any]) -> None:
     Raises:
         ValueError: one that does not fit, however it came there, or one of papermill's that the notebook does not have.
     """
+    annotations = namespace.get("__annotations__", {})
     injected = [cell for cell in namespace.get("In", ()) if cell.startswith("# Parameters\n")]  # by papermill
     given = {part.id for cell in injected for part in ast.walk(ast.parse(cell))
              if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)}
-    if unknown := sorted(given - set(namespace.get("__annotations__", {}))):
-        raise ValueError(f"unknown parameter {unknown[0]!r}; the notebook has: "
-                         f"{', '.join(sorted(namespace.get('__annotations__', {})))}")
-    of = {name: Declared(kind, namespace[name]) for name, kind in namespace.get("__annotations__", {}).items()}
+    if unknown := sorted(given - set(annotations)):
+        raise ValueError(f"unknown parameter {unknown[0]!r}; the notebook has: {', '.join(sorted(annotations))}")
+    of = {name: Declared(kind, namespace[name]) for name, kind in annotations.items()}
     for name, declared in of.items():
         try:
             declared.fit(namespace[name])

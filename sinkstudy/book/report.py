@@ -12,6 +12,7 @@ import platform
 import re
 from collections.abc import Mapping
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -242,7 +243,7 @@ def binned(x: np.ndarray, y: np.ndarray, edges: np.ndarray, *, min_images: int =
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     image = np.broadcast_to(np.arange(len(x))[:, None], x.shape)
     rows = []
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
+    for low, high in pairwise(edges):
         inside = (x >= low) & (x < high)
         if len(np.unique(image[inside])) < min_images:
             continue
