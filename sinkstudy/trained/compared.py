@@ -9,7 +9,7 @@ The pair of connectors answers three times: "two both", "two sinks" and "two oth
 """
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -171,11 +171,9 @@ def unfair(comparison: Comparison, weak: Collection[str]) -> bool:
     return any(("two" if arm in ON_TWO else arm) in weak for arm in (comparison.first, comparison.second))
 
 
-def _each(arms: Arms, names: Iterable[str] = ARM_LABELS, seeds: int | None = None) -> Iterator[tuple[str, int, Path]]:
-    """(arm, seed, folder), of each arm `seeds` at most."""
-    for arm in names:
-        for seed, folder in enumerate(arms.get(arm, [])[:seeds]):
-            yield arm, seed, folder
+def _each(arms: Arms) -> Iterator[tuple[str, int, Path]]:
+    """(arm, seed, folder) of each."""
+    return ((arm, seed, folder) for arm in ARM_LABELS for seed, folder in enumerate(arms.get(arm, [])))
 
 
 def _table(parts: Sequence[pd.DataFrame], columns: Sequence[str]) -> pd.DataFrame:
@@ -185,8 +183,7 @@ def _table(parts: Sequence[pd.DataFrame], columns: Sequence[str]) -> pd.DataFram
 
 def methods(arms: Arms, arm: str, seeds: int | None = None, **where: Any) -> Iterator[Any]:
     """Load the trained methods of an arm one by one, `seeds` of them at most; `where` as `load_method` takes it."""
-    for _, _, folder in _each(arms, [arm], seeds):
-        yield load_method(folder, **where)
+    return (load_method(folder, **where) for folder in arms.get(arm, [])[:seeds])
 
 
 def of_each(
