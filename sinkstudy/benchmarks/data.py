@@ -35,6 +35,7 @@ MME_GROUPS = {  # the fourteen tasks of MME, in its order
                    "OCR"),
     "cognition": ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning"),
 }
+_MME_GROUP_OF = {category: group for group, members in MME_GROUPS.items() for category in members}
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,11 @@ def _pope(raw: pd.DataFrame) -> pd.DataFrame:
 
 
 def _mme(raw: pd.DataFrame) -> pd.DataFrame:
-    groups = {category: group for group, members in MME_GROUPS.items() for category in members}
-    if unknown := set(raw.category) - set(groups):
-        raise ValueError(f"MME has no category {sorted(unknown)[0]!r}; it has {', '.join(groups)}")
+    if unknown := set(raw.category) - set(_MME_GROUP_OF):
+        raise ValueError(f"MME has no category {min(unknown)!r}; it has {', '.join(_MME_GROUP_OF)}")
     number = raw.groupby(["category", "question_id"]).cumcount()  # MME names images, not questions
     return raw.assign(id=raw.category + "/" + raw.question_id + "#" + number.astype(str), image_id=raw.question_id,
-                      group=raw.category.map(groups))
+                      group=raw.category.map(_MME_GROUP_OF))
 
 
 def _mmstar(raw: pd.DataFrame) -> pd.DataFrame:
@@ -212,7 +212,7 @@ def load(name: str, *, path: str | Path | None = None, split: str | None = None,
 
 def _digests(files: list[Path], root: Path) -> dict[str, str]:
     """SHA-256 of each file; of hundreds, as MME's texts, that of all their digests."""
-    of = {str(_within(file, root)): digests.sha256(file) for file in files}
+    of = {str(file.relative_to(root) if root in file.parents else file.name): digests.sha256(file) for file in files}
     if len(of) < 100:
         return of
     listed = "".join(f"{name} {of[name]}\n" for name in sorted(of))
@@ -259,9 +259,9 @@ def remarks(table: pd.DataFrame) -> list[str]:
     """What should be known of a loaded table, beside what was left out: what is missing, an older version."""
     name, said = table.attrs["benchmark"], []
     if name == "MME":
-        known = [category for members in MME_GROUPS.values() for category in members]
-        if missing := [category for category in known if category not in set(table.category)]:
-            said.append(f"MME: {len(known) - len(missing)} of {len(known)} categories, without {', '.join(missing)}")
+        if missing := [category for category in _MME_GROUP_OF if category not in set(table.category)]:
+            known = len(_MME_GROUP_OF)
+            said.append(f"MME: {known - len(missing)} of {known} categories, without {', '.join(missing)}")
     if name == "POPE" and (missing := [split for split in SOURCES[name].splits if split not in set(table.category)]):
         said.append(f"POPE: {3 - len(missing)} of 3 categories, without {', '.join(missing)}")
     there, whole = len(table) + sum(map(len, table.attrs.get("left_out", {}).values())), SOURCES[name].questions
@@ -331,7 +331,7 @@ def _local(name: str, spec: Source, root: Path, patterns: list[str]) -> tuple[pd
         if name == "POPE":
             forms["POPE's JSON lines"] = plain.pope_files(root)
         if name == "MME":
-            folders = plain.mme_folders(root, [c for members in MME_GROUPS.values() for c in members], name)
+            folders = plain.mme_folders(root, list(_MME_GROUP_OF), name)
             forms["MME's folders"] = list(folders.values())
         if not any(forms.values()):
             forms["a table"] = plain.tables(root, name)
@@ -351,7 +351,8 @@ def _local(name: str, spec: Source, root: Path, patterns: list[str]) -> tuple[pd
     else:
         raw = plain.with_pictures(plain.read(files[0], name), root if root.is_dir() else root.parent, name)
         raw = _as_data_set(raw, name, spec)
-    return raw.assign(picture=pd.Series(_each(raw.picture), dtype=object)), files
+    pictures = [[None, None] if isinstance(shown, list) else [shown] for shown in raw.picture]  # several: not asked
+    return raw.assign(picture=pd.Series(pictures, dtype=object)), files
 
 
 def _as_data_set(raw: pd.DataFrame, name: str, spec: Source) -> pd.DataFrame:
@@ -372,10 +373,6 @@ def _as_data_set(raw: pd.DataFrame, name: str, spec: Source) -> pd.DataFrame:
     if missing:
         raise ValueError(f"{name}: column {missing[0]!r} is missing in {raw.file[0]}, which has {', '.join(have)}")
     return raw
-
-
-def _each(pictures: Iterable[object]) -> list[list[object]]:
-    return [[None, None] if isinstance(shown, list) else [shown] for shown in pictures]  # several cannot be asked
 
 
 def _parquet(name: str, spec: Source, root: Path, files: list[Path]) -> tuple[pd.DataFrame, list[Path]]:
@@ -462,7 +459,3 @@ def _shown(name: str, row: dict, there: Sequence[bool]) -> list[int]:
         return [0]
     named = {int(n) - 1 for n in _SHOWS.findall(f"{row['question']} {row['options']}")}
     return sorted(named | {i for i, has in enumerate(there) if has}) or [0]
-
-
-def _within(file: Path, root: Path) -> Path:
-    return file.relative_to(root) if root in file.parents else Path(file.name)

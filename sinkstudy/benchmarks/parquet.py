@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ class Picture:
             ValueError: no image there, or one that cannot be decoded (`pictures.decode`).
         """
         ends = _group_ends(self.file)
-        group = next(i for i, end in enumerate(ends) if self.row < end)
+        group = bisect_right(ends, self.row)
         first = ends[group - 1] if group else 0
         value = _row_group(self.file, group, self.column)[self.row - first].as_py()
         data = value["bytes"] if isinstance(value, dict) else value  # Hugging Face's image struct, or plain bytes
@@ -49,7 +51,7 @@ def _group_ends(file: Path) -> tuple[int, ...]:
     """For each row group of the file, the number of rows up to its end."""
     metadata = pq.read_metadata(file)
     rows = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-    return tuple(sum(rows[:i + 1]) for i in range(len(rows)))
+    return tuple(accumulate(rows))
 
 
 @lru_cache(2)  # row groups of images are large (a hundred MB is usual), and tables are read in order

@@ -16,6 +16,7 @@ the benchmark that is like them, see `LIKE`.
 import pandas as pd
 
 from sinkstudy.benchmarks.data import OWN, check, several_pictures
+from sinkstudy.benchmarks.rows import letters
 from sinkstudy.wording import with_options
 
 _WORD = "\nAnswer the question using a single word or phrase."
@@ -96,6 +97,6 @@ def _prompt(row: dict, template: str, family: str) -> str:
         template = OPEN[family]
     return template.format(
         question=question, bare=question.removesuffix(_YES_NO), query=row.get("query", ""),
-        options="\n".join(f"{chr(ord('A') + i)}. {choice}" for i, choice in enumerate(choices)),
+        options="\n".join(f"{letter}. {choice}" for letter, choice in zip(letters(len(choices)), choices, strict=True)),
         with_options=with_options(question, choices),
         context=CONTEXT[family].format(row["hint"]) if row.get("hint") else "")

@@ -121,8 +121,13 @@ def letter_lmms_eval(text: str) -> str | None:
         after += [(padded.find(c, start + len(phrase)), c) for c in LETTERS if start >= 0]
     ranked = [after, *([(padded.rfind(form.format(c)), c) for c in LETTERS]
                        for form in ("({})", "{}.", "{}:", "{})", "{} ", "{}"))]
-    for places in ranked:
-        place, found = max(places, default=(-1, ""))
+    return _last(ranked)
+
+
+def _last(ways: list[list[tuple[int, str]]]) -> str | None:
+    """The letter that stands last, in the first of the ways in which one stands: (place, letter), -1 for nowhere."""
+    for places in ways:
+        place, found = max(places, default=(-1, ""), key=lambda p: p[0])
         if place >= 0:
             return found
     return None
@@ -167,11 +172,7 @@ def letter_mmmu(text: str, options: list[str]) -> str | None:
     ways = [[(text.rfind(form.format(c)), c) for c in letters] for form in ("({})", " {} ")]
     if len(text.split()) > 5:
         ways.append([(text.lower().rfind(o.lower()), c) for o, c in zip(options, letters, strict=True)])
-    for places in ways:
-        place, found = max(places, default=(-1, ""), key=lambda p: p[0])
-        if place >= 0:
-            return found
-    return None
+    return _last(ways)
 
 
 Rule = Callable[[str], str | None]

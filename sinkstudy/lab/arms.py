@@ -249,9 +249,7 @@ def train_rival(base: str, arm: str, seed: int, pictures) -> None:
         method = Gates(lvlm, normalised=True, seed=seed)
     else:
         method = LoRA(lvlm, parameters=n_parameters(Gates(loading.load(base))), seed=seed)
-    method.requires_grad_(False)
-    for parameter in method.changed().values():
-        parameter.requires_grad_(True)
+    method.train_only()
     samples = rival_samples(pictures, settings.steps * settings.batch_size, seed)
     if arm == "rew":
         samples = balanced(samples, 120, seed)

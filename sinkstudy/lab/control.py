@@ -20,6 +20,7 @@ from transformers import AutoModel, PreTrainedModel
 
 from sinkstudy import sinks, stats
 from sinkstudy.analyses.probing import Ridge
+from sinkstudy.answers.evaluate import Intervention
 from sinkstudy.effects import ablation
 from sinkstudy.lab.corpus import grounding
 from sinkstudy.lab.tower import LAYERS, ONSET, attentions, normalise, states
@@ -32,6 +33,7 @@ from sinkstudy.world import questions as q
 from sinkstudy.world.drawing import GRID, Scenes, render
 
 USED = 256  # pictures about which a language model is asked
+BATCH = 32   # questions at once
 QUESTION_FAMILIES = {  # of questions (`world.questions`): what no patch shows alone, and what one place shows
     "gist": ("things", "parts", "sum", "compare"),
     "local": ("existence", "colour", "place", "size", "mark"),
@@ -39,7 +41,7 @@ QUESTION_FAMILIES = {  # of questions (`world.questions`): what no patch shows a
 READ = LAYERS - 1  # of `states`: the residual stream that the connector reads
 FIT, JUDGE = 3072, 2048  # scenes
 LOCAL = ("texture", "colour", "kind", "thing colour", "size", "mark")  # columns of `corpus.grounding`
-GATE_THRESHOLDS = {"mean_sd": 3.0, "percentile": 98.0, "above_median": 3.0, "norm_drop": 1.5}  # those of the chapters
+GATE_THRESHOLDS = {"mean_sd": 3.0, "above_median": 3.0, "norm_drop": 1.5}  # those of the chapters
 BOUNDS = {  # by gate: (which side, bound)
     "gist of a sink, of that of the natural CLS": ("at least", 0.9),
     "gist of a random ordinary patch, of that of a sink": ("at most", 0.25),
@@ -69,13 +71,13 @@ class Readings:
 
 
 @torch.no_grad()
-def tower_readings(tower: PreTrainedModel, scenes: Scenes, *, seed: int = 0, hide_sinks: bool = False) -> Readings:
+def tower_readings(tower: PreTrainedModel, scenes: Scenes, *, hide_sinks: bool) -> Readings:
     """What the tower says of rendered scenes.
 
     `hide_sinks`: the picture's flat patches are patches like others, so that the tower with sinks becomes one that sees
     windows only, with the same weights.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     calm, thing = scenes.calm.flatten(1), scenes.thing_share.flatten(1)
     words = grounding(scenes).flatten(1, 2).long()  # [n, patches, 6]
     chosen = {"sink": calm, "ordinary": ~calm, "empty": ~calm & (thing == 0)}
@@ -124,12 +126,12 @@ def _balanced(labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def probe(fit: torch.Tensor, fit_labels: torch.Tensor, judge: torch.Tensor, judge_labels: torch.Tensor, *,
-          seed: int = 0, shuffled: bool = False) -> tuple[float, float]:
+          shuffled: bool = False) -> tuple[float, float]:
     """Margin of one fact, and its variance: vectors [n, width] and labels long [n] of two sets of scenes.
 
     With `shuffled`, the labels that are fitted belong to other scenes: the margin should then be 0.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     rows, held_out = _balanced(fit_labels, generator), _balanced(judge_labels, generator)
     known = fit_labels[rows]
     if shuffled:
@@ -186,10 +188,9 @@ def gates(natural: PreTrainedModel, control: CLIPVisionModelWithSinks, *, fit: i
     of = {key: overall(part) for key, part in table.groupby(["tower", "token"])}
     cls = max(of["natural", "cls"], of["natural", "last cls"])
     truth, norms = scenes[1].calm.flatten(1), seen["control"][1].norms
-    marked = {name: sinks.NORM_CRITERIA[name](norms, tau) for name, tau in GATE_THRESHOLDS.items()
-              if name != "percentile"}
-    precision = min(((m & truth).sum() / m.sum().clamp_min(1)).item() for m in marked.values())
-    recall = min(((m & truth).sum() / truth.sum()).item() for m in marked.values())
+    marked = [sinks.NORM_CRITERIA[name](norms, tau) for name, tau in GATE_THRESHOLDS.items()]
+    precision = min(((m & truth).sum() / m.sum().clamp_min(1)).item() for m in marked)
+    recall = min(((m & truth).sum() / truth.sum()).item() for m in marked)
     sink = of["control", "sink"]
     values = [sink / cls, of["control", "ordinary"] / sink, of["control", "empty"] / sink,
               of["control", "mean"] - of["local", "mean"], of["control", "patch"] / of["natural", "patch"],
@@ -220,13 +221,20 @@ def questions_by_family(scenes: Scenes, seed: int) -> pd.DataFrame:
     return pd.DataFrame(rows).drop_duplicates(["image_id", "question"]).rename_axis("id").reset_index()
 
 
-def calm_and_random(scenes: Scenes, seed: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def calm_and_random(scenes: Scenes) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """The calm patches of each scene, and as many random others: bool [patches] by `image_id`."""
     calm = {str(i): mask for i, mask in enumerate(scenes.calm.flatten(1))}
-    return calm, {i: sinks.random_like(mask[None], 7919 * seed + int(i))[0] for i, mask in calm.items()}
+    return calm, {i: sinks.random_like(mask[None], int(i))[0] for i, mask in calm.items()}
 
 
-def use(lvlm: LVLM, *, n: int = USED, seed: int = 0, batch_size: int = 32) -> pd.DataFrame:
+def right_answers(lvlm: LVLM, table: pd.DataFrame, scenes: Scenes, ways: list[Intervention]) -> pd.DataFrame:
+    """Rows of `questions_by_family`, with a column for "none" and for each of `ways`: answered rightly, 100 or 0."""
+    pictures = {str(i): image for i, image in enumerate(scenes.images)}
+    said = ablation.scored(lvlm, table, ways, images=pictures, max_new_tokens=4, batch_size=BATCH, cache=None)
+    return said.pivot(index="id", columns="intervention", values="right").join(table.set_index("id"))
+
+
+def use(lvlm: LVLM, *, n: int = USED) -> pd.DataFrame:
     """What a model's answers lose when its calm patches are taken away, and when as many random ones are.
 
     A token that is taken away is seen by no later token of the decoder, in any layer (`ablation.hide`). Each of
@@ -238,35 +246,32 @@ def use(lvlm: LVLM, *, n: int = USED, seed: int = 0, batch_size: int = 32) -> pd
         interval over pictures), `questions`.
     """
     scenes = render("test", 0, n)
-    pictures = {str(i): image for i, image in enumerate(scenes.images)}
-    table = questions_by_family(scenes, seed)
-    calm, chance = calm_and_random(scenes, seed)
+    calm, chance = calm_and_random(scenes)
     ways = [ablation.hide("calm", calm), ablation.hide("random", chance)]
-    said = ablation.scored(lvlm, table, ways, images=pictures, max_new_tokens=4, batch_size=batch_size, cache=None)
-    right = said.pivot(index="id", columns="intervention", values="right").join(table.set_index("id"))
+    right = right_answers(lvlm, questions_by_family(scenes, 0), scenes, ways)
     found = []
     groups = {name: right.family.isin(families) for name, families in QUESTION_FAMILIES.items()}
     groups |= {family: right.family == family for families in QUESTION_FAMILIES.values() for family in families}
     for name, mask in groups.items():
         of = right[mask]
-        by_sinks = stats.mean_interval((of.calm - of.random).to_numpy(), clusters=of.image_id.to_numpy(), seed=seed)
+        by_sinks = stats.mean_interval((of.calm - of.random).to_numpy(), clusters=of.image_id.to_numpy())
         found.append({"of": name, "untouched": of["none"].mean(), "without": (of.calm - of["none"]).mean(),
                       "random": (of.random - of["none"]).mean(), "by_sinks": by_sinks.value, "low": by_sinks.low,
                       "high": by_sinks.high, "questions": len(of)})
     return pd.DataFrame(found)
 
 
-def uses(**settings: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+def uses(n: int = USED) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Can a language model use such sinks? The gates of the one trained on the tower, beside natural and planted ones.
 
     Args:
-        settings: of `use`.
+        n: pictures about which each is asked.
 
     Returns:
         A row a gate, as `gates` has them; and the rows of `use` for the three models, with `model`.
     """
     names = (POSITIVE_CONTROL, "lab-llava", "lab-llava-sinks")
-    table = pd.concat([use(loading.load(name), **settings).assign(model=name) for name in names])
+    table = pd.concat([use(loading.load(name), n=n).assign(model=name) for name in names])
     of = table[table["of"] == "gist"].set_index("model")
     control, natural = of.loc[POSITIVE_CONTROL], of.loc["lab-llava"]
     return _judged(USE_BOUNDS, [control.untouched - natural.untouched, -control.by_sinks]), table

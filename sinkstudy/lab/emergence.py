@@ -8,6 +8,7 @@ from scipy.stats import spearmanr
 
 from sinkstudy import sinks
 from sinkstudy.lab.tower import LAYERS, attentions, normalise, states
+from sinkstudy.lab.training import five_digits
 from sinkstudy.world.drawing import GRID, render
 
 IMAGES = 192
@@ -75,7 +76,4 @@ class Follower:
         }
 
     def table(self) -> pd.DataFrame:
-        frame = pd.DataFrame(self.rows)
-        number = frame.select_dtypes(float).columns
-        frame[number] = frame[number].map(lambda v: float(f"{v:.5g}"))
-        return frame
+        return five_digits(pd.DataFrame(self.rows))

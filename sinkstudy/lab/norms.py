@@ -9,7 +9,7 @@ the new norms.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,8 @@ from sinkstudy.world.drawing import Scenes, render
 
 LONG = 5.1
 """Norm of a sink of `lab-llava-gist` over the median of its picture (chapter 01)."""
+TIMES = {"long": LONG, "median": 1.0}
+"""The norms that calm patches are given, in medians of the picture's other patches."""
 NORM_CELLS = (("lab-llava-gist", "long"), ("lab-llava-gist", "median"), ("lab-llava", "long"), ("lab-llava", "median"))
 """Models, with and without the picture's gist in the calm patches, and the norm that these have."""
 AS_TRAINED = {"lab-llava-gist": "long", "lab-llava": "median"}
@@ -75,7 +77,7 @@ def with_norm(name: str, calm: ablation.Masks, norm: str | None, gone: ablation.
         stack = ExitStack()
         if norm is not None:
             masks = ablation.of_images(calm, inputs)
-            stack.enter_context(lengthened(lvlm, inputs, masks, LONG if norm == "long" else 1.0))
+            stack.enter_context(lengthened(lvlm, inputs, masks, TIMES[norm]))
         if gone is not None:
             stack.enter_context(ablation.hide("", gone).around(lvlm, inputs))
         return stack
@@ -88,7 +90,7 @@ class _Stage(language.ImageStage):
 
     def __init__(self, lvlm: LVLM, corpus: Corpus, pictures: np.ndarray, calm: torch.Tensor, norm: str):
         super().__init__(lvlm.model, corpus, pictures, "questions")
-        self.calm, self.times = calm, LONG if norm == "long" else 1.0
+        self.calm, self.times = calm, TIMES[norm]
 
     def loss(self, rows: torch.Tensor, seed: int) -> tuple[torch.Tensor, dict]:
         self.of_batch = self.calm[rows]
@@ -114,7 +116,7 @@ def retrain(name: str, norm: str) -> tuple[LVLM, pd.DataFrame]:
     return lvlm, log
 
 
-def cell(lvlm: LVLM, norm: str | None, scenes: Scenes, *, seed: int = 0, batch_size: int = 32) -> pd.DataFrame:
+def cell(lvlm: LVLM, norm: str | None, scenes: Scenes) -> pd.DataFrame:
     """What a model answers, attends to and loses when its calm patches have a norm.
 
     Args:
@@ -126,17 +128,15 @@ def cell(lvlm: LVLM, norm: str | None, scenes: Scenes, *, seed: int = 0, batch_s
         over that on another, with `attention_low` and `attention_high`; 95 % intervals over pictures, see `stats`.
     """
     pictures = {str(i): image for i, image in enumerate(scenes.images)}
-    calm, chance = control.calm_and_random(scenes, seed)
-    table = control.questions_by_family(scenes, seed)
-    ways = {"as it is": with_norm("as it is", calm, norm), "calm": with_norm("calm", calm, norm, calm),
-            "random": with_norm("random", calm, norm, chance)}
-    said = ablation.scored(lvlm, table, list(ways.values()), images=pictures, max_new_tokens=4, batch_size=batch_size,
-                           cache=None)
-    right = said.pivot(index="id", columns="intervention", values="right").join(table.set_index("id"))
+    calm, chance = control.calm_and_random(scenes)
+    table = control.questions_by_family(scenes, 0)
+    ways = [with_norm("as it is", calm, norm), with_norm("calm", calm, norm, calm),
+            with_norm("random", calm, norm, chance)]
+    right = control.right_answers(lvlm, table, scenes, ways)
     rows = []
     for about, of in right.groupby("about", sort=False):
-        lost = stats.mean_interval((of.calm - of.random).to_numpy(), clusters=of.image_id.to_numpy(), seed=seed)
-        drawn = attention_on_calm(lvlm, table[table.about == about], pictures, calm, norm, batch_size)
+        lost = stats.mean_interval((of.calm - of.random).to_numpy(), clusters=of.image_id.to_numpy())
+        drawn = attention_on_calm(lvlm, table[table.about == about], pictures, calm, norm, control.BATCH)
         rows.append({"about": about, "questions": len(of), "right": of["as it is"].mean(), "lost": lost.value,
                      "low": lost.low, "high": lost.high, "attention": drawn.value, "attention_low": drawn.low,
                      "attention_high": drawn.high})
@@ -153,9 +153,7 @@ def attention_on_calm(lvlm: LVLM, table: pd.DataFrame, pictures: Mapping[str, to
         masks = [calm[i] for i in of.image_id]
         images = [pictures[i] for i in of.image_id]
         inputs = lvlm.inputs(images, list(of.question))
-        with ExitStack() as stack:
-            if norm is not None:
-                stack.enter_context(lengthened(lvlm, inputs, masks, LONG if norm == "long" else 1.0))
+        with nullcontext() if norm is None else lengthened(lvlm, inputs, masks, TIMES[norm]):
             seen = capture.trace(lvlm, images, list(of.question), 4, len(of))
         for attention, mask in zip(seen.output_attention.mean((1, 2)), masks, strict=True):  # [patches]
             numerator.append(attention[mask].mean().item())
@@ -163,14 +161,14 @@ def attention_on_calm(lvlm: LVLM, table: pd.DataFrame, pictures: Mapping[str, to
     return stats.ratio_interval(numerator, denominator)
 
 
-def all_cells(n: int = control.USED) -> tuple[pd.DataFrame, pd.DataFrame]:
+def all_cells() -> tuple[pd.DataFrame, pd.DataFrame]:
     """All cells, and the curves of the connectors that were trained on.
 
     Returns:
         The rows of `cell` with `model`, `norm` ("long" or "median") and `connector` ("as it is" or "trained on"); and
         those of `loop.fit` with `model` and `norm`.
     """
-    scenes, cells, logs = render("test", 0, n), [], []
+    scenes, cells, logs = render("test", 0, control.USED), [], []
     for model, norm in NORM_CELLS:
         changed = norm != AS_TRAINED[model]
         found = cell(loading.load(model), norm if changed else None, scenes)

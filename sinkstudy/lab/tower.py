@@ -191,25 +191,23 @@ class CaptionDecoder(nn.Module):
     Qwen2-VL's decoder is told again, by M-RoPE.
     """
 
-    def __init__(self, words: int, length: int, width: int = WIDTH, heads: int = HEADS, layers: int = 2, *,
-                 placed: bool = False):
+    def __init__(self, words: int, length: int, *, placed: bool = False):
         super().__init__()
-        self.heads = heads
-        self.embed = nn.Embedding(words, width)
-        self.place = nn.Parameter(0.02 * torch.randn(length, width))
-        self.memory_norm = nn.LayerNorm(width)
+        self.embed = nn.Embedding(words, WIDTH)
+        self.place = nn.Parameter(0.02 * torch.randn(length, WIDTH))
+        self.memory_norm = nn.LayerNorm(WIDTH)
         self.layers = nn.ModuleList(nn.ModuleDict({
-            "norm1": nn.LayerNorm(width), "qkv": nn.Linear(width, 3 * width), "out1": nn.Linear(width, width),
-            "norm2": nn.LayerNorm(width), "q": nn.Linear(width, width), "kv": nn.Linear(width, 2 * width),
-            "out2": nn.Linear(width, width),
-            "mlp": nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(),
-                                 nn.Linear(4 * width, width)),
-        }) for _ in range(layers))
-        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, words))
+            "norm1": nn.LayerNorm(WIDTH), "qkv": nn.Linear(WIDTH, 3 * WIDTH), "out1": nn.Linear(WIDTH, WIDTH),
+            "norm2": nn.LayerNorm(WIDTH), "q": nn.Linear(WIDTH, WIDTH), "kv": nn.Linear(WIDTH, 2 * WIDTH),
+            "out2": nn.Linear(WIDTH, WIDTH),
+            "mlp": nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(),
+                                 nn.Linear(4 * WIDTH, WIDTH)),
+        }) for _ in range(2))
+        self.head = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, words))
         self.patch_place = nn.Parameter(sine_positions()) if placed else 0
 
     def _attend(self, q, k, v, mask=None):
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
+        q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in (q, k, v))
         scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
         scores = scores if mask is None else scores + mask
         return (scores.softmax(-1, dtype=scores.dtype) @ v).transpose(1, 2).flatten(2)

@@ -7,7 +7,7 @@ Called by `sinkstudy lab train`, which sets the allocator's variables first (the
 from __future__ import annotations
 
 import time
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +47,12 @@ EMERGENCE_ARMS: dict[str, dict[str, Any]] = {
 }
 
 
-@lru_cache(1)
+@cache
 def corpus() -> Corpus:
     return Corpus(TRAIN_SCENES)
 
 
-@lru_cache(1)
+@cache
 def train_pictures():
     return training_pictures(LAB_CACHE, TRAIN_SCENES)
 
@@ -297,10 +297,11 @@ def main(names: list[str]) -> None:
     """`names`: lab models, "emergence" for the arms of chapter 02, or "gist" for its tower, in the order of making."""
     training.threads()
     for name in names:
-        started = time.monotonic()
-        if name in ("emergence", "gist"):
-            train_arms() if name == "emergence" else train_gist()
-            continue
-        model, log = train_model(name)
-        finish(name, model, log)
-        print(f"{name}: trained in {time.monotonic() - started:.0f} s", flush=True)
+        if name == "emergence":
+            train_arms()
+        elif name == "gist":
+            train_gist()
+        else:
+            started = time.monotonic()
+            finish(name, *train_model(name))
+            print(f"{name}: trained in {time.monotonic() - started:.0f} s", flush=True)

@@ -118,10 +118,12 @@ def train(name: str, modules: Sequence[nn.Module], loss_at: Callable[[int], tupl
         known={"lr": lr, "weight_decay": weight_decay, "muon": muon})
     log = log.drop(columns="lr").assign(step=log.step - 1)
     log.insert(0, "stage", name)
-    log = log[(log.step % log_every == 0) | (log.step == steps - 1)].reset_index(drop=True)
-    numbers = log.select_dtypes(float).columns
-    log[numbers] = log[numbers].map(lambda value: float(f"{value:.5g}"))
-    return log
+    return five_digits(log[(log.step % log_every == 0) | (log.step == steps - 1)].reset_index(drop=True))
+
+
+def five_digits(table: pd.DataFrame) -> pd.DataFrame:
+    """The table, its floats with five significant digits."""
+    return table.assign(**table.select_dtypes(float).map(lambda value: float(f"{value:.5g}")))
 
 
 def optimizers(named: list[tuple[str, nn.Parameter]], lr: float, weight_decay: float, muon: float | None) -> list:

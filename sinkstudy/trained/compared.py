@@ -9,7 +9,7 @@ The pair of connectors answers three times: "two both", "two sinks" and "two oth
 """
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -173,11 +173,13 @@ def unfair(comparison: Comparison, weak: Collection[str]) -> bool:
     return any(("two" if arm in ON_TWO else arm) in weak for arm in (comparison.first, comparison.second))
 
 
-def _each(arms: Arms, names: Iterable[str] = ARM_LABELS, seeds: int | None = None) -> Iterator[tuple[str, int, Path]]:
-    """(arm, seed, folder), of each arm `seeds` at most. The seed is that by which the folder is called."""
-    for arm in names:
-        for folder in arms.get(arm, [])[:seeds]:
-            yield arm, int(folder.name.rpartition("-")[2]), folder
+def _seed(folder: Path) -> int:
+    return int(folder.name.rpartition("-")[2])
+
+
+def _each(arms: Arms) -> Iterator[tuple[str, int, Path]]:
+    """(arm, seed, folder) of each."""
+    return ((arm, _seed(folder), folder) for arm in ARM_LABELS for folder in arms.get(arm, []))
 
 
 def _table(parts: Sequence[pd.DataFrame], columns: Sequence[str]) -> pd.DataFrame:
@@ -190,8 +192,7 @@ def methods(arms: Arms, arm: str, seeds: int | None = None, **where: Any) -> Ite
 
     `where` is as `load_method` takes it.
     """
-    for _, seed, folder in _each(arms, [arm], seeds):
-        yield seed, load_method(folder, **where)
+    return ((_seed(folder), load_method(folder, **where)) for folder in arms.get(arm, [])[:seeds])
 
 
 def of_each(

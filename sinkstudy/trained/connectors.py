@@ -68,12 +68,8 @@ class OneConnector(Method):
         parts = {"connector": self.lvlm.connector}
         if self.settings["decoder"]:
             parts |= {"decoder": self.lvlm.decoder, "head": self.model.get_output_embeddings()}
-        of_model = {}
-        for part, module in parts.items():
-            for name, p in module.named_parameters():
-                if all(p is not other for other in of_model.values()):  # a head may be the embeddings
-                    of_model[f"{part}.{name}"] = p
-        return super().changed() | of_model
+        # which names no tensor twice: a head may be the embeddings
+        return super().changed() | dict(nn.ModuleDict(parts).named_parameters())
 
 
 class DIYSink(OneConnector):

@@ -137,8 +137,8 @@ class Collate:
     def __init__(self, lvlm: LVLM, longest: int = 2048) -> None:
         self.lvlm, self.longest, self.dtype = lvlm, longest, lvlm.model.dtype
         self.single = _is_single(lvlm)
-        tokenizer, ends = lvlm.processor.tokenizer, lvlm.model.generation_config.eos_token_id
-        self.ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+        tokenizer = lvlm.processor.tokenizer
+        self.ends = {tokenizer.eos_token_id, *lvlm.ends} - {None}
         if not self.ends:
             raise ValueError(f"{lvlm.name}: neither the tokenizer nor the generation's settings name an end token")
         self.end = ""

@@ -5,7 +5,7 @@ against those of its other visual tokens in the next layer. Nothing else of the 
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -175,9 +175,8 @@ class LoRA(Method):
         for parameter in self.changed().values():
             parameter.data = parameter.data.float()
 
-    @contextmanager
-    def around(self, inputs: Prefixes) -> Iterator[None]:
-        yield
+    def around(self, inputs: Prefixes) -> AbstractContextManager:
+        return nullcontext()
 
     def changed(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.lvlm.decoder.named_parameters() if "lora_" in name}

@@ -76,6 +76,12 @@ class Method(nn.Module):
         """What training may change, by its name in this module; no tensor twice."""
         return {name: p for name, p in self.named_parameters() if not name.startswith("model.")}
 
+    def train_only(self, start: str | tuple[str, ...] = "") -> None:
+        """Ask for gradients of what `changed` finds, by names with that `start`, and of nothing else."""
+        self.requires_grad_(False)
+        for name, parameter in self.changed().items():
+            parameter.requires_grad_(name.startswith(start))
+
     def identity(self) -> dict[str, Any]:
         """What the method does, as plain values, see `identity.Identity`."""
         return {"kind": self.kind, **self.settings, "weights": Identity()(self.changed())}

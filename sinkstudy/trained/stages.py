@@ -187,9 +187,7 @@ def prepared(lvlm: LVLM, job: Job, seed: int, before: Mapping[str, Path]) -> tup
     """The method as a stage finds it, with gradients for what it trains; peft's `LoraModel` if asked for."""
     if job.method in ALONE:
         method = _alone(lvlm, job, seed)
-        method.requires_grad_(False)
-        for parameter in method.changed().values():
-            parameter.requires_grad_(True)
+        method.train_only()
         return method, None
     common: dict[str, Any] = {"seed": seed, "decoder": job.stage == "tune" and job.decoder}
     if "pretrain-sinks" in PRETRAIN[job.method]:
@@ -205,9 +203,7 @@ def prepared(lvlm: LVLM, job: Job, seed: int, before: Mapping[str, Path]) -> tup
     prefix: str | tuple[str, ...] = ("connector.", "sink.") if job.lora else ""
     if job.stage != "tune":
         method.show, prefix = PRETRAIN[job.method][job.stage]
-    method.requires_grad_(False)
-    for name, parameter in own.items():
-        parameter.requires_grad_(name.startswith(prefix))
+    method.train_only(prefix)
     if not job.lora:
         return method, None
     how = LoraConfig(r=job.lora, lora_alpha=2 * job.lora, lora_dropout=0.05, target_modules="all-linear")

@@ -130,8 +130,8 @@ def _facts(split: str, first: int, g: torch.Generator, simple: bool) -> Scenes:
     while sum(map(len, kept)) < CHUNK:
         batch = _propose(CHUNK, g, simple)
         bucket = signature(batch) % 100
-        ok = (bucket >= low) & (bucket < high) & _parts_large_enough(batch)
-        kept.append(batch[ok])
+        large_parts = (batch.area.masked_fill(batch.texture < 0, 1.0) >= 0.12).all(-1)
+        kept.append(batch[(bucket >= low) & (bucket < high) & large_parts])
     scenes = Scenes.cat(kept)[:CHUNK]
     scenes.index = torch.arange(first, first + CHUNK)
     return scenes
@@ -220,10 +220,6 @@ def patch_contents(s: Scenes) -> tuple[torch.Tensor, torch.Tensor]:
     part = _owner(s.seeds, s.texture < 0, middle).long()
     there = _near(s.centre, torch.tensor(RADIUS)[s.size.clamp_min(0)]) & (s.kind >= 0)[..., None, None]
     return part, torch.where(there, torch.arange(MAX_THINGS)[:, None, None], -1).amax(1)
-
-
-def _parts_large_enough(s: Scenes) -> torch.Tensor:
-    return (s.area.masked_fill(s.texture < 0, 1.0) >= 0.12).all(-1)
 
 
 def signature(s: Scenes) -> torch.Tensor:

@@ -78,13 +78,16 @@ def facts(scenes: Scenes) -> list[Facts]:
 def caption(f: Facts, rng: random.Random) -> str:
     """Every fact in one or two sentences; wording and order of the parts vary."""
     parts = [f"{t} {c}" for t, c in f.parts]
-    things = [f"a {t.size} {t.colour} {t.kind} {'with a mark ' if t.mark else ''}at the {CELLS[t.cell]}"
-              for t in f.things]
+    things = [_described(t) for t in f.things]
     head = rng.choice((f"a {f.light} {f.scene}", f"the light is {f.light} in the {f.scene}"))
     ground = rng.choice((f"{NUMBERS[len(parts)]} parts , the main one {parts[0]} , then {' , '.join(parts[1:])}",
                          f"mostly {parts[0]} , also {' , '.join(parts[1:])} , {NUMBERS[len(parts)]} parts")
                         if len(parts) > 1 else (f"one part , {parts[0]}", f"{parts[0]} , one part"))
     return f"{head} : {ground} . {NUMBERS[len(things)]} thing{'s' * (len(things) > 1)} : {' , '.join(things)} ."
+
+
+def _described(t: Thing) -> str:
+    return f"a {t.size} {t.colour} {t.kind} {'with a mark ' if t.mark else ''}at the {CELLS[t.cell]}"
 
 
 def _yes(truth: bool) -> str:
@@ -98,9 +101,11 @@ def ask(f: Facts, family: str, rng: random.Random, yes: bool | None = None) -> Q
         yes: None for an open question; True or False for a yes/no question with that answer. Existence, size
             comparison and relation are always yes/no or open as their nature is; see the code.
     """
-    maker = _MAKERS[family]
-    made = maker(f, rng, yes)
-    return None if made is None else Question(made[0], made[1], family, tuple(made[2]) if len(made) > 2 else ())
+    made = _MAKERS[family](f, rng, yes)
+    if made is None:
+        return None
+    text, answer, *options = made
+    return Question(text, answer, family, *options)
 
 
 def _swap(truth: str, choices, yes: bool, rng: random.Random) -> str:
@@ -211,12 +216,12 @@ def _on_main(f, rng, yes):
 
 
 def _both(f, rng, yes):
-    options = [(t, s, m) for t in f.things for s, m in ((t.size, t.mark),)
-               if sum(o.size == s and o.mark == m for o in f.things) == 1]
-    if not options or len(f.things) < 2:
+    looks = [(t.size, t.mark) for t in f.things]
+    unique = [t for t in f.things if looks.count((t.size, t.mark)) == 1]
+    if not unique or len(f.things) < 2:
         return None
-    t, size, mark = rng.choice(options)
-    what = f"{size} and {'marked' if mark else 'not marked'}"
+    t = rng.choice(unique)
+    what = f"{t.size} and {'marked' if t.mark else 'not marked'}"
     if yes is None:
         return f"which thing is {what} ?", t.kind, KINDS
     others = [o.kind for o in f.things if o is not t]
@@ -326,8 +331,7 @@ def regions(f: Facts, n: int, rng: random.Random) -> list[tuple[str, str]]:
     out = []
     for _ in range(n):
         t, there = rng.choice(f.things), rng.random() < 0.7
-        phrase = (f"a {t.size} {t.colour} {t.kind} {'with a mark ' if t.mark else ''}at the {CELLS[t.cell]} "
-                  f"on the {f.parts[t.under][0]} part")
+        phrase = f"{_described(t)} on the {f.parts[t.under][0]} part"
         if rng.random() < 0.5:
             kind = t.kind if there else rng.choice([k for k in KINDS if k not in kinds])
             out.append((f"what is the {kind} ?", phrase if there else f"there is no {kind}"))
