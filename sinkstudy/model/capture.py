@@ -145,8 +145,8 @@ def attention_received(
     packed tower (Qwen) the chunks of a layer are put together again: [1, heads, patches of the batch], each patch with
     the mean over the queries of its own image or window.
 
-    With `relative`, values are multiplied by the number of keys: in a tower 1 is then what uniform attention gives,
-    in windows too, which have fewer keys than the image.
+    With `relative`, values are in units of uniform attention: in a tower that over all keys of a call, in windows too,
+    which have fewer keys than the image; in a decoder that over the keys which each query sees.
     """
     modules = _attending(lvlm, side, None)
     results: dict[int, list] = {layer: [] for layer in modules}
@@ -165,7 +165,7 @@ def attention_received(
             even = even + (asking / visible.sum(-1, keepdim=True).clamp(min=1)).sum(2)  # if it were uniform
             total = total + (attention.weights(rows) * asking).sum(2)  # [batch, heads, keys]
             count = count + asking.sum(2)
-        if relative and not attention.all_visible:
+        if relative and side == "decoder":
             chunks[layer].append(total / even)
         else:
             chunks[layer].append(total / count * (attention.n_keys if relative else 1))
