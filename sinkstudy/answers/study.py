@@ -243,7 +243,7 @@ def answers(
     if blind is not None:
         once, pictures = once.assign(image_id="blind"), {"blind": blind}
     if benchmark == "MMStar":
-        settings.setdefault("candidates", "ABCD")
+        settings.setdefault("candidates", [tuple("ABCD")] * len(once))
     said = evaluate(lvlm, once, interventions, images=pictures, **settings)
     new = said[[*where, *said.columns.difference(asked.columns)]]
     parts = [asked.merge(of, on=where, how="left") for _, of in new.groupby("intervention", sort=False)]

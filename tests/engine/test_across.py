@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from sinkstudy import paths
-from sinkstudy.book import across
+from sinkstudy.book import across, report
 from sinkstudy.effects import methods
 from tests.engine.conftest import Commands
 
@@ -122,6 +122,7 @@ def test_counts_and_words(checkout: Commands, shown: Path):
     assert printed == (
         "read: another/11-diysink, lab-llava/10-training-free, lab-llava/route, owner--big/10-training-free\n"
         "not read, for want of columns: lab-llava/route/front.csv\n"
+        f"{report.versions()}\n"
     )
     glued = " ".join(outputs(checkout.page("12-across-models"), "application/papermill.record/text/plain"))
     assert "one benchmark, 3 give clearly more right answers; 2, clearly fewer." in glued

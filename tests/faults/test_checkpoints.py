@@ -169,7 +169,7 @@ def test_quantised_weights(copy, method):
 
 
 @pytest.mark.parametrize("switch", ["output_attentions", "output_hidden_states", "use_cache", "return_dict"])
-def test_switches_of_an_earlier_use_play_no_part(switch):
+def test_switches_of_an_earlier_use_play_no_part(copy, switch):
     plain = loading.load(str(copy))
     on = switch.startswith("output")
     configure(copy, **{switch: on, f"text_config__{switch}": on, f"vision_config__{switch}": on})

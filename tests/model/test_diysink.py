@@ -57,7 +57,8 @@ def by_hand(method: DIYSink, inputs: Prefixes, weights=(1.0, 1.0)) -> torch.Tens
             logits(lvlm, inputs)
     of_sinks, both = [], seen[1] * weights[1]
     for layout in lvlm.layout(inputs):
-        mask = sinks.percentile(norms[0][layout.connector], RULE["threshold"])
+        read, mask = (layout.positions >= 0).any(1), torch.zeros(len(layout.vision), dtype=torch.bool)
+        mask[read] = sinks.percentile(norms[0][layout.connector][read], RULE["threshold"])
         at = layout.output[mask]
         both[at] = seen[0][at] * weights[0]
         of_sinks.append(mask)
