@@ -219,8 +219,8 @@ def _look(lvlm: LVLM, inputs: Any, masks: Mapping[str, torch.Tensor]) -> dict[st
 def _relative_phi(tokens: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
     """phi of tokens over that of the first token, in the dimensions that it lights; 0 if it lights none.
 
-    |RMSNorm(x)|, [batch, tokens, width] and [batch, width] -> [batch, tokens]. The first token sees itself only: it is
-    the same in every picture.
+    |RMSNorm(x)|, [batch, tokens, width] and [batch, width] -> [batch, tokens]. In a causal
+    decoder the first token sees itself only and is the same in every picture; where a prompt sees itself it is not.
     """
     of = []
     for own, one in zip(tokens, first, strict=True):

@@ -206,15 +206,15 @@ def rule_masks(patches: PatchReadings, median: float, criterion: str, threshold:
         median: the norm that is usual in the model, over all patches of all pictures, in units of which `absolute` is.
         criterion, threshold: of a further rule of `sinks.NORM_CRITERIA`, the run's, if it is not among them.
     """
-    found = {}
+    found, read = {}, patches.read
     for rule, thresholds in THRESHOLDS.items():
         unit = median if rule == "absolute" else 1
         for value in thresholds:
-            found[f"{rule} {value:g}"] = judged(sinks.rule(rule, value * unit), patches.norms, patches.read)
-    found[f"{criterion} {threshold:g}"] = judged(sinks.rule(criterion, threshold), patches.norms, patches.read)
+            found[f"{rule} {value:g}"] = judged(sinks.rule(rule, value * unit), patches.norms, read)
+    found[f"{criterion} {threshold:g}"] = judged(sinks.rule(criterion, threshold), patches.norms, read)
     for factor in ATTENDED:
-        found[f"attended {factor}"] = sinks.attended(patches.received, 1.0, factor) & patches.read
-    return found | {"φ": (patches.phi_of_patches >= PHI) & patches.read}
+        found[f"attended {factor}"] = sinks.attended(patches.received, 1.0, factor) & read
+    return found | {"φ": (patches.phi_of_patches >= PHI) & read}
 
 
 def rule_label(rule: str) -> str:

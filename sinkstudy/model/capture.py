@@ -149,6 +149,7 @@ def attention_received(
     which have fewer keys than the image; in a decoder that over the keys which each query sees.
     """
     modules = _attending(lvlm, side, None)
+    by_query = relative and side == "decoder"  # uniform over what each query sees
     results: dict[int, list] = {layer: [] for layer in modules}
     chunks: dict[int, list] = {layer: [] for layer in modules}
 
@@ -162,10 +163,11 @@ def attention_received(
                 continue
             visible = attention.visible(rows)
             asking = visible & attention.real(rows)  # [batch or 1, 1, rows, keys]
-            even = even + (asking / visible.sum(-1, keepdim=True).clamp(min=1)).sum(2)  # if it were uniform
+            if by_query:
+                even = even + (asking / visible.sum(-1, keepdim=True).clamp(min=1)).sum(2)  # if it were uniform
             total = total + (attention.weights(rows) * asking).sum(2)  # [batch, heads, keys]
             count = count + asking.sum(2)
-        if relative and side == "decoder":
+        if by_query:
             chunks[layer].append(total / even)
         else:
             chunks[layer].append(total / count * (attention.n_keys if relative else 1))
